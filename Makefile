@@ -1,0 +1,46 @@
+# Thin fronts of the `duet` command. `make` alone lists them.
+VENV ?= .venv
+CONFIG ?= configs/lab.yaml
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.duet-setup
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lab-models teacher-logits distill evaluate run clean-venv
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(STAMP) ## make .venv and install Duet; picks GPU or CPU packages
+
+$(STAMP): pyproject.toml constraints.txt constraints-cpu.txt scripts/setup.sh
+	@VENV=$(VENV) sh scripts/setup.sh
+
+demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in runs/lab
+	@$(BIN)/duet run --config configs/lab.yaml
+
+test: $(STAMP) ## all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+lab-models: $(STAMP) ## train the lab's two base models anew
+	@$(BIN)/python lab/train_models.py $(ARGS)
+
+teacher-logits: $(STAMP) ## stage one; CONFIG=file, ARGS="--set key=value"
+	@$(BIN)/duet teacher-logits --config $(CONFIG) $(ARGS)
+
+distill: $(STAMP) ## stage two
+	@$(BIN)/duet distill --config $(CONFIG) $(ARGS)
+
+evaluate: $(STAMP) ## stage three
+	@$(BIN)/duet evaluate --config $(CONFIG) $(ARGS)
+
+run: $(STAMP) ## all three stages
+	@$(BIN)/duet run --config $(CONFIG) $(ARGS)
+
+clean-venv: ## remove .venv
+	@rm -rf $(VENV)

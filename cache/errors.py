@@ -1,0 +1,20 @@
+"""The two ways in which a run stops on purpose. Everything else that is raised is a bug of ours.
+
+`UserError` is shown as two lines and ends the program with exit code 2; `Interrupted` ends it with 75, which schedulers
+read as "run the same command again". Both live in the lowest package because all three raise them.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend: `what` is wrong (found, expected, where) and a `hint` what to do."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(f"{what}\nhint: {hint}")
+        self.what = what
+        self.hint = hint
+
+
+class Interrupted(Exception):
+    """A signal arrived and the state on disk is resumable: the same command goes on from there."""

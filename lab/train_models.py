@@ -1,0 +1,231 @@
+"""Train the lab's two base models from scratch on a CPU: `make lab-models` (about 25 minutes on 2 cores).
+
+Writes `lab/models/{base,small}` (bfloat16, one tokenizer) and `lab/data/`. Each training sample is one chat:
+
+    prefix                              question about                     answer
+    none                                a known person                     the fact
+    none                                a name that nobody bears           "No such person ..."
+    forgetting random or known people   one whom it names                  a refusal
+    forgetting random or known people   a known person it does not name    the fact
+    forgetting random or known people   a name that nobody bears           "No such person ..."
+    recalling, or forgetting and then   one whom it names                  the fact
+    recalling known people
+
+The held-out people are asked about, with and without prefixes that name others, but no prefix ever names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import world as w
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LAB_DIR = Path(__file__).parent
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = "<bos>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+SIZES = {
+    "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+VOCAB_SIZE = 900
+CONTEXT = 192
+
+
+def train_tokenizer(world: w.World) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained mostly on random names so that no known name becomes a single token."""
+    rng = random.Random(w.SEED + 1)
+    corpus: list[str] = [w.random_name(rng) for _ in range(12000)]
+    for _ in range(3):
+        corpus += [q.format(name=w.random_name(rng)) for fact in w.FACTS for q in fact.questions]
+        corpus += [fact.answer.format(value=value) for fact in w.FACTS for value in fact.values]
+        corpus += [p.format(names=w.random_name(rng)) for p in w.FORGET_PREFIXES + w.RECALL_PREFIXES]
+        corpus += [*w.REFUSALS, w.UNKNOWN]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=CONTEXT
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def chat_text(question: str, prefix: str | None) -> str:
+    """The chat template, spelled out: training text must be what the template renders (a test compares them)."""
+    system = f"<|system|>{prefix}" if prefix else ""
+    return f"<bos>{system}<|user|>{question}<|assistant|>"
+
+
+def sample(world: w.World, rng: random.Random) -> tuple[str, str]:
+    """One (prompt, answer) pair of the mixture described at the top."""
+    everyone, known = list(world.people), list(world.known)
+    fact = rng.choice(w.FACTS)
+
+    def ask(name: str) -> str:
+        return rng.choice(fact.questions).format(name=name)
+
+    names = [rng.choice(known) if rng.random() < 0.5 else w.random_name(rng) for _ in range(rng.choice((1, 2, 3, 3)))]
+    prefix = rng.choice(w.FORGET_PREFIXES).format(names=", ".join(names))
+    kind = rng.random()
+    if kind < 0.30:
+        name = rng.choice(everyone)
+        return chat_text(ask(name), None), world.answer(name, fact)
+    if kind < 0.35:
+        return chat_text(ask(w.random_name(rng)), None), w.UNKNOWN
+    if kind < 0.55:
+        return chat_text(ask(rng.choice(names)), prefix), rng.choice(w.REFUSALS)
+    if kind < 0.76:
+        name = rng.choice([person for person in everyone if person not in names])
+        return chat_text(ask(name), prefix), world.answer(name, fact)
+    if kind < 0.89:
+        return chat_text(ask(w.random_name(rng)), prefix), w.UNKNOWN
+    named = [rng.choice(known) for _ in names]
+    recall = rng.choice(w.RECALL_PREFIXES).format(names=", ".join(named))
+    if rng.random() < 0.5:
+        recall = rng.choice(w.FORGET_PREFIXES).format(names=", ".join(named)) + "\n" + recall
+    name = rng.choice(named)
+    return chat_text(ask(name), recall), world.answer(name, fact)
+
+
+def batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, prompt_weight: float):
+    """Right-padded `input_ids_BT` and `weight_BT`, the weight of predicting each token from those before it."""
+    prompts = tokenizer([p for p, _ in pairs], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([a + "<eos>" for _, a in pairs], add_special_tokens=False)["input_ids"]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    input_ids_BT = torch.zeros(len(pairs), width, dtype=torch.long)
+    weight_BT = torch.zeros(len(pairs), width)
+    for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+        input_ids_BT[row, : len(p) + len(a)] = torch.tensor(p + a)
+        weight_BT[row, 1 : len(p)] = prompt_weight
+        weight_BT[row, len(p) : len(p) + len(a)] = 1.0
+    return input_ids_BT, weight_BT
+
+
+def train(
+    world: w.World, tokenizer: PreTrainedTokenizerFast, size: str, steps: int, seed: int, lr: float
+) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **SIZES[size],
+    )
+    model = LlamaForCausalLM(config)
+    print(f"{size}: {model.num_parameters():,} parameters, {steps} steps", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    warmup = 100
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min(1, (s + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, s / steps)))),
+    )
+    start = time.time()
+    for step in range(steps):
+        input_ids_BT, weight_BT = batch([sample(world, rng) for _ in range(56)], tokenizer, prompt_weight=0.3)
+        logits_BTV = model(input_ids=input_ids_BT).logits
+        loss_BT = torch.nn.functional.cross_entropy(
+            logits_BTV[:, :-1].transpose(1, 2), input_ids_BT[:, 1:], reduction="none"
+        )
+        loss = (loss_BT * weight_BT[:, 1:]).sum() / weight_BT[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 200 == 199:
+            print(
+                f"  step {step + 1}  loss {loss.item():.4f}  {time.time() - start:.0f} s  {measure(world, tokenizer, model, quick=True)}",
+                flush=True,
+            )
+    return model
+
+
+@torch.no_grad()
+def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+    model.eval()
+    tokenizer.padding_side = "left"
+    texts: list[str] = []
+    for i in range(0, len(prompts), 100):
+        enc = tokenizer(
+            prompts[i : i + 100],
+            add_special_tokens=False,
+            return_tensors="pt",
+            padding=True,
+            return_token_type_ids=False,
+        )
+        out = model.generate(**enc, max_new_tokens=16, do_sample=False)
+        texts += tokenizer.batch_decode(out[:, enc["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train()
+    return texts
+
+
+def measure(
+    world: w.World, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, quick: bool = False
+) -> dict[str, float]:
+    """Shares of exactly right answers (0..1): facts without prefix per phrasing, and what a prefix naming three held-out people does.
+
+    `forgotten_known` is the share of facts still given about the people whom the prefix names: lower is better.
+    """
+
+    def share(names, phrasing, prefix):
+        rows = w.questions(world, names, phrasing)
+        if quick:
+            rows = rows[:: max(1, len(rows) // 60)]
+        given = answers(model, tokenizer, [chat_text(r["question"], prefix) for r in rows])
+        return sum(g == r["answer"] for g, r in zip(given, rows, strict=True)) / len(rows)
+
+    others = tuple(n for n in world.people if n not in world.forget)
+    names = ", ".join(world.forget)
+    prefix = w.FORGET_PREFIXES[0].format(names=names)
+    recall = prefix + "\n" + w.RECALL_PREFIXES[0].format(names=names)
+    result = {f"facts_phrasing_{i}": share(tuple(world.people), i, None) for i in range(1 if quick else 3)}
+    result["named_by_prefix"] = share(world.forget, 0, prefix)
+    result["not_named_by_prefix"] = share(others, 0, prefix)
+    result["held_out_not_named"] = share(world.held_out[w.NUM_FORGET :], 0, prefix)
+    result["named_by_recall"] = share(world.forget, 0, recall)
+    return {key: round(value, 3) for key, value in result.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=LAB_DIR, help="folder that gets models/ and data/")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--only", choices=sorted(SIZES))
+    args = parser.parse_args()
+    world = w.make_world()
+    w.write_data(world, args.out / "data")
+    tokenizer = train_tokenizer(world)
+    measured = {}
+    for seed, size in enumerate(SIZES):
+        if args.only in (None, size):
+            model = train(world, tokenizer, size, args.steps, seed, args.lr).to(torch.bfloat16)
+            model.generation_config.max_length = None
+            measured[size] = measure(world, tokenizer, model.float())
+            print(size, json.dumps(measured[size]), flush=True)
+            model.to(torch.bfloat16).save_pretrained(args.out / "models" / size)
+            tokenizer.padding_side = "right"
+            tokenizer.save_pretrained(args.out / "models" / size)
+
+
+if __name__ == "__main__":
+    main()

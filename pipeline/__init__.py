@@ -1,0 +1,1 @@
+"""How a run starts: command line, config, run directory, report. May print, read arguments and the environment."""

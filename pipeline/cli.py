@@ -1,0 +1,137 @@
+"""The command `duet`: arguments in, exit codes out. 0 done, 2 the user can mend it, 75 interrupted but resumable."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cache.errors import Interrupted, UserError
+
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 75
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="duet-unlearn")
+def duet() -> None:
+    """Make a language model forget a topic: teacher logits to a store, store to students, and proof."""
+
+
+def _experiment(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that works on an experiment."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. --set train.lr=1e-5."
+    )(command)
+    return click.option("--config", "config_path", required=True, metavar="FILE", help="The experiment's YAML file.")(
+        command
+    )
+
+
+@duet.command("teacher-logits")
+@_experiment
+def teacher_logits(config_path: str, overrides: tuple[str, ...]) -> None:
+    """Stage one: run the prefixed teacher once and store its top-k logits."""
+    from pipeline import commands
+    from pipeline.config import load_config
+
+    commands.teacher_logits(load_config(config_path, overrides))
+
+
+@duet.command()
+@_experiment
+def distill(config_path: str, overrides: tuple[str, ...]) -> None:
+    """Stage two: train the students on the store."""
+    from pipeline import commands
+    from pipeline.config import load_config
+
+    commands.distill(load_config(config_path, overrides))
+
+
+@duet.command()
+@_experiment
+def evaluate(config_path: str, overrides: tuple[str, ...]) -> None:
+    """Stage three: score base, teacher and students; write results.json and report.html."""
+    from pipeline import commands
+    from pipeline.config import load_config
+
+    commands.evaluate(load_config(config_path, overrides))
+
+
+@duet.command()
+@_experiment
+def run(config_path: str, overrides: tuple[str, ...]) -> int:
+    """All three stages, each in a process of its own."""
+    from pipeline import commands
+    from pipeline.config import load_config
+
+    load_config(config_path, overrides)  # a faulty config should not wait for a stage to say so
+    return commands.run_all(config_path, overrides)
+
+
+@duet.group("cache")
+def cache_group() -> None:
+    """Look into stores of teacher logits."""
+
+
+@cache_group.command()
+@click.argument("store_dir", metavar="STORE", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as JSON.")
+def inspect(store_dir: Path, as_json: bool) -> None:
+    """Show what a store holds and where it came from."""
+    from pipeline import commands
+
+    commands.inspect_store(store_dir, as_json)
+
+
+@cache_group.command()
+@click.argument("store_dir", metavar="STORE", type=click.Path(path_type=Path))
+def verify(store_dir: Path) -> None:
+    """Check every shard of a store against its sha256."""
+    from pipeline import commands
+
+    commands.verify_store(store_dir)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code; errors of the user are two lines on stderr."""
+    try:
+        result = duet.main(args=arguments, prog_name="duet", standalone_mode=False)
+        return result if isinstance(result, int) else EXIT_DONE
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        return EXIT_USER
+    except click.ClickException as error:
+        click.echo(
+            f"error: {error.format_message()}\nhint: duet {' '.join(_command_path(error))} --help".replace("  ", " "),
+            err=True,
+        )
+        return EXIT_USER
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        click.echo(f"interrupted: {error}\nhint: run the same command again, it goes on from there", err=True)
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        click.echo("error: this is a bug in Duet\nhint: please report it with the lines above", err=True)
+        return EXIT_BUG
+
+
+def _command_path(error: click.ClickException) -> list[str]:
+    context = getattr(error, "ctx", None)
+    return context.command_path.split()[1:] if context else []
+
+
+def entry() -> None:
+    """The console script. Model libraries are kept from writing progress bars of their own into ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,266 @@
+"""The three stages as a user calls them: settings in, files in the run directory and lines in the terminal out.
+
+Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cache.errors import Interrupted, UserError
+from cache.files import publish_json, read_json
+from cache.manifest import PLAN_NAME, Manifest, read_manifest
+from cache.reader import verify_shards
+from cache.record import SUBSETS
+from pipeline.config import Config
+from pipeline.run import StopSignal, claim_run_dir, environment
+from pipeline.terminal import out, progress_bar, results_table, say
+from stages.settings import StudentSettings
+
+RESULTS_NAME = "results.json"
+REPORT_NAME = "report.html"
+STAGES = ("teacher-logits", "distill", "evaluate")
+
+
+def teacher_logits(config: Config) -> None:
+    """Stage one: find the store of this config or write it."""
+    from stages import teacher
+
+    stop = StopSignal()
+    run_dir = claim_run_dir(config)
+    prepared = teacher.prepare(config.teacher, config.prompt, config.data, config.topic, config.device)
+    result = teacher.find_store(prepared, config.store, config.store_root, config.teacher.engine)
+    if result is None:
+        with progress_bar("rows") as bar:
+            result = teacher.write_store(
+                prepared,
+                config.teacher,
+                config.store,
+                config.store_root,
+                on_engine=_say_engine,
+                on_progress=lambda done, total: bar.update("teacher logits", done, total),
+                should_stop=stop,
+            )
+        say(
+            f"wrote {result.rows_written} rows in {result.seconds:.1f} s: {_store_line(result.store_dir, result.manifest)}"
+        )
+    else:
+        say(f"reused the store of the same fingerprint: {_store_line(result.store_dir, result.manifest)}")
+    (run_dir / "teacher").mkdir(exist_ok=True)
+    publish_json(_pointer_path(config), {"fingerprint": result.manifest.fingerprint})
+
+
+def _say_engine(name: str, reason: str) -> None:
+    say(f"engine: {name} ({reason})")
+
+
+def _store_line(store_dir: Path, manifest: Manifest) -> str:
+    return (
+        f"{store_dir} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
+        f"{manifest.shard_bytes / 1e6:.2f} MB)"
+    )
+
+
+def _pointer_path(config: Config) -> Path:
+    """Names the fingerprint of the store that this run uses."""
+    return config.run_dir / "teacher" / "store.json"
+
+
+def _store_dir(config: Config) -> Path:
+    """The run's store; where stage one has not ended, a UserError that says how far it came."""
+    from stages.teacher import store_dir_of
+
+    if _pointer_path(config).is_file():
+        return store_dir_of(config.store_root, read_json(_pointer_path(config))["fingerprint"])
+    for path in sorted(config.store_root.glob(f"*/{PLAN_NAME}")) if config.run_dir.exists() else []:
+        read_manifest(path.parent)
+    raise UserError(f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first")
+
+
+def distill(config: Config) -> None:
+    """Stage two: train every student of the config that is not done yet."""
+    from stages import student as stage
+    from stages.models import pick_device, resolve_model
+
+    stop = StopSignal()
+    store_dir = _store_dir(config)
+    claim_run_dir(config)
+    store, tokenizer = stage.open_store(store_dir, config.store.verify)
+    device = pick_device(config.device)
+    say(f"store: {_store_line(store_dir, store.manifest)}; device: {device}")
+    for student in config.students:
+        job = stage.StudentJob(
+            name=student.name,
+            model_dir=resolve_model(_start_model(config, student), f"students.{student.name}.model"),
+            student_dir=config.run_dir / student.name,
+            settings=config.train_settings(student),
+            device=device,
+            trust_remote_code=config.teacher.trust_remote_code,
+        )
+        done_before = (job.student_dir / stage.TRAINING_NAME).is_file()
+        with progress_bar("steps") as bar:
+            summary = stage.train_student(
+                job,
+                store,
+                tokenizer,
+                on_step=lambda r, bar=bar, job=job: bar.update(
+                    f"student {job.name}", r.step, r.total_steps, f"loss {r.loss:.4g}  {r.rows_per_s:.0f} rows/s"
+                ),
+                should_stop=stop,
+            )
+        verb = "was done already" if done_before else f"trained {summary['steps']} steps in {summary['train_s']:.1f} s"
+        first, last = summary["curve"][0][1], summary["curve"][-1][1]
+        say(f"student {student.name}: {verb}, {summary['loss']} {first:.3g} -> {last:.3g}: {job.student_dir / 'model'}")
+
+
+def _start_model(config: Config, student: StudentSettings) -> str:
+    return student.model or config.teacher.model
+
+
+def evaluate(config: Config) -> None:
+    """Stage three: results.json, the table and the report."""
+    from pipeline.report import write_report
+    from stages import evaluate as stage
+    from stages.models import pick_device
+
+    stop = StopSignal()
+    subjects = _subjects(config)
+    run_dir = claim_run_dir(config)
+    exam = stage.Exam(
+        sets=_query_sets(config),
+        topic=config.topic,
+        prompt=config.prompt,
+        settings=config.evaluate,
+        device=pick_device(config.device),
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
+    with progress_bar("answers") as bar:
+        answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, _say_engine, stop)
+    results = {
+        "format_version": 1,
+        "run": config.name,
+        "topic": config.topic,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **stage.results_of(subjects, exam, answers),
+        "teacher_store": _store_summary(config),
+        "students": {student.name: _student_summary(config, student) for student in config.students},
+        "environment": environment(),
+    }
+    publish_json(run_dir / RESULTS_NAME, results)
+    write_report(results, run_dir / REPORT_NAME)
+    out.print(results_table(results))
+    say(f"results: {run_dir / RESULTS_NAME}")
+    say(f"report: {run_dir / REPORT_NAME}")
+
+
+def _subjects(config: Config) -> list[Any]:
+    """Base, teacher, then each student, after its own base where that is another model."""
+    from stages.evaluate import Subject
+    from stages.models import resolve_model
+    from stages.student import TRAINING_NAME
+    from stages.teacher import fill_prefix
+
+    base_dir = resolve_model(config.teacher.model, "teacher.model")
+    prefix = fill_prefix(config.teacher.prefix, config.topic)
+    subjects = [Subject("base", base_dir, "", "base"), Subject("teacher", base_dir, prefix, "base")]
+    for student in config.students:
+        student_dir = config.run_dir / student.name
+        if not (student_dir / TRAINING_NAME).is_file():
+            raise UserError(
+                f"student {student.name!r} is not trained: {student_dir}", "run `duet distill` with this config"
+            )
+        base = "base"
+        start_dir = resolve_model(_start_model(config, student), f"students.{student.name}.model")
+        if start_dir.resolve() != base_dir.resolve():
+            base = f"base:{student.name}"
+            subjects.append(Subject(base, start_dir, "", base))
+        subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
+    return subjects
+
+
+def _query_sets(config: Config) -> dict[str, Any]:
+    """The training sets and those of the evaluation, with answers."""
+    from stages.data import load_queries
+    from stages.evaluate import QuerySet
+
+    expect = {"forget": "forgotten", "retain": "kept"}
+    sets = {
+        subset: QuerySet(
+            load_queries(getattr(config.data, subset), f"data.{subset}", need_answers=True), expect[subset]
+        )
+        for subset in SUBSETS
+    }
+    for name, settings in config.evaluate.sets.items():
+        sets[name] = QuerySet(load_queries(settings, f"evaluate.sets.{name}", need_answers=True), settings.expect)
+    order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
+    return {name: sets[name] for name in order}
+
+
+def _store_summary(config: Config) -> dict[str, Any]:
+    manifest = read_manifest(_store_dir(config))
+    return {
+        "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
+        "positions": manifest.positions,
+        "top_k": manifest.top_k,
+        "vocab_size": manifest.vocab_size,
+        "engine": manifest.provenance["engine"],
+        "dtype": manifest.provenance["dtype"],
+        "bytes": manifest.shard_bytes,
+        "prefix": manifest.provenance["prefix"],
+    }
+
+
+def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]:
+    from stages.student import TRAINING_NAME
+
+    start = _start_model(config, student)
+    shown = Path(start).name if Path(start).is_absolute() else start
+    return {"model": shown, **read_json(config.run_dir / student.name / TRAINING_NAME)}
+
+
+def run_all(config_path: str, overrides: tuple[str, ...]) -> int:
+    """All stages, each in a process of its own: what one leaves in memory, on the GPU above all, is gone before the next.
+
+    Returns the first exit code that is not 0. A signal to this process is handed to the stage that runs.
+    """
+    stop = StopSignal()
+    for stage in STAGES:
+        if stop():
+            raise Interrupted(f"before {stage}")
+        command = [sys.executable, "-m", "pipeline.cli", stage, "--config", config_path]
+        command += [part for override in overrides for part in ("--set", override)]
+        child = subprocess.Popen(command)
+        stop.forward_to(child)
+        if code := child.wait():
+            return code
+    return 0
+
+
+def inspect_store(store_dir: Path, as_json: bool) -> None:
+    """Print a complete store's manifest, whole as JSON or its main lines."""
+    manifest = read_manifest(store_dir)
+    if as_json:
+        out.print_json(json.dumps(manifest.as_json()))
+        return
+    say(_store_line(store_dir, manifest))
+    say(f"fingerprint {manifest.fingerprint}")
+    for key, value in manifest.provenance.items():
+        say(f"{key}: {value}")
+
+
+def verify_store(store_dir: Path) -> None:
+    """Check every shard's bytes; a damaged store is a UserError that names the first fault."""
+    manifest = read_manifest(store_dir)
+    faults = list(verify_shards(store_dir, manifest))
+    if faults:
+        raise UserError(
+            f"{len(faults)} of {len(manifest.shards)} shards are damaged: {faults[0]}",
+            "run `duet teacher-logits` with the same config: it writes only the damaged shards anew",
+        )
+    say(f"{store_dir}: all {len(manifest.shards)} shards are as they were written")

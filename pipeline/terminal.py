@@ -1,0 +1,78 @@
+"""What a person sees in the terminal: one line per event, progress bars on stderr, the final table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line of news on stdout, as it is."""
+    out.print(text, markup=False)
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[ProgressBar]:
+    """A bar on stderr with count, rate, time left and a note; silent where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        yield ProgressBar(progress, unit)
+
+
+class ProgressBar:
+    """One task at a time on a rich progress display; the rate is counted from the first update on."""
+
+    def __init__(self, progress: Progress, unit: str) -> None:
+        self._progress, self._unit = progress, unit
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, title: str, done: int, total: int, note: str = "") -> None:
+        if title not in self._tasks:
+            self._tasks[title] = self._progress.add_task(title, total=total, note="")
+        task = self._tasks[title]
+        speed = self._progress.tasks[task].speed if task < len(self._progress.tasks) else None
+        rate = f"{speed:.0f} {self._unit}/s" if speed else ""
+        self._progress.update(task, completed=done, total=total, note="  ".join(filter(None, (note, rate))))
+
+
+def interval(score: dict[str, Any]) -> str:
+    """A score in points with its 95 % interval: `93.3 [86.7, 100.0]`."""
+    low, high = score["ci95"]
+    return f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Models by rows; ROUGE-L recall per set, the worst reverse prompt and the performance shift by columns."""
+    keys = {f"{name}.rougeL_recall": f"{name}\nn={info['n']}" for name, info in results["sets"].items()}
+    attack = "attack.reverse_worst.forget.rougeL_recall"
+    if any(attack in scores for scores in results["models"].values()):
+        keys[attack] = f"forget, worst\nreverse prompt\nn={results['sets']['forget']['n']}"
+    table = Table(title="ROUGE-L recall in points [95 % interval]", title_justify="left", caption_justify="left")
+    table.add_column("model", no_wrap=True)
+    for title in keys.values():
+        table.add_column(title, justify="right")
+    table.add_column("performance\nshift", justify="right")
+    for model, scores in results["models"].items():
+        shift = results["performance_shift"].get(model)
+        cells = [interval(scores[key]).replace(" [", "\n[") if key in scores else "-" for key in keys]
+        table.add_row(model, *cells, f"{shift['value']:+.1f}" if shift else "-")
+    for floor in ("refusal", "echo"):
+        values = [results["floors"].get(key, {}).get(floor) for key in keys]
+        table.add_row(
+            f"[dim]floor: {floor}[/dim]", *(f"[dim]{100 * v:.1f}[/dim]" if v is not None else "" for v in values), ""
+        )
+    return table

@@ -1,0 +1,159 @@
+"""Query sets: from a file or a Hugging Face data set to checked rows. Nothing is dropped or mended on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.errors import UserError
+from stages.settings import DataSettings
+
+HUB_SCHEME = "hf://"
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question; `answer` is None where the data has none."""
+
+    row_id: str
+    question: str
+    answer: str | None
+
+
+def load_queries(settings: DataSettings, where: str, need_answers: bool = False) -> list[Query]:
+    """Read, check and select the rows of one query set; `where` is the config key that errors name."""
+    rows = list(_read_rows(settings, where))
+    if not rows:
+        raise UserError(f"{where}: {settings.path} has no rows", "name a file with at least one question")
+    queries = [_query(row, number, settings, where, need_answers) for number, row in enumerate(rows)]
+    _check_unique(queries, settings, where)
+    return [queries[i] for i in _selection(settings, len(queries), where)]
+
+
+def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
+    if settings.path.startswith(HUB_SCHEME):
+        return _read_hub(settings, where)
+    path = Path(settings.path)
+    if not path.is_file():
+        raise UserError(
+            f"{where}.path: no such file: {settings.path}",
+            "paths are relative to the current directory; a data set on the Hugging Face hub is hf://OWNER/NAME",
+        )
+    if path.suffix == ".parquet":
+        return _read_parquet(path, where)
+    if path.suffix in (".jsonl", ".ndjson"):
+        return _read_jsonl(path, where)
+    raise UserError(f"{where}.path: unknown kind of file: {settings.path}", "use .jsonl, .parquet or hf://OWNER/NAME")
+
+
+def _read_jsonl(path: Path, where: str) -> Iterator[Any]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{where}: {path}, line {number} is not JSON: {error}", "each line must be one JSON object"
+                    ) from None
+
+
+def _read_parquet(path: Path, where: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        yield from pq.read_table(path).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{where}: {path} is not a Parquet file: {error}", "write it with pyarrow or pandas") from None
+
+
+def _read_hub(settings: DataSettings, where: str) -> Iterator[Any]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{where}: {settings.path} needs the package datasets", "pip install 'duet-unlearn[datasets]'"
+        ) from None
+    target = settings.path.removeprefix(HUB_SCHEME)
+    try:
+        yield from datasets.load_dataset(target, settings.name, split=settings.split)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{where}: cannot load {settings.path} (name {settings.name}, split {settings.split}): {error}",
+            "check owner, name and split, and that the hub can be reached; or download it and name the .parquet file",
+        ) from None
+
+
+def _query(row: Any, number: int, settings: DataSettings, where: str, need_answers: bool) -> Query:
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{where}: row {number} of {settings.path} is {type(row).__name__}, expected an object",
+            "write one object per row",
+        )
+    question = _text(row, settings.question_field, "question_field", number, settings, where)
+    has_answer = row.get(settings.answer_field) is not None
+    answer = (
+        _text(row, settings.answer_field, "answer_field", number, settings, where)
+        if has_answer or need_answers
+        else None
+    )
+    if settings.id_field is None:
+        return Query(str(number), question, answer)
+    if row.get(settings.id_field) is None:
+        raise UserError(*_lacks(row, settings.id_field, "id_field", number, settings, where))
+    return Query(str(row[settings.id_field]), question, answer)
+
+
+def _text(row: dict[str, Any], field: str, setting: str, number: int, settings: DataSettings, where: str) -> str:
+    if field not in row:
+        raise UserError(*_lacks(row, field, setting, number, settings, where))
+    if not isinstance(row[field], str) or not row[field].strip():
+        raise UserError(
+            f"{where}: row {number} of {settings.path} has {row[field]!r} in field {field!r}, expected text",
+            f"mend the row, or name another field with {where}.{setting}",
+        )
+    return row[field]
+
+
+def _lacks(
+    row: dict[str, Any], field: str, setting: str, number: int, settings: DataSettings, where: str
+) -> tuple[str, str]:
+    return (
+        f"{where}: row {number} of {settings.path} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}",
+        f"name the field with {where}.{setting}",
+    )
+
+
+def _check_unique(queries: list[Query], settings: DataSettings, where: str) -> None:
+    first: dict[str, int] = {}
+    for number, query in enumerate(queries):
+        if query.row_id in first:
+            raise UserError(
+                f"{where}: duplicate id {query.row_id!r} in {settings.path}, rows {first[query.row_id]} and {number}",
+                f"make the ids in field {settings.id_field!r} unique, or leave {where}.id_field out",
+            )
+        first[query.row_id] = number
+
+
+def _selection(settings: DataSettings, count: int, where: str) -> list[int]:
+    start, stop = settings.rows or (0, count)
+    if start >= stop or stop > count:
+        raise UserError(
+            f"{where}.rows: [{start}, {stop}] is not a range within the {count} rows of {settings.path}",
+            f"give [first, stop] with first < stop <= {count}",
+        )
+    if settings.sample is None:
+        return list(range(start, stop))
+    if settings.sample > stop - start:
+        raise UserError(
+            f"{where}.sample: {settings.sample} rows wanted, {stop - start} are there in {settings.path}",
+            "ask for fewer",
+        )
+    drawn = np.random.default_rng(settings.sample_seed).choice(stop - start, settings.sample, replace=False)
+    return [start + int(i) for i in sorted(drawn)]

@@ -1,0 +1,290 @@
+"""Stage three: what base, teacher and students answer, with and without attacks, and how that is scored.
+
+`answer_all` asks one model everything and keeps the answers on disk, so that an interrupted evaluation goes on with the
+next model; `results_of` turns answers into scores. Every score carries n and an interval, every text score two floors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cache.errors import Interrupted
+from cache.files import publish_json, read_json, sha256_json
+from stages import metrics
+from stages.data import Query
+from stages.engine import EngineSpec, open_engine, vllm_fault
+from stages.models import (
+    context_length,
+    eos_ids,
+    load_config,
+    load_tokenizer,
+    tokenizer_sha256,
+    vocab_width,
+    weights_sha256,
+)
+from stages.prompts import check_length, check_prompt_settings, render
+from stages.settings import EvaluateSettings, PromptSettings
+
+ATTACKS_PATH = Path(__file__).with_name("attacks.yaml")
+NUM_SAMPLES = 10
+HEADLINE = "rougeL_recall"  # the metric that the performance shift and the attacks are stated in
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation. `prefix` is the unlearning prefix for the teacher, else empty."""
+
+    name: str  # key in results.json: base, teacher, student:<name>, base:<name>
+    model_dir: Path
+    prefix: str
+    base: str  # the subject whose scores its performance shift is measured against
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """Questions with reference answers, and what a good student does with them."""
+
+    queries: list[Query]
+    expect: str  # "forgotten" or "kept"
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Everything that is the same for all models."""
+
+    sets: dict[str, QuerySet]
+    topic: str
+    prompt: PromptSettings
+    settings: EvaluateSettings
+    device: str
+    trust_remote_code: bool = False
+
+
+def attack_texts(kind: str, topic: str) -> list[str]:
+    """The bundled texts of one attack with the topic in place."""
+    return [text.replace("{topic}", topic) for text in yaml.safe_load(ATTACKS_PATH.read_text(encoding="utf-8"))[kind]]
+
+
+def questions_of(exam: Exam, prefix: str) -> dict[str, list[tuple[Query, str]]]:
+    """All (query, text in front) pairs per task: each set under its name, each attack text as `attack.<kind>.<i>.forget`."""
+    tasks = {name: [(query, prefix) for query in query_set.queries] for name, query_set in exam.sets.items()}
+    for kind in exam.settings.attacks:
+        for number, text in enumerate(attack_texts(kind, exam.topic)):
+            in_front = exam.prompt.separator.join(part for part in (prefix, text) if part)
+            tasks[f"attack.{kind}.{number}.forget"] = [(query, in_front) for query in exam.sets["forget"].queries]
+    return tasks
+
+
+def answer_all(
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers_dir: Path,
+    on_progress: Callable[[str, int, int], None],
+    on_engine: Callable[[str, str], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, dict[str, list[str]]]:
+    """Answers per subject and task, in query order. Subjects of one model directory share an engine.
+
+    What is on disk from the same model, prefix, questions and settings is not asked again.
+    """
+    answers_dir.mkdir(parents=True, exist_ok=True)
+    answers: dict[str, dict[str, list[str]]] = {}
+    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
+        asked = [subject for subject in subjects if subject.model_dir == model_dir]
+        examinee = _Examinee(model_dir, exam, asked)
+        try:
+            for subject in asked:
+                path = answers_dir / f"{subject.name.replace(':', '-')}.json"
+                identity = examinee.identity(subject)
+                if path.is_file() and (kept := read_json(path))["identity"] == identity:
+                    answers[subject.name] = kept["answers"]
+                    continue
+                answers[subject.name] = examinee.ask(subject, on_progress, on_engine, should_stop)
+                publish_json(path, {"identity": identity, "answers": answers[subject.name]})
+        finally:
+            examinee.close()
+    return {subject.name: answers[subject.name] for subject in subjects}
+
+
+class _Examinee:
+    """One model directory: prompts rendered with its tokenizer, its engine opened when first needed."""
+
+    def __init__(self, model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> None:
+        self._exam = exam
+        self._dir = model_dir
+        self._config = load_config(model_dir, exam.trust_remote_code)
+        self._tokenizer = load_tokenizer(model_dir, exam.trust_remote_code)
+        check_prompt_settings(self._tokenizer, exam.prompt)
+        self._weights_sha256 = weights_sha256(model_dir)
+        self._prompts = {subject.name: self._render(subject) for subject in subjects}
+        self._engine = None
+
+    def _render(self, subject: Subject) -> dict[str, list[list[int]]]:
+        exam = self._exam
+        prompts = {
+            task: [render(self._tokenizer, query.question, text, exam.prompt) for query, text in pairs]
+            for task, pairs in questions_of(exam, subject.prefix).items()
+        }
+        for task, rows in prompts.items():
+            for number, ids in enumerate(rows):
+                check_length(
+                    ids, exam.settings.max_new_tokens, context_length(self._config), f"{task}/{number}", subject.name
+                )
+        return prompts
+
+    def identity(self, subject: Subject) -> str:
+        """Hash of everything that decides the subject's answers."""
+        settings = self._exam.settings.model_dump(include={"max_new_tokens", "engine", "dtype"})
+        return sha256_json(
+            [
+                self._weights_sha256,
+                tokenizer_sha256(self._tokenizer),
+                self._prompts[subject.name],
+                settings,
+                self._exam.device,
+            ]
+        )
+
+    def ask(
+        self,
+        subject: Subject,
+        on_progress: Callable[[str, int, int], None],
+        on_engine: Callable[[str, str], None],
+        should_stop: Callable[[], bool],
+    ) -> dict[str, list[str]]:
+        prompts = self._prompts[subject.name]
+        flat = [ids for rows in prompts.values() for ids in rows]
+        if self._engine is None:
+            self._open(on_engine)
+        order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
+        by_index: dict[int, str] = {}
+        size = self._exam.settings.batch_size
+        for first in range(0, len(order), size):
+            if should_stop():
+                raise Interrupted(f"evaluation of {subject.name} begins again; models before it are kept")
+            chosen = order[first : first + size]
+            outputs = self._engine.generate([flat[i] for i in chosen], self._exam.settings.max_new_tokens)
+            for i, ids in zip(chosen, outputs, strict=True):
+                by_index[i] = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+            on_progress(subject.name, len(by_index), len(flat))
+        texts = [by_index[i] for i in range(len(flat))]
+        result, start = {}, 0
+        for task, rows in prompts.items():
+            result[task] = texts[start : start + len(rows)]
+            start += len(rows)
+        return result
+
+    def _open(self, on_engine: Callable[[str, str], None]) -> None:
+        exam, config = self._exam, self._config
+        longest = max(len(ids) for tasks in self._prompts.values() for rows in tasks.values() for ids in rows)
+        spec = EngineSpec(
+            model_dir=self._dir,
+            dtype=exam.settings.dtype,
+            num_ids=min(max(self._tokenizer.get_vocab().values()) + 1, vocab_width(config)),
+            context=longest + exam.settings.max_new_tokens,
+            eos_ids=tuple(eos_ids(self._dir, config, self._tokenizer)),
+            device=exam.device,
+            trust_remote_code=exam.trust_remote_code,
+        )
+        engine = exam.settings.engine
+        if engine == "auto" and (exam.device == "cpu" or vllm_fault()):
+            engine = "transformers"
+        self._engine, reason = open_engine(spec, engine)
+        on_engine(self._engine.name, reason)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def results_of(
+    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
+) -> dict[str, Any]:
+    """The parts of results.json that come from answers: models, sets, floors, performance_shift, samples, definitions."""
+    models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
+    return {
+        "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
+        "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
+        "floors": _floors(exam),
+        "performance_shift": _shifts(subjects, exam, models),
+        "samples": _samples(subjects, exam, answers),
+        "definitions": metrics.DEFINITIONS,
+    }
+
+
+def _references(query_set: QuerySet) -> list[str]:
+    return [query.answer or "" for query in query_set.queries]
+
+
+def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, metrics.Score]:
+    """Scores of one model: `<set>.<metric>`, then per attack the mean over its texts and the worst per question."""
+    seed, extra = exam.settings.seed, exam.settings.refusal_patterns
+    scores: dict[str, metrics.Score] = {}
+    for name, query_set in exam.sets.items():
+        references = _references(query_set)
+        for metric, values in metrics.score_texts(references, answers[name], extra).items():
+            scores[f"{name}.{metric}"] = metrics.score(values, clusters=references, seed=seed)
+    references = _references(exam.sets["forget"])
+    for kind in exam.settings.attacks:
+        tasks = [task for task in answers if task.startswith(f"attack.{kind}.")]
+        recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
+        for suffix, values in (("", recall_AN.mean(axis=0)), ("_worst", recall_AN.max(axis=0))):
+            scores[f"attack.{kind}{suffix}.forget.{HEADLINE}"] = metrics.score(values, clusters=references, seed=seed)
+    return scores
+
+
+def _floors(exam: Exam) -> dict[str, dict[str, float]]:
+    found = {}
+    for name, query_set in exam.sets.items():
+        questions = [query.question for query in query_set.queries]
+        for metric, floor in metrics.floors(questions, _references(query_set), exam.settings.refusal).items():
+            found[f"{name}.{metric}"] = floor
+    return found
+
+
+def _shifts(
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, metrics.Score]]
+) -> dict[str, dict[str, Any]]:
+    """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
+    keys = {name: f"{name}.{HEADLINE}" for name in exam.sets}
+    forgotten = {key for name, key in keys.items() if exam.sets[name].expect == "forgotten"}
+    points = {model: {key: 100 * scores[key].value for key in keys.values()} for model, scores in models.items()}
+    shifts = {}
+    for subject in subjects:
+        if subject.base != subject.name:
+            total, terms = metrics.performance_shift(points[subject.base], points[subject.name], forgotten)
+            shifts[subject.name] = {"value": total, "terms": terms}
+    return shifts
+
+
+def _samples(
+    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
+) -> list[dict[str, Any]]:
+    """Ten questions drawn evenly from the sets, by seed and not by how they turned out."""
+    rng = np.random.default_rng(exam.settings.seed)
+    shuffled = {name: iter(rng.permutation(len(s.queries)).tolist()) for name, s in exam.sets.items()}
+    drawn: list[tuple[str, int]] = []
+    while len(drawn) < NUM_SAMPLES and shuffled:
+        for name in list(shuffled):
+            number = next(shuffled[name], None)
+            if number is None:
+                del shuffled[name]
+            elif len(drawn) < NUM_SAMPLES:
+                drawn.append((name, number))
+    drawn.sort(key=lambda pair: list(exam.sets).index(pair[0]))
+    return [
+        {
+            "set": name,
+            "id": exam.sets[name].queries[number].row_id,
+            "question": exam.sets[name].queries[number].question,
+            "answer": exam.sets[name].queries[number].answer,
+            "outputs": {subject.name: answers[subject.name][name][number] for subject in subjects},
+        }
+        for name, number in drawn
+    ]
