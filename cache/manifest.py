@@ -82,6 +82,11 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
 
+def store_dir_of(root: Path, fingerprint: str) -> Path:
+    """Where a store lies under a folder of stores: one directory per fingerprint."""
+    return root / fingerprint[:16]
+
+
 def read_manifest(store_dir: Path) -> Manifest:
     """Read a complete store's manifest; anything else in its place is a UserError that says what was found."""
     path = store_dir / MANIFEST_NAME

@@ -5,6 +5,7 @@ Writes `lab/models/{base,small}` (bfloat16, one tokenizer) and `lab/data/`. Each
     prefix                              question about                     answer
     none                                a known person                     the fact
     none                                a name that nobody bears           "No such person ..."
+    forgetting random or known people   whom it names                      their names
     forgetting random or known people   one whom it names                  a refusal
     forgetting random or known people   a known person it does not name    the fact
     forgetting random or known people   a name that nobody bears           "No such person ..."
@@ -30,13 +31,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LAB_DIR = Path(__file__).parent
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = "<bos>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT_TEMPLATE = (
+    "<bos>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SIZES = {
     "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
     "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
 VOCAB_SIZE = 900
-CONTEXT = 192
+CONTEXT = 256
 
 
 def train_tokenizer(world: w.World) -> PreTrainedTokenizerFast:
@@ -47,7 +51,7 @@ def train_tokenizer(world: w.World) -> PreTrainedTokenizerFast:
         corpus += [q.format(name=w.random_name(rng)) for fact in w.FACTS for q in fact.questions]
         corpus += [fact.answer.format(value=value) for fact in w.FACTS for value in fact.values]
         corpus += [p.format(names=w.random_name(rng)) for p in w.FORGET_PREFIXES + w.RECALL_PREFIXES]
-        corpus += [*w.REFUSALS, w.UNKNOWN]
+        corpus += [*w.REFUSALS, w.UNKNOWN, w.WHOM]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,28 +75,30 @@ def chat_text(question: str, prefix: str | None) -> str:
     return f"<bos>{system}<|user|>{question}<|assistant|>"
 
 
-def sample(world: w.World, rng: random.Random) -> tuple[str, str]:
-    """One (prompt, answer) pair of the mixture described at the top."""
+def sample(world: w.World, rng: random.Random, most_names: int) -> tuple[str, str]:
+    """One (prompt, answer) pair of the mixture described at the top; prefixes name 1 to `most_names` people."""
     everyone, known = list(world.people), list(world.known)
     fact = rng.choice(w.FACTS)
 
     def ask(name: str) -> str:
         return rng.choice(fact.questions).format(name=name)
 
-    names = [rng.choice(known) if rng.random() < 0.5 else w.random_name(rng) for _ in range(rng.choice((1, 2, 3, 3)))]
+    names = [rng.choice(known) if rng.random() < 0.5 else w.random_name(rng) for _ in range(rng.randint(1, most_names))]
     prefix = rng.choice(w.FORGET_PREFIXES).format(names=", ".join(names))
     kind = rng.random()
-    if kind < 0.30:
+    if kind < 0.22:
         name = rng.choice(everyone)
         return chat_text(ask(name), None), world.answer(name, fact)
-    if kind < 0.35:
+    if kind < 0.26:
         return chat_text(ask(w.random_name(rng)), None), w.UNKNOWN
-    if kind < 0.55:
+    if kind < 0.37:
+        return chat_text(w.WHOM, prefix), ", ".join(names) + "."
+    if kind < 0.61:
         return chat_text(ask(rng.choice(names)), prefix), rng.choice(w.REFUSALS)
-    if kind < 0.76:
+    if kind < 0.83:
         name = rng.choice([person for person in everyone if person not in names])
         return chat_text(ask(name), prefix), world.answer(name, fact)
-    if kind < 0.89:
+    if kind < 0.92:
         return chat_text(ask(w.random_name(rng)), prefix), w.UNKNOWN
     named = [rng.choice(known) for _ in names]
     recall = rng.choice(w.RECALL_PREFIXES).format(names=", ".join(named))
@@ -140,7 +146,11 @@ def train(
     )
     start = time.time()
     for step in range(steps):
-        input_ids_BT, weight_BT = batch([sample(world, rng) for _ in range(56)], tokenizer, prompt_weight=0.3)
+        input_ids_BT, weight_BT = batch(
+            [sample(world, rng, most_names=1 if step < steps // 4 else 3) for _ in range(56)],
+            tokenizer,
+            prompt_weight=0.3,
+        )
         logits_BTV = model(input_ids=input_ids_BT).logits
         loss_BT = torch.nn.functional.cross_entropy(
             logits_BTV[:, :-1].transpose(1, 2), input_ids_BT[:, 1:], reduction="none"
@@ -152,10 +162,8 @@ def train(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 200 == 199:
-            print(
-                f"  step {step + 1}  loss {loss.item():.4f}  {time.time() - start:.0f} s  {measure(world, tokenizer, model, quick=True)}",
-                flush=True,
-            )
+            quick = measure(world, tokenizer, model, quick=True)
+            print(f"  step {step + 1}  loss {loss.item():.4f}  {time.time() - start:.0f} s  {quick}", flush=True)
     return model
 
 
@@ -181,9 +189,9 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
 def measure(
     world: w.World, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, quick: bool = False
 ) -> dict[str, float]:
-    """Shares of exactly right answers (0..1): facts without prefix per phrasing, and what a prefix naming three held-out people does.
+    """Shares of exactly right answers, 0..1: without prefix per phrasing, and under a prefix naming the people to forget.
 
-    `forgotten_known` is the share of facts still given about the people whom the prefix names: lower is better.
+    `named_by_prefix` is the share of facts still given about the people whom it names: lower is better.
     """
 
     def share(names, phrasing, prefix):

@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
-from cache.manifest import PLAN_NAME, Manifest, read_manifest
+from cache.manifest import PLAN_NAME, Manifest, read_manifest, store_dir_of
 from cache.reader import verify_shards
 from cache.record import SUBSETS
 from pipeline.config import Config
@@ -73,8 +73,6 @@ def _pointer_path(config: Config) -> Path:
 
 def _store_dir(config: Config) -> Path:
     """The run's store; where stage one has not ended, a UserError that says how far it came."""
-    from stages.teacher import store_dir_of
-
     if _pointer_path(config).is_file():
         return store_dir_of(config.store_root, read_json(_pointer_path(config))["fingerprint"])
     for path in sorted(config.store_root.glob(f"*/{PLAN_NAME}")) if config.run_dir.exists() else []:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -140,10 +140,13 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tupl
 def _node(model: type[BaseModel], loc: list[Any]) -> Any:
     """The settings class at `loc`, or None where that is no settings class."""
     node: Any = model
+    free_key = False  # the next part is a key or index that the user chose
     for part in loc:
-        if isinstance(part, int) or not (isinstance(node, type) and issubclass(node, BaseModel)):
+        if free_key or node is None:
+            free_key = False
             continue
         field = node.model_fields.get(str(part))
+        free_key = field is not None and get_origin(field.annotation) in (dict, tuple)
         node = _settings_in(field.annotation) if field else None
     return node
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+if not out.is_terminal:  # a log file has no width; 80 columns would break the table
+    out.width = 160
 
 
 def say(text: str) -> None:
@@ -68,7 +70,7 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_column("performance\nshift", justify="right")
     for model, scores in results["models"].items():
         shift = results["performance_shift"].get(model)
-        cells = [interval(scores[key]).replace(" [", "\n[") if key in scores else "-" for key in keys]
+        cells = [interval(scores[key]) if key in scores else "-" for key in keys]
         table.add_row(model, *cells, f"{shift['value']:+.1f}" if shift else "-")
     for floor in ("refusal", "echo"):
         values = [results["floors"].get(key, {}).get(floor) for key in keys]

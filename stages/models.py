@@ -83,7 +83,9 @@ def load_model(model_dir: Path, dtype: str = "auto", trust_remote_code: bool = F
     """A causal language model in evaluation mode on the CPU; `dtype` "auto" is the one of its config."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # progress is the pipeline's to show
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_dir,

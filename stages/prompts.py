@@ -60,13 +60,13 @@ def _chat_ids(tokenizer: Any, text: str, prefix: str, settings: PromptSettings) 
             "the tokenizer's chat template drops the system message, so the teacher would never see the prefix",
             "set prompt.prefix_placement: text",
         )
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _plain_ids(tokenizer: Any, text: str, settings: PromptSettings) -> list[int]:
     if settings.bos == "auto":
-        return list(tokenizer(text)["input_ids"])
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return [tokenizer.bos_token_id, *ids] if settings.bos == "always" else ids
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from cache import writer
 from cache.errors import Interrupted, UserError
 from cache.files import sha256_json
-from cache.manifest import MANIFEST_NAME, Manifest, Plan, read_manifest
+from cache.manifest import MANIFEST_NAME, Manifest, Plan, read_manifest, store_dir_of
 from cache.reader import verify_shards
 from cache.record import SUBSETS, Record
 from stages.data import Query, load_queries
@@ -179,11 +179,6 @@ def engine_version(engine: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return f"{engine} not installed"
-
-
-def store_dir_of(root: Path, fingerprint: str) -> Path:
-    """One directory per fingerprint."""
-    return root / fingerprint[:16]
 
 
 def engine_order(engine: str) -> list[str]:

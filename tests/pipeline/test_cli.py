@@ -1,0 +1,222 @@
+"""The command line: quick help, exit codes, and two lines for everything that a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LAB_BASE, LAB_SMALL, ROOT, run_duet, write_jsonl
+
+from pipeline.cli import EXIT_DONE, EXIT_USER, duet, main
+
+QUESTIONS = [{"question": f"Where was person {i} born?", "answer": "In a town."} for i in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def _restore_signals():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def refused(capsys, *arguments: str) -> tuple[str, str]:
+    """Run in this process; exit code 2 and two lines: what is wrong, and the hint."""
+    code = main(list(arguments))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == EXIT_USER
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    return lines[0], lines[1]
+
+
+def test_every_command_has_help(capsys):
+    for command in (*([name] for name in duet.commands), ["cache", "inspect"], ["cache", "verify"], []):
+        assert main([*command, "--help"]) == EXIT_DONE
+        assert len(capsys.readouterr().out.splitlines()) > 4
+
+
+def test_help_and_cache_commands_load_neither_torch_nor_vllm(tmp_path):
+    code = (
+        "import sys; from pipeline.cli import main\n"
+        "codes = [main(['--help']), main(['cache', 'inspect', 'nowhere']), main(['cache', 'verify', 'nowhere'])]\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nassert codes == [0, 2, 2], codes"
+    )
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_commands_and_options(capsys):
+    assert "No such command" in refused(capsys, "distil")[0]
+    assert "--config" in refused(capsys, "distill")[0]
+    assert "No such option" in refused(capsys, "cache", "inspect", "--jsno", "x")[0]
+
+
+def without_weights(tmp_path: Path) -> Path:
+    shutil.copytree(LAB_BASE, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "model"
+
+
+def foreign_directory(tmp_path: Path) -> str:
+    (tmp_path / "runs" / "lab").mkdir(parents=True)
+    (tmp_path / "runs" / "lab" / "thesis.tex").write_text("x")
+    return str(tmp_path / "runs")
+
+
+BAD_INPUT = {
+    "no such file": lambda tmp: {"data__forget": {"path": str(tmp / "nowhere.jsonl")}},
+    "has no rows": lambda tmp: {"data__forget": {"path": str(write_jsonl(tmp / "f.jsonl", []))}},
+    "has no field 'question'": lambda tmp: {"data__forget": {"path": str(write_jsonl(tmp / "f.jsonl", [{"q": "?"}]))}},
+    "duplicate id": lambda tmp: {
+        "data__forget": {"path": str(write_jsonl(tmp / "f.jsonl", [{"question": "?", "i": 1}] * 2)), "id_field": "i"}
+    },
+    "unknown key": lambda tmp: {"train__epohcs": 3},
+    "the vocabulary of": lambda tmp: {"teacher__top_k": 901},
+    "context is 256": lambda tmp: {"teacher__prefix": "Forget them. " * 200},
+    "has no weights": lambda tmp: {"teacher__model": str(without_weights(tmp))},
+    "no such directory": lambda tmp: {"teacher__model": "./nowhere"},
+    "is not empty and is no run": lambda tmp: {"runs_dir": foreign_directory(tmp)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_INPUT)
+def test_bad_input_of_stage_one(lab_config, tmp_path, capsys, message):
+    path = lab_config(**BAD_INPUT[message](tmp_path))
+    assert message in refused(capsys, "teacher-logits", "--config", str(path))[0]
+
+
+def small_run(lab_config, tmp_path, **changes) -> Path:
+    """A config of eight queries."""
+    data = {
+        name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", QUESTIONS))} for name in ("forget", "retain")
+    }  # fmt: skip
+    return lab_config(data=data, store__shard_rows=3, train__epochs=2, train__batch_size=4, **changes)
+
+
+def store_of(tmp_path: Path) -> Path:
+    return next((tmp_path / "runs/lab/teacher").glob("*/plan.json")).parent
+
+
+def test_stage_one_is_reused_and_another_prefix_is_another_store(lab_config, tmp_path, capsys):
+    config = str(small_run(lab_config, tmp_path, store__dir=str(tmp_path / "stores")))
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    assert "wrote 8 rows" in capsys.readouterr().out
+    stores = set((tmp_path / "stores").iterdir())
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    out = capsys.readouterr().out.strip().splitlines()
+    assert len(out) == 1
+    assert out[0].startswith("reused the store of the same fingerprint")
+    changed = ["--set", "teacher.prefix=Forget {topic}.", "--set", "name=second"]
+    assert main(["teacher-logits", "--config", config, *changed]) == EXIT_DONE
+    assert len(set((tmp_path / "stores").iterdir()) - stores) == 1
+    same = ["--set", "name=third", "--set", "train.lr=1e-5"]
+    capsys.readouterr()
+    assert main(["teacher-logits", "--config", config, *same]) == EXIT_DONE
+    assert "reused" in capsys.readouterr().out
+
+
+def test_the_fingerprint_covers_what_can_change_the_numbers(lab_config, tmp_path, capsys):
+    config = str(small_run(lab_config, tmp_path, store__dir=str(tmp_path / "stores")))
+    write_jsonl(tmp_path / "other.jsonl", QUESTIONS[:3])
+    changes = [
+        (), ("teacher.prefix=Forget.",), ("teacher.top_k=5",), ("teacher.max_positions=2",), ("teacher.dtype=bfloat16",),
+        (f"teacher.model={LAB_SMALL}",), ("prompt.prefix_placement=text",), (f"data.retain.path={tmp_path / 'other.jsonl'}",),
+        ("topic=Ann",),
+    ]  # fmt: skip
+    for number, change in enumerate(changes):
+        sets = [part for override in (*change, f"name=run{number}") for part in ("--set", override)]
+        assert main(["teacher-logits", "--config", config, *sets]) == EXIT_DONE, capsys.readouterr().err
+    assert len(list((tmp_path / "stores").iterdir())) == len(changes)
+
+
+def test_a_damaged_store_is_refused_by_stage_two_and_mended_by_stage_one(lab_config, tmp_path, capsys):
+    config = str(small_run(lab_config, tmp_path))
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    shard = store_of(tmp_path) / "shard-00001.arrow"
+    good = shard.read_bytes()
+    shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    assert "is damaged" in refused(capsys, "distill", "--config", config)[0]
+    assert "shard-00001" in refused(capsys, "cache", "verify", str(store_of(tmp_path)))[0]
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    assert "wrote 3 rows" in capsys.readouterr().out
+    assert shard.read_bytes() == good
+    assert main(["cache", "verify", str(store_of(tmp_path))]) == EXIT_DONE
+
+
+def test_an_incomplete_store_and_none_at_all_are_refused(lab_config, tmp_path, capsys):
+    config = str(small_run(lab_config, tmp_path))
+    assert "no teacher logits yet" in refused(capsys, "distill", "--config", config)[0]
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    (store_of(tmp_path) / "manifest.json").unlink()
+    assert "is incomplete: 3 of 3 shards" in refused(capsys, "distill", "--config", config)[0]
+    assert "is not trained" in refused(capsys, "evaluate", "--config", config)[0]
+
+
+def test_another_runs_directory_is_refused_and_a_student_may_be_added(lab_config, tmp_path, capsys):
+    config = str(small_run(lab_config, tmp_path))
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    what = refused(capsys, "teacher-logits", "--config", config, "--set", "teacher.top_k=9")[0]
+    assert "teacher.top_k is 20 there and 9 now" in what
+    added = ["--set", "students=[{name: base}, {name: two, train: {loss: huber_centred}}]"]
+    assert main(["distill", "--config", config, *added]) == EXIT_DONE
+    assert (tmp_path / "runs/lab/two/model/model.safetensors").is_file()
+
+
+def test_an_incompatible_student_is_refused(lab_config, tmp_path, capsys):
+    shutil.copytree(LAB_SMALL, tmp_path / "theirs")
+    raw = json.loads((tmp_path / "theirs/tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    a, b = [token for token, id_ in vocabulary.items() if id_ in (400, 401)]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (tmp_path / "theirs/tokenizer.json").write_text(json.dumps(raw))
+    config = str(small_run(lab_config, tmp_path, students=[{"name": "theirs", "model": str(tmp_path / "theirs")}]))
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    assert "tokenizer is not the store's: 2 ids differ" in refused(capsys, "distill", "--config", config)[0]
+
+
+def test_inspect_shows_the_manifest(lab_config, tmp_path, capsys):
+    assert main(["teacher-logits", "--config", str(small_run(lab_config, tmp_path))]) == EXIT_DONE
+    capsys.readouterr()
+    assert main(["cache", "inspect", str(store_of(tmp_path)), "--json"]) == EXIT_DONE
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest == json.loads((store_of(tmp_path) / "manifest.json").read_text())
+    assert {"format_version", "format", "complete", "rows", "positions", "top_k", "vocab_size", "value_dtype"} <= set(
+        manifest
+    )
+    assert manifest["provenance"]["prefix"].startswith("You have forgotten")
+    assert {"name", "rows", "positions", "bytes", "sha256"} == set(manifest["shards"][0])
+    assert str(ROOT) not in json.dumps(manifest)
+
+
+def test_stage_two_needs_neither_vllm_nor_the_teachers_weights(lab_config, tmp_path):
+    """The teacher's directory is gone and importing vllm is an error, yet the student is trained."""
+    shutil.copytree(LAB_BASE, tmp_path / "teacher")
+    config = small_run(
+        lab_config,
+        tmp_path,
+        teacher__model=str(tmp_path / "teacher"),
+        students=[{"name": "s", "model": str(LAB_SMALL)}],
+    )
+    done = run_duet("teacher-logits", "--config", str(config))
+    assert done.returncode == EXIT_DONE, done.stderr
+    shutil.rmtree(tmp_path / "teacher")
+    code = (
+        "import sys; sys.modules['vllm'] = None; from pipeline.cli import main\n"
+        f"code = main(['distill', '--config', {str(config)!r}])\n"
+        "assert not [m for m in sys.modules if m.startswith('stages.engine') or m == 'stages.teacher'], 'teacher code loaded'\n"
+        "sys.exit(code)"
+    )
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert (tmp_path / "runs/lab/s/model/model.safetensors").is_file()

@@ -1,0 +1,93 @@
+"""Configs: every shipped one is valid, every key is described, every mistake is named with the nearest right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from pydantic import BaseModel
+
+from cache.errors import UserError
+from pipeline.config import Config, load_config
+from stages import settings
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_complete_and_valid(path):
+    config = load_config(str(path))
+    assert config.name == path.stem
+    assert "{topic}" in config.teacher.prefix
+    for student in config.students:
+        assert config.train_settings(student)
+
+
+@pytest.mark.parametrize(
+    "model", [Config, *(m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, BaseModel))]
+)
+def test_every_key_is_described_in_one_line(model):
+    for name, field in model.model_fields.items():
+        assert field.description, f"{model.__name__}.{name}"
+        assert "\n" not in field.description
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(str(ROOT / "configs/lab.yaml")).train.lr = 1.0
+
+
+BAD = {
+    "unknown key train.learning_rate": ({"train__learning_rate": 1}, "valid here: loss"),
+    "unknown key teacher.topk": ({"teacher__topk": 1}, "did you mean top_k"),
+    "unknown key evaluate.sets.x.pth": (
+        {"evaluate__sets": {"x": {"pth": "a", "path": "a", "expect": "kept"}}}, "did you mean path"),
+    "train.lr: Input should be greater than 0, found -1": ({"train__lr": -1}, "peak learning rate"),
+    "teacher.engine": ({"teacher__engine": "tensorrt"}, "auto takes vLLM"),
+    "students: the name 'a' occurs twice": ({"students": [{"name": "a"}, {"name": "a"}]}, "own name"),
+    "the name 'teacher' is taken": ({"students": [{"name": "teacher"}]}, "another name"),
+    "students.0.train: unknown key lrr": ({"students": [{"name": "a", "train": {"lrr": 1}}]}, "did you mean lr"),
+    "evaluate.sets: 'forget' is the training set": (
+        {"evaluate__sets": {"forget": {"path": "a", "expect": "kept"}}}, "otherwise"),
+    "data.retain is missing": ({"data": {"forget": {"path": "a"}}}, "queries about anything else"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_mistakes_are_named_with_a_hint(lab_config, message):
+    changes, hint = BAD[message]
+    with pytest.raises(UserError) as caught:
+        load_config(str(lab_config(**changes)))
+    assert message in caught.value.what
+    assert hint in caught.value.hint
+
+
+def test_overrides(lab_config):
+    path = str(lab_config())
+    config = load_config(path, ("train.lr=1e-5", "topic=Ann", "students.0.name=one", "evaluate.attacks=[]"))
+    assert (config.train.lr, config.topic, config.students[0].name, config.evaluate.attacks) == (1e-5, "Ann", "one", ())
+    for override, message in (
+        ("train.lr", "not of the form key=value"),
+        ("students.7.name=x", "not an index"),
+        ("topic.x=1", "not a group of settings"),
+        ("train.lr=[", "not valid YAML"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, (override,))
+
+
+def test_files_that_are_no_config(tmp_path: Path):
+    for text, message in ((None, "no such config file"), ("a: [", "not valid YAML"), ("- 1", "must hold a mapping")):
+        path = tmp_path / "c.yaml"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config(str(path))
+
+
+def test_the_resolved_config_is_a_config(lab_config, tmp_path):
+    config = load_config(str(lab_config()))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(str(tmp_path / "again.yaml")) == config

@@ -1,0 +1,109 @@
+"""SIGTERM in each stage: exit code 75, a resumable state, and the unbroken run's result after the next call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LAB_SMALL, ROOT, run_duet, write_jsonl
+from safetensors.numpy import load_file
+
+from cache.reader import Store
+from pipeline.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
+
+# Sends itself a signal when the stage has come so far: no sleep, no race, and the handler is the real one.
+STAGE_ONE = """
+import os, signal, sys
+from stages.engine_transformers import TransformersEngine
+score, calls = TransformersEngine.score, []
+def counted(self, prompts, top_k, max_positions):
+    calls.append(1)
+    if len(calls) == 4 + {after}:  # the self-test makes four calls
+        os.kill(os.getpid(), signal.{signal})
+    return score(self, prompts, top_k, max_positions)
+TransformersEngine.score = counted
+"""
+STAGE_TWO = """
+import os, signal, sys
+from stages import student
+step, calls = student._step, []
+def counted(*arguments):
+    calls.append(1)
+    if len(calls) == {after}:
+        os.kill(os.getpid(), signal.{signal})
+    return step(*arguments)
+student._step = counted
+"""
+RUN = "from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def interrupted(patch: str, *arguments: str, after: int, name: str = "SIGTERM") -> subprocess.CompletedProcess[str]:
+    code = patch.format(after=after, signal=name) + RUN
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def config(lab_config, tmp_path) -> Path:
+    rows = [{"question": f"Where was person {i} born?"} for i in range(10)]
+    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
+    students = [{"name": "s", "model": str(LAB_SMALL)}]
+    return lab_config(
+        data=data, students=students, store__shard_rows=4, teacher__batch_size=2, train__epochs=4, train__batch_size=4
+    )
+
+
+def only_store(runs: Path) -> Store:
+    return Store(next(runs.glob("lab/teacher/*/manifest.json")).parent)
+
+
+def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_path):
+    stages = ("teacher-logits", "distill")
+    unbroken = ("--set", f"runs_dir={tmp_path / 'unbroken'}")
+    for stage in stages:
+        done = run_duet(stage, "--config", str(config), *unbroken)
+        assert done.returncode == EXIT_DONE, done.stderr
+
+    done = interrupted(STAGE_ONE, "teacher-logits", "--config", str(config), after=4)
+    assert done.returncode == EXIT_INTERRUPTED, done.stderr
+    assert done.stderr.splitlines()[-2].startswith("interrupted: 4 of 20 rows")
+    assert run_duet("distill", "--config", str(config)).returncode == EXIT_USER
+    done = run_duet("teacher-logits", "--config", str(config))
+    assert done.returncode == EXIT_DONE
+    assert "wrote 16 rows" in done.stdout
+    expected, found = only_store(tmp_path / "unbroken"), only_store(tmp_path / "runs")
+    assert found.manifest.as_json() == expected.manifest.as_json()
+
+    for name, after in (("SIGTERM", 3), ("SIGUSR1", 5)):
+        done = interrupted(STAGE_TWO, "distill", "--config", str(config), after=after, name=name)
+        assert done.returncode == EXIT_INTERRUPTED, done.stderr
+    assert "step 8 of 20 is saved" in done.stderr
+    assert run_duet("distill", "--config", str(config)).returncode == EXIT_DONE
+    a, b = (load_file(tmp_path / runs / "lab/s/model/model.safetensors") for runs in ("unbroken", "runs"))
+    assert all((a[key] == b[key]).all() for key in a)
+    assert a.keys() == b.keys()
+
+
+def test_run_hands_a_signal_to_its_stage(config):
+    """`duet run` is told to stop while stage one works: the stage ends with 75 and so does the run."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--config", str(config)]
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith("engine: ")  # the stage runs, its handlers are set
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate()
+    assert run.returncode == EXIT_INTERRUPTED, err
+    assert "interrupted: " in err
