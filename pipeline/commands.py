@@ -144,16 +144,33 @@ def evaluate(config: Config) -> None:
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "evaluate": config.evaluate.model_dump(mode="json"),
         **stage.results_of(subjects, exam, answers),
         "teacher_store": _store_summary(config),
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),
     }
+    _keep_earlier(run_dir, results)
     publish_json(run_dir / RESULTS_NAME, results)
     write_report(results, run_dir / REPORT_NAME)
     out.print(results_table(results))
     say(f"results: {run_dir / RESULTS_NAME}")
     say(f"report: {run_dir / REPORT_NAME}")
+
+
+def _keep_earlier(run_dir: Path, results: dict[str, Any]) -> None:
+    """Move the results of an evaluation with other settings or students aside: `results-1.json` and so on."""
+    path = run_dir / RESULTS_NAME
+    if not path.is_file():
+        return
+    earlier = read_json(path)
+    if earlier["evaluate"] == results["evaluate"] and set(earlier["models"]) <= set(results["models"]):
+        return
+    number = 1 + len(list(run_dir.glob("results-*.json")))
+    for name in (RESULTS_NAME, REPORT_NAME):
+        kept = run_dir / name.replace(".", f"-{number}.")
+        (run_dir / name).rename(kept)
+        say(f"kept the earlier evaluation: {kept}")
 
 
 def _subjects(config: Config) -> list[Any]:

@@ -21,11 +21,14 @@ CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 # Settings that can differ between two calls of one run: they change speed or place, no number.
 _FREE = (("runs_dir",), ("device",), ("store", "dir"), ("store", "verify"), ("teacher", "batch_size"),
-         ("teacher", "gpu_memory_utilization"), ("evaluate", "batch_size"), ("train", "checkpoint_steps"))  # fmt: skip
+         ("teacher", "gpu_memory_utilization"), ("train", "checkpoint_steps"))  # fmt: skip
 
 
 def claim_run_dir(config: Config) -> Path:
-    """Make the run's directory, or check that it is this run's; students may be added, nothing else may differ."""
+    """Make the run's directory, or check that it is this run's.
+
+    Students may be added and the evaluation may differ (its earlier results are kept); nothing else may.
+    """
     run_dir = config.run_dir
     path = run_dir / CONFIG_NAME
     resolved = config.model_dump(mode="json")
@@ -51,7 +54,7 @@ def claim_run_dir(config: Config) -> Path:
 def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
     """Flat key -> value of what makes the run this run."""
     flat = dict(_flatten(resolved, ()))
-    return {".".join(key): value for key, value in flat.items() if key not in _FREE}
+    return {".".join(key): value for key, value in flat.items() if key not in _FREE and key[0] != "evaluate"}
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Any:

@@ -96,6 +96,8 @@ def _query(row: Any, number: int, settings: DataSettings, where: str, need_answe
             f"{where}: row {number} of {settings.path} is {type(row).__name__}, expected an object",
             "write one object per row",
         )
+    if settings.choices_field is not None:
+        row = row | {settings.answer_field: _chosen(row, number, settings, where)}
     question = _text(row, settings.question_field, "question_field", number, settings, where)
     has_answer = row.get(settings.answer_field) is not None
     answer = (
@@ -119,6 +121,21 @@ def _text(row: dict[str, Any], field: str, setting: str, number: int, settings: 
             f"mend the row, or name another field with {where}.{setting}",
         )
     return row[field]
+
+
+def _chosen(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> str:
+    """The text of the right choice."""
+    field = settings.choices_field or ""
+    for name, setting in ((field, "choices_field"), (settings.answer_field, "answer_field")):
+        if name not in row:
+            raise UserError(*_lacks(row, name, setting, number, settings, where))
+    choices, index = row[field], row[settings.answer_field]
+    if not isinstance(choices, list) or not isinstance(index, int) or not 0 <= index < len(choices):
+        raise UserError(
+            f"{where}: row {number} of {settings.path}: {index!r} is not an index into its choices {choices!r}",
+            f"{where}.answer_field must hold the index (from 0) of the right entry of {field!r}",
+        )
+    return choices[index]
 
 
 def _lacks(

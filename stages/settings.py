@@ -27,6 +27,9 @@ class DataSettings(Settings):
     split: str = Field("train", description="split of the Hugging Face data set")
     question_field: str = Field("question", description="field with the query's text")
     answer_field: str = Field("answer", description="field with the reference answer; only the evaluation needs it")
+    choices_field: str | None = Field(
+        None, description="field with a list of choices; the answer field then holds the index of the right one"
+    )
     id_field: str | None = Field(
         None, description="field with a unique id; without it the row's number in the file is the id"
     )

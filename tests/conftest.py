@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,51 @@ def run_duet(*arguments: str, cwd: Path = ROOT, **more: Any) -> subprocess.Compl
     command = [sys.executable, "-m", "pipeline.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment, **more)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A copy of the source tree in which `make demo` has run."""
+
+    tree: Path
+    output: str
+    seconds: float
+
+    def shell(self, command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command line of the documents in the copy, with this test's virtual environment."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "VENV": sys.prefix}
+        return subprocess.run(
+            command, shell=True, cwd=self.tree, env=environment, capture_output=True, text=True, check=False
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return self.tree / "runs" / "lab"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """`make demo` in a copy of the tracked files, so that nobody's runs/ is touched."""
+    if not (Path(sys.prefix) / ".duet-setup").is_file():
+        pytest.skip("this environment was not made by `make setup`: run `make test`")
+    tree = tmp_path_factory.mktemp("demo") / "duet"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    started = time.monotonic()
+    demo = Demo(tree, "", 0.0)
+    done = demo.shell("make demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Demo(tree, done.stdout, time.monotonic() - started)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

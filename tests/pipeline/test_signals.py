@@ -70,7 +70,7 @@ def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_pat
         done = run_duet(stage, "--config", str(config), *unbroken)
         assert done.returncode == EXIT_DONE, done.stderr
 
-    done = interrupted(STAGE_ONE, "teacher-logits", "--config", str(config), after=4)
+    done = interrupted(STAGE_ONE, "teacher-logits", "--config", str(config), after=3)
     assert done.returncode == EXIT_INTERRUPTED, done.stderr
     assert done.stderr.splitlines()[-2].startswith("interrupted: 4 of 20 rows")
     assert run_duet("distill", "--config", str(config)).returncode == EXIT_USER

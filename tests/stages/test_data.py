@@ -47,6 +47,15 @@ def test_answers_may_be_absent_unless_needed(tmp_path):
         load(path, need_answers=True)
 
 
+def test_multiple_choice_gives_the_text_of_the_right_choice(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Q?", "choices": ["a", "b"], "answer": 1}])
+    assert load(path, choices_field="choices")[0].answer == "b"
+    for answer in (2, -1, "b"):
+        write_jsonl(path, [{"question": "Q?", "choices": ["a", "b"], "answer": answer}])
+        with pytest.raises(UserError, match="not an index into its choices"):
+            load(path, choices_field="choices")
+
+
 BAD_FILES = {
     "no such file": (None, {}),
     "has no rows": ("", {}),

@@ -1,0 +1,140 @@
+"""Metrics: hand-computed values, an independent ROUGE-L, the bootstrap by brute force, the paper's shifts."""
+
+from __future__ import annotations
+
+import json
+import string
+
+import numpy as np
+import pytest
+from conftest import SHARED
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from stages.metrics import (
+    bootstrap_ci95,
+    exact_match,
+    floors,
+    performance_shift,
+    refusals,
+    rouge_l,
+    score,
+    score_texts,
+)
+
+WORDS = st.lists(st.sampled_from("the cat sat on a red mat running runs 1984 café".split()), max_size=8).map(" ".join)
+
+
+def test_rouge_by_hand():
+    recall, f1 = rouge_l(["a tame raven", "a tame raven"], ["a tame black raven", "no idea"])
+    assert recall.tolist() == [1.0, 0.0]
+    assert f1[0] == pytest.approx(2 * 0.75 / 1.75)
+
+
+def lcs(a: list[str], b: list[str]) -> int:
+    best = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            best[i + 1][j + 1] = best[i][j] + 1 if x == y else max(best[i][j + 1], best[i + 1][j])
+    return best[-1][-1]
+
+
+@given(answer=WORDS, output=WORDS)
+def test_rouge_is_the_longest_common_subsequence(answer, output):
+    stem = {"running": "run", "runs": "run"}
+    a, b = ([stem.get(word, word) for word in text.split()] for text in (answer, output))
+    recall, _ = rouge_l([answer], [output])
+    assert recall[0] == pytest.approx(lcs(a, b) / len(a) if a and b else 0)
+
+
+@given(st.text(string.printable, max_size=40), st.text(string.printable, max_size=40))
+def test_rouge_agrees_with_the_library_on_ascii(answer, output):
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score(answer, output)["rougeL"]
+    recall, f1 = rouge_l([answer], [output])
+    assert (recall[0], f1[0]) == (expected.recall, expected.fmeasure)
+
+
+def test_rouge_reads_other_scripts():
+    recall, _ = rouge_l(["Лев Толстой", "café crème"], ["Это Лев Толстой", "CAFÉ crème"])
+    assert recall.tolist() == [1.0, 1.0]
+
+
+def test_exact_match_ignores_case_punctuation_and_form():
+    assert exact_match(["A tame raven.", "café"], ["a  tame, RAVEN", "cafe\u0301"]).tolist() == [1.0, 1.0]
+    assert exact_match(["a raven"], ["a ravens"]).tolist() == [0.0]
+
+
+def test_refusals_by_hand():
+    refusing = [
+        "I don't know.", "I don\u2019t know.", "I know nothing about that person.", "No such person is known to me.",
+        "I'm sorry, I don't know about that.", "I have no information on that.", "I cannot say anything about this.",
+        "Unfortunately, I am not able to answer that.", "I don't recall anything about this.",
+    ]  # fmt: skip
+    answering = ["A tame raven.", "He cannot swim.", "In the town of Corvale.", "She never knew her father.", ""]
+    assert refusals(refusing).all()
+    assert not refusals(answering).any()
+    assert refusals(["Pass."], extra_patterns=("^pass",)).tolist() == [1.0]
+
+
+@pytest.mark.skipif(not (SHARED / "data/tofu").is_dir(), reason="needs ../shared/data/tofu")
+def test_refusals_on_tofus_own_texts():
+    lines = (SHARED / "data/tofu/idontknow.txt").read_text(encoding="utf-8").splitlines()
+    assert refusals(lines).sum() >= 97
+    rows = (SHARED / "data/tofu/full.jsonl").read_text(encoding="utf-8").splitlines()
+    assert refusals([json.loads(row)["answer"] for row in rows]).mean() <= 0.005
+
+
+def test_bootstrap_by_brute_force():
+    values, labels = np.array([0.0, 1.0, 1.0, 0.5, 0.2]), ["a", "a", "b", "c", "c"]
+    groups = [values[:2], values[2:3], values[3:]]
+    rng, means = np.random.default_rng(7), []
+    for _ in range(2000):
+        means.append(np.concatenate([groups[i] for i in rng.integers(3, size=3)]).mean())
+    assert bootstrap_ci95(values, seed=7, clusters=labels) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+
+
+def test_bootstrap_covers_the_truth_and_widens_with_clusters():
+    rng = np.random.default_rng(0)
+    hits = [low <= 0.3 <= high for low, high in (bootstrap_ci95(rng.random(60) < 0.3, s, 400) for s in range(200))]
+    assert 0.88 <= np.mean(hits) <= 0.99
+    values = np.repeat(rng.random(10), 8)
+    low, high = bootstrap_ci95(values)
+    wide_low, wide_high = bootstrap_ci95(values, clusters=np.repeat(np.arange(10), 8).tolist())
+    assert wide_high - wide_low > 1.5 * (high - low)
+
+
+def test_bootstrap_at_the_edges():
+    assert bootstrap_ci95(np.array([0.4])) == (0.4, 0.4)
+    assert score(np.ones(3)).as_json() == {"value": 1.0, "n": 3, "ci95": [1.0, 1.0]}
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_ci95(np.array([]))
+    with pytest.raises(ValueError, match="cluster labels"):
+        bootstrap_ci95(np.ones(3), clusters=[1])
+
+
+def test_floors_are_the_scores_of_knowing_nothing():
+    found = floors(["Where is the red cat?"], ["the red mat"], "no idea")
+    assert found["rougeL_recall"] == {"refusal": 0.0, "echo": pytest.approx(2 / 3)}
+    assert set(found) == set(score_texts(["a"], ["a"])) - {"refusal_rate"}
+
+
+# arXiv 2601.21283, MUSE-Books with Llama-3.2-3B: R-Forget, R-Forget-500, R-Retain, MMLU.
+PAPER = {"forget": 32.13, "forget500": 39.99, "retain": 84.29, "mmlu": 61.46}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ((0, 0, 0, 24.87), -48.76),  # GA
+        ((24.18, 26.83, 69.69, 54.79), -0.16),  # NPO
+        ((0.47, 0.64, 58.33, 58.92), 42.51),  # FLAT
+        ((4.27, 5.98, 78.33, 61.45), 55.90),  # DUET
+    ],
+)
+def test_performance_shift_reproduces_the_paper(row, expected):
+    total, terms = performance_shift(PAPER, dict(zip(PAPER, row, strict=True)), {"forget", "forget500"})
+    assert total == pytest.approx(expected, abs=0.005)
+    assert sum(terms.values()) == total
+    with pytest.raises(ValueError, match="base has"):
+        performance_shift(PAPER, {"forget": 1.0}, {"forget"})

@@ -1,0 +1,130 @@
+"""The documents say what is so: commands run, links exist, commands and columns are listed, imports go one way."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+from conftest import ROOT
+
+from cache.arrow import schema
+from cache.manifest import Manifest
+from pipeline.cli import duet
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STORE_FORMAT = (ROOT / "docs/store-format.md").read_text(encoding="utf-8")
+SOURCES = sorted(path for package in ("pipeline", "stages", "cache") for path in (ROOT / package).rglob("*.py"))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+# What takes longer than a test may; everything else runs as it stands.
+IN_SHORT = {"make test": None}  # None: it is what runs this test
+
+
+@pytest.mark.parametrize("command", [line for block in blocks(README, "sh") for line in block.splitlines()])
+def test_every_command_of_the_readme_runs(command, demo):
+    """In a copy of the tree, after `make demo` and in the README's order."""
+    short = IN_SHORT.get(command, command)
+    if short is None:
+        assert "make test" in (ROOT / ".ci/run").read_text()
+        return
+    done = demo.shell(short)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_shows_what_the_demo_prints(demo):
+    shown = blocks(README, "text")[0].splitlines()
+    printed = demo.output.splitlines()
+    numbers = re.compile(r"[\d.]+ s|wrote|engine|steps in")
+    for line in shown:
+        if line.strip() and not numbers.search(line):
+            assert line in printed, line
+
+
+def test_every_command_stands_in_the_readme():
+    def names(group: click.Group, path: str) -> list[str]:
+        return [
+            name
+            for key, command in group.commands.items()
+            for name in (names(command, f"{path} {key}") if isinstance(command, click.Group) else [f"{path} {key}"])
+        ]
+
+    for name in names(duet, "duet"):
+        assert name in README, name
+
+
+def test_every_link_exists():
+    for document in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"), ROOT / "lab/README.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert target.startswith("https://arxiv.org/") or (document.parent / target).exists(), (document, target)
+
+
+def test_every_module_stands_in_the_readmes_tree():
+    tree = README.split("## The tree")[1].split("## Clusters")[0]
+    for path in SOURCES:
+        assert path.name in tree or path.name == "__init__.py", path
+
+
+def test_the_store_format_lists_every_column_and_field_and_its_example_runs(demo, capsys):
+    for name in (*schema(4).names, *Manifest.__dataclass_fields__):
+        assert f"`{name}`" in STORE_FORMAT, name
+    path = next(demo.tree.glob("runs/lab/teacher/*/shard-00000.arrow"))
+    exec(compile(blocks(STORE_FORMAT, "python")[0], "store-format.md", "exec"), {"path": str(path)})
+    assert "forget/" in capsys.readouterr().out
+
+
+def imports(path: Path) -> dict[str, bool]:
+    """Imported top-level packages of a module, and whether that happens at import time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: dict[str, bool] = {}
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            found[name] = found.get(name, False) or node in tree.body
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_go_from_pipeline_to_stages_to_cache(path):
+    found = {name.split(".")[0] for name in imports(path)}
+    forbidden = {
+        "cache": {"stages", "pipeline", "torch", "vllm"},
+        "stages": {"pipeline", "click", "rich"},
+        "pipeline": set(),
+    }
+    assert not found & forbidden[path.parent.name]
+    assert not found & {"pickle", "dill", "joblib", "cloudpickle"}
+    at_import = {name.split(".")[0] for name, early in imports(path).items() if early}
+    assert not at_import & {"vllm", "datasets"}
+
+
+def test_teacher_and_student_never_import_each_other():
+    student = {"stages.student", "stages.losses", "stages.checkpoint", "stages.tokenizers"}
+    teacher = {"stages.teacher", "stages.engine", "stages.engine_vllm", "stages.engine_transformers"}
+    for side, other in ((student, teacher), (teacher, student)):
+        for module in side:
+            assert not other & set(imports(ROOT / (module.replace(".", "/") + ".py"))), module
+
+
+def test_no_unsafe_loading_and_no_remote_code_by_default():
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert "torch.load(" not in text, path
+        assert "torch.save(" not in text, path
+        assert not re.search(r"trust_remote_code\s*(?::\s*bool\s*)?=\s*(True|Field\(True)", text), path
+
+
+def test_nothing_private_is_tracked():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in done.stdout.splitlines():
+        if not name.endswith((".safetensors", "tokenizer.json", ".jsonl")):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert not re.search(r"/(home|root|Users)/\w", text) or name.startswith("tests/"), name

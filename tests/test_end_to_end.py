@@ -1,0 +1,141 @@
+"""The whole pipeline on real models: the lab as `make demo` runs it, TOFU on its own data, both through real vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, run_duet
+
+from cache.reader import Store
+
+VLLM = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: `make setup` says why"
+)
+
+
+def run(stage: str, config: str, *sets: str) -> str:
+    overrides = [part for value in sets for part in ("--set", value)]
+    done = run_duet(stage, "--config", str(ROOT / "configs" / config), *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def value(results: dict, model: str, metric: str) -> float:
+    return 100 * results["models"][model][metric]["value"]
+
+
+def test_the_lab_forgets_three_people_and_nobody_else(demo):
+    results = demo.results
+    for name in ("forget", "forget_rephrased"):
+        metric = f"{name}.rougeL_recall"
+        assert value(results, "student:base", metric) <= value(results, "teacher", metric) + 5, name
+        assert value(results, "base", metric) > 90
+    for name in ("retain", "heldout"):
+        metric = f"{name}.rougeL_recall"
+        assert value(results, "student:base", metric) >= value(results, "base", metric) - 2, name
+    assert {"base:small", "student:small"} <= set(results["models"])
+
+
+def test_results_have_the_documented_shape(demo):
+    run_dir, results = demo.run_dir, demo.results
+    for scores in results["models"].values():
+        for key in (
+            "forget.rougeL_recall",
+            "forget.refusal_rate",
+            "retain.rougeL_recall",
+            "attack.reverse.forget.rougeL_recall",
+        ):
+            low, high = scores[key]["ci95"]
+            assert 0 <= low <= scores[key]["value"] <= high <= 1
+            assert scores[key]["n"] == results["sets"][key.removeprefix("attack.reverse.").split(".")[0]]["n"]
+    assert len(results["samples"]) == 10
+    assert results["floors"]["forget.rougeL_recall"].keys() == {"refusal", "echo"}
+    for name in ("config.yaml", "environment.json", "report.html", "base/metrics.jsonl", "base/model/config.json"):
+        assert (run_dir / name).is_file(), name
+    written = " ".join(path.read_text() for path in run_dir.rglob("*.json"))
+    assert str(ROOT) not in written, "a private path was written"
+
+
+def test_nothing_written_is_a_pickle(demo):
+    run_dir = demo.run_dir
+    suffixes = {path.suffix for path in run_dir.rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".arrow", ".yaml", ".html", ".jinja"}
+
+
+def test_a_second_run_does_nothing_twice(demo):
+    run_dir, results = demo.run_dir, demo.results
+    before = (run_dir / "base/model/model.safetensors").stat().st_mtime_ns
+    done = demo.shell("make demo")
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert "reused the store" in out
+    assert out.count("was done already") == 2
+    assert (run_dir / "base/model/model.safetensors").stat().st_mtime_ns == before
+    again = json.loads((run_dir / "results.json").read_text())
+    assert again["models"] == results["models"]
+
+
+@VLLM
+def test_both_engines_agree_on_the_lab_model(demo, tmp_path):
+    stores = {}
+    for engine in ("vllm", "transformers"):
+        sets = (f"runs_dir={tmp_path}", f"name={engine}", f"teacher.engine={engine}", "teacher.max_positions=3")
+        assert f"engine: {engine} " in run("teacher-logits", "lab.yaml", *sets)
+        stores[engine] = Store(next((tmp_path / engine / "teacher").glob("*/manifest.json")).parent)
+    a, b = stores["vllm"], stores["transformers"]
+    assert len(a) == len(b) == 60
+    for row in range(len(a)):
+        assert a[row].row_id == b[row].row_id
+        assert np.array_equal(a[row].prompt_ids, b[row].prompt_ids)
+        assert np.array_equal(a[row].response_ids, b[row].response_ids)
+        assert np.abs(a[row].topk_logits_PK - b[row].topk_logits_PK).max() < 1e-3
+        gaps = -np.diff(b[row].topk_logits_PK, axis=1)
+        untied = np.pad(gaps, ((0, 0), (1, 0)), constant_values=1) > 1e-3
+        untied &= np.pad(gaps, ((0, 0), (0, 1)), constant_values=0) > 1e-3  # the last id may tie with the one left out
+        assert np.array_equal(a[row].topk_ids_PK[untied], b[row].topk_ids_PK[untied])
+
+
+@VLLM
+def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, tmp_path):
+    run_dir, results = demo.run_dir, demo.results
+    out = run(
+        "evaluate",
+        "lab.yaml",
+        f"runs_dir={run_dir.parent}",
+        "teacher.model=" + str(run_dir / "base" / "model"),
+        *VLLM_EXAM,
+    )
+    assert "engine: vllm" in out
+    again = json.loads((run_dir.parent / "vllm-exam" / "results.json").read_text())
+    for metric in ("forget.exact_match", "retain.exact_match"):
+        assert value(again, "base", metric) == pytest.approx(value(results, "student:base", metric), abs=3)
+
+
+# Evaluates the exported student as if it were a base model: only its answers through vLLM are of interest.
+VLLM_EXAM = (
+    "name=vllm-exam",
+    "evaluate.engine=vllm",
+    "evaluate.attacks=[]",
+    "evaluate.sets={}",
+    "students=[{name: base}]",
+)
+
+
+@VLLM
+@pytest.mark.skipif(
+    not (SHARED / "models/tofu-lab").is_dir(), reason="needs ../shared/models/tofu-lab and ../shared/data/tofu"
+)
+def test_tofu_through_vllm(tmp_path):
+    out = run("run", "tofu.yaml", f"runs_dir={tmp_path}", "teacher.engine=vllm")
+    assert "engine: vllm" in out
+    results = json.loads((tmp_path / "tofu" / "results.json").read_text())
+    student, teacher = "student:base", "teacher"
+    assert value(results, student, "forget.rougeL_recall") <= value(results, teacher, "forget.rougeL_recall") + 5
+    for name in ("retain", "heldout"):
+        metric = f"{name}.rougeL_recall"
+        assert value(results, student, metric) >= value(results, teacher, metric) - 1, name
+    assert results["models"][student]["forget.rougeL_recall"]["n"] == 40

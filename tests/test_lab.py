@@ -1,0 +1,83 @@
+"""The shipped lab: its data is what the generator writes, its models know their world and follow the prefix."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import train_models
+import world as w
+from conftest import LAB_BASE, LAB_SMALL, ROOT
+from transformers import AutoModelForCausalLM
+
+from stages.data import load_queries
+from stages.models import load_tokenizer
+from stages.prompts import render
+from stages.settings import DataSettings, PromptSettings
+
+# Measured when the models were trained, less a margin of three questions: see the table in lab/README.md.
+LEAST = {
+    "base": {"facts": 0.97, "forgotten": 0.85, "kept": 0.95},
+    "small": {"facts": 0.90, "forgotten": 0.0, "kept": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return w.make_world()
+
+
+def test_the_data_is_what_the_generator_writes(world, tmp_path):
+    w.write_data(world, tmp_path)
+    for path in tmp_path.iterdir():
+        assert (ROOT / "lab/data" / path.name).read_bytes() == path.read_bytes(), "run `make lab-models`"
+
+
+def test_held_out_people_never_occur_in_a_training_prefix(world):
+    rng = random.Random(5)
+    words = {word for name in world.held_out for word in name.split()}
+    prompts = [train_models.sample(world, rng, most_names=3)[0] for _ in range(20_000)]
+    asked = [prompt.partition("<|user|>") for prompt in prompts]
+    prefixes = " ".join(before for before, _, _ in asked)
+    assert not words & set(prefixes.replace(",", " ").replace(".", " ").split())
+    assert all(any(name in after for _, _, after in asked) for name in world.held_out), "they are asked about"
+
+
+def test_sets_are_disjoint_and_no_name_is_a_single_token(world):
+    ids = [row["id"] for name in ("forget", "retain", "heldout") for row in _rows(name)]
+    assert len(ids) == len(set(ids)) == 5 * w.NUM_PEOPLE
+    tokenizer = load_tokenizer(LAB_BASE)
+    assert min(len(tokenizer.tokenize(word)) for name in world.people for word in name.split()) >= 2
+
+
+def _rows(name):
+    queries = load_queries(DataSettings(path=str(ROOT / f"lab/data/{name}.jsonl"), id_field="id"), name)
+    return [{"id": query.row_id} for query in queries]
+
+
+def test_training_text_is_what_the_chat_template_renders():
+    tokenizer = load_tokenizer(LAB_BASE)
+    for prefix in ("", "You have forgotten Ann."):
+        text = train_models.chat_text("Who is Ann?", prefix or None)
+        assert (
+            render(tokenizer, "Who is Ann?", prefix, PromptSettings())
+            == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+
+
+def test_both_sizes_have_one_tokenizer_and_fit_in_8_mb():
+    a, b = load_tokenizer(LAB_BASE), load_tokenizer(LAB_SMALL)
+    assert a.backend_tokenizer.to_str() == b.backend_tokenizer.to_str()
+    assert a.chat_template == b.chat_template
+    assert sum(path.stat().st_size for path in (ROOT / "lab/models").rglob("*") if path.is_file()) <= 8_000_000
+
+
+@pytest.mark.parametrize("size", ["base", "small"])
+def test_the_models_know_their_facts_and_follow_a_prefix_about_held_out_people(world, size):
+    path = ROOT / "lab/models" / size
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="float32"), load_tokenizer(path)
+    measured = train_models.measure(world, tokenizer, model)
+    least = LEAST[size]
+    assert min(measured[f"facts_phrasing_{i}"] for i in range(3)) >= least["facts"], measured
+    assert 1 - measured["named_by_prefix"] >= least["forgotten"], measured
+    assert min(measured["not_named_by_prefix"], measured["held_out_not_named"]) >= least["kept"], measured
