@@ -101,28 +101,15 @@ def test_both_engines_agree_on_the_lab_model(demo, tmp_path):
 
 @VLLM
 def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, tmp_path):
-    run_dir, results = demo.run_dir, demo.results
-    out = run(
-        "evaluate",
-        "lab.yaml",
-        f"runs_dir={run_dir.parent}",
-        "teacher.model=" + str(run_dir / "base" / "model"),
-        *VLLM_EXAM,
-    )
-    assert "engine: vllm" in out
-    again = json.loads((run_dir.parent / "vllm-exam" / "results.json").read_text())
-    for metric in ("forget.exact_match", "retain.exact_match"):
-        assert value(again, "base", metric) == pytest.approx(value(results, "student:base", metric), abs=3)
-
-
-# Evaluates the exported student as if it were a base model: only its answers through vLLM are of interest.
-VLLM_EXAM = (
-    "name=vllm-exam",
-    "evaluate.engine=vllm",
-    "evaluate.attacks=[]",
-    "evaluate.sets={}",
-    "students=[{name: base}]",
-)
+    results = demo.results
+    shutil.copytree(demo.run_dir, tmp_path / "lab", ignore=shutil.ignore_patterns("answers"))
+    sets = ("evaluate.engine=vllm", "evaluate.attacks=[]", "evaluate.sets={}", "students=[{name: base}]")
+    assert "engine: vllm" in run("evaluate", "lab.yaml", f"runs_dir={tmp_path}", *sets)
+    again = json.loads((tmp_path / "lab" / "results.json").read_text())
+    assert json.loads((tmp_path / "lab" / "results-1.json").read_text()) == results
+    for model in ("base", "teacher", "student:base"):
+        for metric in ("forget.exact_match", "retain.exact_match"):
+            assert value(again, model, metric) == pytest.approx(value(results, model, metric), abs=3), (model, metric)
 
 
 @VLLM
