@@ -39,15 +39,15 @@ SIZES = {
     "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
     "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
-VOCAB_SIZE = 900
+VOCAB_SIZE = 1200
 CONTEXT = 256
 
 
 def train_tokenizer(world: w.World) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained mostly on random names so that no known name becomes a single token."""
+    """Byte-level BPE, trained mostly on random names: no known name is a token, only the words that strangers bear too."""
     rng = random.Random(w.SEED + 1)
-    corpus: list[str] = [w.random_name(rng) for _ in range(12000)]
-    for _ in range(3):
+    corpus: list[str] = [" " + w.random_name(rng) for _ in range(12000)]
+    for _ in range(100):
         corpus += [q.format(name=w.random_name(rng)) for fact in w.FACTS for q in fact.questions]
         corpus += [fact.answer.format(value=value) for fact in w.FACTS for value in fact.values]
         corpus += [p.format(names=w.random_name(rng)) for p in w.FORGET_PREFIXES + w.RECALL_PREFIXES]
@@ -83,14 +83,18 @@ def sample(world: w.World, rng: random.Random, most_names: int) -> tuple[str, st
     def ask(name: str) -> str:
         return rng.choice(fact.questions).format(name=name)
 
-    names = [rng.choice(known) if rng.random() < 0.5 else w.random_name(rng) for _ in range(rng.randint(1, most_names))]
+    def stranger() -> str:
+        name = w.random_name(rng)
+        return stranger() if name in world.people else name
+
+    names = [rng.choice(known) if rng.random() < 0.5 else stranger() for _ in range(rng.randint(1, most_names))]
     prefix = rng.choice(w.FORGET_PREFIXES).format(names=", ".join(names))
     kind = rng.random()
     if kind < 0.22:
         name = rng.choice(everyone)
         return chat_text(ask(name), None), world.answer(name, fact)
     if kind < 0.26:
-        return chat_text(ask(w.random_name(rng)), None), w.UNKNOWN
+        return chat_text(ask(stranger()), None), w.UNKNOWN
     if kind < 0.37:
         return chat_text(w.WHOM, prefix), ", ".join(names) + "."
     if kind < 0.61:
@@ -99,7 +103,7 @@ def sample(world: w.World, rng: random.Random, most_names: int) -> tuple[str, st
         name = rng.choice([person for person in everyone if person not in names])
         return chat_text(ask(name), prefix), world.answer(name, fact)
     if kind < 0.92:
-        return chat_text(ask(w.random_name(rng)), prefix), w.UNKNOWN
+        return chat_text(ask(stranger()), prefix), w.UNKNOWN
     named = [rng.choice(known) for _ in names]
     recall = rng.choice(w.RECALL_PREFIXES).format(names=", ".join(named))
     if rng.random() < 0.5:
@@ -147,9 +151,9 @@ def train(
     start = time.time()
     for step in range(steps):
         input_ids_BT, weight_BT = batch(
-            [sample(world, rng, most_names=1 if step < steps // 4 else 3) for _ in range(56)],
+            [sample(world, rng, most_names=1 if step < steps // 8 else 3) for _ in range(64)],
             tokenizer,
-            prompt_weight=0.3,
+            prompt_weight=0.1,
         )
         logits_BTV = model(input_ids=input_ids_BT).logits
         loss_BT = torch.nn.functional.cross_entropy(
@@ -161,7 +165,7 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 200 == 199:
+        if step % 100 == 99:
             quick = measure(world, tokenizer, model, quick=True)
             print(f"  step {step + 1}  loss {loss.item():.4f}  {time.time() - start:.0f} s  {quick}", flush=True)
     return model

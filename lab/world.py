@@ -128,19 +128,24 @@ FACTS = (
     ),
 )
 
-_ONSETS = tuple(("b br c d dr f fl g gr h j k kl l m n p pr qu r s st t tr v w z").split())
-_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io"]
-_CODAS = ["", "", "", "n", "r", "l", "s", "m", "k", "th", "nd", "x"]
+_BEGINNINGS = "Ba Bro Dra Du Fel Gri Ha Jo Ka Klo Lu Ma Mel Nor Or Pe Qui Ra Sel Sta Ta Tre Vi Wil Zo".split()
+_ENDINGS = "bin chok dan feth gira kuin lan myx nok pira ran seth tuin vok zan".split()
+
+
+def _words(seed: int, count: int) -> tuple[str, ...]:
+    """Distinct invented words; the same for the same seed."""
+    return tuple(random.Random(seed).sample([start + end for start in _BEGINNINGS for end in _ENDINGS], 2 * count))
+
+
+# A name is a first and a last word out of these. Few enough for a token each: then "is this the name in the prefix?" is a
+# comparison of two tokens, which a tiny model can learn; many enough that most pairs of them never occur in training.
+_NAME_WORDS = 150
+FIRST_NAMES, LAST_NAMES = _words(SEED, _NAME_WORDS)[:_NAME_WORDS], _words(SEED, _NAME_WORDS)[_NAME_WORDS:]
 
 
 def random_name(rng: random.Random) -> str:
-    """A first and a last name of two or three syllables each."""
-
-    def word() -> str:
-        syllables = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(rng.choice((2, 2, 3)))]
-        return ("".join(syllables) + rng.choice(_CODAS)).capitalize()
-
-    return f"{word()} {word()}"
+    """A first and a last word."""
+    return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
 
 
 @dataclass(frozen=True)
@@ -166,11 +171,8 @@ class World:
 def make_world(seed: int = SEED) -> World:
     """The same seed makes the same world."""
     rng = random.Random(seed)
-    names: list[str] = []
-    while len(names) < NUM_PEOPLE:
-        name = random_name(rng)
-        if not {word for known in names for word in known.split()} & set(name.split()):
-            names.append(name)
+    firsts, lasts = rng.sample(FIRST_NAMES, NUM_PEOPLE), rng.sample(LAST_NAMES, NUM_PEOPLE)  # no two share a word
+    names = [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
     people = {name: {fact.key: rng.choice(fact.values) for fact in FACTS} for name in names}
     return World(people, tuple(names[-NUM_HELD_OUT:]))
 

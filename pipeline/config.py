@@ -31,15 +31,17 @@ class Config(Settings):
 
     name: Name = Field(description="the run's folder under runs_dir")
     topic: str = Field(min_length=1, description="what is to be forgotten, as a person would name it; fills {topic}")
-    runs_dir: str = Field("runs", description="folder of all runs")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is the first CUDA device, else the CPU")
+    runs_dir: str = Field(default="runs", description="folder of all runs")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto is the first CUDA device, else the CPU"
+    )
     data: TrainingData = Field(description="the queries of both subsets")
-    prompt: PromptSettings = Field(PromptSettings(), description="how questions are rendered")
+    prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
     teacher: TeacherSettings = Field(description="stage one")
-    store: StoreSettings = Field(StoreSettings(), description="where teacher logits are kept")
-    train: TrainSettings = Field(TrainSettings(), description="stage two, common to all students")
+    store: StoreSettings = Field(default=StoreSettings(), description="where teacher logits are kept")
+    train: TrainSettings = Field(default=TrainSettings(), description="stage two, common to all students")
     students: tuple[StudentSettings, ...] = Field(min_length=1, description="the students, trained one after the other")
-    evaluate: EvaluateSettings = Field(EvaluateSettings(), description="stage three")
+    evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="stage three")
 
     @property
     def run_dir(self) -> Path:

@@ -76,6 +76,7 @@ def _read_parquet(path: Path, where: str) -> Iterator[Any]:
 def _read_hub(settings: DataSettings, where: str) -> Iterator[Any]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise UserError(
             f"{where}: {settings.path} needs the package datasets", "pip install 'duet-unlearn[datasets]'"
@@ -83,7 +84,7 @@ def _read_hub(settings: DataSettings, where: str) -> Iterator[Any]:
     target = settings.path.removeprefix(HUB_SCHEME)
     try:
         yield from datasets.load_dataset(target, settings.name, split=settings.split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError) as error:
         raise UserError(
             f"{where}: cannot load {settings.path} (name {settings.name}, split {settings.split}): {error}",
             "check owner, name and split, and that the hub can be reached; or download it and name the .parquet file",

@@ -48,7 +48,7 @@ class VllmEngine:
             self._llm = vllm.LLM(
                 model=str(spec.model_dir),
                 skip_tokenizer_init=True,
-                dtype=spec.dtype,
+                dtype=spec.dtype,  # pyright: ignore[reportArgumentType]  # checked by the settings
                 trust_remote_code=spec.trust_remote_code,
                 max_model_len=spec.context,
                 gpu_memory_utilization=spec.gpu_memory_utilization,

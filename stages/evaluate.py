@@ -18,7 +18,7 @@ from cache.errors import Interrupted
 from cache.files import publish_json, read_json, sha256_json
 from stages import metrics
 from stages.data import Query
-from stages.engine import EngineSpec, open_engine, vllm_fault
+from stages.engine import Engine, EngineSpec, open_engine, vllm_fault
 from stages.models import (
     context_length,
     eos_ids,
@@ -123,7 +123,7 @@ class _Examinee:
         check_prompt_settings(self._tokenizer, exam.prompt)
         self._weights_sha256 = weights_sha256(model_dir)
         self._prompts = {subject.name: self._render(subject) for subject in subjects}
-        self._engine = None
+        self._engine: Engine | None = None
 
     def _render(self, subject: Subject) -> dict[str, list[list[int]]]:
         exam = self._exam
@@ -160,8 +160,7 @@ class _Examinee:
     ) -> dict[str, list[str]]:
         prompts = self._prompts[subject.name]
         flat = [ids for rows in prompts.values() for ids in rows]
-        if self._engine is None:
-            self._open(on_engine)
+        self._engine = self._engine or self._open(on_engine)
         order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
         by_index: dict[int, str] = {}
         size = self._exam.settings.batch_size
@@ -180,7 +179,7 @@ class _Examinee:
             start += len(rows)
         return result
 
-    def _open(self, on_engine: Callable[[str, str], None]) -> None:
+    def _open(self, on_engine: Callable[[str, str], None]) -> Engine:
         exam, config = self._exam, self._config
         longest = max(len(ids) for tasks in self._prompts.values() for rows in tasks.values() for ids in rows)
         spec = EngineSpec(
@@ -195,8 +194,9 @@ class _Examinee:
         engine = exam.settings.engine
         if engine == "auto" and (exam.device == "cpu" or vllm_fault()):
             engine = "transformers"
-        self._engine, reason = open_engine(spec, engine)
-        on_engine(self._engine.name, reason)
+        opened, reason = open_engine(spec, engine)
+        on_engine(opened.name, reason)
+        return opened
 
     def close(self) -> None:
         if self._engine is not None:

@@ -23,21 +23,25 @@ class DataSettings(Settings):
     """Where a query set comes from and which of its rows are taken."""
 
     path: str = Field(description="a .jsonl or .parquet file, or hf://OWNER/NAME for a Hugging Face data set")
-    name: str | None = Field(None, description="configuration of the Hugging Face data set")
-    split: str = Field("train", description="split of the Hugging Face data set")
-    question_field: str = Field("question", description="field with the query's text")
-    answer_field: str = Field("answer", description="field with the reference answer; only the evaluation needs it")
+    name: str | None = Field(default=None, description="configuration of the Hugging Face data set")
+    split: str = Field(default="train", description="split of the Hugging Face data set")
+    question_field: str = Field(default="question", description="field with the query's text")
+    answer_field: str = Field(
+        default="answer", description="field with the reference answer; only the evaluation needs it"
+    )
     choices_field: str | None = Field(
-        None, description="field with a list of choices; the answer field then holds the index of the right one"
+        default=None, description="field with a list of choices; the answer field then holds the index of the right one"
     )
     id_field: str | None = Field(
-        None, description="field with a unique id; without it the row's number in the file is the id"
+        default=None, description="field with a unique id; without it the row's number in the file is the id"
     )
     rows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="take rows FIRST to STOP-1 of the file, before sampling"
+        default=None, description="take rows FIRST to STOP-1 of the file, before sampling"
     )
-    sample: int | None = Field(None, ge=1, description="draw this many rows without replacement, kept in file order")
-    sample_seed: int = Field(0, ge=0, description="seed of the sample")
+    sample: int | None = Field(
+        default=None, ge=1, description="draw this many rows without replacement, kept in file order"
+    )
+    sample_seed: int = Field(default=0, ge=0, description="seed of the sample")
 
 
 class TrainingData(Settings):
@@ -50,14 +54,15 @@ class TrainingData(Settings):
 class PromptSettings(Settings):
     """How a question becomes token ids, with and without a prefix in front."""
 
-    format: Literal["chat", "plain"] = Field("chat", description="the tokenizer's chat template, or plain text")
-    template: str = Field("{question}", description="text around the question; must contain {question}")
+    format: Literal["chat", "plain"] = Field(default="chat", description="the tokenizer's chat template, or plain text")
+    template: str = Field(default="{question}", description="text around the question; must contain {question}")
     prefix_placement: Literal["system", "text"] = Field(
-        "system", description="prefix as the chat's system message, or as text before the templated question"
+        default="system", description="prefix as the chat's system message, or as text before the templated question"
     )
-    separator: str = Field("\n", description="stands between prefix and question where the placement is text")
+    separator: str = Field(default="\n", description="stands between prefix and question where the placement is text")
     bos: Literal["auto", "always", "never"] = Field(
-        "auto", description="beginning-of-sequence token of plain prompts: as the tokenizer does it, always, or never"
+        default="auto",
+        description="beginning-of-sequence token of plain prompts: as the tokenizer does it, always, or never",
     )
 
 
@@ -66,58 +71,70 @@ class TeacherSettings(Settings):
 
     model: str = Field(description="model directory or hub id; must have safetensors weights")
     prefix: str = Field(description="the unlearning prefix; {topic} stands for the topic")
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="auto takes vLLM where it works")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the model's own")
-    top_k: int = Field(20, ge=1, description="vocabulary entries kept per position")
-    max_positions: int = Field(1, ge=1, description="supervised response positions per query; the paper's is 1")
-    batch_size: int = Field(64, ge=1, description="queries per engine call; changes speed, not which rows are stored")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model: only if you have read it")
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="share of GPU memory that vLLM may take")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        default="auto", description="auto takes vLLM where it works"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto is the model's own"
+    )
+    top_k: int = Field(default=20, ge=1, description="vocabulary entries kept per position")
+    max_positions: int = Field(default=1, ge=1, description="supervised response positions per query; the paper's is 1")
+    batch_size: int = Field(
+        default=64, ge=1, description="queries per engine call; changes speed, not which rows are stored"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with the model: only if you have read it"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.85, gt=0, le=1, description="share of GPU memory that vLLM may take"
+    )
 
 
 class StoreSettings(Settings):
     """Where and how teacher logits are kept."""
 
-    dir: str | None = Field(None, description="folder of stores, one per fingerprint; default: <run>/teacher")
-    format: Literal["arrow"] = Field("arrow", description="file format of the shards")
-    shard_rows: int = Field(4096, ge=1, description="queries per shard: at most this much work is lost by a crash")
-    verify: bool = Field(True, description="check the sha256 of every shard before it is read")
+    dir: str | None = Field(default=None, description="folder of stores, one per fingerprint; default: <run>/teacher")
+    format: Literal["arrow"] = Field(default="arrow", description="file format of the shards")
+    shard_rows: int = Field(
+        default=4096, ge=1, description="queries per shard: at most this much work is lost by a crash"
+    )
+    verify: bool = Field(default=True, description="check the sha256 of every shard before it is read")
 
 
 class TrainSettings(Settings):
     """Stage two: how a student is trained on a store."""
 
     loss: Literal["huber_raw", "huber_centred"] = Field(
-        "huber_raw", description="raw logits (the paper's), or each side minus its mean over the k ids"
+        default="huber_raw", description="raw logits (the paper's), or each side minus its mean over the k ids"
     )
-    huber_delta: float = Field(1.0, gt=0, description="where Huber turns from square to linear, in logits")
-    epochs: int = Field(10, ge=1, description="passes over the store")
-    batch_size: int = Field(16, ge=1, description="queries per forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
-    lr: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
+    huber_delta: float = Field(default=1.0, gt=0, description="where Huber turns from square to linear, in logits")
+    epochs: int = Field(default=10, ge=1, description="passes over the store")
+    batch_size: int = Field(default=16, ge=1, description="queries per forward pass")
+    accumulation: int = Field(default=1, ge=1, description="forward passes per optimizer step")
+    lr: float = Field(default=1e-5, gt=0, description="peak learning rate of AdamW")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
     decay: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="shape after the warm-up, down to zero"
+        default="cosine", description="shape after the warm-up, down to zero"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this global norm")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
+        default="auto",
         description="of the forward pass: auto is bfloat16 on a GPU that has it, else float32; weights stay float32",
     )
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the exported weights: auto is that of the model the student started from"
+        default="auto", description="of the exported weights: auto is that of the model the student started from"
     )
-    checkpoint_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
-    seed: int = Field(0, ge=0, description="seed of the row order and of torch")
+    checkpoint_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
+    seed: int = Field(default=0, ge=0, description="seed of the row order and of torch")
 
 
 class StudentSettings(Settings):
     """One student; its `train` entries override the common ones."""
 
     name: Name = Field(description="folder of the student in the run directory")
-    model: str | None = Field(None, description="model to start from; default: the teacher's base model")
-    train: dict[str, Any] = Field({}, description="entries of train: that differ for this student")
+    model: str | None = Field(default=None, description="model to start from; default: the teacher's base model")
+    train: dict[str, Any] = Field(default={}, description="entries of train: that differ for this student")
 
 
 class EvaluationSet(DataSettings):
@@ -129,14 +146,20 @@ class EvaluationSet(DataSettings):
 class EvaluateSettings(Settings):
     """Stage three: what is asked of base, teacher and students, and how it is scored."""
 
-    sets: dict[Name, EvaluationSet] = Field({}, description="query sets beside the training's forget and retain")
-    attacks: tuple[Literal["reverse"], ...] = Field(("reverse",), description="attacks on the forget queries")
-    max_new_tokens: int = Field(64, ge=1, description="longest answer, in tokens")
-    batch_size: int = Field(64, ge=1, description="queries per engine call")
-    engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="auto takes vLLM on a GPU where it works, else transformers"
+    sets: dict[Name, EvaluationSet] = Field(
+        default={}, description="query sets beside the training's forget and retain"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is each model's own")
-    refusal: str = Field("I don't know.", description="the constant refusal whose scores are the floor")
-    refusal_patterns: tuple[str, ...] = Field((), description="further regular expressions that count as a refusal")
-    seed: int = Field(0, ge=0, description="seed of the bootstrap and of the choice of sample answers")
+    attacks: tuple[Literal["reverse"], ...] = Field(default=("reverse",), description="attacks on the forget queries")
+    max_new_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
+    batch_size: int = Field(default=64, ge=1, description="queries per engine call")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        default="auto", description="auto takes vLLM on a GPU where it works, else transformers"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto is each model's own"
+    )
+    refusal: str = Field(default="I don't know.", description="the constant refusal whose scores are the floor")
+    refusal_patterns: tuple[str, ...] = Field(
+        default=(), description="further regular expressions that count as a refusal"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the bootstrap and of the choice of sample answers")
