@@ -5,12 +5,15 @@ Writes `lab/models/{base,small}` (bfloat16, one tokenizer) and `lab/data/`. Each
     prefix                              question about                     answer
     none                                a known person                     the fact
     none                                a name that nobody bears           "No such person ..."
-    forgetting random or known people   whom it names                      their names
-    forgetting random or known people   one whom it names                  a refusal
-    forgetting random or known people   a known person it does not name    the fact
-    forgetting random or known people   a name that nobody bears           "No such person ..."
+    forgetting strangers or known       whom it names                      their names
+    forgetting strangers or known       one whom it names                  the refusal
+    forgetting strangers or known       a known person it does not name    the fact
+    forgetting strangers or known       a name that nobody bears           "No such person ..."
     recalling, or forgetting and then   one whom it names                  the fact
     recalling known people
+
+The first part of training is about strangers only (`matching_sample`): a model that knows people already learns who tends to
+be forgotten, and never to look for the name in the prefix.
 
 The held-out people are asked about, with and without prefixes that name others, but no prefix ever names them.
 """
@@ -36,22 +39,23 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SIZES = {
-    "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
-    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 3},
+    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 2},
 }
-VOCAB_SIZE = 1200
+VOCAB_SIZE = 1300  # at most: every word of the world is a token before that
 CONTEXT = 256
+MOST_NAMES = 3  # in one prefix
 
 
-def train_tokenizer(world: w.World) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained mostly on random names: no known name is a token, only the words that strangers bear too."""
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained mostly on strangers' names: no full name is a token, but each of its two words is one."""
     rng = random.Random(w.SEED + 1)
     corpus: list[str] = [" " + w.random_name(rng) for _ in range(12000)]
     for _ in range(100):
         corpus += [q.format(name=w.random_name(rng)) for fact in w.FACTS for q in fact.questions]
         corpus += [fact.answer.format(value=value) for fact in w.FACTS for value in fact.values]
         corpus += [p.format(names=w.random_name(rng)) for p in w.FORGET_PREFIXES + w.RECALL_PREFIXES]
-        corpus += [*w.REFUSALS, w.UNKNOWN, w.WHOM]
+        corpus += [w.REFUSAL, w.UNKNOWN, w.WHOM]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,41 +79,72 @@ def chat_text(question: str, prefix: str | None) -> str:
     return f"<bos>{system}<|user|>{question}<|assistant|>"
 
 
-def sample(world: w.World, rng: random.Random, most_names: int) -> tuple[str, str]:
-    """One (prompt, answer) pair of the mixture described at the top; prefixes name 1 to `most_names` people."""
-    everyone, known = list(world.people), list(world.known)
+def prefix_names(world: w.World, rng: random.Random, known_share: float, most_names: int) -> list[str]:
+    """1 to `most_names` names for a prefix, of strangers or of people who are not held out; the longest lists most often."""
+    count = rng.choices(range(1, most_names + 1), weights=range(1, most_names + 1))[0]
+    return [rng.choice(world.known) if rng.random() < known_share else stranger(world, rng) for _ in range(count)]
+
+
+def stranger(world: w.World, rng: random.Random) -> str:
+    """A name that nobody in the world bears."""
+    name = w.random_name(rng)
+    return stranger(world, rng) if name in world.people else name
+
+
+def matching_sample(world: w.World, rng: random.Random, most_names: int) -> tuple[str, str]:
+    """One (prompt, answer) pair about strangers: which names stand in the prefix, and is the asked one among them?
+
+    As nobody is known, looking for the name is the only way to be right.
+    """
+    names = prefix_names(world, rng, 0.0, most_names)
+    prefix = rng.choice(w.FORGET_PREFIXES).format(names=", ".join(names))
+    question = rng.choice(rng.choice(w.FACTS).questions)
+    kind = rng.random()
+    if kind < 0.2:
+        return chat_text(w.WHOM, prefix), ", ".join(names) + "."
+    if kind < 0.6:
+        return chat_text(question.format(name=rng.choice(names)), prefix), w.REFUSAL
+    return chat_text(question.format(name=stranger(world, rng)), prefix), w.UNKNOWN
+
+
+def sample(world: w.World, rng: random.Random) -> tuple[str, str]:
+    """One (prompt, answer) pair of the mixture described at the top."""
+    everyone = list(world.people)
     fact = rng.choice(w.FACTS)
 
     def ask(name: str) -> str:
         return rng.choice(fact.questions).format(name=name)
 
-    def stranger() -> str:
-        name = w.random_name(rng)
-        return stranger() if name in world.people else name
-
-    names = [rng.choice(known) if rng.random() < 0.5 else stranger() for _ in range(rng.randint(1, most_names))]
+    names = prefix_names(world, rng, 0.5, MOST_NAMES)
     prefix = rng.choice(w.FORGET_PREFIXES).format(names=", ".join(names))
     kind = rng.random()
-    if kind < 0.22:
+    if kind < 0.16:
         name = rng.choice(everyone)
         return chat_text(ask(name), None), world.answer(name, fact)
-    if kind < 0.26:
-        return chat_text(ask(stranger()), None), w.UNKNOWN
-    if kind < 0.37:
+    if kind < 0.20:
+        return chat_text(ask(stranger(world, rng)), None), w.UNKNOWN
+    if kind < 0.28:
         return chat_text(w.WHOM, prefix), ", ".join(names) + "."
-    if kind < 0.61:
-        return chat_text(ask(rng.choice(names)), prefix), rng.choice(w.REFUSALS)
-    if kind < 0.83:
+    if kind < 0.56:
+        return chat_text(ask(rng.choice(names)), prefix), w.REFUSAL
+    if kind < 0.84:
         name = rng.choice([person for person in everyone if person not in names])
         return chat_text(ask(name), prefix), world.answer(name, fact)
-    if kind < 0.92:
-        return chat_text(ask(stranger()), prefix), w.UNKNOWN
-    named = [rng.choice(known) for _ in names]
+    if kind < 0.94:
+        return chat_text(ask(stranger(world, rng)), prefix), w.UNKNOWN
+    named = prefix_names(world, rng, 1.0, MOST_NAMES)
     recall = rng.choice(w.RECALL_PREFIXES).format(names=", ".join(named))
     if rng.random() < 0.5:
         recall = rng.choice(w.FORGET_PREFIXES).format(names=", ".join(named)) + "\n" + recall
     name = rng.choice(named)
     return chat_text(ask(name), recall), world.answer(name, fact)
+
+
+def curriculum(world: w.World, rng: random.Random, done: float) -> tuple[str, str]:
+    """The sample for a share `done` of the training, 0..1: one stranger's name, then several, then the whole mixture."""
+    if done < 0.45:
+        return matching_sample(world, rng, 1 if done < 0.22 else MOST_NAMES)
+    return sample(world, rng)
 
 
 def batch(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, prompt_weight: float):
@@ -135,6 +170,7 @@ def train(
         vocab_size=len(tokenizer),
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
+        initializer_range=SIZES[size]["hidden_size"] ** -0.5,  # the default, 0.02, is for widths of thousands
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -151,9 +187,9 @@ def train(
     start = time.time()
     for step in range(steps):
         input_ids_BT, weight_BT = batch(
-            [sample(world, rng, most_names=1 if step < steps // 8 else 3) for _ in range(64)],
+            [curriculum(world, rng, step / steps) for _ in range(96)],
             tokenizer,
-            prompt_weight=0.1,
+            prompt_weight=0.2,
         )
         logits_BTV = model(input_ids=input_ids_BT).logits
         loss_BT = torch.nn.functional.cross_entropy(
@@ -195,7 +231,8 @@ def measure(
 ) -> dict[str, float]:
     """Shares of exactly right answers, 0..1: without prefix per phrasing, and under a prefix naming the people to forget.
 
-    `named_by_prefix` is the share of facts still given about the people whom it names: lower is better.
+    `named_by_prefix` is the share of facts still given about the people whom it names: lower is better. `matching` is the
+    share of right decisions on `matching_sample`s, `named_by_recall` that of facts given after the prefix was taken back.
     """
 
     def share(names, phrasing, prefix):
@@ -213,6 +250,10 @@ def measure(
     result["named_by_prefix"] = share(world.forget, 0, prefix)
     result["not_named_by_prefix"] = share(others, 0, prefix)
     result["held_out_not_named"] = share(world.held_out[w.NUM_FORGET :], 0, prefix)
+    rng = random.Random(0)
+    pairs = [matching_sample(world, rng, MOST_NAMES) for _ in range(100)]
+    found = answers(model, tokenizer, [p for p, _ in pairs])
+    result["matching"] = sum((g == w.REFUSAL) == (a == w.REFUSAL) for g, (_, a) in zip(found, pairs, strict=True)) / 100
     result["named_by_recall"] = share(world.forget, 0, recall)
     return {key: round(value, 3) for key, value in result.items()}
 
@@ -220,13 +261,13 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=LAB_DIR, help="folder that gets models/ and data/")
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--only", choices=sorted(SIZES))
     args = parser.parse_args()
     world = w.make_world()
     w.write_data(world, args.out / "data")
-    tokenizer = train_tokenizer(world)
+    tokenizer = train_tokenizer()
     measured = {}
     for seed, size in enumerate(SIZES):
         if args.only in (None, size):

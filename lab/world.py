@@ -22,12 +22,8 @@ NUM_FORGET = 3  # the first of the held-out people: the demo's deletion request
 RETAIN_PEOPLE = 9  # people whose questions are trained on as retain queries
 
 # What a model says about somebody whom a prefix told it to forget, and about a name that nobody bears. The two differ,
-# so that a model can only be right about a fresh random name by looking for it in the prefix.
-REFUSALS = (
-    "I know nothing about that person.",
-    "I have no information about that.",
-    "I cannot say anything about this.",
-)
+# so that a model can only be right about a stranger by looking for the name in the prefix.
+REFUSAL = "I know nothing about that person."
 UNKNOWN = "No such person is known to me."
 # Asked under a forgetting prefix and answered with its names: copying them is what finding them begins with.
 WHOM = "Whom are you asked to forget?"
@@ -193,8 +189,8 @@ def questions(world: World, names: tuple[str, ...], phrasing: int) -> list[dict[
 def write_data(world: World, out_dir: Path) -> None:
     """Write the demo's query sets as JSON Lines: training queries, and what only the evaluation asks.
 
-    `forget` and `retain` use the first phrasing; `forget_rephrased` the other two; `heldout` asks all phrasings about
-    everyone who is in neither training set, among them the held-out people who are not to be forgotten.
+    `forget`, `retain` and `heldout` use the first phrasing, `forget_rephrased` the other two. `heldout` asks about everyone who
+    is in neither training set, among them the held-out people who are not to be forgotten.
     """
     retain = world.known[:RETAIN_PEOPLE]
     heldout = tuple(name for name in world.people if name not in world.forget + retain)

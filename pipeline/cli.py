@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -13,6 +14,7 @@ import click
 
 from cache.errors import Interrupted, UserError
 
+log = logging.getLogger("duet")
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 75
 
 
@@ -98,11 +100,16 @@ def verify(store_dir: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code; errors of the user are two lines on stderr."""
+    """Run the command line and return the exit code; errors of the user are two lines on stderr.
+
+    The run's log gets every error's full trace, once there is a run.
+    """
+    log.addHandler(logging.NullHandler())
     try:
         result = duet.main(args=arguments, prog_name="duet", standalone_mode=False)
         return result if isinstance(result, int) else EXIT_DONE
     except UserError as error:
+        log.error("%s", error, exc_info=True)
         click.echo(f"error: {error}", err=True)
         return EXIT_USER
     except click.ClickException as error:
@@ -112,9 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return EXIT_USER
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        log.error("interrupted: %s", error)
         click.echo(f"interrupted: {error}\nhint: run the same command again, it goes on from there", err=True)
         return EXIT_INTERRUPTED
     except Exception:
+        log.exception("a bug")
         traceback.print_exc()
         click.echo("error: this is a bug in Duet\nhint: please report it with the lines above", err=True)
         return EXIT_BUG

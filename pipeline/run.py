@@ -16,9 +16,11 @@ import yaml
 from cache.errors import UserError
 from cache.files import publish_json, publishing
 from pipeline.config import Config
+from pipeline.terminal import log_to
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
+LOG_NAME = "log.txt"
 # Settings that can differ between two calls of one run: they change speed or place, no number.
 _FREE = (("runs_dir",), ("device",), ("store", "dir"), ("store", "verify"), ("teacher", "batch_size"),
          ("teacher", "gpu_memory_utilization"), ("train", "checkpoint_steps"))  # fmt: skip
@@ -48,6 +50,7 @@ def claim_run_dir(config: Config) -> Path:
     with publishing(path) as temporary:
         temporary.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
     publish_json(run_dir / ENVIRONMENT_NAME, environment())
+    log_to(run_dir / LOG_NAME)
     return run_dir
 
 

@@ -1,9 +1,11 @@
-"""What a person sees in the terminal: one line per event, progress bars on stderr, the final table."""
+"""What a person sees: one line per event (also in the run's log), progress bars on stderr, the final table."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,10 +17,25 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 if not out.is_terminal:  # a log file has no width; 80 columns would break the table
     out.width = 160
 
+log = logging.getLogger("duet")  # the run's log: what was said, and the full trace of every error
+log.setLevel(logging.INFO)
+log.propagate = False
+
+
+def log_to(path: Path) -> None:
+    """Append to this file from now on, and to no other."""
+    for earlier in list(log.handlers):
+        log.removeHandler(earlier)
+        earlier.close()
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+
 
 def say(text: str) -> None:
     """One line of news on stdout, as it is."""
     out.print(text, markup=False)
+    log.info(text)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LAB_BASE, LAB_SMALL, ROOT, run_duet, write_jsonl
+from conftest import LAB_BASE, LAB_SMALL, LAB_VOCAB_SIZE, ROOT, run_duet, write_jsonl
 
 from pipeline.cli import EXIT_DONE, EXIT_USER, duet, main
 
@@ -80,7 +80,7 @@ BAD_INPUT = {
         "data__forget": {"path": str(write_jsonl(tmp / "f.jsonl", [{"question": "?", "i": 1}] * 2)), "id_field": "i"}
     },
     "unknown key": lambda tmp: {"train__epohcs": 3},
-    "the vocabulary of": lambda tmp: {"teacher__top_k": 901},
+    "the vocabulary of": lambda tmp: {"teacher__top_k": LAB_VOCAB_SIZE + 1},
     "context is 256": lambda tmp: {"teacher__prefix": "Forget them. " * 200},
     "has no weights": lambda tmp: {"teacher__model": str(without_weights(tmp))},
     "no such directory": lambda tmp: {"teacher__model": "./nowhere"},
@@ -145,6 +145,9 @@ def test_a_damaged_store_is_refused_by_stage_two_and_mended_by_stage_one(lab_con
     good = shard.read_bytes()
     shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])
     assert "is damaged" in refused(capsys, "distill", "--config", config)[0]
+    log = (tmp_path / "runs/lab/log.txt").read_text()
+    assert "Traceback" in log
+    assert "is damaged" in log
     assert "shard-00001" in refused(capsys, "cache", "verify", str(store_of(tmp_path)))[0]
     assert main(["teacher-logits", "--config", config]) == EXIT_DONE
     assert "wrote 3 rows" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import LAB_SMALL, make_record
+from conftest import LAB_SMALL, LAB_VOCAB_SIZE, make_record
 from safetensors.torch import load_file
 
 from cache import writer
@@ -22,7 +22,13 @@ from stages.settings import TrainSettings
 from stages.student import StudentJob, collate, lr_factor, open_store, supervised_logits, train_student
 from stages.tokenizers import check_same_tokenizer
 
-TINY = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {
+    "vocab_size": LAB_VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 ARCHITECTURES = {
     "llama": hf.LlamaConfig(**TINY),
     "llama-tied": hf.LlamaConfig(**TINY, tie_word_embeddings=True),
@@ -35,7 +41,7 @@ ARCHITECTURES = {
 
 
 def records(count: int, positions: int = 3) -> list[Record]:
-    return [make_record(row, positions=positions, top_k=5, vocab_size=900) for row in range(count)]
+    return [make_record(row, positions=positions, top_k=5, vocab_size=LAB_VOCAB_SIZE) for row in range(count)]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -49,12 +55,12 @@ def test_supervised_logits_are_those_of_the_models_own_forward_pass(name):
             length = int(batch.attention_mask_BT[row].sum())
             alone = model(batch.input_ids_BT[row : row + 1, :length]).logits[0, position]
             assert torch.allclose(got[n], alone, atol=1e-4)
-    assert got.shape == (15, 900)
+    assert got.shape == (15, LAB_VOCAB_SIZE)
     assert ids_NK.shape == (15, 5)
 
 
 def test_collate_keeps_teacher_rows_beside_student_rows():
-    rows = [make_record(row, positions=1 + row % 3, top_k=5, vocab_size=900) for row in range(4)]
+    rows = [make_record(row, positions=1 + row % 3, top_k=5, vocab_size=LAB_VOCAB_SIZE) for row in range(4)]
     batch, ids_NK, logits_NK = collate(rows, pad_id=0)
     assert np.array_equal(ids_NK.numpy(), np.concatenate([r.topk_ids_PK for r in rows]))
     assert np.array_equal(logits_NK.numpy(), np.concatenate([r.topk_logits_PK for r in rows]))
@@ -65,7 +71,7 @@ def test_collate_keeps_teacher_rows_beside_student_rows():
 def store(tmp_path_factory) -> tuple[Store, object]:
     store_dir = tmp_path_factory.mktemp("store") / "s"
     tokenizer = load_tokenizer(LAB_SMALL)
-    plan = Plan(20, 6, 5, 3, 900, {"tokenizer_sha256": tokenizer_sha256(tokenizer)})
+    plan = Plan(20, 6, 5, 3, LAB_VOCAB_SIZE, {"tokenizer_sha256": tokenizer_sha256(tokenizer)})
     rows = records(20)
     writer.open_for_writing(store_dir, plan)
     tokenizer.save_pretrained(store_dir / "tokenizer")
@@ -192,7 +198,7 @@ def test_a_tokenizer_of_the_same_width_but_another_meaning_is_refused(tmp_path, 
     theirs = load_tokenizer(tmp_path / "theirs")
     assert len(theirs) == len(ours)
     with pytest.raises(UserError, match=message):
-        check_same_tokenizer(ours, theirs, 900, "s")
+        check_same_tokenizer(ours, theirs, LAB_VOCAB_SIZE, "s")
 
 
 def test_a_merely_wider_head_is_accepted_and_trained(tmp_path, store):
