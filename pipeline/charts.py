@@ -15,7 +15,7 @@ _GREYS = ("#8a8f98", "#b3b7be", "#6b7078")
 
 
 def colours(models: Sequence[str]) -> dict[str, str]:
-    """A colour per model, the same in every chart."""
+    """A colour per model; the charts of one page share one such palette."""
     greys, bright = iter(_GREYS * len(models)), iter(_COLOURS * len(models))
     return {model: next(greys if model.split(":")[0] == "base" else bright) for model in models}
 
@@ -28,9 +28,13 @@ class Bar:
     score: Mapping[str, Any]
 
 
-def bars(groups: Mapping[str, Sequence[Bar]], floors: Mapping[str, Mapping[str, float]], title: str) -> str:
+def bars(
+    groups: Mapping[str, Sequence[Bar]],
+    floors: Mapping[str, Mapping[str, float]],
+    palette: Mapping[str, str],
+    title: str,
+) -> str:
     """Horizontal bars, one group per query set; whiskers are 95 % intervals, dashed lines the higher floor."""
-    palette = colours([bar.model for group in groups.values() for bar in group])
     left, right, bar_height, gap = 150, 64, 16, 30
     scale = WIDTH - left - right
     parts, y = [], 26
@@ -68,9 +72,9 @@ def _bar(bar: Bar, left: int, y: int, height: int, scale: int, colour: str) -> s
     )
 
 
-def curves(by_student: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
-    """Loss over optimizer steps, one line per student; logarithmic where the losses span more than a factor of 20."""
-    lines = {name: [(s, v) for s, v in points if v > 0] for name, points in by_student.items()}
+def curves(by_model: Mapping[str, Sequence[Sequence[float]]], palette: Mapping[str, str], title: str) -> str:
+    """Loss over optimizer steps, one line per model; logarithmic where the losses span more than a factor of 20."""
+    lines = {name: [(s, v) for s, v in points if v > 0] for name, points in by_model.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return "<p>No training curve was recorded.</p>"
@@ -98,12 +102,9 @@ def curves(by_student: Mapping[str, Sequence[Sequence[float]]], title: str) -> s
     parts.append(
         f'<text class="name" x="{left + plot_width / 2}" y="{height - 6}" text-anchor="middle">optimizer step</text>'
     )
-    palette = colours([f"student:{name}" for name in lines])
     for name, points in lines.items():
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(s, v) for s, v in points))
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke-width="1.6" stroke="{palette[f"student:{name}"]}"/>'
-        )
+        parts.append(f'<polyline points="{path}" fill="none" stroke-width="1.6" stroke="{palette[name]}"/>')
     scale = "logarithmic" if log else "linear"
     return _svg(WIDTH, height, title, f"Loss by optimizer step, {scale} axis.", "".join(parts))
 

@@ -50,7 +50,7 @@ def _points(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "not measured"
     low, high = score["ci95"]
-    return f"{100 * score['value']:.1f} (95 % interval {100 * low:.1f} to {100 * high:.1f}, n = {score['n']})"
+    return f"{100 * score['value']:.1f} (95 % interval {100 * low:.1f} to {100 * high:.1f}, n&nbsp;=&nbsp;{score['n']})"
 
 
 def _summary(results: Results) -> str:
@@ -77,9 +77,12 @@ def _summary(results: Results) -> str:
     return " ".join(sentences)
 
 
-def _legend(models: list[str]) -> str:
-    palette = colours(models)
-    items = "".join(f'<li><i style="background:{palette[m]}"></i>{escape(m)}</li>' for m in models)
+def _palette(results: Results) -> dict[str, str]:
+    return colours(list(results["models"]))
+
+
+def _legend(palette: Mapping[str, str]) -> str:
+    items = "".join(f'<li><i style="background:{colour}"></i>{escape(m)}</li>' for m, colour in palette.items())
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -93,8 +96,8 @@ def _before_after(results: Results) -> str:
         "<h2>Before and after</h2>"
         '<p class="note">ROUGE-L recall in points. Whiskers are 95 % intervals. The dashed line is the floor: the higher of '
         "a constant refusal's score and that of repeating the question.</p>"
-        + _legend(list(results["models"]))
-        + bars(groups, floors, "ROUGE-L recall per query set and model")
+        + _legend(_palette(results))
+        + bars(groups, floors, _palette(results), "ROUGE-L recall per query set and model")
     )
 
 
@@ -168,8 +171,9 @@ def _shift(results: Results) -> str:
 
 def _training(results: Results) -> str:
     students = results["students"]
-    legend = _legend([f"student:{name}" for name in students])
-    chart = curves({name: info.get("curve", []) for name, info in students.items()}, "Training loss by step")
+    curve = {f"student:{name}": info["curve"] for name, info in students.items()}
+    palette = {model: colour for model, colour in _palette(results).items() if model in curve}
+    legend, chart = _legend(palette), curves(curve, palette, "Training loss by step")
     facts = "".join(
         f"<li>{escape(name)}: {info['loss']}, {info['steps']} steps over {info['rows']} rows in {info['train_s']:.1f} s "
         f"({info['rows_per_s']:.0f} rows/s), {info['parameters']:,} parameters, from {escape(str(info['model']))}</li>"

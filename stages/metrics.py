@@ -26,7 +26,9 @@ DEFINITIONS = {
     "(arXiv 2601.21283).",
     "floor_refusal": "What a model scores that gives one constant refusal to everything.",
     "floor_echo": "What a model scores that repeats the question.",
-    "ci95": "95 % percentile bootstrap interval of the mean; items with the same reference answer are drawn together.",
+    "ci95": "95 % percentile bootstrap interval of the mean; items with the same reference answer are drawn "
+    "together. No width means that all n items scored alike, not certainty: among others, up to 3/n may differ (the rule of "
+    "three).",
 }
 
 # Matched anywhere in an answer, whatever the case, with straight apostrophes. First person on purpose: "He cannot swim"

@@ -123,7 +123,8 @@ def test_what_was_not_measured_is_said(results):
 
 def test_bars_end_where_their_values_say(results):
     group = [Bar(model, scores["forget.rougeL_recall"]) for model, scores in results["models"].items()]
-    svg = bars({"forget": group}, {"forget": {"refusal": 0.1, "echo": 0.4}}, "t")
+    floors = {"forget": {"refusal": 0.1, "echo": 0.4}}
+    svg = bars({"forget": group}, floors, colours(list(results["models"])), "t")
     widths = [float(width) for width in re.findall(r'<rect [^>]*? width="([\d.]+)"', svg)]
     assert widths[0] / widths[1] == pytest.approx(0.991 / 0.073, rel=0.01)
     assert svg.count('class="floor"') == 1
@@ -131,7 +132,7 @@ def test_bars_end_where_their_values_say(results):
 
 def test_curves_fall_as_the_loss_does_on_either_scale():
     for values in ([2.0, 1.5, 1.0], [100.0, 1.0, 0.01]):
-        svg = curves({"a": list(enumerate(values, 1))}, "t")
+        svg = curves({"student:a": list(enumerate(values, 1))}, {"student:a": "#000000"}, "t")
         points = re.search(r'<polyline points="([^"]+)"', svg)
         assert points
         heights = [float(point.split(",")[1]) for point in points[1].split()]
@@ -139,7 +140,11 @@ def test_curves_fall_as_the_loss_does_on_either_scale():
         assert "nan" not in svg
 
 
-def test_a_model_has_one_colour_and_bases_are_told_from_students():
-    palette = colours(["base", "teacher", "student:a", "base:b", "student:b"])
-    assert len(set(palette.values())) == 5
-    assert palette == colours(["base", "teacher", "student:a", "base:b", "student:b"])
+def test_a_model_has_one_colour_on_the_whole_page(results):
+    text = render(results)
+    palette = colours(list(results["models"]))
+    assert len(set(palette.values())) == 3
+    drawn = re.findall(r'<rect [^>]*fill="(#\w+)"', text)
+    assert drawn == list(palette.values()) * 2, "two query sets"
+    assert re.findall(r'<polyline [^>]*stroke="(#\w+)"', text) == [palette["student:a"]]
+    assert re.findall(r'background:(#\w+)"', text) == [*palette.values(), palette["student:a"]]

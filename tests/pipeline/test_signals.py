@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LAB_SMALL, ROOT, run_duet, write_jsonl
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from cache.reader import Store
 from pipeline.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
