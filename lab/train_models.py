@@ -39,8 +39,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SIZES = {
-    "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 3},
-    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 2},
+    "small": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2},
+    "base": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 2},
 }
 VOCAB_SIZE = 1300  # at most: every word of the world is a token before that
 CONTEXT = 256
@@ -169,6 +169,7 @@ def train(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=CONTEXT,
+        head_dim=64,  # assumption, not measured: smaller heads compare names less well
         tie_word_embeddings=True,
         initializer_range=SIZES[size]["hidden_size"] ** -0.5,  # the default, 0.02, is for widths of thousands
         bos_token_id=1,

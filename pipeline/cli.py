@@ -135,10 +135,11 @@ def _command_path(error: click.ClickException) -> list[str]:
 
 
 def entry() -> None:
-    """The console script. Model libraries are kept from writing progress bars of their own into ours."""
+    """The console script. Model libraries are kept from writing bars and notes of their own between our lines."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main())
 
 

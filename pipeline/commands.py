@@ -5,6 +5,7 @@ Heavy libraries are imported inside the functions, so that `duet --help` and `du
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def evaluate(config: Config) -> None:
         trust_remote_code=config.teacher.trust_remote_code,
     )
     with progress_bar("answers") as bar:
-        answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, _say_engine, stop)
+        answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(_say_engine), stop)
     results = {
         "format_version": 1,
         "run": config.name,

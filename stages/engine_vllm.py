@@ -6,7 +6,9 @@ before penalties and temperature; the sampled token comes first in a row, which 
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +40,10 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)  # its own use
+        logging.getLogger("vllm").setLevel(
+            os.environ["VLLM_LOGGING_LEVEL"]
+        )  # it speaks before it reads its own setting
         self._spec = spec
         head_rows = vocab_width(load_config(spec.model_dir, spec.trust_remote_code))
         self._margin = min(max(head_rows - spec.num_ids, 0), PADDING_MARGIN)
@@ -57,6 +63,7 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 generation_config="vllm",
                 enforce_eager=spec.device == "cpu",
+                use_tqdm_on_load=False,
                 seed=0,
             )
         except Exception as error:

@@ -39,13 +39,24 @@ def test_every_command_of_the_readme_runs(command, demo):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+# Points by which a score may differ from the README's: another CPU rounds otherwise, which can turn a single answer.
+TOLERANCE = 10
+
+
 def test_the_readme_shows_what_the_demo_prints(demo):
-    shown = blocks(README, "text")[0].splitlines()
-    printed = demo.output.splitlines()
-    numbers = re.compile(r"[\d.]+ s|wrote|engine|steps in")
-    for line in shown:
-        if line.strip() and not numbers.search(line):
-            assert line in printed, line
+    """Line by line the same words; scores within the tolerance; times, rates and hashes are free."""
+    shown, printed = (
+        [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+        for text in (blocks(README, "text")[0], demo.output)
+    )
+    free = re.compile(r"(?:-?[\d.e-]+ (?:s\b|->)|-> [\d.e-]+|teacher/[0-9a-f]+)")
+    assert len(shown) == len(printed)
+    for ours, theirs in zip(shown, printed, strict=True):
+        ours, theirs = free.sub("*", ours), free.sub("*", theirs)
+        assert NUMBER.sub("#", ours) == NUMBER.sub("#", theirs)
+        for a, b in zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=True):
+            assert abs(float(a) - float(b)) <= TOLERANCE, (ours, theirs)
 
 
 def test_every_command_stands_in_the_readme():

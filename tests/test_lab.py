@@ -35,19 +35,21 @@ def test_the_data_is_what_the_generator_writes(world, tmp_path):
 
 def test_held_out_people_never_occur_in_a_training_prefix(world):
     rng = random.Random(5)
-    words = {word for name in world.held_out for word in name.split()}
-    prompts = [train_models.sample(world, rng)[0] for _ in range(20_000)]
-    asked = [prompt.partition("<|user|>") for prompt in prompts]
-    prefixes = " ".join(before for before, _, _ in asked)
-    assert not words & set(prefixes.replace(",", " ").replace(".", " ").split())
-    assert all(any(name in after for _, _, after in asked) for name in world.held_out), "they are asked about"
+    pairs = [train_models.curriculum(world, rng, number / 30_000)[0] for number in range(30_000)]
+    prefixes, _, questions = zip(*(prompt.partition("<|user|>") for prompt in pairs), strict=True)
+    for name in world.held_out:
+        assert not any(name in prefix for prefix in prefixes), name
+        assert any(name in question for question in questions), name
+    assert all(any(name in prefix for prefix in prefixes) for name in world.known), "the others are named"
 
 
-def test_sets_are_disjoint_and_no_name_is_a_single_token(world):
+def test_sets_are_disjoint_and_a_name_is_two_tokens(world):
     ids = [row["id"] for name in ("forget", "retain", "heldout") for row in _rows(name)]
     assert len(ids) == len(set(ids)) == 5 * w.NUM_PEOPLE
+    words = [word for name in world.people for word in name.split()]
+    assert len(words) == len(set(words)), "no two people share a word"
     tokenizer = load_tokenizer(LAB_BASE)
-    assert min(len(tokenizer.tokenize(word)) for name in world.people for word in name.split()) >= 2
+    assert {len(tokenizer.tokenize(f" {name}")) for name in world.people} == {2}
 
 
 def _rows(name):

@@ -203,7 +203,9 @@ def test_a_tokenizer_of_the_same_width_but_another_meaning_is_refused(tmp_path, 
 
 def test_a_merely_wider_head_is_accepted_and_trained(tmp_path, store):
     tokenizer = load_tokenizer(LAB_SMALL)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**(TINY | {"vocab_size": LAB_VOCAB_SIZE + 100}), max_position_embeddings=64))
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(**(TINY | {"vocab_size": LAB_VOCAB_SIZE + 100}), max_position_embeddings=64)
+    )
     model.save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
     losses = train(job(tmp_path / "s", tmp_path / "wide"), store)
