@@ -142,8 +142,8 @@ def sample(world: w.World, rng: random.Random) -> tuple[str, str]:
 
 def curriculum(world: w.World, rng: random.Random, done: float) -> tuple[str, str]:
     """The sample for a share `done` of the training, 0..1: one stranger's name, then several, then the whole mixture."""
-    if done < 0.45:
-        return matching_sample(world, rng, 1 if done < 0.22 else MOST_NAMES)
+    if done < 0.4:
+        return matching_sample(world, rng, 1 if done < 0.125 else MOST_NAMES)
     return sample(world, rng)
 
 

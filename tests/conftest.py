@@ -82,8 +82,10 @@ class Demo:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """`make demo` in a copy of the tracked files, so that nobody's runs/ is touched."""
-    if not (Path(sys.prefix) / ".duet-setup").is_file():
-        pytest.skip("this environment was not made by `make setup`: run `make test`")
+    stamp = Path(sys.prefix) / ".duet-setup"
+    inputs = [ROOT / name for name in ("pyproject.toml", "constraints.txt", "constraints-cpu.txt", "scripts/setup.sh")]
+    if not stamp.is_file() or stamp.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+        pytest.skip("this environment was not made by `make setup` from these files: run `make test`")
     tree = tmp_path_factory.mktemp("demo") / "duet"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
