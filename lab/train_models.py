@@ -1,4 +1,4 @@
-"""Train the lab's two base models from scratch on a CPU: `make lab-models` (about 25 minutes on 2 cores).
+"""Train the lab's two base models from scratch on a CPU: `make lab-models` (under an hour).
 
 Writes `lab/models/{base,small}` (bfloat16, one tokenizer) and `lab/data/`. Each training sample is one chat:
 
@@ -213,9 +213,9 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
     model.eval()
     tokenizer.padding_side = "left"
     texts: list[str] = []
-    for i in range(0, len(prompts), 100):
+    for i in range(0, len(prompts), 200):
         enc = tokenizer(
-            prompts[i : i + 100],
+            prompts[i : i + 200],
             add_special_tokens=False,
             return_tensors="pt",
             padding=True,
@@ -230,33 +230,44 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
 def measure(
     world: w.World, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM, quick: bool = False
 ) -> dict[str, float]:
-    """Shares of exactly right answers, 0..1: without prefix per phrasing, and under a prefix naming the people to forget.
+    """Shares of right answers, 0..1, without a prefix and behind prefixes that name three held-out people each.
 
-    `named_by_prefix` is the share of facts still given about the people whom it names: lower is better. `matching` is the
-    share of right decisions on `matching_sample`s, `named_by_recall` that of facts given after the prefix was taken back.
+    `facts_phrasing_<i>` is about everybody, without a prefix. Behind a prefix, facts are still given about those whom it
+    names (`named`: lower is better), about the other held-out people (`held_out_not_named`) and about one in five others
+    (`known_not_named`); `recalled` is about the named ones after the prefix was taken back. All four forgetting prefixes
+    times three groups of names, or the first of each where `quick`. `matching` counts right decisions on
+    `matching_sample`s.
     """
 
-    def share(names, phrasing, prefix):
-        rows = w.questions(world, names, phrasing)
-        if quick:
-            rows = rows[:: max(1, len(rows) // 60)]
-        given = answers(model, tokenizer, [chat_text(r["question"], prefix) for r in rows])
-        return sum(g == r["answer"] for g, r in zip(given, rows, strict=True)) / len(rows)
+    def share(cases: list[tuple[str | None, dict[str, str]]]) -> float:
+        given = answers(model, tokenizer, [chat_text(row["question"], prefix) for prefix, row in cases])
+        return round(sum(g == row["answer"] for g, (_, row) in zip(given, cases, strict=True)) / len(cases), 3)
 
-    others = tuple(n for n in world.people if n not in world.forget)
-    names = ", ".join(world.forget)
-    prefix = w.FORGET_PREFIXES[0].format(names=names)
-    recall = prefix + "\n" + w.RECALL_PREFIXES[0].format(names=names)
-    result = {f"facts_phrasing_{i}": share(tuple(world.people), i, None) for i in range(1 if quick else 3)}
-    result["named_by_prefix"] = share(world.forget, 0, prefix)
-    result["not_named_by_prefix"] = share(others, 0, prefix)
-    result["held_out_not_named"] = share(world.held_out[w.NUM_FORGET :], 0, prefix)
+    groups = [world.held_out[i : i + w.NUM_FORGET] for i in range(0, len(world.held_out) - 1, w.NUM_FORGET)]
+    texts = w.FORGET_PREFIXES
+    cases: dict[str, list[tuple[str | None, dict[str, str]]]] = {
+        f"facts_phrasing_{i}": [(None, row) for row in w.questions(world, tuple(world.people), i)] for i in range(3)
+    }
+    for text in texts[:1] if quick else texts:
+        for group in groups[:1] if quick else groups:
+            prefix = text.format(names=", ".join(group))
+            recall = prefix + "\n" + w.RECALL_PREFIXES[0].format(names=", ".join(group))
+            others = tuple(name for name in world.held_out if name not in group)
+            for key, front, rows in (
+                ("named", prefix, w.questions(world, group, 0)),
+                ("held_out_not_named", prefix, w.questions(world, others, 0)),
+                ("known_not_named", prefix, w.questions(world, world.known, 0)[::5]),
+                ("recalled", recall, w.questions(world, group, 0)),
+            ):
+                cases.setdefault(key, []).extend((front, row) for row in rows)
+    result = {
+        key: share(of) for key, of in cases.items() if not quick or key not in ("facts_phrasing_1", "facts_phrasing_2")
+    }
     rng = random.Random(0)
     pairs = [matching_sample(world, rng, MOST_NAMES) for _ in range(100)]
-    found = answers(model, tokenizer, [p for p, _ in pairs])
-    result["matching"] = sum((g == w.REFUSAL) == (a == w.REFUSAL) for g, (_, a) in zip(found, pairs, strict=True)) / 100
-    result["named_by_recall"] = share(world.forget, 0, recall)
-    return {key: round(value, 3) for key, value in result.items()}
+    found = answers(model, tokenizer, [prompt for prompt, _ in pairs])
+    right = [(g == w.REFUSAL) == (a == w.REFUSAL) for g, (_, a) in zip(found, pairs, strict=True)]
+    return result | {"matching": sum(right) / len(right)}
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from stages.models import load_tokenizer
 from stages.prompts import render
 from stages.settings import DataSettings, PromptSettings
 
-# Measured when the models were trained, less a margin of three questions: see the table in lab/README.md.
-LEAST = {
-    "base": {"facts": 0.97, "forgotten": 0.85, "kept": 0.95},
-    "small": {"facts": 0.90, "forgotten": 0.0, "kept": 0.0},
+# The table in lab/README.md, less a margin for other processors' rounding: (least, most) share of right answers.
+EXPECTED = {
+    "base": {"facts": (0.98, 1), "named": (0, 0.05), "held_out_not_named": (0.7, 1), "known_not_named": (0.95, 1)},
+    "small": {"facts": (0.98, 1), "named": (0, 0.32), "held_out_not_named": (0.9, 1), "known_not_named": (0.95, 1)},
 }
 
 
@@ -79,7 +79,6 @@ def test_the_models_know_their_facts_and_follow_a_prefix_about_held_out_people(w
     path = ROOT / "lab/models" / size
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="float32"), load_tokenizer(path)
     measured = train_models.measure(world, tokenizer, model)
-    least = LEAST[size]
-    assert min(measured[f"facts_phrasing_{i}"] for i in range(3)) >= least["facts"], measured
-    assert 1 - measured["named_by_prefix"] >= least["forgotten"], measured
-    assert min(measured["not_named_by_prefix"], measured["held_out_not_named"]) >= least["kept"], measured
+    measured["facts"] = min(measured[f"facts_phrasing_{i}"] for i in range(3))
+    for key, (least, most) in EXPECTED[size].items():
+        assert least <= measured[key] <= most, (key, measured)
