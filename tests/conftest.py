@@ -65,7 +65,9 @@ class Demo:
     def shell(self, command: str) -> subprocess.CompletedProcess[str]:
         """Run a command line of the documents in the copy, with this test's virtual environment."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "VENV": sys.prefix}
+        outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS", "CONFIG")  # of the `make test` that runs this, not ours
+        environment = {key: value for key, value in os.environ.items() if key not in outer}
+        environment |= {"PATH": path, "VENV": sys.prefix}
         return subprocess.run(
             command, shell=True, cwd=self.tree, env=environment, capture_output=True, text=True, check=False
         )
