@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models teacher-logits distill evaluate run clean-venv
+.PHONY: help setup demo test lint lab-models teacher-logits distill evaluate run bench-store clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,3 +44,6 @@ run: $(STAMP) ## all three stages
 
 clean-venv: ## remove .venv
 	@rm -rf $(VENV)
+
+bench-store: $(STAMP) ## what a store costs: bytes, rates, memory; ARGS=--json
+	@$(BIN)/python benchmarks/store.py $(ARGS)

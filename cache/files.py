@@ -1,10 +1,14 @@
-"""Publishing files so that a crash at any moment leaves the old file or the new one, never half of one."""
+"""Publishing files so that a crash at any moment leaves the old file or the new one, never half of one; hashes; JSON."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +16,31 @@ from typing import Any
 
 from cache.errors import UserError
 
+MAX_JSON_BYTES = 256 * 2**20  # a manifest of a million shards
+TEMPORARY = re.compile(r"(.*/)?\..*\.tmp")  # what a killed `publishing` leaves
+
+
+class DiskFull(UserError):
+    """No space left for a file."""
+
 
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two containers may both be process 1
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_dir(path.parent)
+        with telling_of_full_disks(path):
+            yield temporary
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_dir(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_dir(directory: Path) -> None:
@@ -36,19 +52,51 @@ def sync_dir(directory: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def telling_of_full_disks(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a DiskFull that names the path and, where known, the space needed."""
+    needed = f", about {needed_bytes / 1e6:.2f} MB are needed" if needed_bytes else ""
+    try:
+        yield
+    except DiskFull as error:
+        raise DiskFull(error.what + needed, error.hint) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        there = next(folder for folder in path.parents if folder.exists())
+        raise DiskFull(
+            f"cannot write {path}: {os.strerror(error.errno)}; {shutil.disk_usage(there).free / 1e6:.2f} MB are free{needed}",
+            "make space and run the same command again: it goes on from there",
+        ) from error
+
+
 def publish_json(path: Path, value: Any) -> None:
     with publishing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """How we write JSON files: the same bytes for the same value."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file of ours; a damaged one is a UserError that names it."""
+    with open(path, "rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
+
+
+def parse_json(raw: bytes, name: str) -> Any:
+    """Parse JSON from `name`; what is too large, too deep or no JSON is a UserError."""
+    hint = "the file is damaged: restore it or make it anew"
+    if len(raw) > MAX_JSON_BYTES:
+        raise UserError(f"{name} is larger than {MAX_JSON_BYTES} bytes", hint)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid JSON: {error}", "the file is damaged: restore it or make it anew"
-        ) from None
+        return json.loads(raw.decode())
+    except RecursionError:
+        raise UserError(f"{name} is nested too deeply", hint) from None
+    except ValueError as error:  # no UTF-8, no JSON, a number of too many digits
+        raise UserError(f"{name} is not valid JSON: {error}", hint) from None
 
 
 def sha256_file(path: Path) -> str:

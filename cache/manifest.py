@@ -1,36 +1,51 @@
 """The plan, written before any work, and the manifest, written last: what a store holds and where it came from.
 
 `manifest.json` is the only sign of completeness. Its fields are a contract with other programs (docs/store-format.md).
+Whatever it says is checked before it is used: a store may come from somebody else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from cache.codec import MAX_VOCAB_SIZE, Layout
 from cache.errors import UserError
-from cache.files import read_json, sha256_json
+from cache.files import json_bytes, parse_json, sha256_json
+from cache.places import Place
+from cache.record import SUBSETS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
+FORMATS = {"arrow": "arrow", "zarr": "zarr.zip"}  # format: how the names of its shards end
+BLOCK_POSITIONS = 4096
+_ATTACHMENT = re.compile(r"[a-z]+/[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything fixed before the first row: shard i holds rows `i*shard_rows` up to the next shard's first row."""
 
-    rows: int
+    subsets: dict[str, int]  # rows of each subset, which lie in this order
     shard_rows: int
     top_k: int
     max_positions: int
     vocab_size: int
     provenance: dict[str, Any]  # every setting that can change the stored numbers, readable
     format: str = "arrow"
-    value_dtype: str = "float32"
+    compression: str = "none"
+    values: str = "lossless"
+    attachments: dict[str, str] = dataclasses.field(default_factory=dict)  # other files of the store and their sha256
     format_version: int = FORMAT_VERSION
+
+    @property
+    def rows(self) -> int:
+        return sum(self.subsets.values())
 
     @property
     def fingerprint(self) -> str:
@@ -40,9 +55,34 @@ class Plan:
     def num_shards(self) -> int:
         return -(-self.rows // self.shard_rows)
 
+    @property
+    def block_rows(self) -> int:
+        """Rows per block: what is read at once."""
+        return block_rows(self.max_positions)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.top_k, self.vocab_size)
+
     def shard_range(self, index: int) -> range:
         """The plan's row numbers in shard `index`."""
         return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows))
+
+    def shard_name(self, index: int) -> str:
+        return shard_name(index, self.format)
+
+    def side_name(self, index: int) -> str:
+        """The file that says that shard `index` is written."""
+        return f"shard-{index:05d}.json"
+
+
+def block_rows(max_positions: int) -> int:
+    """Rows of a block: BLOCK_POSITIONS positions or somewhat fewer."""
+    return max(1, BLOCK_POSITIONS // max_positions)
+
+
+def shard_name(index: int, store_format: str) -> str:
+    return f"shard-{index:05d}.{FORMATS[store_format]}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +94,10 @@ class Shard:
     positions: int
     bytes: int
     sha256: str
+    value_dtype: str
+    value_error: float  # largest absolute error of a stored logit
+    longest: int  # tokens of the longest prompt with its response
+    logsumexp: bool
 
 
 @dataclass(frozen=True)
@@ -65,64 +109,141 @@ class Manifest:
     complete: bool
     rows: int
     positions: int
+    subsets: dict[str, int]
     top_k: int
     max_positions: int
     vocab_size: int
-    value_dtype: str
+    value_dtype: str  # float32 where a shard of a lossless store needed it
+    value_error: float
+    logsumexp: bool
+    compression: str
+    shard_rows: int
+    block_rows: int
     fingerprint: str
     provenance: dict[str, Any]
     shards: tuple[Shard, ...]
+    attachments: dict[str, str]
     environment: dict[str, Any]  # versions of what wrote it; not part of the fingerprint
 
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.top_k, self.vocab_size)
 
     @property
     def shard_bytes(self) -> int:
         return sum(shard.bytes for shard in self.shards)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its response."""
+        return max(shard.longest for shard in self.shards)
 
-def store_dir_of(root: Path, fingerprint: str) -> Path:
-    """Where a store lies under a folder of stores: one directory per fingerprint."""
-    return root / fingerprint[:16]
+    def as_json(self) -> dict[str, Any]:
+        """The fields and, as `sha256`, the hash of their canonical JSON: a changed byte is noticed."""
+        fields = dataclasses.asdict(self)
+        return {**fields, "sha256": sha256_json(fields)}
 
 
-def read_manifest(store_dir: Path) -> Manifest:
+def store_name(fingerprint: str, store_format: str) -> str:
+    """Name of a store under a folder of stores: one per fingerprint and format."""
+    return fingerprint[:16] if store_format == "arrow" else f"{fingerprint[:16]}.{store_format}"
+
+
+def read_manifest(place: Place) -> Manifest:
     """Read a complete store's manifest; anything else in its place is a UserError that says what was found."""
-    path = store_dir / MANIFEST_NAME
-    if not path.is_file():
-        raise UserError(*_no_manifest(store_dir))
-    raw = read_json(path)
-    version = raw.get("format_version") if isinstance(raw, dict) else None
+    name = place.name_of(MANIFEST_NAME)
+    raw = place.read(MANIFEST_NAME)
+    if raw is None:
+        raise UserError(*_no_manifest(place))
+    value = parse_json(raw, name)
+    version = value.get("format_version") if isinstance(value, dict) else None
     if not isinstance(version, int):
-        raise UserError(f"{path} has no format_version", "this is not a store of ours, or it is damaged")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {version}, this program reads up to {FORMAT_VERSION}",
-            "upgrade with: pip install --upgrade duet-unlearn",
-        )
+        raise UserError(f"{name} has no format_version", "this is not a store of ours, or it is damaged")
+    check_version(version, name)
     try:
-        manifest = Manifest(**{**raw, "shards": tuple(Shard(**shard) for shard in raw["shards"])})
-    except (TypeError, KeyError) as error:
+        stated = value.pop("sha256")
+        manifest = Manifest(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
+        fault = next(_faults(manifest), None)
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{path} has missing or unknown fields: {error}", "make the store anew, or restore the file"
+            f"{name} has missing, unknown or ill-formed fields: {error}", "make the store anew, or restore the file"
         ) from None
+    hint = "the manifest was edited or damaged: `duet cache repair` writes it anew, or restore the file"
+    if fault:
+        raise UserError(f"{name}: {fault}", hint)
     if manifest.fingerprint != sha256_json(manifest.provenance):
-        raise UserError(
-            f"{path}: the provenance does not give the fingerprint {manifest.fingerprint[:16]}",
-            "the manifest was edited or damaged: restore it, or make the store anew",
-        )
-    if not manifest.complete or manifest.rows != sum(shard.rows for shard in manifest.shards):
-        raise UserError(f"{path} does not describe a complete store", "run `duet teacher-logits` again: it resumes")
+        raise UserError(f"{name}: the provenance does not give the fingerprint {manifest.fingerprint[:16]}", hint)
+    if stated != sha256_json(value) or raw != json_bytes(manifest.as_json()):
+        raise UserError(f"{name} is not as it was written", hint)
     return manifest
 
 
-def _no_manifest(store_dir: Path) -> tuple[str, str]:
-    if (store_dir / PLAN_NAME).is_file():
-        done = len(list(store_dir.glob("shard-*.json")))
-        planned = Plan(**read_json(store_dir / PLAN_NAME)).num_shards
+def check_version(version: int, name: str) -> None:
+    """Refuse a format that this program does not know."""
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{name} has format_version {version}, this program reads {FORMAT_VERSION}",
+            "upgrade with: pip install --upgrade duet-unlearn",
+        )
+    if version < FORMAT_VERSION:
+        raise UserError(
+            f"{name} has format_version {version}, which was never released; this program reads {FORMAT_VERSION}",
+            "remove the store and run `duet teacher-logits` again",
+        )
+
+
+def _faults(manifest: Manifest) -> Iterator[str]:
+    """What contradicts itself or could lead a reader out of the store."""
+    counts = (manifest.rows, manifest.positions, manifest.top_k, manifest.max_positions, manifest.shard_rows)
+    if not all(isinstance(count, int) and count > 0 for count in (*counts, manifest.block_rows, manifest.vocab_size)):
+        yield "rows, positions, top_k, max_positions, shard_rows, block_rows and vocab_size must be positive"
+    if manifest.complete is not True:
+        yield "it does not describe a complete store"
+    if manifest.format not in FORMATS:
+        yield f"format {manifest.format!r}, expected one of {', '.join(FORMATS)}"
+    if manifest.vocab_size > MAX_VOCAB_SIZE:
+        yield f"vocab_size {manifest.vocab_size}, at most {MAX_VOCAB_SIZE} can be"
+    if tuple(manifest.subsets) != SUBSETS or sum(manifest.subsets.values()) != manifest.rows:
+        yield f"subsets {manifest.subsets} are not {' and '.join(SUBSETS)} of {manifest.rows} rows together"
+    if manifest.rows != sum(s.rows for s in manifest.shards) or manifest.positions != sum(
+        s.positions for s in manifest.shards
+    ):
+        yield "rows or positions are not the sums of those of the shards"
+    for index, shard in enumerate(manifest.shards):
+        first = index * manifest.shard_rows
+        if shard.name != shard_name(index, manifest.format):
+            yield f"shard {index} is named {shard.name!r}, expected {shard_name(index, manifest.format)}"
+        if shard.rows != min(manifest.shard_rows, manifest.rows - first):
+            yield f"shard {index} has {shard.rows} rows, not those of the plan"
+        if not isinstance(shard.bytes, int) or shard.bytes < 1 or not _SHA256.fullmatch(shard.sha256):
+            yield f"shard {index} has no size or no sha256"
+    for name, digest in manifest.attachments.items():
+        if not _ATTACHMENT.fullmatch(name) or not _SHA256.fullmatch(digest):
+            yield f"attachment {name!r} is not a file of a folder of the store"
+
+
+def read_plan(place: Place) -> Plan | None:
+    """The plan that a store was begun with, or None where there is none."""
+    raw = place.read(PLAN_NAME)
+    if raw is None:
+        return None
+    name = place.name_of(PLAN_NAME)
+    value = parse_json(raw, name)
+    if isinstance(value, dict) and isinstance(value.get("format_version"), int):
+        check_version(value["format_version"], name)
+    try:
+        return Plan(**value)
+    except TypeError as error:
+        raise UserError(f"{name} is not a plan: {error}", "remove the store and make it anew") from None
+
+
+def _no_manifest(place: Place) -> tuple[str, str]:
+    plan = read_plan(place)
+    if plan:
+        names = set(place.names())
+        done = sum(plan.side_name(index) in names for index in range(plan.num_shards))
         return (
-            f"the store {store_dir} is incomplete: {done} of {planned} shards are written and there is no {MANIFEST_NAME}",
+            f"the store {place} is incomplete: {done} of {plan.num_shards} shards are written and there is no {MANIFEST_NAME}",
             "run `duet teacher-logits` with the same config: it resumes at the next shard",
         )
-    return f"{store_dir} is not a store: it has no {MANIFEST_NAME}", "make one with `duet teacher-logits`"
+    return f"{place} is not a store: it has no {MANIFEST_NAME}", "make one with `duet teacher-logits`"

@@ -1,99 +1,148 @@
-"""Reading a complete store: integrity first, then batches in an order that depends only on seed and epoch.
+"""Reading a complete store: nothing is handed out before its shard was checked, memory stays constant, the order is fixed.
 
-The order of an epoch is computed from row counts alone, so a cursor (epoch, batch) is enough to resume on the very
-next batch without reading what came before.
+A cursor resumes on the very next row, whatever the number of ranks was before and is now.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from cache.arrow import ShardView
+from cache.arrow_format import ArrowShard
+from cache.codec import Block, position_columns
 from cache.errors import UserError
-from cache.files import sha256_file
-from cache.manifest import Manifest, read_manifest
-from cache.record import Record
+from cache.manifest import MANIFEST_NAME, Manifest, read_manifest
+from cache.order import GROUP_SHARDS, Cursor, Order, Window
+from cache.places import Folder, Place, check_file, damaged
+from cache.record import Rows
+from cache.window import OpenWindow, Recycler, gather, open_window
+from cache.zarr_format import ZarrShard
 
-# Rows are shuffled within groups of this many (shuffled) shards, so that reading stays near-sequential on big stores.
-SHUFFLE_SHARDS = 8
+REPAIR_HINT = "`duet cache repair` with the store's config writes only the damaged shards anew"
+FORMAT_READERS = {"arrow": ArrowShard, "zarr": ZarrShard}
+_checked: set[tuple[str, int, int, str]] = set()  # (file, its inode, its time of change, sha256) hashed by this process
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """The next batch to be read: `batch` counts from 0 within `epoch`."""
+class Rank:
+    """Which of several readers of the same order this one is."""
 
-    epoch: int = 0
-    batch: int = 0
+    number: int = 0
+    world: int = 1
+
+
+START, ALONE = Cursor(), Rank()
 
 
 class Store:
-    """A complete store, opened for reading; `store[i]` is the plan's row i."""
+    """A complete store, opened for reading."""
 
-    def __init__(self, store_dir: Path, verify: bool = True) -> None:
-        """Read the manifest and check every shard: existence and size always, sha256 if `verify`."""
-        self.dir = store_dir
-        self.manifest: Manifest = read_manifest(store_dir)
-        for fault in verify_shards(store_dir, self.manifest, hashes=verify):
-            raise UserError(
-                fault, "run `duet teacher-logits` with the same config: it writes only the damaged shards anew"
-            )
-
-    @cached_property
-    def _views(self) -> list[ShardView]:
-        return [ShardView(self.dir / shard.name, self.manifest.top_k) for shard in self.manifest.shards]
-
-    @cached_property
-    def _first_rows(self) -> np.ndarray:
-        """Row number of each shard's first row, then the number of rows."""
-        return np.concatenate([[0], np.cumsum([shard.rows for shard in self.manifest.shards])])
+    def __init__(self, place: Place, verify: bool = True) -> None:
+        """Read the manifest and check that every shard is there with its size; `verify`: and its sha256 at its first use."""
+        self.place = place
+        self.manifest: Manifest = read_manifest(place)
+        self._verify = verify
+        self._shards: dict[int, ArrowShard | ZarrShard] = {}  # least recently used first
+        names = set(place.names())
+        for shard in self.manifest.shards:
+            fault = None if shard.name in names else f"{place.name_of(shard.name)} is missing"
+            if fault := fault or check_file(place, shard.name, shard.bytes, shard.sha256, hashed=False):
+                raise UserError(fault, REPAIR_HINT)
+        if isinstance(place, Folder) and os.access(place.path / MANIFEST_NAME, os.W_OK):
+            os.utime(place.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
 
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def __getitem__(self, row: int) -> Record:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return self._views[shard][row - int(self._first_rows[shard])]
+    def order(self, seed: int, forget_share: float | None = None) -> Order:
+        """The order of its rows under a seed."""
+        return Order(self.manifest, seed, forget_share)
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """Row numbers of one epoch, each exactly once: shards shuffled, then rows within groups of shards."""
-        rng = np.random.default_rng([seed, epoch])
-        shards = rng.permutation(len(self.manifest.shards))
-        groups = [shards[i : i + SHUFFLE_SHARDS] for i in range(0, len(shards), SHUFFLE_SHARDS)]
-        rows = [
-            np.concatenate([np.arange(self._first_rows[s], self._first_rows[s + 1]) for s in group]) for group in groups
-        ]
-        return np.concatenate([rng.permutation(group) for group in rows])
+    def batches(
+        self, order: Order, batch_size: int, cursor: Cursor = START, rank: Rank = ALONE
+    ) -> Iterator[tuple[Cursor, Block]]:
+        """Endless batches of this rank from `cursor` on, each with the cursor of what comes after it.
 
-    def num_batches(self, batch_size: int) -> int:
-        """Batches per epoch; the last one may be smaller, no row is dropped."""
-        return -(-len(self) // batch_size)
-
-    def batches(self, batch_size: int, seed: int, cursor: Cursor = Cursor()) -> Iterator[tuple[Cursor, list[Record]]]:
-        """Endless batches from `cursor` on, each with the cursor of the batch after it."""
-        epoch, batch = cursor.epoch, cursor.batch
+        A step takes `batch_size` rows for every rank; at the end of an epoch less is left, for some ranks perhaps nothing.
+        In a batch, forget rows lie before retain rows.
+        """
+        held: dict[int, tuple[Window, OpenWindow]] = {}  # the last window of each stream
+        manifest, recycler = self.manifest, Recycler()
+        columns = position_columns(manifest.layout, manifest.value_dtype, manifest.logsumexp)
         while True:
-            order = self.epoch_order(seed, epoch)
-            while batch < self.num_batches(batch_size):
-                rows = order[batch * batch_size : (batch + 1) * batch_size]
-                batch += 1
-                yield Cursor(epoch, batch), [self[int(row)] for row in rows]
-            epoch, batch = epoch + 1, 0
+            while cursor.slot < order.num_slots:
+                end = min(cursor.slot + batch_size * rank.world, order.num_slots)
+                first = min(cursor.slot + batch_size * rank.number, end)
+                picks: list[tuple[OpenWindow, np.ndarray]] = []
+                for window, places in order.places(Cursor(cursor.epoch, first), min(batch_size, end - first)):
+                    last, rows = held.get(window.stream, (None, None))
+                    if rows is None or last != window:
+                        memory = rows.memory if rows and all(rows is not picked for picked, _ in picks) else None
+                        rows = open_window(self._blocks(order.ranges(window)), columns, memory)
+                        held[window.stream] = window, rows
+                        self._release()
+                    picks.append((rows, places))
+                cursor = Cursor(cursor.epoch, end)
+                yield cursor, gather(picks, manifest.layout, columns, recycler) if picks else self.block(0, 0)[:0]
+            cursor = Cursor(cursor.epoch + 1, 0)
 
+    def _blocks(self, ranges: np.ndarray) -> list[Block]:
+        """The rows of these ranges, each within a block."""
+        blocks = []
+        for first, end in ranges.tolist():
+            shard, block, inside = self._locate(first)
+            blocks.append(self.block(shard, block)[inside : inside + end - first])
+        return blocks
 
-def verify_shards(store_dir: Path, manifest: Manifest, hashes: bool = True) -> Iterator[str]:
-    """Describe each shard that is missing, of another size, or of other bytes than the manifest says."""
-    for shard in manifest.shards:
-        path = store_dir / shard.name
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif path.stat().st_size != shard.bytes:
-            yield f"{path} has {path.stat().st_size} bytes, the manifest says {shard.bytes}"
-        elif hashes and (found := sha256_file(path)) != shard.sha256:
-            yield f"{path} is damaged: sha256 {found[:16]}…, the manifest says {shard.sha256[:16]}…"
+    def _release(self) -> None:
+        for shard in self._shards.values():
+            shard.release()
+
+    def rows(self, first: int = 0, end: int | None = None) -> Iterator[Rows]:
+        """Rows `first` to `end`-1 in plan order, decoded, block by block."""
+        end = len(self) if end is None else end
+        while first < end:
+            shard, block, inside = self._locate(first)
+            stored = self.block(shard, block)
+            count = min(len(stored) - inside, end - first)
+            yield stored.decoded()[inside : inside + count]
+            first += count
+
+    def _locate(self, row: int) -> tuple[int, int, int]:
+        shard, inside = divmod(row, self.manifest.shard_rows)
+        return shard, *divmod(inside, self.manifest.block_rows)
+
+    def blocks(self, shard: int) -> list[Block]:
+        """All blocks of a shard."""
+        return [self.block(shard, index) for index in range(self._shard(shard).num_blocks)]
+
+    def block(self, shard: int, index: int) -> Block:
+        """Block `index` of a shard, of an uncompressed Arrow store as views into the memory map."""
+        return self._shard(shard).block(index)
+
+    def _shard(self, index: int) -> ArrowShard | ZarrShard:
+        shard = self._shards.pop(index, None) or self._open(index)
+        self._shards[index] = shard
+        if len(self._shards) > 4 * GROUP_SHARDS:
+            del self._shards[next(iter(self._shards))]
+        return shard
+
+    def _open(self, index: int) -> ArrowShard | ZarrShard:
+        entry, manifest = self.manifest.shards[index], self.manifest
+        name = self.place.name_of(entry.name)
+        with self.place.open(entry.name, entry.bytes, entry.sha256) as file:
+            found = os.fstat(file.fileno())
+            if found.st_size != entry.bytes:
+                raise UserError(f"{name} has {found.st_size} bytes, the manifest says {entry.bytes}", REPAIR_HINT)
+            key = (name, found.st_ino, found.st_mtime_ns, entry.sha256)
+            if self._verify and key not in _checked:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != entry.sha256:
+                    self.place.drop(entry.sha256)
+                    raise UserError(damaged(self.place, entry.name, digest, entry.sha256), REPAIR_HINT)
+                _checked.add(key)
+            return FORMAT_READERS[manifest.format](file, name, manifest.layout, manifest.block_rows)

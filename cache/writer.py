@@ -1,100 +1,348 @@
-"""Writing a store: plan first, shards in any order, manifest last. Any step can be repeated after a crash.
+"""Writing a store: plan first, shards in any order by any number of processes, manifest last. Any step can be repeated.
 
-A shard counts as written when its side file `shard-NNNNN.json` exists, names its sha256, and the bytes agree. A shard
-is published before its side file and both by rename, so a crash costs at most the shard in progress.
+A shard counts as written when its side file `shard-NNNNN.json` exists and its file has the size that it names. Both are
+published by rename out of the writer's lease, the shard first, so a crash costs at most the shard in progress, and a
+writer that lost its lease publishes nothing. On object storage there are no leases: a second writer does work twice, and
+no harm, since an upload appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import math
+import random
+import shutil
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from cache import arrow
+from cache import arrow_format, zarr_format
+from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one_dtype, position_columns
 from cache.errors import UserError
-from cache.files import publish_json, publishing, read_json, sha256_file
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, Shard
-from cache.record import Record, check_record
+from cache.files import TEMPORARY, json_bytes, parse_json, sha256_file, sync_dir, sync_file, telling_of_full_disks
+from cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, Shard, read_manifest, read_plan
+from cache.places import Folder, Place
+from cache.record import Rows, check_rows, concat_rows, counts_of
+
+LEASES_NAME = "leases"
+LEASE_S = 120.0
+FORMAT_WRITERS = {"arrow": arrow_format.write_shard, "zarr": zarr_format.write_shard}
 
 
-def open_for_writing(store_dir: Path, plan: Plan) -> None:
-    """Write the plan, or check that the one on disk is the same; a directory of anything else is refused."""
-    path = store_dir / PLAN_NAME
-    if path.exists():
-        if Plan(**read_json(path)) != plan:
+class ShardWriter:
+    """The rows of one shard, taken by this process: filled with `append` in plan order, then handed to `publish`."""
+
+    def __init__(self, plan: Plan, index: int, lease: Lease | None) -> None:
+        self.index, self.range, self.lease = index, plan.shard_range(index), lease
+        self.num_rows, self.longest, self.error = 0, 0, 0.0
+        self._plan = plan
+        self._waiting: list[Rows] = []  # fewer rows than a block
+        self._blocks: list[Block] = []
+
+    def append(self, rows: Rows) -> None:
+        """Check and encode the next rows; raises UserError, naming the row, for what cannot be stored."""
+        size = self._plan.block_rows
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            check_rows(part, self._plan.top_k, self._plan.max_positions, self._plan.vocab_size)
+            self.longest = max(self.longest, int(counts_of(part.token_offsets).max()))
+            self._waiting.append(part)
+            while sum(map(len, self._waiting)) >= size:
+                self._encode(size)
+        self.num_rows += len(rows)
+
+    def take_over(self, blocks: list[Block], entry: Shard) -> None:
+        """All blocks of the same shard of another store, with what that store knows of them."""
+        self._blocks, self.num_rows = blocks, entry.rows
+        self.longest, self.error = entry.longest, entry.value_error
+
+    def _encode(self, num_rows: int) -> None:
+        waiting = concat_rows(self._waiting)
+        block, error = encode(waiting[:num_rows], self._plan.layout, self._plan.values)
+        self._blocks.append(block)
+        self.error = max(self.error, error)
+        self._waiting = [waiting[num_rows:]] if len(waiting) > num_rows else []
+
+    def finish(self) -> list[Block]:
+        """The blocks of the whole shard, of one value dtype: float32 for all where a lossless one needed it."""
+        if self.num_rows != len(self.range):
+            raise ValueError(f"shard {self.index} has {self.num_rows} rows, the plan says {len(self.range)}")
+        if self._waiting:
+            self._encode(self._plan.block_rows)
+        return list(of_one_dtype(self._blocks))
+
+
+class StoreWriter:
+    """One process's hand on a store: it claims shards that nobody has, publishes them, and in the end the manifest."""
+
+    def __init__(
+        self,
+        place: Place,
+        plan: Plan,
+        attachments: dict[str, bytes] | None = None,
+        lease_s: float = LEASE_S,
+        clock: Clock | None = None,
+    ) -> None:
+        """Write the plan, or check that the one there is the same; a place with anything else in it is refused.
+
+        `attachments` are further files of the store (the teacher's tokenizer), by name.
+        """
+        if plan.vocab_size > MAX_VOCAB_SIZE:
             raise UserError(
-                f"{store_dir} was begun with another plan (shard_rows, format or provenance differ)",
-                "name another store.dir, or remove the directory if nobody needs it",
+                f"a vocabulary of {plan.vocab_size} ids: at most {MAX_VOCAB_SIZE} can be stored", "use another model"
             )
-        return
-    if store_dir.exists() and any(store_dir.iterdir()):
-        raise UserError(f"{store_dir} is not empty and is not a store", "name an empty or new directory as store.dir")
-    store_dir.mkdir(parents=True, exist_ok=True)
-    publish_json(path, dataclasses.asdict(plan))
+        self.place = place
+        with telling_of_full_disks(Path(place.name_of(PLAN_NAME)), plan.num_shards * _most_bytes(plan)):
+            self.plan = _begin(place, plan, attachments or {})
+        self._folder = place.path if isinstance(place, Folder) else None
+        self._leases = Leases(self._folder / LEASES_NAME, lease_s, clock) if self._folder else None
+        self._heartbeat = Heartbeat(self._leases) if self._leases else None
+        self._background = ThreadPoolExecutor(max_workers=2, thread_name_prefix="publish")
+        self._publishing: list[Future[None]] = []
+        self._written: dict[int, Shard] = {}
+        self._in_hand: dict[int, ShardWriter] = {}  # claimed by this process and neither written nor released
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._background.shutdown(wait=True)
+        for shard in list(self._in_hand.values()):
+            self.release(shard)
+        if self._heartbeat:
+            self._heartbeat.close()
+
+    def missing(self) -> list[int]:
+        """Indices of the shards that are not written, in plan order."""
+        there = set(self.place.names())
+        for index in set(range(self.plan.num_shards)) - set(self._written):
+            shard = written_shard(self.place, self.plan, index) if self.plan.side_name(index) in there else None
+            if shard:
+                self._written[index] = shard
+        return [index for index in range(self.plan.num_shards) if index not in self._written]
+
+    def claim(self) -> ShardWriter | None:
+        """The next shard that is neither written nor held by a living writer; None if there is none now.
+
+        Where there are no leases it is drawn, so that several processes seldom do the same one.
+        """
+        while self._publishing and self._publishing[0].done():
+            self._publishing.pop(0).result()
+        free = [index for index in self.missing() if index not in self._in_hand]
+        if self._leases is None or self._heartbeat is None or self._folder is None:
+            return self._take(random.choice(free), None) if free else None
+        begun = self._leases.keys()
+        with telling_of_full_disks(self._folder / LEASES_NAME, self._needed_bytes(len(free))):
+            for index in sorted(free, key=lambda index: (_key(index) in begun, index)):
+                lease = self._leases.acquire(_key(index))
+                if lease and written_shard(self.place, self.plan, index):  # between our look and the lease
+                    self._leases.release(lease)
+                elif lease:
+                    self._heartbeat.add(lease)
+                    return self._take(index, lease)
+        return None
+
+    def _take(self, index: int, lease: Lease | None) -> ShardWriter:
+        self._in_hand[index] = ShardWriter(self.plan, index, lease)
+        return self._in_hand[index]
+
+    def _needed_bytes(self, num_shards: int) -> int:
+        """Of shards to come: as many as the written ones have, or what they can have at most where none is written."""
+        sizes = [shard.bytes for shard in list(self._written.values())]
+        return num_shards * (sum(sizes) // len(sizes) if sizes else _most_bytes(self.plan))
+
+    def publish(self, shard: ShardWriter) -> None:
+        """Write a full shard in the background; what goes wrong is raised by one of the next calls or by `wait`.
+
+        While the last shard is written, the one before may still be waiting for the disk. A shard whose lease was lost is
+        thrown away: another process writes it.
+        """
+        blocks = shard.finish()
+        while len(self._publishing) > 1:
+            self._publishing.pop(0).result()
+        self._publishing.append(self._background.submit(self._publish, shard, blocks))
+
+    def release(self, shard: ShardWriter) -> None:
+        """Give an unfinished shard back."""
+        self._in_hand.pop(shard.index, None)
+        if shard.lease and self._leases and self._heartbeat:
+            self._heartbeat.remove(shard.lease)
+            self._leases.release(shard.lease)
+
+    def wait(self) -> None:
+        """Until all published shards are safe; raises what went wrong with one."""
+        while self._publishing:
+            self._publishing.pop(0).result()
+
+    def _publish(self, shard: ShardWriter, blocks: list[Block]) -> None:
+        """Write the shard's file and its side file, make them durable and move them in, in this order."""
+        name, side = self.plan.shard_name(shard.index), self.plan.side_name(shard.index)
+        needed = sum(block.num_bytes for block in blocks) * (self.plan.num_shards - len(self._written))
+        directory = shard.lease.path if shard.lease else Path(tempfile.mkdtemp(prefix="duet-"))
+        try:
+            with telling_of_full_disks((self._folder or directory) / name, needed):
+                entry = self._write(directory / name, blocks, shard)
+                blocks.clear()  # their memory is the next shard's
+                (directory / side).write_bytes(json_bytes(dataclasses.asdict(entry)))
+                for file in (name, side):
+                    sync_file(directory / file)
+                for file in (name, side):
+                    if shard.lease and self._folder:
+                        shard.lease.publish(file, self._folder / file)
+                    else:
+                        self.place.move_in(directory / file, file)
+                if self._folder:
+                    sync_dir(self._folder)
+            self._written[shard.index] = entry
+        except (LeaseLost, FileNotFoundError):  # our folder goes when somebody takes over
+            if not shard.lease or shard.lease.path.exists():
+                raise
+        finally:
+            self.release(shard)
+            if not shard.lease:
+                shutil.rmtree(directory)
+
+    def _write(self, path: Path, blocks: list[Block], shard: ShardWriter) -> Shard:
+        FORMAT_WRITERS[self.plan.format](path, blocks, self.plan.compression)
+        return Shard(
+            name=path.name,
+            rows=shard.num_rows,
+            positions=sum(block.num_positions for block in blocks),
+            bytes=path.stat().st_size,
+            sha256=sha256_file(path),
+            value_dtype=blocks[0].value_dtype,
+            value_error=shard.error,
+            longest=shard.longest,
+            logsumexp="logsumexp" in blocks[0].columns,
+        )
+
+    def finalise(self, environment: dict[str, Any], wait_s: float = 0.2) -> Manifest:
+        """Publish the manifest once every shard is there; of many processes one does it, and all return the same."""
+        self.wait()
+        if missing := self.missing():
+            raise ValueError(f"cannot finalise {self.place}: shards {missing} are missing")
+        manifest = _manifest(self.plan, [self._written[index] for index in range(self.plan.num_shards)], environment)
+        data = json_bytes(manifest.as_json())
+        with telling_of_full_disks(Path(self.place.name_of(MANIFEST_NAME)), len(data)):
+            while self.place.size(MANIFEST_NAME) is None:
+                if self._leases is None or self._folder is None:
+                    self.place.write(MANIFEST_NAME, data)
+                elif lease := self._leases.acquire("manifest"):
+                    try:
+                        self._publish_manifest(data, lease, self._folder)
+                    finally:
+                        self._leases.release(lease)
+                else:
+                    time.sleep(wait_s)
+        self._tidy()
+        return read_manifest(self.place)
+
+    def _publish_manifest(self, data: bytes, lease: Lease, folder: Path) -> None:
+        """Unless there is one, or somebody took over."""
+        if self.place.size(MANIFEST_NAME) is not None:
+            return
+        try:
+            (lease.path / MANIFEST_NAME).write_bytes(data)
+            sync_file(lease.path / MANIFEST_NAME)
+            lease.publish(MANIFEST_NAME, folder / MANIFEST_NAME)
+            sync_dir(folder)
+        except (LeaseLost, FileNotFoundError):
+            if lease.path.exists():
+                raise
+
+    def _tidy(self) -> None:
+        """Remove what killed writers left in a complete store."""
+        if self._leases:
+            self._leases.tidy()
+            for name in filter(TEMPORARY.fullmatch, self.place.names()):
+                self.place.remove(name)
 
 
-def missing_shards(store_dir: Path, plan: Plan) -> list[int]:
-    """Indices of the shards that are absent or whose bytes are not those that were written, in plan order."""
-    return [index for index in range(plan.num_shards) if _written(store_dir, index) is None]
+def written_shard(place: Place, plan: Plan, index: int) -> Shard | None:
+    """The shard's entry if its file has the size that was written, else None."""
+    raw = place.read(plan.side_name(index))
+    if raw is None:
+        return None
+    try:
+        shard = Shard(**parse_json(raw, place.name_of(plan.side_name(index))))
+    except (UserError, TypeError):  # damaged: the shard is written anew
+        return None
+    return shard if shard.name == plan.shard_name(index) and place.size(shard.name) == shard.bytes else None
 
 
-def write_shard(store_dir: Path, plan: Plan, index: int, records: Sequence[Record]) -> Shard:
-    """Check, write and publish the rows of shard `index`, in plan order."""
-    if len(records) != len(plan.shard_range(index)):
-        raise ValueError(f"shard {index} has {len(records)} rows, the plan says {len(plan.shard_range(index))}")
-    for record in records:
-        check_record(record, plan.top_k, plan.max_positions, plan.vocab_size)
-    path = store_dir / f"{_stem(index)}.{plan.format}"
-    with publishing(path) as temporary:
-        arrow.write_shard(temporary, records, plan.top_k)
-    shard = Shard(
-        name=path.name,
-        rows=len(records),
-        positions=sum(len(record.response_ids) for record in records),
-        bytes=path.stat().st_size,
-        sha256=sha256_file(path),
+def _most_bytes(plan: Plan) -> int:
+    """Bytes of a shard with every response as long as it can be, but for its tokens."""
+    value_dtype = plan.values if plan.values in VALUE_DTYPES else "float32"
+    columns = position_columns(plan.layout, value_dtype, logsumexp=True)
+    per_position = sum(dtype.itemsize * math.prod(shape) for dtype, shape in columns.values())
+    return min(plan.shard_rows, plan.rows) * plan.max_positions * per_position
+
+
+def _key(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+def _begin(place: Place, plan: Plan, attachments: dict[str, bytes]) -> Plan:
+    plan = dataclasses.replace(
+        plan, attachments={name: hashlib.sha256(data).hexdigest() for name, data in sorted(attachments.items())}
     )
-    publish_json(store_dir / f"{_stem(index)}.json", dataclasses.asdict(shard))
-    return shard
+    names = place.names()  # before the plan: whoever writes more than attachments has written the plan
+    found = read_plan(place)
+    if found is None:
+        if any(not name.rpartition("/")[2].startswith(".") for name in names if name not in attachments):
+            raise UserError(f"{place} is not empty and is not a store", "name an empty or new directory as store.dir")
+        for name, data in attachments.items():
+            place.write(name, data)
+        place.write(PLAN_NAME, json_bytes(dataclasses.asdict(plan)))
+        return plan
+    if dataclasses.replace(found, attachments={}) != dataclasses.replace(plan, attachments={}):
+        old, new = dataclasses.asdict(found), dataclasses.asdict(plan)
+        differing = [name for name in old if old[name] != new[name] and name != "attachments"]
+        shown = ", ".join(
+            f"{name} {old[name]!r} there and {new[name]!r} now" for name in differing if name != "provenance"
+        )
+        raise UserError(
+            f"{place} was begun with another plan: {shown or 'provenance differs'}",
+            "set it back, name another store.dir, or remove the directory if nobody needs it",
+        )
+    for name, digest in found.attachments.items():
+        if place.size(name) is None:
+            if plan.attachments.get(name) != digest:
+                raise UserError(
+                    f"{place.name_of(name)} is missing and would not be written as it was",
+                    "restore it, or install the versions of transformers and tokenizers that wrote it",
+                )
+            place.write(name, attachments[name])
+    return found
 
 
-def finalise(store_dir: Path, plan: Plan, environment: dict[str, Any]) -> Manifest:
-    """Write the manifest once every shard is there. Doing it again writes the same."""
-    shards = [_written(store_dir, index) for index in range(plan.num_shards)]
-    missing = [index for index, shard in enumerate(shards) if shard is None]
-    if missing:
-        raise ValueError(f"cannot finalise {store_dir}: shards {missing} are missing")
-    manifest = Manifest(
+def _manifest(plan: Plan, shards: list[Shard], environment: dict[str, Any]) -> Manifest:
+    dtypes = {shard.value_dtype for shard in shards}
+    if len({shard.logsumexp for shard in shards}) > 1:
+        raise UserError("some shards have a log-sum-exp and some have none", "make the store anew with one engine")
+    return Manifest(
         format_version=plan.format_version,
         format=plan.format,
         complete=True,
         rows=plan.rows,
-        positions=sum(shard.positions for shard in shards if shard),
+        positions=sum(shard.positions for shard in shards),
+        subsets=plan.subsets,
         top_k=plan.top_k,
         max_positions=plan.max_positions,
         vocab_size=plan.vocab_size,
-        value_dtype=plan.value_dtype,
+        value_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        value_error=max(shard.value_error for shard in shards),
+        logsumexp=shards[0].logsumexp,
+        compression=plan.compression,
+        shard_rows=plan.shard_rows,
+        block_rows=plan.block_rows,
         fingerprint=plan.fingerprint,
         provenance=plan.provenance,
-        shards=tuple(shard for shard in shards if shard),
+        shards=tuple(shards),
+        attachments=plan.attachments,
         environment=environment,
     )
-    publish_json(store_dir / MANIFEST_NAME, manifest.as_json())
-    return manifest
-
-
-def _stem(index: int) -> str:
-    return f"shard-{index:05d}"
-
-
-def _written(store_dir: Path, index: int) -> Shard | None:
-    """The shard's entry if its file has exactly the bytes that were written, else None."""
-    side_path = store_dir / f"{_stem(index)}.json"
-    if not side_path.exists():
-        return None
-    shard = Shard(**read_json(side_path))
-    path = store_dir / shard.name
-    if not path.exists() or path.stat().st_size != shard.bytes or sha256_file(path) != shard.sha256:
-        return None
-    return shard

@@ -6,7 +6,6 @@ Heavy libraries are imported inside the functions, so that `duet --help` and `du
 from __future__ import annotations
 
 import functools
-import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -15,8 +14,8 @@ from typing import Any
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
-from cache.manifest import PLAN_NAME, Manifest, read_manifest, store_dir_of
-from cache.reader import verify_shards
+from cache.manifest import PLAN_NAME, Manifest, read_manifest
+from cache.places import Place
 from cache.record import SUBSETS
 from pipeline.config import Config
 from pipeline.run import StopSignal, claim_run_dir, environment
@@ -37,47 +36,56 @@ def teacher_logits(config: Config) -> None:
     prepared = teacher.prepare(config.teacher, config.prompt, config.data, config.topic, config.device)
     result = teacher.find_store(prepared, config.store, config.store_root, config.teacher.engine)
     if result is None:
-        with progress_bar("rows") as bar:
-            result = teacher.write_store(
-                prepared,
-                config.teacher,
-                config.store,
-                config.store_root,
-                on_engine=_say_engine,
-                on_progress=lambda done, total: bar.update("teacher logits", done, total),
-                should_stop=stop,
-            )
-        say(
-            f"wrote {result.rows_written} rows in {result.seconds:.1f} s: {_store_line(result.store_dir, result.manifest)}"
-        )
+        result = write_store(config, prepared, stop)
+        say(f"wrote {result.rows_written} rows in {result.seconds:.1f} s: {store_line(result.place, result.manifest)}")
     else:
-        say(f"reused the store of the same fingerprint: {_store_line(result.store_dir, result.manifest)}")
+        say(f"reused the store of the same fingerprint: {store_line(result.place, result.manifest)}")
     (run_dir / "teacher").mkdir(exist_ok=True)
-    publish_json(_pointer_path(config), {"fingerprint": result.manifest.fingerprint})
+    pointer = {"fingerprint": result.manifest.fingerprint, "name": str(result.place).rpartition("/")[2]}
+    publish_json(_pointer_path(config), pointer)
+
+
+def write_store(config: Config, prepared: Any, stop: StopSignal) -> Any:
+    """Run the teacher over what the store lacks, with a progress bar."""
+    from stages import teacher
+
+    with progress_bar("rows") as bar:
+        return teacher.write_store(
+            prepared,
+            config.teacher,
+            config.store,
+            config.store_root,
+            on_engine=_say_engine,
+            on_progress=lambda done, total: bar.update("teacher logits", done, total),
+            should_stop=stop,
+        )
 
 
 def _say_engine(name: str, reason: str) -> None:
     say(f"engine: {name} ({reason})")
 
 
-def _store_line(store_dir: Path, manifest: Manifest) -> str:
+def store_line(place: Place, manifest: Manifest) -> str:
+    """A store in one line."""
     return (
-        f"{store_dir} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
+        f"{place} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
         f"{manifest.shard_bytes / 1e6:.2f} MB)"
     )
 
 
 def _pointer_path(config: Config) -> Path:
-    """Names the fingerprint of the store that this run uses."""
+    """Names the store that this run uses."""
     return config.run_dir / "teacher" / "store.json"
 
 
-def _store_dir(config: Config) -> Path:
+def _store(config: Config) -> Place:
     """The run's store; where stage one has not ended, a UserError that says how far it came."""
     if _pointer_path(config).is_file():
-        return store_dir_of(config.store_root, read_json(_pointer_path(config))["fingerprint"])
-    for path in sorted(config.store_root.glob(f"*/{PLAN_NAME}")) if config.run_dir.exists() else []:
-        read_manifest(path.parent)
+        return config.store_root / read_json(_pointer_path(config))["name"]
+    if config.run_dir.exists():
+        for name in config.store_root.names():
+            if name.endswith(f"/{PLAN_NAME}"):
+                read_manifest(config.store_root / name.removesuffix(f"/{PLAN_NAME}"))
     raise UserError(f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first")
 
 
@@ -87,11 +95,11 @@ def distill(config: Config) -> None:
     from stages.models import pick_device, resolve_model
 
     stop = StopSignal()
-    store_dir = _store_dir(config)
+    place = _store(config)
     claim_run_dir(config)
-    store, tokenizer = stage.open_store(store_dir, config.store.verify)
+    store, tokenizer = stage.open_store(place, config.store.verify)
     device = pick_device(config.device)
-    say(f"store: {_store_line(store_dir, store.manifest)}; device: {device}")
+    say(f"store: {store_line(place, store.manifest)}; device: {device}")
     for student in config.students:
         job = stage.StudentJob(
             name=student.name,
@@ -218,7 +226,7 @@ def _query_sets(config: Config) -> dict[str, Any]:
 
 
 def _store_summary(config: Config) -> dict[str, Any]:
-    manifest = read_manifest(_store_dir(config))
+    manifest = read_manifest(_store(config))
     return {
         "fingerprint": manifest.fingerprint,
         "rows": manifest.rows,
@@ -256,27 +264,3 @@ def run_all(config_path: str, overrides: tuple[str, ...]) -> int:
         if code := child.wait():
             return code
     return 0
-
-
-def inspect_store(store_dir: Path, as_json: bool) -> None:
-    """Print a complete store's manifest, whole as JSON or its main lines."""
-    manifest = read_manifest(store_dir)
-    if as_json:
-        out.print_json(json.dumps(manifest.as_json()))
-        return
-    say(_store_line(store_dir, manifest))
-    say(f"fingerprint {manifest.fingerprint}")
-    for key, value in manifest.provenance.items():
-        say(f"{key}: {value}")
-
-
-def verify_store(store_dir: Path) -> None:
-    """Check every shard's bytes; a damaged store is a UserError that names the first fault."""
-    manifest = read_manifest(store_dir)
-    faults = list(verify_shards(store_dir, manifest))
-    if faults:
-        raise UserError(
-            f"{len(faults)} of {len(manifest.shards)} shards are damaged: {faults[0]}",
-            "run `duet teacher-logits` with the same config: it writes only the damaged shards anew",
-        )
-    say(f"{store_dir}: all {len(manifest.shards)} shards are as they were written")

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from cache.errors import UserError
+from cache.places import Place, check_url, is_url, place_of
 from stages.settings import (
     EvaluateSettings,
     Name,
@@ -48,8 +49,10 @@ class Config(Settings):
         return Path(self.runs_dir) / self.name
 
     @property
-    def store_root(self) -> Path:
-        return Path(self.store.dir) if self.store.dir else self.run_dir / "teacher"
+    def store_root(self) -> Place:
+        """Where the stores of this run lie, one per fingerprint."""
+        store = self.store
+        return place_of(store.dir or self.run_dir / "teacher", store.cache_dir, int(store.cache_gb * 1e9))
 
     def train_settings(self, student: StudentSettings) -> TrainSettings:
         """The common training settings with the student's own on top."""
@@ -73,6 +76,8 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
         _apply(raw, override)
     config = validated(Config, raw, path)
     _check_students(config, path)
+    if is_url(config.store.dir or ""):
+        check_url(config.store.dir or "")  # before the settings are written anywhere
     return config
 
 

@@ -22,8 +22,15 @@ CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 LOG_NAME = "log.txt"
 # Settings that can differ between two calls of one run: they change speed or place, no number.
-_FREE = (("runs_dir",), ("device",), ("store", "dir"), ("store", "verify"), ("teacher", "batch_size"),
-         ("teacher", "gpu_memory_utilization"), ("train", "checkpoint_steps"))  # fmt: skip
+_FREE = {
+    (group, key)
+    for group, keys in {
+        "store": ("dir", "verify", "lease_s", "cache_dir", "cache_gb"),
+        "teacher": ("batch_size", "gpu_memory_utilization"),
+        "train": ("checkpoint_steps",),
+    }.items()
+    for key in keys
+} | {("runs_dir",), ("device",)}
 
 
 def claim_run_dir(config: Config) -> Path:

@@ -9,7 +9,7 @@ Shapes: B batch, T time, N supervised positions of the batch, P positions of one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,13 @@ class AlignedBatch:
     position_N: torch.Tensor  # int64, which position in it
 
     def to(self, device: torch.device) -> AlignedBatch:
-        return AlignedBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> AlignedBatch:
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> AlignedBatch:
+        return AlignedBatch(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
 
 
 def align(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache.files import publish_json, read_json, sync_dir
-from cache.reader import Cursor
+from cache.order import Cursor
 
 
 @dataclass(frozen=True)

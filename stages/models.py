@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
         rules.pop(key, None)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return sha256_json({"vocabulary": sorted(tokenizer.get_vocab().items()), "rules": rules, "special": special})
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """What `save_pretrained` writes, as `tokenizer/<name>`: it travels in the store."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {f"tokenizer/{path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def text_sha256(text: str) -> str:

@@ -93,12 +93,27 @@ class TeacherSettings(Settings):
 class StoreSettings(Settings):
     """Where and how teacher logits are kept."""
 
-    dir: str | None = Field(default=None, description="folder of stores, one per fingerprint; default: <run>/teacher")
-    format: Literal["arrow"] = Field(default="arrow", description="file format of the shards")
+    dir: str | None = Field(
+        default=None, description="folder or URL (s3://…) of stores, one per fingerprint; default: <run>/teacher"
+    )
+    format: Literal["arrow", "zarr"] = Field(default="arrow", description="file format of the shards")
+    compression: Literal["none", "lz4", "zstd"] = Field(
+        default="none", description="of the shards; an uncompressed Arrow store is read at the speed of memory"
+    )
+    values: Literal["lossless", "float32", "float16", "linear16"] = Field(
+        default="lossless",
+        description="how logits are kept: lossless is float16 where it is exact and float32 elsewhere; the error of "
+        "float16 and linear16 (steps of 1/65535 of a position's range) is measured and stands in the manifest",
+    )
     shard_rows: int = Field(
         default=4096, ge=1, description="queries per shard: at most this much work is lost by a crash"
     )
+    lease_s: float = Field(
+        default=120.0, ge=1, description="seconds after which a shard is taken over from a writer that shows no life"
+    )
     verify: bool = Field(default=True, description="check the sha256 of every shard before it is read")
+    cache_dir: str = Field(default="~/.cache/duet", description="local folder for shards of stores on object storage")
+    cache_gb: float = Field(default=20.0, gt=0, description="largest size of that folder, in 10^9 bytes")
 
 
 class TrainSettings(Settings):
@@ -126,6 +141,13 @@ class TrainSettings(Settings):
         default="auto", description="of the exported weights: auto is that of the model the student started from"
     )
     checkpoint_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
+    forget_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of forget queries in every batch; default: that of the store. An epoch is then over when every "
+        "query has come at least once",
+    )
     seed: int = Field(default=0, ge=0, description="seed of the row order and of torch")
 
 

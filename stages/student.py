@@ -14,18 +14,21 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from cache.codec import Block
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, publishing, read_json, sync_dir
-from cache.reader import Cursor, Store
-from cache.record import Record
+from cache.order import Cursor
+from cache.places import Place, local_folder
+from cache.prefetch import Prefetch
+from cache.reader import Store
+from cache.record import prompt_and_response
 from stages import checkpoint
 from stages.alignment import AlignedBatch, align
 from stages.losses import LOSSES
@@ -70,16 +73,16 @@ class StepReport:
     lr: float
     grad_norm: float
     rows_per_s: float
+    stall_s: float  # how long this process has waited for the store in all
 
 
-def open_store(store_dir: Path, verify: bool) -> tuple[Store, Any]:
+def open_store(place: Place, verify: bool) -> tuple[Store, Any]:
     """A complete store and the teacher's tokenizer, which lies in it."""
-    store = Store(store_dir, verify)
-    tokenizer = load_tokenizer(store_dir / "tokenizer")
+    store = Store(place, verify)
+    tokenizer = load_tokenizer(local_folder(place, "tokenizer", store.manifest.attachments))
     if tokenizer_sha256(tokenizer) != store.manifest.provenance["tokenizer_sha256"]:
         raise UserError(
-            f"{store_dir / 'tokenizer'} is not the tokenizer that the store was made with",
-            "remove that folder and run `duet teacher-logits` again: it restores it",
+            f"{place.name_of('tokenizer')} is not the tokenizer that the store was made with", "make the store anew"
         )
     return store, tokenizer
 
@@ -102,15 +105,21 @@ def train_student(
     config = load_config(job.model_dir, job.trust_remote_code)
     tokenizer = load_tokenizer(job.model_dir, job.trust_remote_code)
     check_same_tokenizer(store_tokenizer, tokenizer, vocab_width(config), job.name)
-    for row in range(len(store)):
-        record = store[row]
-        check_length(
-            record.prompt_ids.tolist(), len(record.response_ids), context_length(config), record.row_id, "student"
-        )
+    check_context(store, context_length(config))
     torch.manual_seed(job.settings.seed)
     model = load_model(job.model_dir, "float32", job.trust_remote_code).to(job.device)
     progress, curve = _loop(job, store, model, tokenizer.pad_token_id or 0, on_step, should_stop)
     return _finish(job, store, model, tokenizer, progress, curve)
+
+
+def check_context(store: Store, context: int) -> None:
+    """Refuse a store with a row that a student of this context, in tokens, could not read whole."""
+    if store.manifest.longest <= context:
+        return
+    for rows in store.rows():
+        for row, row_id in enumerate(rows.row_ids):
+            prompt, response = prompt_and_response(rows, row)
+            check_length(prompt.tolist(), len(response), context, row_id, "student")
 
 
 def claim(job: StudentJob, store: Store) -> None:
@@ -162,17 +171,21 @@ def _loop(
     progress = checkpoint.load_newest(job.student_dir / "checkpoints", model, optimizer) or checkpoint.Progress(
         0, Cursor(), 0.0
     )
-    num_batches = settings.epochs * store.num_batches(settings.batch_size)
+    order = store.order(settings.seed, settings.forget_share)
+    num_batches = settings.epochs * math.ceil(order.num_slots / settings.batch_size)
     total = math.ceil(num_batches / settings.accumulation)
-    batches = store.batches(settings.batch_size, settings.seed, progress.cursor)
+    batches = Prefetch(
+        store.batches(order, settings.batch_size, progress.cursor),
+        lambda batch: (batch[0], Group.of(batch[1], pad_id, pinned=job.device == "cuda")),
+    )
     lines = _metrics_until(job.student_dir / METRICS_NAME, progress.step)
-    with open(job.student_dir / METRICS_NAME, "a", encoding="utf-8") as metrics:
+    with closing(batches), open(job.student_dir / METRICS_NAME, "a", encoding="utf-8") as metrics:
         while progress.step < total:
             started = time.monotonic()
             wanted = min(settings.accumulation, num_batches - progress.step * settings.accumulation)
             cursor, groups = _take(batches, wanted)
             lr = settings.lr * lr_factor(progress.step, total, settings.warmup, settings.decay)
-            loss, grad_norm = _step(model, optimizer, groups, lr, pad_id, job)
+            loss, grad_norm = _step(model, optimizer, groups, lr, job)
             seconds = time.monotonic() - started
             progress = checkpoint.Progress(progress.step + 1, cursor, progress.train_s + seconds)
             report = StepReport(
@@ -182,7 +195,8 @@ def _loop(
                 loss=loss,
                 lr=lr,
                 grad_norm=grad_norm,
-                rows_per_s=sum(map(len, groups)) / seconds,
+                rows_per_s=sum(group.num_rows for group in groups) / seconds,
+                stall_s=batches.stall_s,
             )
             lines.append(report.__dict__)
             metrics.write(json.dumps(report.__dict__) + "\n")
@@ -196,24 +210,48 @@ def _loop(
     return progress, lines
 
 
-def _take(batches: Iterator[tuple[Cursor, list[Record]]], count: int) -> tuple[Cursor, list[list[Record]]]:
+@dataclass(frozen=True)
+class Group:
+    """One forward pass: the student's aligned rows and the teacher's top-k at the same N positions."""
+
+    num_rows: int
+    batch: AlignedBatch
+    teacher_ids_NK: torch.Tensor  # int64
+    teacher_NK: torch.Tensor  # float32
+
+    @staticmethod
+    def of(rows: Block, pad_id: int, pinned: bool = False) -> Group:
+        """Decode, align and pad; `pinned` puts the tensors where a GPU fetches them while the CPU goes on."""
+        both = [prompt_and_response(rows, row) for row in range(len(rows))]
+        batch = align([prompt for prompt, _ in both], [response for _, response in both], pad_id)
+        ids_NK, logits_NK = torch.from_numpy(rows.topk_ids()).long(), torch.from_numpy(rows.topk_logits())
+        if pinned:
+            batch, ids_NK, logits_NK = batch.pin_memory(), ids_NK.pin_memory(), logits_NK.pin_memory()
+        return Group(len(rows), batch, ids_NK, logits_NK)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.teacher_NK)
+
+
+def _take(batches: Iterator[tuple[Cursor, Group]], count: int) -> tuple[Cursor, list[Group]]:
     taken = [next(batches) for _ in range(count)]
-    return taken[-1][0], [records for _, records in taken]
+    return taken[-1][0], [group for _, group in taken]
 
 
 def _step(
-    model: Any, optimizer: torch.optim.Optimizer, groups: list[list[Record]], lr: float, pad_id: int, job: StudentJob
+    model: Any, optimizer: torch.optim.Optimizer, groups: list[Group], lr: float, job: StudentJob
 ) -> tuple[float, float]:
     """One optimizer step over the groups of an accumulation; (mean loss per supervised position, gradient norm)."""
-    num_positions = sum(len(record.response_ids) for group in groups for record in group)
+    num_positions = sum(group.num_positions for group in groups)
     loss_fn, device = LOSSES[job.settings.loss], torch.device(job.device)
     total = 0.0
     for group in groups:
-        batch, teacher_ids_NK, teacher_NK = collate(group, pad_id)
         with _autocast(job):
-            logits_NV = supervised_logits(model, batch.to(device))
-        student_NK = logits_NV.float().gather(1, teacher_ids_NK.to(device))
-        loss = loss_fn(student_NK, teacher_NK.to(device), job.settings.huber_delta).sum() / num_positions
+            logits_NV = supervised_logits(model, group.batch.to(device))
+        student_NK = logits_NV.float().gather(1, group.teacher_ids_NK.to(device, non_blocking=True))
+        teacher_NK = group.teacher_NK.to(device, non_blocking=True)
+        loss = loss_fn(student_NK, teacher_NK, job.settings.huber_delta).sum() / num_positions
         loss.backward()
         total += loss.item()
     if not math.isfinite(total):
@@ -235,14 +273,6 @@ def _autocast(job: StudentJob) -> Any:
     if job.settings.dtype == "bfloat16" or (job.settings.dtype == "auto" and on_gpu):
         return torch.autocast(job.device, torch.bfloat16)
     return nullcontext()
-
-
-def collate(records: list[Record], pad_id: int) -> tuple[AlignedBatch, torch.Tensor, torch.Tensor]:
-    """The student's aligned batch and the teacher's ids int64 [N, K] and logits float32 [N, K], in the same row order."""
-    batch = align([r.prompt_ids for r in records], [r.response_ids for r in records], pad_id)
-    ids_NK = torch.from_numpy(np.concatenate([r.topk_ids_PK for r in records]).astype(np.int64))
-    logits_NK = torch.from_numpy(np.concatenate([r.topk_logits_PK for r in records]).astype(np.float32))
-    return batch, ids_NK, logits_NK
 
 
 def supervised_logits(model: Any, batch: AlignedBatch) -> torch.Tensor:
@@ -294,7 +324,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Export the model, write training.json (the sign that the student is done) and drop the checkpoints."""
     export(job, model, tokenizer)
-    rows = job.settings.epochs * len(store)
+    rows = job.settings.epochs * store.order(job.settings.seed, job.settings.forget_share).num_slots
     summary = {
         "name": job.name,
         "loss": job.settings.loss,
@@ -302,6 +332,7 @@ def _finish(
         "rows": len(store),
         "train_s": progress.train_s,
         "rows_per_s": rows / progress.train_s,
+        "stall_s": lines[-1]["stall_s"],
         "parameters": model.num_parameters(),
         "curve": [[line["step"], line["loss"]] for line in lines],
     }

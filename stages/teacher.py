@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from cache import writer
 from cache.errors import Interrupted, UserError
 from cache.files import sha256_json
-from cache.manifest import MANIFEST_NAME, Manifest, Plan, read_manifest, store_dir_of
-from cache.reader import verify_shards
-from cache.record import SUBSETS, Record
+from cache.maintain import verify
+from cache.manifest import MANIFEST_NAME, Manifest, Plan, read_manifest, store_name
+from cache.places import Place
+from cache.record import SUBSETS, Rows, check_distinct, offsets_of
+from cache.writer import ShardWriter, StoreWriter
 from stages.data import Query, load_queries
 from stages.engine import Engine, EngineSpec, open_engine, self_test, vllm_fault
 from stages.models import (
@@ -33,6 +34,7 @@ from stages.models import (
     resolve_model,
     text_config,
     text_sha256,
+    tokenizer_files,
     tokenizer_sha256,
     vocab_width,
     weights_sha256,
@@ -41,6 +43,7 @@ from stages.prompts import check_length, check_prompt_settings, render
 from stages.settings import PromptSettings, StoreSettings, TeacherSettings, TrainingData
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
+WAIT_S = 0.5  # between looks at what other writers have finished
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Prepared:
 class StoreResult:
     """What stage one ended with."""
 
-    store_dir: Path
+    place: Place
     manifest: Manifest
     engine: str
     reason: str  # why this engine
@@ -92,7 +95,7 @@ def prepare(teacher: TeacherSettings, prompt: PromptSettings, data: TrainingData
     prefix = fill_prefix(teacher.prefix, topic)
     queries = {subset: load_queries(getattr(data, subset), f"data.{subset}") for subset in SUBSETS}
     context = context_length(config)
-    rows = [_row(subset, query, tokenizer, prefix, prompt) for subset, query in interleave(queries)]
+    rows = [_row(subset, query, tokenizer, prefix, prompt) for subset in SUBSETS for query in queries[subset]]
     for row in rows:
         check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
     longest = max(len(row.teacher_ids) for row in rows) + teacher.max_positions
@@ -128,16 +131,6 @@ def fill_prefix(prefix: str, topic: str) -> str:
     return prefix.replace("{topic}", topic)
 
 
-def interleave(queries: dict[str, list[Query]]) -> list[tuple[str, Query]]:
-    """All queries in one order in which every stretch holds the subsets in their overall proportion."""
-    placed = [
-        ((number + 0.5) / len(subset_queries), subset, query)
-        for subset, subset_queries in queries.items()
-        for number, query in enumerate(subset_queries)
-    ]
-    return [(subset, query) for _, subset, query in sorted(placed, key=lambda item: item[:2])]
-
-
 def _row(subset: str, query: Query, tokenizer: Any, prefix: str, prompt: PromptSettings) -> Row:
     return Row(
         row_id=f"{subset}/{query.row_id}",
@@ -159,15 +152,18 @@ def _resolve_dtype(dtype: str, config: Any) -> str:
 
 def plan_for(prepared: Prepared, store: StoreSettings, engine: str) -> Plan:
     """The plan under an engine ("vllm" or "transformers"), known before that engine starts."""
-    provenance = {**prepared.provenance, "engine": engine_version(engine), "format": store.format}
+    lossy = {"values": store.values} if store.values in ("float16", "linear16") else {}
+    provenance = {**prepared.provenance, "engine": engine_version(engine), **lossy}
     return Plan(
-        rows=len(prepared.rows),
+        subsets={subset: provenance["data"][subset]["rows"] for subset in SUBSETS},
         shard_rows=store.shard_rows,
         top_k=provenance["top_k"],
         max_positions=provenance["max_positions"],
         vocab_size=prepared.spec.num_ids,
         provenance=provenance,
         format=store.format,
+        compression=store.compression,
+        values=store.values,
     )
 
 
@@ -188,16 +184,17 @@ def engine_order(engine: str) -> list[str]:
     return ["transformers"] if vllm_fault() else ["vllm", "transformers"]
 
 
-def find_store(prepared: Prepared, store: StoreSettings, root: Path, engine: str) -> StoreResult | None:
-    """A complete, undamaged store of this fingerprint, for the first engine in order that has one."""
+def find_store(prepared: Prepared, store: StoreSettings, root: Place, engine: str) -> StoreResult | None:
+    """A complete store of this fingerprint, for the first engine in order that has one; UserError if it is damaged."""
     for name in engine_order(engine):
         plan = plan_for(prepared, store, name)
-        directory = store_dir_of(root, plan.fingerprint)
-        if not (directory / MANIFEST_NAME).is_file():
+        place = root / store_name(plan.fingerprint, plan.format)
+        if place.size(MANIFEST_NAME) is None:
             continue
-        manifest = read_manifest(directory)
-        if not list(verify_shards(directory, manifest, hashes=store.verify)):
-            return StoreResult(directory, manifest, plan.provenance["engine"], "", True, 0, 0.0)
+        manifest = read_manifest(place)
+        for fault in verify(place, manifest, hashed=store.verify):
+            raise UserError(fault, f"run: duet cache repair {place} --config FILE, with this config")
+        return StoreResult(place, manifest, plan.provenance["engine"], "", True, 0, 0.0)
     return None
 
 
@@ -205,43 +202,66 @@ def write_store(
     prepared: Prepared,
     teacher: TeacherSettings,
     store: StoreSettings,
-    root: Path,
+    root: Place,
     on_engine: Callable[[str, str], None],
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> StoreResult:
-    """Fill the missing shards and publish the manifest.
+    """Fill the shards that nobody has written and publish the manifest; any number of processes can do this at once.
 
-    `on_engine(name, reason)` is told once which engine runs; `on_progress(done, total)` counts rows. Raises Interrupted
-    between engine calls when `should_stop()` is true: complete shards stay, the next call goes on after them.
+    `on_engine(name, reason)` is told once which engine runs; `on_progress(done, total)` counts rows, those of other
+    processes too. Raises Interrupted between engine calls when `should_stop()` is true: complete shards stay, the next
+    call goes on after them.
     """
     engine, reason = open_engine(prepared.spec, teacher.engine)
     on_engine(engine.name, reason)
     plan = plan_for(prepared, store, engine.name.split()[0])
-    store_dir = store_dir_of(root, plan.fingerprint)
-    started = time.monotonic()
+    place = root / store_name(plan.fingerprint, plan.format)
+    started, written = time.monotonic(), 0
     try:
         _self_test(engine, prepared)
-        writer.open_for_writing(store_dir, plan)
-        prepared.tokenizer.save_pretrained(store_dir / "tokenizer")
-        missing = writer.missing_shards(store_dir, plan)
-        done = len(prepared.rows) - sum(len(plan.shard_range(index)) for index in missing)
-        written = 0
-        for index in missing:
-            records: list[Record] = []
-            numbers = plan.shard_range(index)
-            for first in range(numbers.start, numbers.stop, teacher.batch_size):
+        with StoreWriter(place, plan, tokenizer_files(prepared.tokenizer), store.lease_s) as writer:
+            while missing := writer.missing():
                 if should_stop():
-                    raise Interrupted(f"{done + written} of {plan.rows} rows are in {store_dir}")
-                rows = prepared.rows[first : min(first + teacher.batch_size, numbers.stop)]
-                records += _score(engine, rows, teacher)
-                on_progress(done + written + len(records), plan.rows)
-            writer.write_shard(store_dir, plan, index, records)
-            written += len(records)
+                    raise Interrupted(f"{_rows_but(plan, missing)} of {plan.rows} rows are in {place}")
+                shard = writer.claim()
+                if shard is None:  # what is left is being written, by us or by others
+                    writer.wait()
+                    time.sleep(WAIT_S if writer.missing() else 0)
+                    continue
+                done = _rows_but(plan, [*missing, shard.index])
+                _fill(
+                    shard, engine, prepared, teacher, lambda n, done=done: on_progress(done + n, plan.rows), should_stop
+                )
+                if shard.num_rows < len(shard.range):
+                    writer.release(shard)
+                    continue
+                writer.publish(shard)
+                written += shard.num_rows
+            manifest = writer.finalise(_environment(prepared))
     finally:
         engine.close()
-    manifest = writer.finalise(store_dir, plan, _environment(prepared))
-    return StoreResult(store_dir, manifest, engine.name, reason, False, written, time.monotonic() - started)
+    return StoreResult(place, manifest, engine.name, reason, False, written, time.monotonic() - started)
+
+
+def _rows_but(plan: Plan, missing: list[int]) -> int:
+    return plan.rows - sum(len(plan.shard_range(index)) for index in set(missing))
+
+
+def _fill(
+    shard: ShardWriter,
+    engine: Engine,
+    prepared: Prepared,
+    teacher: TeacherSettings,
+    on_rows: Callable[[int], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Score a shard's rows, as far as `should_stop` lets."""
+    for first in range(shard.range.start, shard.range.stop, teacher.batch_size):
+        if should_stop():
+            return
+        shard.append(_score(engine, prepared.rows[first : min(first + teacher.batch_size, shard.range.stop)], teacher))
+        on_rows(shard.num_rows)
 
 
 def _self_test(engine: Engine, prepared: Prepared) -> None:
@@ -252,20 +272,23 @@ def _self_test(engine: Engine, prepared: Prepared) -> None:
     self_test(engine, [ids[:room] for ids in chosen], prepared.provenance["top_k"], prepared.spec.num_ids)
 
 
-def _score(engine: Engine, rows: list[Row], teacher: TeacherSettings) -> list[Record]:
+def _score(engine: Engine, rows: list[Row], teacher: TeacherSettings) -> Rows:
+    """One engine call's results, columnar."""
     scored = engine.score([row.teacher_ids for row in rows], teacher.top_k, teacher.max_positions)
-    return [
-        Record(
-            row_id=row.row_id,
-            subset=row.subset,
-            prompt_ids=np.asarray(row.student_ids, np.int32),
-            response_ids=result.response_ids,
-            topk_ids_PK=result.topk_ids_PK,
-            topk_logits_PK=result.topk_logits_PK,
-            logsumexp_P=result.logsumexp_P,
-        )
-        for row, result in zip(rows, scored, strict=True)
-    ]
+    tokens = [part for row, result in zip(rows, scored, strict=True) for part in (row.student_ids, result.response_ids)]
+    sums = [result.logsumexp_P for result in scored if result.logsumexp_P is not None]
+    batch = Rows(
+        row_ids=[row.row_id for row in rows],
+        subsets=np.array([SUBSETS.index(row.subset) for row in rows], np.uint8),
+        token_offsets=offsets_of([len(a) + len(b) for a, b in zip(tokens[::2], tokens[1::2], strict=True)]),
+        tokens_S=np.concatenate(tokens).astype(np.int32),
+        position_offsets=offsets_of([len(result.response_ids) for result in scored]),
+        topk_ids_NK=np.concatenate([result.topk_ids_PK for result in scored]),
+        topk_logits_NK=np.concatenate([result.topk_logits_PK for result in scored]),
+        logsumexp_N=np.concatenate(sums) if sums else None,
+    )
+    check_distinct(batch)
+    return batch
 
 
 def _environment(prepared: Prepared) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shared fixtures: records, tiny random models on the lab's tokenizer, and the command line in a process of its own."""
+"""Shared fixtures: rows and stores, tiny random models on the lab's tokenizer, and the command line in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import yaml
 
-from cache.record import Record
+from cache.leases import Clock
+from cache.manifest import Manifest, Plan
+from cache.places import Folder, Place
+from cache.reader import Store
+from cache.record import Rows, concat_rows
+from cache.writer import StoreWriter
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -26,25 +32,87 @@ LAB_SMALL = ROOT / "lab" / "models" / "small"
 LAB_VOCAB_SIZE = json.loads((LAB_BASE / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+hypothesis.settings.register_profile("duet", deadline=None)  # no timed assertions
+hypothesis.settings.load_profile("duet")
 
 
-def make_record(row: int, positions: int = 2, top_k: int = 4, vocab_size: int = 100, logsumexp: bool = True) -> Record:
-    """A valid record whose numbers depend on `row` alone."""
-    rng = np.random.default_rng(row)
-    logits = -np.sort(-rng.normal(size=(positions, top_k)).astype(np.float32), axis=1)
-    return Record(
-        row_id=f"{'forget' if row % 2 else 'retain'}/{row}",
-        subset="forget" if row % 2 else "retain",
-        prompt_ids=rng.integers(vocab_size, size=3 + row % 4).astype(np.int32),
-        response_ids=rng.integers(vocab_size, size=positions).astype(np.int32),
-        topk_ids_PK=np.stack([rng.permutation(vocab_size)[:top_k] for _ in range(positions)]).astype(np.int32),
-        topk_logits_PK=logits,
-        logsumexp_P=logits.max(axis=1) + 1 if logsumexp else None,
-    )
+def make_rows(
+    numbers: Iterable[int],
+    positions: int | None = 2,
+    top_k: int = 4,
+    vocab_size: int = 100,
+    logsumexp: bool = True,
+    forget: int = 0,
+) -> Rows:
+    """Valid rows whose content depends on their numbers alone; those below `forget` are of the forget set.
+
+    `positions` None means one to three, by number. Logits are exact in float16.
+    """
+    parts = []
+    for number in numbers:
+        rng = np.random.default_rng([number, vocab_size])
+        count = positions or 1 + number % 3
+        logits = -np.sort(-rng.normal(size=(count, top_k)).astype(np.float16).astype(np.float32), axis=1)
+        num_tokens = 3 + number % 4 + count
+        parts.append(
+            Rows(
+                row_ids=[f"{'forget' if number < forget else 'retain'}/{number}"],
+                subsets=np.array([number >= forget], np.uint8),
+                token_offsets=np.array([0, num_tokens]),
+                tokens_S=rng.integers(vocab_size, size=num_tokens).astype(np.int32),
+                position_offsets=np.array([0, count]),
+                topk_ids_NK=np.stack([rng.permutation(vocab_size)[:top_k] for _ in range(count)]).astype(np.int32),
+                topk_logits_NK=logits,
+                logsumexp_N=logits.max(axis=1) + 1 if logsumexp else None,
+            )
+        )
+    return concat_rows(parts)
 
 
-def same_record(a: Record, b: Record) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in Record.__dataclass_fields__)
+def same_rows(a: Rows, b: Rows) -> bool:
+    names = [name for name in Rows.__dataclass_fields__ if name != "row_ids"]
+    return list(a.row_ids) == list(b.row_ids) and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+def make_plan(rows: int = 10, forget: int = 0, **more: Any) -> Plan:
+    """A plan for rows as `make_rows` makes them."""
+    settings = {"shard_rows": 4, "top_k": 4, "max_positions": 3, "vocab_size": 100, "provenance": {"k": 4}}
+    return Plan(subsets={"forget": forget, "retain": rows - forget}, **(settings | more))
+
+
+def write_store(place: Place | Path, plan: Plan, rows: Rows, attachments: dict[str, bytes] | None = None) -> Manifest:
+    """Write a whole store, alone."""
+    place = Folder(place) if isinstance(place, Path) else place
+    with StoreWriter(place, plan, attachments) as writer:
+        while shard := writer.claim():
+            shard.append(rows[shard.range.start : shard.range.stop])
+            writer.publish(shard)
+            writer.wait()
+        return writer.finalise({"python": "3"})
+
+
+class FakeClock(Clock):
+    """A file server's clock that we set; it begins at the real time, where new directories are."""
+
+    def __init__(self) -> None:
+        self.time = time.time()
+
+    def now(self) -> float:
+        return self.time
+
+    def stamp(self, path: Path) -> None:
+        os.utime(path, (self.time, self.time))
+
+
+def read_all(place: Place | Path) -> Rows:
+    """All rows in plan order."""
+    return concat_rows(list(Store(Folder(place) if isinstance(place, Path) else place).rows()))
+
+
+def flip_byte(path: Path, at: int | None = None, mask: int = 1) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2 if at is None else at] ^= mask
+    path.write_bytes(raw)
 
 
 def run_duet(*arguments: str, cwd: Path = ROOT, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -8,11 +8,13 @@ import subprocess
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_plan, make_rows, write_store
 
-from cache.arrow import schema
-from cache.manifest import Manifest
+from cache.arrow_format import schema
+from cache.codec import Layout, position_columns
+from cache.manifest import FORMATS, Manifest, Shard
 from pipeline.cli import duet
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,12 +84,27 @@ def test_every_module_stands_in_the_readmes_tree():
         assert path.name in tree or path.name == "__init__.py", path
 
 
-def test_the_store_format_lists_every_column_and_field_and_its_example_runs(demo, capsys):
-    for name in (*schema(4).names, *Manifest.__dataclass_fields__):
+def test_the_store_format_lists_every_column_and_field():
+    columns = position_columns(Layout(4, 2**17), "linear16", logsumexp=True)
+    arrow = schema(Layout(4, 900), "float16", True).names
+    for name in (*columns, *arrow, *Manifest.__dataclass_fields__, *Shard.__dataclass_fields__):
         assert f"`{name}`" in STORE_FORMAT, name
-    path = next(demo.tree.glob("runs/lab/teacher/*/shard-00000.arrow"))
-    exec(compile(blocks(STORE_FORMAT, "python")[0], "store-format.md", "exec"), {"path": str(path)})
-    assert re.match(r"(forget|retain)/\S+ \[\d+\] \[", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("vocab_size", [900, 70_000, 151_936])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_store_formats_examples_read_with_plain_libraries_what_we_wrote(tmp_path, capsys, fmt, vocab_size):
+    rows = make_rows(range(4), None, vocab_size=vocab_size, forget=2)
+    write_store(tmp_path / "s", make_plan(4, 2, format=fmt, vocab_size=vocab_size), rows)
+    found: dict = {"store": str(tmp_path / "s")}
+    exec(compile(blocks(STORE_FORMAT, "python")[list(FORMATS).index(fmt)], "store-format.md", "exec"), found)
+    assert found["row_ids"] == rows.row_ids
+    assert np.array_equal(found["offsets"], rows.position_offsets)
+    assert np.array_equal(found["logits"], rows.topk_logits_NK)
+    assert np.array_equal(
+        found["ids" if fmt == "arrow" else "low"], rows.topk_ids_NK if fmt == "arrow" else rows.topk_ids_NK % 2**16
+    )
+    assert capsys.readouterr().out.startswith("forget/0 [[")
 
 
 def imports(path: Path) -> dict[str, bool]:
@@ -135,6 +152,6 @@ def test_no_unsafe_loading_and_no_remote_code_by_default():
 def test_nothing_private_is_tracked():
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in done.stdout.splitlines():
-        if not name.endswith((".safetensors", "tokenizer.json", ".jsonl")):
+        if not name.endswith((".safetensors", "tokenizer.json", ".jsonl", ".arrow", ".zip")):
             text = (ROOT / name).read_text(encoding="utf-8")
             assert not re.search(r"/(home|root|Users)/\w", text) or name.startswith("tests/"), name

@@ -8,9 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, run_duet
-
-from cache.reader import Store
+from conftest import ROOT, SHARED, read_all, run_duet
 
 VLLM = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: `make setup` says why"
@@ -85,18 +83,17 @@ def test_both_engines_agree_on_the_lab_model(demo, tmp_path):
     for engine in ("vllm", "transformers"):
         sets = (f"runs_dir={tmp_path}", f"name={engine}", f"teacher.engine={engine}", "teacher.max_positions=3")
         assert f"engine: {engine} " in run("teacher-logits", "lab.yaml", *sets)
-        stores[engine] = Store(next((tmp_path / engine / "teacher").glob("*/manifest.json")).parent)
+        stores[engine] = read_all(next((tmp_path / engine / "teacher").glob("*/manifest.json")).parent)
     a, b = stores["vllm"], stores["transformers"]
     assert len(a) == len(b) == 60
-    for row in range(len(a)):
-        assert a[row].row_id == b[row].row_id
-        assert np.array_equal(a[row].prompt_ids, b[row].prompt_ids)
-        assert np.array_equal(a[row].response_ids, b[row].response_ids)
-        assert np.abs(a[row].topk_logits_PK - b[row].topk_logits_PK).max() < 1e-3
-        gaps = -np.diff(b[row].topk_logits_PK, axis=1)
-        untied = np.pad(gaps, ((0, 0), (1, 0)), constant_values=1) > 1e-3
-        untied &= np.pad(gaps, ((0, 0), (0, 1)), constant_values=0) > 1e-3  # the last id may tie with the one left out
-        assert np.array_equal(a[row].topk_ids_PK[untied], b[row].topk_ids_PK[untied])
+    assert a.row_ids == b.row_ids
+    for name in ("subsets", "token_offsets", "tokens_S", "position_offsets"):
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+    assert np.abs(a.topk_logits_NK - b.topk_logits_NK).max() < 1e-3
+    gaps = -np.diff(b.topk_logits_NK, axis=1)
+    untied = np.pad(gaps, ((0, 0), (1, 0)), constant_values=1) > 1e-3
+    untied &= np.pad(gaps, ((0, 0), (0, 1)), constant_values=0) > 1e-3  # the last id may tie with the one left out
+    assert np.array_equal(a.topk_ids_NK[untied], b.topk_ids_NK[untied])
 
 
 @VLLM

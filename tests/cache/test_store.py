@@ -1,200 +1,403 @@
-"""The store: what goes in comes out, a crash costs one shard, damage is seen, an epoch is a permutation."""
+"""Both formats: what is written is read, crashes are resumed to the same bytes, and damage of any kind is refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from conftest import ROOT, make_record, same_record
-from hypothesis import given, settings
+from conftest import ROOT, FakeClock, flip_byte, make_plan, make_rows, read_all, same_rows, write_store
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache import files, writer
+from cache import maintain, reader
 from cache.errors import UserError
-from cache.files import sha256_json
-from cache.manifest import MANIFEST_NAME, Plan, read_manifest
-from cache.reader import Cursor, Store
-from cache.record import Record, check_record
+from cache.files import json_bytes, sha256_json
+from cache.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, read_manifest
+from cache.places import Folder
+from cache.reader import Store
+from cache.record import Rows, check_distinct, check_rows
+from cache.writer import StoreWriter
+
+FORMATS = ("arrow", "zarr")
+ROWS = make_rows(range(10), positions=None, forget=4)
 
 
-def plan_of(rows: int, shard_rows: int = 4, **more) -> Plan:
-    return Plan(rows=rows, shard_rows=shard_rows, top_k=4, max_positions=3, vocab_size=100, provenance={"k": 4}, **more)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(st.data())
+def test_what_is_written_is_read(tmp_path_factory, data):
+    fmt = data.draw(st.sampled_from(FORMATS))
+    compression = data.draw(st.sampled_from(["none", "lz4", "zstd"]))
+    vocab_size = data.draw(st.sampled_from([50, 70_000, 151_936]))
+    count, forget = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 3))
+    top_k = data.draw(st.integers(1, 9))
+    rows = make_rows(
+        range(count), None, top_k, vocab_size, logsumexp=data.draw(st.booleans()), forget=min(forget, count)
+    )
+    plan = make_plan(
+        count, min(forget, count), shard_rows=data.draw(st.integers(1, 13)), format=fmt, compression=compression,
+        top_k=top_k, vocab_size=vocab_size, values=data.draw(st.sampled_from(["lossless", "float32"])),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("s") / "s"
+    manifest = write_store(folder, plan, rows)
+    assert same_rows(read_all(folder), rows)
+    assert manifest.logsumexp == (rows.logsumexp_N is not None)
+    assert manifest.value_dtype == ("float32" if plan.values == "float32" else "float16")
+    assert not list(maintain.verify(Folder(folder), manifest))
+    assert manifest.longest == np.diff(rows.token_offsets).max()
 
 
-def write_all(store_dir: Path, plan: Plan, records: list[Record]) -> None:
-    writer.open_for_writing(store_dir, plan)
-    for index in writer.missing_shards(store_dir, plan):
-        writer.write_shard(store_dir, plan, index, [records[row] for row in plan.shard_range(index)])
-    writer.finalise(store_dir, plan, {"by": "test"})
+def test_rows_come_in_pieces_of_any_size(tmp_path):
+    whole = write_store(tmp_path / "whole", make_plan(10, 4, shard_rows=10), ROWS)
+    with StoreWriter(Folder(tmp_path / "pieces"), make_plan(10, 4, shard_rows=10)) as writer:
+        shard = writer.claim()
+        for first, end in itertools.pairwise([0, 1, 4, 9, 10]):
+            shard.append(ROWS[first:end])
+        writer.publish(shard)
+        assert writer.finalise({"python": "3"}) == whole
 
 
-@settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 13), shard_rows=st.integers(1, 6), positions=st.integers(1, 3), logsumexp=st.booleans())
-def test_what_is_written_is_read(tmp_path_factory, rows, shard_rows, positions, logsumexp):
-    store_dir = tmp_path_factory.mktemp("store") / "s"
-    records = [make_record(row, positions=1 + (row % positions), logsumexp=logsumexp) for row in range(rows)]
-    write_all(store_dir, plan_of(rows, shard_rows), records)
-    store = Store(store_dir)
-    assert len(store) == rows
-    assert store.manifest.positions == sum(len(record.response_ids) for record in records)
-    assert all(same_record(store[row], record) for row, record in enumerate(records))
+def test_a_shard_that_needs_float32_does_not_change_the_others(tmp_path):
+    logits = ROWS.topk_logits_NK.copy()
+    logits[-1] = [0.1, 0.01, 0.001, 1e-9]
+    rows = dataclasses.replace(ROWS, topk_logits_NK=logits)
+    for fmt in FORMATS:
+        manifest = write_store(tmp_path / fmt, make_plan(10, 4, format=fmt), rows)
+        assert [shard.value_dtype for shard in manifest.shards] == ["float16", "float16", "float32"]
+        assert (manifest.value_dtype, manifest.value_error) == ("float32", 0.0)
+        assert same_rows(read_all(tmp_path / fmt), rows)
+        store = Store(Folder(tmp_path / fmt))
+        _, block = next(store.batches(store.order(0), 10))
+        assert block.decoded().topk_logits_NK.shape == logits.shape
+        assert 1e-9 in block.topk_logits().astype(np.float64).round(12)
 
 
-def test_stock_pyarrow_opens_a_shard(tmp_path):
-    records = [make_record(row) for row in range(3)]
-    write_all(tmp_path / "s", plan_of(3), records)
-    table = pa.ipc.open_file(tmp_path / "s" / "shard-00000.arrow").read_all()
-    assert table["row_id"].to_pylist() == [record.row_id for record in records]
-    assert np.array_equal(np.array(table["topk_ids"].to_pylist()), np.stack([r.topk_ids_PK for r in records]))
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_conversion_keeps_every_bit_both_ways(tmp_path, fmt):
+    other = FORMATS[1 - FORMATS.index(fmt)]
+    for values in ("lossless", "float16", "linear16"):
+        rows = ROWS if values == "lossless" else dataclasses.replace(ROWS, topk_logits_NK=ROWS.topk_logits_NK / 3)
+        source, there, back = (Folder(tmp_path / values / name) for name in ("source", "there", "back"))
+        attachments = {"tokenizer/t.json": b"{}"}
+        manifest = write_store(source, make_plan(10, 4, format=fmt, values=values), rows, attachments)
+        converted = maintain.convert(source, there, other, "zstd")
+        assert (converted.format, converted.compression) == (other, "zstd")
+        assert converted.fingerprint == manifest.fingerprint
+        assert converted.value_error == manifest.value_error
+        assert same_rows(read_all(there), read_all(source))
+        assert there.read("tokenizer/t.json") == b"{}"
+        again = maintain.convert(there, back, fmt, "none")
+        assert [shard.sha256 for shard in again.shards] == [shard.sha256 for shard in manifest.shards]
 
 
 class Crash(Exception):
     pass
 
 
-def test_a_crash_at_any_write_point_is_resumed_to_the_same_bytes(tmp_path, monkeypatch):
-    plan, records = plan_of(10), [make_record(row) for row in range(10)]
-    write_all(tmp_path / "unbroken", plan, records)
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "unbroken").iterdir()}
-    replace, calls = os.replace, itertools.count()
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_crash_at_any_write_point_is_resumed_to_the_same_bytes(tmp_path, monkeypatch, fmt):
+    """Before and after each rename and each new directory; the crashed writer's leases run out."""
+    plan, files = make_plan(10, 4, format=fmt), {"tokenizer/t.json": b"{}"}
+    write_store(tmp_path / "unbroken", plan, ROWS, files)
 
-    for crash_at in range(len(expected)):
-        for after in (False, True):
-            store_dir = tmp_path / f"crash-{crash_at}-{after}"
-            calls = itertools.count()
+    def content(folder: Path) -> dict[str, bytes]:
+        return {name: Folder(folder).read(name) for name in Folder(folder).names()}
 
-            def crashing(source, target, crash_at=crash_at, after=after):
-                crash = next(calls) == crash_at  # noqa: B023 - the counter of this round
+    expected = content(tmp_path / "unbroken")
+    originals = {name: getattr(os, name) for name in ("replace", "rename", "mkdir")}
+    crashed = 0
+    for crash_at, after in ((at, after) for at in itertools.count() for after in (False, True)):
+        folder, clock, calls = tmp_path / f"crash-{crash_at}-{after}", FakeClock(), itertools.count()
+
+        def crashing(name, *arguments, crash_at=crash_at, after=after, calls=calls, **more):
+            crash = next(calls) == crash_at
+            try:
                 if not crash or after:
-                    replace(source, target)
+                    originals[name](*arguments, **more)
+            finally:
                 if crash:
                     raise Crash
 
-            monkeypatch.setattr(files.os, "replace", crashing)
-            with pytest.raises(Crash):
-                write_all(store_dir, plan, records)
-            if crash_at < len(expected) - 1 or not after:
+        def write(folder=folder, clock=clock):
+            with StoreWriter(Folder(folder), plan, files, clock=clock) as writer:
+                while shard := writer.claim():
+                    shard.append(ROWS[shard.range.start : shard.range.stop])
+                    writer.publish(shard)
+                    writer.wait()
+                writer.finalise({"python": "3"})
+
+        for name in originals:
+            monkeypatch.setattr(os, name, lambda *a, name=name, crashing=crashing, **m: crashing(name, *a, **m))
+        try:
+            write()
+        except Crash:
+            crashed += 1
+            if MANIFEST_NAME not in Folder(folder).names():
                 with pytest.raises(UserError, match=r"incomplete|not a store"):
-                    Store(store_dir)
-            monkeypatch.setattr(files.os, "replace", replace)
-            write_all(store_dir, plan, records)
-            assert {path.name: path.read_bytes() for path in store_dir.iterdir()} == expected
+                    Store(Folder(folder))
+        else:
+            break  # there is no such late write point
+        finally:
+            for name, original in originals.items():
+                monkeypatch.setattr(os, name, original)
+        clock.time += 1000
+        write()
+        assert content(folder) == expected
+    assert crashed > 30
+
+
+def faults(place: Folder) -> list[str]:
+    try:
+        return list(maintain.verify(place, read_manifest(place)))
+    except UserError as error:
+        return [error.what]
+
+
+def read_into(row_ids: list[str], place: Folder) -> None:
+    for rows in Store(place).rows():
+        row_ids += rows.row_ids
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_flipped_byte_anywhere_is_noticed(tmp_path, fmt):
+    """200 places of shards, manifest and attachment: by `verify`, and by the reader before it hands out a row."""
+    place = Folder(tmp_path / "s")
+    manifest = write_store(place, make_plan(10, 4, format=fmt), ROWS, {"tokenizer/t.json": b'{"a": 1}'})
+    rng = random.Random(0)
+    for _ in range(200):
+        name = rng.choice([*(shard.name for shard in manifest.shards), MANIFEST_NAME])
+        good = (place.path / name).read_bytes()
+        flip_byte(place.path / name, rng.randrange(len(good)), rng.randrange(1, 256))
+        assert faults(place)
+        handed_out: list[str] = []
+        with pytest.raises(UserError) as caught:
+            read_into(handed_out, place)
+        assert caught.value.hint
+        index = int(name[6:11]) if name != MANIFEST_NAME else 0
+        assert len(handed_out) <= 4 * index  # nothing of the damaged shard
+        (place.path / name).write_bytes(good)
+    assert same_rows(read_all(place), ROWS)
 
 
 def test_only_the_damaged_shard_is_written_again(tmp_path):
-    plan, records = plan_of(10), [make_record(row) for row in range(10)]
-    write_all(tmp_path / "s", plan, records)
-    flip_byte(tmp_path / "s" / "shard-00001.arrow")
-    assert writer.missing_shards(tmp_path / "s", plan) == [1]
+    place, plan = Folder(tmp_path / "s"), make_plan(10, 4)
+    good = write_store(place, plan, ROWS)
+    flip_byte(place.path / "shard-00001.arrow")
+    (place.path / "shard-00002.json").write_text("{")
+    times = {name: (place.path / name).stat().st_mtime_ns for name in place.names()}
+    assert maintain.invalidate(place, plan) == [1, 2]
+    assert write_store(place, plan, ROWS) == good
+    assert (place.path / "shard-00000.arrow").stat().st_mtime_ns == times["shard-00000.arrow"]
 
 
-def flip_byte(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
-
-
-def test_a_flipped_byte_a_missing_and_a_cut_shard_are_refused(tmp_path):
+def test_a_missing_and_a_cut_shard_are_refused(tmp_path):
     for name, damage in {
-        "is damaged": flip_byte,
         "is missing": Path.unlink,
         "bytes, the manifest says": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     }.items():
-        store_dir = tmp_path / name.replace(" ", "-")
-        write_all(store_dir, plan_of(5), [make_record(row) for row in range(5)])
-        damage(store_dir / "shard-00001.arrow")
+        place = Folder(tmp_path / name.replace(" ", "-"))
+        write_store(place, make_plan(10, 4), ROWS)
+        damage(place.path / "shard-00001.arrow")
         with pytest.raises(UserError, match=name) as caught:
-            Store(store_dir)
+            Store(place)
         assert "shard-00001" in caught.value.what
-        assert caught.value.hint
 
 
-def test_an_edited_or_newer_manifest_is_refused(tmp_path):
-    write_all(tmp_path / "s", plan_of(5), [make_record(row) for row in range(5)])
-    path = tmp_path / "s" / MANIFEST_NAME
-    good = json.loads(path.read_text())
-    for change, message in (
-        ({"format_version": 99}, "format_version 99"),
-        ({"provenance": {"k": 5}}, "does not give the fingerprint"),
-        ({"unheard_of": 1}, "unknown fields"),
-        ({"complete": False}, "complete"),
-    ):
-        path.write_text(json.dumps(good | change))
-        with pytest.raises(UserError, match=message):
-            read_manifest(tmp_path / "s")
+def edited(place: Folder, **changes) -> None:
+    """A manifest of somebody who knows how to sign it."""
+    value = json.loads((place.path / MANIFEST_NAME).read_text())
+    value.pop("sha256")
+    for key, change in changes.items():
+        value[key] = change(value[key]) if callable(change) else change
+    value["fingerprint"] = sha256_json(value["provenance"])
+    (place.path / MANIFEST_NAME).write_bytes(json_bytes({**value, "sha256": sha256_json(value)}))
+
+
+def with_name(name: str):
+    return lambda shards: [{**shards[0], "name": name}, *shards[1:]]
+
+
+HOSTILE = {
+    "parent": {"shards": with_name("../secret.arrow")},
+    "absolute": {"shards": with_name("/etc/passwd")},
+    "another shard": {"shards": with_name("shard-00001.arrow")},
+    "negative size": {"shards": lambda shards: [{**shards[0], "bytes": -1}, *shards[1:]]},
+    "size of text": {"shards": lambda shards: [{**shards[0], "bytes": "9"}, *shards[1:]]},
+    "no hash": {"shards": lambda shards: [{**shards[0], "sha256": ""}, *shards[1:]]},
+    "hash is a list": {"shards": lambda shards: [{**shards[0], "sha256": []}, *shards[1:]]},
+    "fewer rows": {"shards": lambda shards: [{**shards[0], "rows": 3}, *shards[1:]]},
+    "too many rows": {"rows": 11},
+    "wide vocabulary": {"vocab_size": 2**31},
+    "no positions": {"positions": 0},
+    "no shards": {"shards": []},
+    "format": {"format": "../arrow"},
+    "subsets": {"subsets": {"forget": 10}},
+    "attachment": {"attachments": {"../x": "0" * 64}},
+    "attachment twice up": {"attachments": {"tokenizer/../../x": "0" * 64}},
+    "not complete": {"complete": False},
+    "more fields": {"unheard_of": 1},
+    "newer": {"format_version": FORMAT_VERSION + 1},
+    "older": {"format_version": 1},
+    "version of text": {"format_version": "2"},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_manifest_is_refused_and_nothing_outside_is_opened(tmp_path, monkeypatch, name):
+    place = Folder(tmp_path / "stores" / "s")
+    write_store(place, make_plan(10, 4), ROWS)
+    (tmp_path / "stores" / "secret.arrow").write_bytes(b"secret")
+    edited(place, **HOSTILE[name])
+    opened = []
+    monkeypatch.setattr(
+        os, "open", lambda path, *a, original=os.open, **m: opened.append(str(path)) or original(path, *a, **m)
+    )
+    with pytest.raises(UserError) as caught:
+        read_into([], place)
+    assert "manifest.json" in caught.value.what
+    assert caught.value.hint
+    assert all(Path(path).resolve().is_relative_to(place.path) for path in opened)
+
+
+def test_a_newer_format_says_what_to_upgrade(tmp_path):
+    write_store(tmp_path / "s", make_plan(10, 4), ROWS)
+    edited(Folder(tmp_path / "s"), format_version=FORMAT_VERSION + 1)
+    with pytest.raises(UserError, match="format_version 3") as caught:
+        read_manifest(Folder(tmp_path / "s"))
+    assert "upgrade" in caught.value.hint
+
+
+@pytest.mark.parametrize("bomb", ["[" * 100_000, "9" * 100_000, '{"a":' * 100_000, "\xff", "", "[]", "null"])
+def test_json_bombs_are_refused(tmp_path, bomb):
+    write_store(tmp_path / "s", make_plan(10, 4), ROWS)
+    (tmp_path / "s" / MANIFEST_NAME).write_text(bomb, encoding="latin-1")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        Store(Folder(tmp_path / "s"))
+
+
+def test_a_manifest_too_large_is_not_parsed(tmp_path, monkeypatch):
+    write_store(tmp_path / "s", make_plan(10, 4), ROWS)
+    for module in ("cache.files", "cache.places"):
+        monkeypatch.setattr(f"{module}.MAX_JSON_BYTES", 100)
+    with pytest.raises(UserError, match="larger than 100 bytes"):
+        Store(Folder(tmp_path / "s"))
+
+
+def test_a_shard_that_is_a_link_is_refused(tmp_path):
+    place = Folder(tmp_path / "s")
+    write_store(place, make_plan(10, 4), ROWS)
+    shard = place.path / "shard-00000.arrow"
+    shard.rename(tmp_path / "elsewhere.arrow")  # the right bytes, but not in the store
+    shard.symlink_to(tmp_path / "elsewhere.arrow")
+    with pytest.raises(UserError, match=r"not a regular file"):
+        Store(place)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_shard_of_another_store_with_a_right_hash_is_refused(tmp_path, fmt):
+    """Somebody else's shard behind a manifest that names its hash: its columns are not those of this store."""
+    wide, place = Folder(tmp_path / "wide"), Folder(tmp_path / "s")
+    write_store(wide, make_plan(10, 4, format=fmt, top_k=5), make_rows(range(10), None, 5, forget=4))
+    manifest = write_store(place, make_plan(10, 4, format=fmt), ROWS)
+    name = manifest.shards[0].name
+    raw = (wide.path / name).read_bytes()
+    (place.path / name).write_bytes(raw)
+    import hashlib
+
+    digest = hashlib.sha256(raw).hexdigest()
+    edited(place, shards=lambda shards: [{**shards[0], "bytes": len(raw), "sha256": digest}, *shards[1:]])
+    with pytest.raises(UserError, match="is not a shard of this store"):
+        read_all(place)
+
+
+def test_a_store_is_hashed_once_per_process(tmp_path, monkeypatch):
+    write_store(tmp_path / "s", make_plan(10, 4), ROWS)
+    read_all(tmp_path / "s")
+    monkeypatch.setattr(reader.hashlib, "file_digest", None)
+    assert same_rows(read_all(tmp_path / "s"), ROWS)
 
 
 def test_another_plan_and_a_foreign_directory_are_refused(tmp_path):
-    writer.open_for_writing(tmp_path / "s", plan_of(5))
-    with pytest.raises(UserError, match="another plan"):
-        writer.open_for_writing(tmp_path / "s", plan_of(6))
+    StoreWriter(Folder(tmp_path / "s"), make_plan(10)).__exit__()
+    with pytest.raises(UserError, match="shard_rows 4 there and 5 now"):
+        StoreWriter(Folder(tmp_path / "s"), make_plan(10, shard_rows=5))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not empty"):
-        writer.open_for_writing(tmp_path / "foreign", plan_of(5))
+        StoreWriter(Folder(tmp_path / "foreign"), make_plan(10))
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "x"
 
 
+def one_row(**changes) -> Rows:
+    return dataclasses.replace(make_rows([7], positions=1), **changes)
+
+
+def logits(*values: float, dtype=np.float32) -> dict[str, np.ndarray]:
+    return {"topk_logits_NK": np.array([values], dtype)}
+
+
 BAD = {
-    "NaN or infinite": {"topk_logits_PK": np.array([[3, 2, np.nan, 0]], np.float32)},
-    "not sorted": {"topk_logits_PK": np.array([[3, 2, 2.5, 0]], np.float32)},
-    "outside 0..99": {"topk_ids_PK": np.array([[1, 2, 3, 100]], np.int32)},
-    "occurs twice": {"topk_ids_PK": np.array([[1, 2, 3, 1]], np.int32)},
-    "shapes": {"topk_ids_PK": np.array([[1, 2, 3]], np.int32)},
-    "subset": {"subset": "both"},
-    "prompt is empty": {"prompt_ids": np.array([], np.int32)},
-    "below the largest": {"logsumexp_P": np.array([1.0], np.float32)},
-    "0 positions": {"response_ids": np.array([], np.int32)},
+    "NaN or infinite": [
+        logits(*values, dtype=dtype)
+        for dtype in (np.float32, np.float16)
+        for values in ((3, 2, np.nan, 0), (np.nan, 2, 1, 0), (np.inf, 2, 1, 0), (3, 2, 1, -np.inf), (3, 2, 1, np.nan))
+    ],
+    "not sorted": [
+        logits(3, 2, 2.5, 0),
+        logits(3, 2, 2.5, 0, dtype=np.float16),
+        logits(-3, -2, -1, 0, dtype=np.float16),
+    ],
+    "top-k id outside 0..99": [{"topk_ids_NK": np.array([[1, 2, 3, bad]], np.int32)} for bad in (100, -1)],
+    "token id outside 0..99": [{"tokens_S": np.array([1, 100, 3, 4, 5, 6, 7], np.int32)}],
+    "shapes": [{"topk_ids_NK": np.array([[1, 2, 3]], np.int32)}],
+    "subset": [{"subsets": np.array([2], np.uint8)}],
+    "prompt is empty": [{"tokens_S": np.array([1], np.int32), "token_offsets": np.array([0, 1])}],
+    "log-sum-exp NaN": [{"logsumexp_N": np.array([value], np.float32)} for value in (-9.0, np.nan, np.inf)],
+    "different lengths": [{"tokens_S": np.array([1, 2], np.int32)}],
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_a_bad_record_is_refused_by_row_id(message):
-    good = {
-        "row_id": "forget/7",
-        "subset": "forget",
-        "prompt_ids": np.array([1, 2], np.int32),
-        "response_ids": np.array([1], np.int32),
-        "topk_ids_PK": np.array([[1, 2, 3, 4]], np.int32),
-        "topk_logits_PK": np.array([[3, 2, 1, 0]], np.float32),
-        "logsumexp_P": np.array([3.5], np.float32),
-    }
-    check_record(Record(**good), 4, 3, 100)
-    with pytest.raises(UserError, match=message) as caught:
-        check_record(Record(**(good | BAD[message])), 4, 3, 100)
-    assert "forget/7" in caught.value.what
+def test_a_bad_row_is_refused_by_its_id(message):
+    check_rows(one_row(), 4, 3, 100)
+    check_rows(one_row(**logits(1, 0.0, -0.0, -1, dtype=np.float16)), 4, 3, 100)
+    check_rows(one_row(**logits(1, -0.0, 0.0, -1, dtype=np.float16)), 4, 3, 100)
+    for changes in BAD[message]:
+        with pytest.raises(UserError, match=message) as caught:
+            check_rows(one_row(**changes), 4, 3, 100)
+        assert "retain/7" in caught.value.what
 
 
-def make_store(path: Path, rows: int, shard_rows: int) -> Store:
-    write_all(path, plan_of(rows, shard_rows), [make_record(row) for row in range(rows)])
-    return Store(path)
+def test_the_bad_row_of_many_is_the_one_that_is_named():
+    rows = make_rows(range(20), positions=None)
+    for number in range(20):
+        broken = rows.topk_logits_NK.copy()
+        broken[rows.position_offsets[number + 1] - 1, 1] = np.nan
+        with pytest.raises(UserError, match=f"'retain/{number}'"):
+            check_rows(dataclasses.replace(rows, topk_logits_NK=broken), 4, 3, 100)
 
 
-def test_an_epoch_holds_each_row_once_and_epochs_differ(tmp_path):
-    store = make_store(tmp_path / "s", rows=50, shard_rows=3)
-    orders = [store.epoch_order(seed=1, epoch=epoch) for epoch in range(3)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert not np.array_equal(orders[0], orders[1])
-    assert np.array_equal(orders[2], store.epoch_order(seed=1, epoch=2))
+def test_an_id_that_comes_twice_is_refused():
+    check_distinct(one_row())
+    with pytest.raises(UserError, match=r"'retain/7'.*twice"):
+        check_distinct(one_row(topk_ids_NK=np.array([[1, 2, 3, 1]], np.int32)))
 
 
-def test_a_cursor_resumes_on_the_very_next_batch(tmp_path):
-    store = make_store(tmp_path / "s", rows=11, shard_rows=4)
-    whole = list(itertools.islice(store.batches(4, seed=3), 9))
-    assert [len(records) for _, records in whole[:3]] == [4, 4, 3]
-    for cut in range(8):
-        resumed = list(itertools.islice(store.batches(4, seed=3, cursor=whole[cut][0]), 8 - cut))
-        expected = [[record.row_id for record in records] for _, records in whole[cut + 1 :]]
-        assert [[record.row_id for record in records] for _, records in resumed] == expected
-    second_epoch = next(store.batches(4, seed=3, cursor=Cursor(1, 0)))
-    assert [record.row_id for record in second_epoch[1]] == [record.row_id for record in whole[3][1]]
+def test_too_many_positions_are_refused():
+    with pytest.raises(UserError, match="positions are not 1 to 2"):
+        check_rows(make_rows([2], positions=3), 4, 2, 100)
+
+
+def test_a_vocabulary_beyond_20_bits_is_refused(tmp_path):
+    with pytest.raises(UserError, match="1048577 ids"):
+        StoreWriter(Folder(tmp_path / "s"), make_plan(10, vocab_size=2**20 + 1))
 
 
 def test_the_fingerprint_does_not_depend_on_the_process():
@@ -206,3 +409,8 @@ def test_the_fingerprint_does_not_depend_on_the_process():
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == sha256_json(value)
     assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1}) != sha256_json({"a": 1, "b": 3})
+
+
+def test_the_plan_is_written_before_anything_else(tmp_path):
+    StoreWriter(Folder(tmp_path / "s"), make_plan(10), {"tokenizer/t.json": b"{}"}).__exit__()
+    assert Folder(tmp_path / "s").names() == [PLAN_NAME, "tokenizer/t.json"]

@@ -12,6 +12,7 @@ import pytest
 from conftest import LAB_SMALL, ROOT, run_duet, write_jsonl
 from safetensors.torch import load_file
 
+from cache.places import Folder
 from cache.reader import Store
 from pipeline.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 
@@ -60,7 +61,7 @@ def config(lab_config, tmp_path) -> Path:
 
 
 def only_store(runs: Path) -> Store:
-    return Store(next(runs.glob("lab/teacher/*/manifest.json")).parent)
+    return Store(Folder(next(runs.glob("lab/teacher/*/manifest.json")).parent))
 
 
 def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_path):

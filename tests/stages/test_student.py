@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import LAB_SMALL, LAB_VOCAB_SIZE, make_record
+from conftest import LAB_SMALL, LAB_VOCAB_SIZE, make_plan, make_rows, write_store
 from safetensors.torch import load_file
 
-from cache import writer
+from cache.codec import Block, Layout, encode
 from cache.errors import Interrupted, UserError
-from cache.manifest import Plan
+from cache.places import Folder
 from cache.reader import Store
-from cache.record import Record
-from stages.models import load_tokenizer, tokenizer_sha256
+from stages.models import load_tokenizer, tokenizer_files, tokenizer_sha256
 from stages.settings import TrainSettings
-from stages.student import StudentJob, collate, lr_factor, open_store, supervised_logits, train_student
+from stages.student import Group, StudentJob, lr_factor, open_store, supervised_logits, train_student
 from stages.tokenizers import check_same_tokenizer
 
 TINY = {
@@ -40,15 +39,17 @@ ARCHITECTURES = {
 }
 
 
-def records(count: int, positions: int = 3) -> list[Record]:
-    return [make_record(row, positions=positions, top_k=5, vocab_size=LAB_VOCAB_SIZE) for row in range(count)]
+def block(count: int, positions: int | None = 3) -> Block:
+    rows = make_rows(range(count), positions, top_k=5, vocab_size=LAB_VOCAB_SIZE)
+    return encode(rows, Layout(5, LAB_VOCAB_SIZE), "lossless")[0]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_supervised_logits_are_those_of_the_models_own_forward_pass(name):
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=torch.float32).eval()
-    batch, ids_NK, _ = collate(records(5), pad_id=0)
+    group = Group.of(block(5), pad_id=0)
+    batch = group.batch
     with torch.no_grad():
         got = supervised_logits(model, batch)
         for n, (row, position) in enumerate(zip(batch.batch_index_N, batch.position_N, strict=True)):
@@ -56,29 +57,28 @@ def test_supervised_logits_are_those_of_the_models_own_forward_pass(name):
             alone = model(batch.input_ids_BT[row : row + 1, :length]).logits[0, position]
             assert torch.allclose(got[n], alone, atol=1e-4)
     assert got.shape == (15, LAB_VOCAB_SIZE)
-    assert ids_NK.shape == (15, 5)
+    assert group.teacher_ids_NK.shape == (15, 5)
 
 
-def test_collate_keeps_teacher_rows_beside_student_rows():
-    rows = [make_record(row, positions=1 + row % 3, top_k=5, vocab_size=LAB_VOCAB_SIZE) for row in range(4)]
-    batch, ids_NK, logits_NK = collate(rows, pad_id=0)
-    assert np.array_equal(ids_NK.numpy(), np.concatenate([r.topk_ids_PK for r in rows]))
-    assert np.array_equal(logits_NK.numpy(), np.concatenate([r.topk_logits_PK for r in rows]))
-    assert batch.batch_index_N.tolist() == [0, 1, 1, 2, 2, 2, 3]
+def test_a_group_keeps_teacher_rows_beside_student_rows():
+    rows = block(4, positions=None)
+    group = Group.of(rows, pad_id=0)
+    assert np.array_equal(group.teacher_ids_NK.numpy(), rows.topk_ids())
+    assert np.array_equal(group.teacher_NK.numpy(), rows.topk_logits())
+    assert group.batch.batch_index_N.tolist() == [0, 1, 1, 2, 2, 2, 3]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> tuple[Store, object]:
-    store_dir = tmp_path_factory.mktemp("store") / "s"
+    place = Folder(tmp_path_factory.mktemp("store") / "s")
     tokenizer = load_tokenizer(LAB_SMALL)
-    plan = Plan(20, 6, 5, 3, LAB_VOCAB_SIZE, {"tokenizer_sha256": tokenizer_sha256(tokenizer)})
-    rows = records(20)
-    writer.open_for_writing(store_dir, plan)
-    tokenizer.save_pretrained(store_dir / "tokenizer")
-    for index in writer.missing_shards(store_dir, plan):
-        writer.write_shard(store_dir, plan, index, [rows[row] for row in plan.shard_range(index)])
-    writer.finalise(store_dir, plan, {})
-    return open_store(store_dir, verify=True)
+    plan = make_plan(
+        20, 10, shard_rows=6, top_k=5, vocab_size=LAB_VOCAB_SIZE,
+        provenance={"tokenizer_sha256": tokenizer_sha256(tokenizer)},
+    )  # fmt: skip
+    rows = make_rows(range(20), positions=3, top_k=5, vocab_size=LAB_VOCAB_SIZE, forget=10)
+    write_store(place, plan, rows, tokenizer_files(tokenizer))
+    return open_store(place, verify=True)
 
 
 def job(student_dir: Path, model_dir: Path = LAB_SMALL, **train) -> StudentJob:

@@ -1,0 +1,348 @@
+"""Where a store lies: a folder, or a URL that fsspec knows (`s3://bucket/folder`). The same few operations on both.
+
+Names are relative to the store, with `/`. What is written appears whole or not at all. Whatever goes wrong with object
+storage is a UserError that names the URL.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Protocol
+
+from cache.errors import UserError
+from cache.files import MAX_JSON_BYTES, publishing, sha256_json, sync_dir
+
+CACHE_DIR = "~/.cache/duet"
+CACHE_BYTES = 20 * 10**9
+
+
+class Place(Protocol):
+    """A store's folder."""
+
+    def name_of(self, name: str) -> str: ...
+
+    def __truediv__(self, name: str) -> Place: ...
+
+    def names(self) -> list[str]:
+        """All files, at any depth; empty where there is no such folder."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all regular files, at any depth."""
+        ...
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in it; UserError where there is no such folder."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's bytes, or None where there is none."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is no regular file of that name."""
+        ...
+
+    def sha256(self, name: str) -> str:
+        """Hash of a file's bytes where it lies."""
+        ...
+
+    def open(self, name: str, size: int, sha256: str) -> BufferedReader:
+        """A regular file for reading, perhaps from a cache; that it has this size and hash is for the caller to check."""
+        ...
+
+    def drop(self, sha256: str) -> None:
+        """Forget a cached copy."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def move_in(self, path: Path, name: str) -> None:
+        """Publish a local file under this name; it is gone from where it was."""
+        ...
+
+    def remove(self, name: str) -> None: ...
+
+
+def place_of(location: str | Path, cache_dir: str = CACHE_DIR, cache_bytes: int = CACHE_BYTES) -> Place:
+    """The place that a path or URL names."""
+    if not is_url(location):
+        return Folder(Path(location))
+    check_url(str(location))
+    return Remote(str(location).rstrip("/"), Path(cache_dir).expanduser(), cache_bytes)
+
+
+def is_url(location: str | Path) -> bool:
+    return "://" in str(location)
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that may hold credentials, since we write URLs down. A secret may have `/` in it."""
+    if re.search(r"://([^/]*@|.*:.*@|.*[?#])", url):
+        shown = re.split("[?#]", re.sub("://.*@", "://…@", url))[0]
+        raise UserError(
+            f"the URL {shown} holds credentials or a query",
+            "give credentials in the environment, and as URL only the folder, e.g. s3://bucket/folder",
+        )
+
+
+class Folder:
+    """A store in a folder of a file system, local or shared."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(self.path / name)
+
+    def name_of(self, name: str) -> str:
+        return str(self.path / name)
+
+    def names(self) -> list[str]:
+        if not self.path.is_dir():
+            return []
+        return sorted(
+            os.path.relpath(os.path.join(folder, name), self.path)
+            for folder, _, names in os.walk(self.path)
+            for name in names
+        )
+
+    def sizes(self) -> dict[str, int]:
+        found = {name: self.size(name) for name in self.names()}
+        return {name: size for name, size in found.items() if size is not None}
+
+    def folders(self) -> list[str]:
+        if not self.path.is_dir():
+            raise UserError(f"no such folder: {self.path}", "name a folder of stores, e.g. runs/lab/teacher")
+        return sorted(path.name for path in self.path.iterdir() if path.is_dir())
+
+    def read(self, name: str) -> bytes | None:
+        if self.size(name) is None:
+            return None
+        with self._open(name) as file:
+            return file.read(MAX_JSON_BYTES + 1)
+
+    def size(self, name: str) -> int | None:
+        try:
+            found = os.lstat(self.path / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def sha256(self, name: str) -> str:
+        with self._open(name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def open(self, name: str, size: int, sha256: str) -> BufferedReader:
+        return self._open(name)
+
+    def drop(self, sha256: str) -> None:
+        """Nothing is cached."""
+
+    def _open(self, name: str) -> BufferedReader:
+        return os.fdopen(os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with publishing(path) as temporary:
+            temporary.write_bytes(data)
+
+    def move_in(self, path: Path, name: str) -> None:
+        os.replace(path, self.path / name)
+        sync_dir(self.path)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+
+class Remote:
+    """A store on object storage, through fsspec. Shards are read through a local cache of bounded size, keyed by sha256."""
+
+    def __init__(self, url: str, cache_dir: Path, cache_bytes: int) -> None:
+        self.url, self.cache_dir, self._cache_bytes = url, cache_dir, cache_bytes
+        protocol = url.split("://", maxsplit=1)[0]
+        try:
+            import fsspec
+
+            self._fs: Any = fsspec.filesystem(protocol, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{url}: {error}", f"install what fsspec needs for {protocol}://, e.g. pip install 'duet-unlearn[s3]'"
+            ) from None
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(f"{self.url}/{name}", self.cache_dir, self._cache_bytes)
+
+    def name_of(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def names(self) -> list[str]:
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        found: dict[str, dict[str, Any]] = {}
+        with _explaining(self.url), suppress(FileNotFoundError):
+            found = self._fs.find(self.url, detail=True)
+        sizes = {self._relative(path): info["size"] for path, info in found.items()}
+        return {name: size for name, size in sizes.items() if name and name[-1] != "/"}  # S3 consoles write "folder/"
+
+    def folders(self) -> list[str]:
+        with _explaining(self.url):
+            found = self._fs.ls(self.url, detail=True)
+        return sorted(self._relative(info["name"]) for info in found if info["type"] == "directory")
+
+    def _relative(self, path: str) -> str:
+        return path[len(self._fs._strip_protocol(self.url)) + 1 :]
+
+    def read(self, name: str) -> bytes | None:
+        url = self.name_of(name)
+        with _explaining(url), suppress(FileNotFoundError), self._fs.open(url, "rb") as file:
+            return file.read(MAX_JSON_BYTES + 1)
+        return None
+
+    def size(self, name: str) -> int | None:
+        with _explaining(self.name_of(name)), suppress(FileNotFoundError):
+            found = self._fs.info(self.name_of(name))
+            return found["size"] if found["type"] == "file" else None
+        return None
+
+    def sha256(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with _explaining(self.name_of(name)), self._fs.open(self.name_of(name), "rb") as file:
+            while piece := file.read(2**22):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def open(self, name: str, size: int, sha256: str) -> BufferedReader:
+        path = self.cache_dir / sha256
+        if file := _cached(path, size):
+            return file
+        with _locked(self.cache_dir):
+            if file := _cached(path, size):  # another process was quicker
+                return file
+            self._make_room(size)
+            with publishing(path) as temporary:
+                with _explaining(self.name_of(name)):
+                    self._fs.get_file(self.name_of(name), str(temporary))
+                return open(temporary, "rb")
+
+    def drop(self, sha256: str) -> None:
+        with _locked(self.cache_dir):
+            (self.cache_dir / sha256).unlink(missing_ok=True)
+
+    def _make_room(self, size: int) -> None:
+        """Remove the files that were not used for longest until `size` more bytes fit; one larger than all is let in."""
+        for path in self.cache_dir.glob(".*.tmp"):  # of a process that was killed: we hold the lock
+            path.unlink(missing_ok=True)
+        files = [(path, path.stat()) for path in self.cache_dir.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)]
+        total = sum(found.st_size for _, found in files)
+        for path, found in sorted(files, key=lambda file: file[1].st_atime_ns):
+            if total + size <= self._cache_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= found.st_size
+
+    def write(self, name: str, data: bytes) -> None:
+        with _explaining(self.name_of(name)):
+            self._fs.pipe_file(self.name_of(name), data)
+
+    def move_in(self, path: Path, name: str) -> None:
+        with _explaining(self.name_of(name)):
+            self._fs.put_file(str(path), self.name_of(name))
+        path.unlink()
+
+    def remove(self, name: str) -> None:
+        if self.size(name) is not None:
+            with _explaining(self.name_of(name)):
+                self._fs.rm_file(self.name_of(name))
+
+
+@contextmanager
+def _explaining(url: str) -> Iterator[None]:
+    """Turn what a file system of fsspec raises into a UserError: each has errors of its library's own. Full disks pass."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            reason = f"not found: {reason}"
+        raise UserError(
+            f"{url}: {reason}",
+            "check that the bucket exists, and the endpoint and credentials in the environment, e.g. AWS_ENDPOINT_URL",
+        ) from error
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One at a time, thread or process, fills the local cache: its size stays bounded and nothing is fetched twice."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cached(path: Path, size: int) -> BufferedReader | None:
+    """The cached file, marked as used now, or None where there is none of this size. Once open it can be evicted."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    except FileNotFoundError:
+        return None
+    found = os.fstat(file.fileno())
+    if found.st_size != size:
+        file.close()
+        return None
+    os.utime(file.fileno(), ns=(time.time_ns(), found.st_mtime_ns))  # the time of change stays: the reader asks for it
+    return file
+
+
+def check_file(place: Place, name: str, size: int, sha256: str, hashed: bool = True) -> str | None:
+    """What is wrong with a file, where it lies, that should have this size and hash; None if nothing is."""
+    found = place.size(name)
+    if found is None:
+        return f"{place.name_of(name)} is missing or is not a regular file"
+    if found != size:
+        return f"{place.name_of(name)} has {found} bytes, the manifest says {size}"
+    digest = place.sha256(name) if hashed else sha256
+    return None if digest == sha256 else damaged(place, name, digest, sha256)
+
+
+def damaged(place: Place, name: str, found: str, expected: str) -> str:
+    return f"{place.name_of(name)} is damaged: sha256 {found[:16]}…, the manifest says {expected[:16]}…"
+
+
+def local_folder(place: Place, folder: str, attachments: dict[str, str]) -> Path:
+    """A local folder with the store's attachments of `folder`, each checked; of a remote store, a copy in the local cache."""
+    wanted = {name: digest for name, digest in attachments.items() if name.startswith(f"{folder}/")}
+    found = {name: place.read(name) or b"" for name in wanted}
+    for name, raw in found.items():
+        if hashlib.sha256(raw).hexdigest() != wanted[name]:
+            raise UserError(
+                f"{place.name_of(name)} is missing or is not as it was written",
+                "`duet cache repair` with the store's config restores it",
+            )
+    if isinstance(place, Folder):
+        return place.path / folder
+    assert isinstance(place, Remote)
+    copy = Folder(place.cache_dir / "attachments" / sha256_json(wanted))
+    for name, raw in found.items():
+        copy.write(name, raw)
+    return copy.path / folder

@@ -1,0 +1,129 @@
+"""`duet cache …`: looking into stores and after them. None of it needs torch or vLLM, but `repair`, which runs stage one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from cache import maintain
+from cache.errors import UserError
+from cache.manifest import MANIFEST_NAME, read_manifest, read_plan
+from cache.places import Folder, Place, place_of
+from pipeline.terminal import out, say
+
+
+def list_stores(root: str) -> None:
+    """One line per store of a folder."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("store", "state", "format"):
+        table.add_column(column, overflow="fold")
+    for column in ("rows", "MB", "last used, days ago"):
+        table.add_column(column, justify="right")
+    for found in maintain.find_stores(place_of(root)):
+        unused = "?" if found.unused_days is None else f"{found.unused_days:.1f}"
+        size = f"{found.num_bytes / 1e6:.2f}"
+        table.add_row(str(found.place), found.state, found.format, str(found.rows), size, unused)
+    if not table.row_count:
+        say(f"no stores in {root}")
+        return
+    out.print(table)
+
+
+def inspect_store(store: str, as_json: bool) -> None:
+    """Print a complete store's manifest, whole as JSON or its main lines."""
+    place = place_of(store)
+    manifest = read_manifest(place)
+    if as_json:
+        out.print_json(json.dumps(manifest.as_json()))
+        return
+    say(f"{place}: {manifest.format}, compression {manifest.compression}, {len(manifest.shards)} shards")
+    for subset, rows in manifest.subsets.items():
+        say(f"{subset}: {rows} rows")
+    per_token = manifest.shard_bytes / (manifest.positions * manifest.top_k)
+    say(f"{manifest.positions} positions of {manifest.top_k} ids; {per_token:.2f} bytes per kept token")
+    say(f"logits: {manifest.value_dtype}, largest error {manifest.value_error:.3g}; log-sum-exp: {manifest.logsumexp}")
+    say(f"fingerprint {manifest.fingerprint}")
+    for key, value in manifest.provenance.items():
+        say(f"{key}: {value}")
+
+
+def verify_store(store: str) -> None:
+    """Check every byte of a store; a damaged one is a UserError that names the first fault."""
+    place = place_of(store)
+    manifest = read_manifest(place)
+    faults = list(maintain.verify(place, manifest))
+    if faults:
+        raise UserError(
+            f"{len(faults)} of the store's files are damaged: {faults[0]}",
+            f"run: duet cache repair {place} --config FILE, with the config that made it",
+        )
+    say(f"{place}: all {len(manifest.shards)} shards are as they were written")
+
+
+def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
+    """Write the damaged and missing shards anew, with the engine that wrote the others."""
+    from pipeline.commands import store_line, write_store
+    from pipeline.config import load_config
+    from pipeline.run import StopSignal
+    from stages import teacher
+
+    config = load_config(config_path, overrides)
+    place = _of_config(place_of(store), config.store_root)
+    plan = read_plan(place)
+    if plan is None:
+        raise UserError(f"{place} has no plan: it is not a store", "run `duet teacher-logits` to make one")
+    engine = plan.provenance["engine"].split()[0]
+    config = load_config(config_path, (*overrides, f"teacher.engine={engine}"))
+    prepared = teacher.prepare(config.teacher, config.prompt, config.data, config.topic, config.device)
+    expected = teacher.plan_for(prepared, config.store, engine)
+    if expected.fingerprint != plan.fingerprint:
+        old, new = plan.provenance, expected.provenance
+        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        raise UserError(
+            f"{place} was made by another config: {differing[0]} is {old.get(differing[0])} there "
+            f"and {new.get(differing[0])} now",
+            "name the config, and install the engine's version, that made it",
+        )
+    bad = maintain.invalidate(place, plan)
+    if not bad and place.size(MANIFEST_NAME) is None:
+        say(f"{place}: every shard is as it was written; writing its manifest anew")
+    result = write_store(config, prepared, StopSignal())
+    say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.place, result.manifest)}")
+
+
+def _of_config(place: Place, root: Place) -> Place:
+    if str(place).rstrip("/").rpartition("/")[0] != str(root):
+        raise UserError(f"{place} is not among this config's stores, {root}", "add --set store.dir=FOLDER_OF_THE_STORE")
+    return place
+
+
+def convert_store(source: str, target: str, store_format: str, compression: str) -> None:
+    """The same rows in another format."""
+    manifest = maintain.convert(place_of(source), place_of(target), store_format, compression)
+    before = read_manifest(place_of(source)).shard_bytes
+    say(f"{target}: {manifest.format}, {manifest.rows} rows, {manifest.shard_bytes / before:.2f} of the bytes")
+
+
+def collect_garbage(root: str, unused_days: float | None, yes: bool) -> None:
+    """List, and with `yes` remove, stores that nobody needs."""
+    folder = place_of(root)
+    if not isinstance(folder, Folder):
+        raise UserError(
+            f"{root} is a URL: object storage does not tell who writes a store and when one was read",
+            "list the stores with `duet cache ls`, remove them with the tools of your storage",
+        )
+    found = maintain.removable(folder, unused_days)
+    for store in found:
+        left = maintain.remove_store(Path(str(store.place))) if yes else []
+        done = "removed" if yes else "would remove"
+        say(
+            f"{done} {store.place}: {store.state}, {store.num_bytes / 1e6:.2f} MB, unused for {store.unused_days:.1f} days"
+        )
+        for name in left:
+            say(f"kept {store.place.name_of(name)}: it is not ours")
+    if not found:
+        say(f"nothing to remove in {root}")
+    elif not yes:
+        say("add --yes to remove them")

@@ -1,0 +1,239 @@
+"""Writers that are killed or stopped at any moment and disks that fill up: the store ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import storm
+from conftest import ROOT, make_plan, make_rows, read_all, run_duet, same_rows, write_jsonl, write_store
+
+from cache import maintain
+from cache.errors import UserError
+from cache.manifest import MANIFEST_NAME, Plan, read_manifest
+from cache.places import Folder, place_of
+from cache.reader import Store
+from cache.record import Rows
+from cache.writer import StoreWriter
+
+ROWS = make_rows(range(10), positions=None, forget=4)
+FILES = {"tokenizer/t.json": b"{}"}
+FORMATS = ("arrow", "zarr")
+PYTHON_PATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "cache")))
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """All files' bytes; also names what should not be there, and empty folders."""
+    empty = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    return {name: Folder(folder).read(name) for name in Folder(folder).names()} | dict.fromkeys(empty)
+
+
+def is_whole(folder: Path, rows: Rows) -> bool:
+    """It verifies and holds every row once."""
+    return not list(maintain.verify(Folder(folder), read_manifest(Folder(folder)))) and same_rows(
+        read_all(folder), rows
+    )
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("fmt", "kills"), [("arrow", 200), ("zarr", 40)])
+def test_writers_killed_at_random_moments_leave_the_undisturbed_store(tmp_path, fmt, kills):
+    write_store(tmp_path / "undisturbed", storm.plan_of(fmt), storm.ROWS, storm.FILES)
+    expected = content(tmp_path / "undisturbed")
+    done = python(storm.__file__, str(tmp_path / "stores"), fmt, str(kills), "0")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["kills"] == kills
+    folders = list((tmp_path / "stores").iterdir())
+    assert len(folders) == report["stores"]
+    for folder in folders:
+        assert content(folder) == expected
+        assert is_whole(folder, storm.ROWS)
+
+
+# Stops itself at one of the moments at which a writer that was taken over could do harm.
+STOPPED = """
+import signal, sys, threading
+from pathlib import Path
+from cache import leases
+
+at, calls = int(sys.argv[3]), []
+publish, acquire = leases.Lease.publish, leases.Leases.acquire
+
+def stop():
+    calls.append(1)
+    if len(calls) == at + 1:
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # to this very thread: it stops here
+
+def stopping_publish(self, *arguments):
+    stop()
+    publish(self, *arguments)
+
+def stopping_acquire(self, key):
+    lease = acquire(self, key)
+    stop()
+    return lease
+
+leases.Lease.publish, leases.Leases.acquire = stopping_publish, stopping_acquire
+from test_faults import write_beside_others
+write_beside_others(Path(sys.argv[1]), sys.argv[2])
+"""
+LEASE_S = 0.4
+
+
+def write_beside_others(folder: Path, fmt: str) -> list[int]:
+    """One of several writers with short leases; the shards that it worked on."""
+    worked = []
+    with StoreWriter(Folder(folder), make_plan(10, 4, format=fmt), FILES, LEASE_S) as writer:
+        while writer.missing():
+            if shard := writer.claim():
+                worked.append(shard.index)
+                shard.append(ROWS[shard.range.start : shard.range.stop])
+                writer.publish(shard)
+                writer.wait()
+        writer.finalise({"python": "3"}, wait_s=0.01)
+    return worked
+
+
+# Of each shard 3 moments: claimed, before its file and before its side file is published; then 2 of the manifest.
+@pytest.mark.parametrize(
+    ("fmt", "at"), [("arrow", 0), ("arrow", 4), ("arrow", 8), ("arrow", 9), ("arrow", 10), ("zarr", 1)]
+)
+def test_a_writer_that_was_stopped_beyond_its_lease_publishes_nothing(tmp_path, fmt, at):
+    write_store(tmp_path / "undisturbed", make_plan(10, 4, format=fmt), ROWS, FILES)
+    folder = tmp_path / "s"
+    command = [sys.executable, "-c", STOPPED, str(folder), fmt, str(at)]
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as stopped:
+        try:
+            status = os.waitpid(stopped.pid, os.WUNTRACED)[1]
+            assert os.WIFSTOPPED(status), stopped.stderr and stopped.stderr.read()
+            worked = write_beside_others(folder, fmt)
+            assert at // 3 in [*worked, 3]  # the stopped writer's shard; 3 is the manifest
+            before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+            stopped.send_signal(signal.SIGCONT)
+            _, err = stopped.communicate()
+        finally:
+            stopped.kill()
+    assert stopped.returncode == 0, err
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
+    assert content(folder) == content(tmp_path / "undisturbed")
+    assert is_whole(folder, ROWS)
+
+
+@contextmanager
+def small_disk(folder: Path, size_kb: int) -> Iterator[Path]:
+    """A file system of that size, which only root can mount."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no `mount` here")
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, but_bytes: int) -> Path:
+    """A file that leaves so much of the disk free."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(free_bytes(disk) - but_bytes))
+    return filler
+
+
+def free_bytes(disk: Path) -> int:
+    found = os.statvfs(disk)
+    return found.f_bavail * found.f_frsize
+
+
+def test_a_full_disk_is_told_in_two_lines_and_the_next_run_goes_on(tmp_path, lab_config):
+    """The real command; the disk is full from the start, or as soon as the tokenizer and a shard are written."""
+    rows = [{"question": f"Where was person {i} born?"} for i in range(200)]
+    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
+    with small_disk(tmp_path / "disk", 2048) as disk:
+        config = lab_config(data=data, store__dir=str(disk / "stores"), store__shard_rows=100)
+        command = ["teacher-logits", "--config", str(config)]
+        for free in (0, 135_000):
+            filler = fill(disk, free)
+            done = run_duet(*command)
+            assert done.returncode == 2, done.stderr
+            lines = done.stderr.strip().splitlines()
+            assert len(lines) == 2, done.stderr
+            assert lines[0].startswith(f"error: cannot write {disk}/stores/")
+            assert "No space left on device" in lines[0]
+            assert "MB are needed" in lines[0]
+            assert "run the same command again" in lines[1]
+            filler.unlink()
+        assert list((disk / "stores").glob("*/shard-00000.json"))
+        done = run_duet(*command)
+        assert done.returncode == 0, done.stderr
+        assert "wrote 400 rows" not in done.stdout
+        done = run_duet(*command, "--set", f"store.dir={tmp_path / 'undisturbed'}")
+        assert done.returncode == 0, done.stderr
+        found, expected = (next(root.iterdir()) for root in (disk / "stores", tmp_path / "undisturbed"))
+        assert is_whole(found, read_all(expected))
+        assert content(found) == content(expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_disk_that_fills_at_any_write_is_told_and_the_next_writer_goes_on(tmp_path, fmt):
+    """One more page of 4096 bytes is left free each time, until the whole store fits in."""
+    plan = make_plan(10, 4, format=fmt)
+    write_store(tmp_path / "undisturbed", plan, ROWS, FILES)
+    expected = content(tmp_path / "undisturbed")
+    told = set()
+    with small_disk(tmp_path / "disk", 512) as disk:
+        for pages in itertools.count():
+            filler, folder = fill(disk, pages * 4096), disk / "s"
+            try:
+                write_store(folder, plan, ROWS, FILES)
+            except UserError as error:
+                told.add(what_was_written(error, folder))
+            else:
+                break
+            with pytest.raises(UserError, match=r"incomplete|not a store"):
+                Store(Folder(folder))
+            filler.unlink()
+            write_store(folder, plan, ROWS, FILES)
+            assert content(folder) == expected
+            maintain.remove_store(folder)
+    assert {"tokenizer/t.json", "plan.json", "leases", f"shard-00002.{plan_end(plan)}", MANIFEST_NAME} <= told
+
+
+def plan_end(plan: Plan) -> str:
+    return plan.shard_name(0).partition(".")[2]
+
+
+def what_was_written(error: UserError, folder: Path) -> str:
+    """The file that a full disk's error names, which must also say how much is needed."""
+    assert "MB are needed" in error.what
+    return error.what.partition(": ")[0].removeprefix(f"cannot write {folder}/")
+
+
+def test_without_leases_a_writer_takes_no_shard_that_it_has_in_hand():
+    """On object storage, where its own publishing goes on in the background."""
+    with StoreWriter(place_of("memory://in-hand/s"), make_plan(10, 4)) as writer:
+        shards = [writer.claim() for _ in range(4)]
+        assert sorted(shard.index for shard in shards if shard) == [0, 1, 2]
+        assert shards[1]
+        writer.release(shards[1])
+        again = writer.claim()
+        assert again
+        assert again.index == shards[1].index
+        assert writer.claim() is None

@@ -1,0 +1,106 @@
+"""Each row once an epoch for any number of ranks, on any path of interruptions; and the share of forget rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from conftest import make_plan, make_rows, same_rows, write_store
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.errors import UserError
+from cache.manifest import Manifest
+from cache.order import Cursor, Order
+from cache.places import Folder
+from cache.reader import Rank, Store
+
+
+def manifest(forget: int, retain: int, shard_rows: int = 7, block_rows: int = 3) -> Manifest:
+    fields = {"subsets": {"forget": forget, "retain": retain}, "shard_rows": shard_rows, "block_rows": block_rows}
+    return cast(Any, SimpleNamespace(**fields))
+
+
+def slots(order: Order, epoch: int, first: int = 0, count: int = 10**9) -> list[int]:
+    """Row numbers of the plan."""
+    rows: list[int] = []
+    for window, places in order.places(Cursor(epoch, first), count):
+        rows += np.concatenate([np.arange(*bounds) for bounds in order.ranges(window)])[places].tolist()
+    return rows
+
+
+@given(st.integers(0, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
+def test_an_epoch_holds_each_row_once(forget, retain, shard_rows, block_rows, epoch):
+    order = Order(manifest(forget, retain, shard_rows, block_rows), seed=1)
+    assert sorted(slots(order, epoch)) == list(range(forget + retain))
+    pieces = [row for first in range(0, forget + retain, 5) for row in slots(order, epoch, first, 5)]
+    assert sorted(pieces) == list(range(forget + retain))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    one, two = (Order(manifest(100, 300), seed) for seed in (1, 2))
+    assert slots(one, 0) != slots(one, 1)
+    assert slots(one, 0) != slots(two, 0)
+    assert slots(one, 1) == slots(Order(manifest(100, 300), 1), 1)
+
+
+def test_every_stretch_has_the_stored_share():
+    order = Order(manifest(100, 300), seed=0)
+    for first in range(0, 400, 20):
+        assert sum(row < 100 for row in slots(order, 0, first, 20)) == 5
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.8, 1.0, 0.0])
+def test_a_share_is_kept_and_every_row_comes(share):
+    order = Order(manifest(30, 90), seed=0, forget_share=share)
+    for epoch in range(4):
+        rows = Counter(slots(order, epoch))
+        forget = sum(count for row, count in rows.items() if row < 30)
+        assert forget == pytest.approx(share * order.num_slots, abs=1)
+        assert set(rows) == set(range(30 if share == 0 else 0, 30 if share == 1 else 120))
+    both = [row for epoch in range(6) for row in slots(order, epoch)]
+    counts = [count for row, count in Counter(both).items() if row >= 30]
+    assert not counts or max(counts) - min(counts) <= 1  # no retain row comes twice before the others
+
+
+def test_a_share_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match=r"forget share of 0\.5"):
+        Order(manifest(0, 10), seed=0, forget_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    folder = tmp_path_factory.mktemp("order") / "s"
+    write_store(folder, make_plan(53, forget=20, shard_rows=7), make_rows(range(53), positions=None, forget=20))
+    return Store(Folder(folder))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=8))
+def test_any_ranks_and_any_resumes_read_each_row_once(store, legs):
+    """Each leg is a run with a number of ranks, a batch size and some steps; the next one resumes where it stopped."""
+    order, cursor, seen = store.order(seed=5), Cursor(), []
+    for world, batch_size, steps in [*legs, (1, 60, 1)]:
+        cursors = set()
+        for number in range(world):
+            batches = itertools.islice(store.batches(order, batch_size, cursor, Rank(number, world)), steps)
+            read = [(after, block.decoded().row_ids) for after, block in batches]
+            seen += [(after.epoch, row_id) for after, ids in read for row_id in ids]
+            cursors.add(read[-1][0])
+        assert len(cursors) == 1  # all ranks stand at the same place
+        cursor = cursors.pop()
+    epochs = Counter(epoch for epoch, _ in seen)
+    assert len(set(seen)) == len(seen)
+    assert all(epochs[epoch] == len(store) for epoch in range(cursor.epoch))
+
+
+def test_a_batch_is_the_rows_it_names(store):
+    rows = make_rows(range(53), positions=None, forget=20)
+    for _, block in itertools.islice(store.batches(store.order(0), 8), 20):
+        got = block.decoded()
+        wanted = [int(row_id.split("/")[1]) for row_id in got.row_ids]
+        assert same_rows(got, make_rows(wanted, positions=None, forget=20))
+        assert got.row_ids == [rows.row_ids[number] for number in wanted]
