@@ -316,13 +316,16 @@ def _cached(path: Path, size: int) -> BufferedReader | None:
 
 def check_file(place: Place, name: str, size: int, sha256: str, hashed: bool = True) -> str | None:
     """What is wrong with a file, where it lies, that should have this size and hash; None if nothing is."""
-    found = place.size(name)
-    if found is None:
-        return f"{place.name_of(name)} is missing or is not a regular file"
-    if found != size:
-        return f"{place.name_of(name)} has {found} bytes, the manifest says {size}"
+    if fault := wrong_size(place, name, place.size(name), size):
+        return fault
     digest = place.sha256(name) if hashed else sha256
     return None if digest == sha256 else damaged(place, name, digest, sha256)
+
+
+def wrong_size(place: Place, name: str, found: int | None, expected: int) -> str | None:
+    if found is None:
+        return f"{place.name_of(name)} is missing or is not a regular file"
+    return None if found == expected else f"{place.name_of(name)} has {found} bytes, the manifest says {expected}"
 
 
 def damaged(place: Place, name: str, found: str, expected: str) -> str:

@@ -17,7 +17,7 @@ from cache.codec import Block, position_columns
 from cache.errors import UserError
 from cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from cache.order import GROUP_SHARDS, Cursor, Order, Window
-from cache.places import Folder, Place, check_file, damaged
+from cache.places import Folder, Place, damaged, wrong_size
 from cache.record import Rows
 from cache.window import OpenWindow, Recycler, gather, open_window
 from cache.zarr_format import ZarrShard
@@ -47,10 +47,9 @@ class Store:
         self.manifest: Manifest = read_manifest(place)
         self._verify = verify
         self._shards: dict[int, ArrowShard | ZarrShard] = {}  # least recently used first
-        names = set(place.names())
+        sizes = place.sizes()
         for shard in self.manifest.shards:
-            fault = None if shard.name in names else f"{place.name_of(shard.name)} is missing"
-            if fault := fault or check_file(place, shard.name, shard.bytes, shard.sha256, hashed=False):
+            if fault := wrong_size(place, shard.name, sizes.get(shard.name), shard.bytes):
                 raise UserError(fault, REPAIR_HINT)
         if isinstance(place, Folder) and os.access(place.path / MANIFEST_NAME, os.W_OK):
             os.utime(place.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
@@ -136,8 +135,8 @@ class Store:
         name = self.place.name_of(entry.name)
         with self.place.open(entry.name, entry.bytes, entry.sha256) as file:
             found = os.fstat(file.fileno())
-            if found.st_size != entry.bytes:
-                raise UserError(f"{name} has {found.st_size} bytes, the manifest says {entry.bytes}", REPAIR_HINT)
+            if fault := wrong_size(self.place, entry.name, found.st_size, entry.bytes):
+                raise UserError(fault, REPAIR_HINT)
             key = (name, found.st_ino, found.st_mtime_ns, entry.sha256)
             if self._verify and key not in _checked:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -235,6 +238,32 @@ print("ready", flush=True)
 for key in sys.stdin:
     print(key.strip() if leases.acquire(key.strip()) else "", flush=True)
 """
+
+
+@pytest.fixture
+def not_ours() -> Iterator[Path]:
+    """A folder in which we may only read, whoever runs the tests."""
+    folder = Path(tempfile.mkdtemp(prefix="duet-test-"))
+    (folder / "s").mkdir()
+    yield folder / "s"
+    os.seteuid(os.getuid())
+    shutil.rmtree(folder)
+
+
+def test_somebody_elses_unfinished_store_can_be_listed(not_ours):
+    leases = Leases(not_ours / "leases", 60.0)
+    with StoreWriter(Folder(not_ours), make_plan(10, 4)) as writer:
+        assert writer.claim()
+        for path in (not_ours.parent, not_ours, *not_ours.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if os.getuid() == 0:
+            os.seteuid(65534)
+        else:
+            leases.dir.chmod(0o555)
+        assert leases.held() == ["shard-00000"]
+        assert [found.state for found in maintain.find_stores(Folder(not_ours))] == ["being written"]
+        os.seteuid(os.getuid())
+        leases.dir.chmod(0o755)
 
 
 def test_of_processes_that_race_for_a_key_exactly_one_wins(tmp_path):
