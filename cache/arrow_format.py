@@ -13,26 +13,32 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.codec import ZSTD_LEVEL, Block, Layout, join_tokens, position_columns, split_tokens, token_high_offsets
-from cache.errors import UserError
+from cache.codec import (
+    ZSTD_LEVEL,
+    Block,
+    Columns,
+    Layout,
+    join_tokens,
+    position_columns,
+    split_tokens,
+    token_high_offsets,
+)
 from cache.record import SUBSETS
 
-COMPRESSIONS = ("none", "lz4", "zstd")
 
-
-def schema(layout: Layout, value_dtype: str, logsumexp: bool) -> pa.Schema:
-    """The columns of a shard."""
-    position = []
-    for name, (dtype, shape) in position_columns(layout, value_dtype, logsumexp).items():
+def schema(positions: Columns) -> pa.Schema:
+    """The columns of a shard whose positions have these."""
+    struct = []
+    for name, (dtype, shape) in positions.items():
         kind = pa.from_numpy_dtype(dtype)
-        position.append(_field(name, pa.list_(_field("item", kind), *shape) if shape else kind))
+        struct.append(_field(name, pa.list_(_field("item", kind), *shape) if shape else kind))
     return pa.schema(
         [
             _field("row_id", pa.string()),
             _field("subset", pa.dictionary(pa.int8(), pa.string())),
             _field("tokens_low", pa.list_(_field("item", pa.uint16()))),
             _field("tokens_high", pa.list_(_field("item", pa.uint8()))),
-            _field("positions", pa.list_(_field("item", pa.struct(position)))),
+            _field("positions", pa.list_(_field("item", pa.struct(struct)))),
         ]
     )
 
@@ -44,7 +50,7 @@ def _field(name: str, kind: pa.DataType) -> pa.Field:
 def write_shard(path: Path, blocks: Sequence[Block], compression: str) -> None:
     """Write the blocks, all of one layout, value dtype and with or without log-sum-exp, in order, to a file."""
     first = blocks[0]
-    columns = schema(first.layout, first.value_dtype, "logsumexp" in first.columns)
+    columns = schema(position_columns(first.layout, first.value_dtype, "logsumexp" in first.columns))
     options = pa.ipc.IpcWriteOptions(compression=_codec(compression))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, columns, options=options) as writer:
         for block in blocks:
@@ -93,17 +99,12 @@ def _list(offsets: np.ndarray, values: pa.Array, kind: pa.DataType) -> pa.ListAr
 class ArrowShard:
     """A memory-mapped shard; `block(i)` holds its rows i*block_rows and on."""
 
-    def __init__(self, file: BufferedReader, name: str, layout: Layout, block_rows: int) -> None:
-        """`block_rows` is the size of its record batches."""
+    def __init__(self, file: BufferedReader, layout: Layout, columns: Columns, block_rows: int) -> None:
+        """`block_rows` is the size of its record batches. Whatever pyarrow raises, here and in `block`: it is no such shard."""
         self._map, self._layout = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), layout
-        try:
-            self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-            found = self._file.schema.field("positions").type.value_type
-            value_dtype = _value_dtype(found)
-            if self._file.schema != schema(layout, value_dtype, found.get_field_index("logsumexp") >= 0):
-                raise pa.ArrowInvalid("its columns are not those of a shard")
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise UserError(f"{name} is not a shard of this store: {error}", "make the store anew") from None
+        self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
+        if self._file.schema != schema(columns):
+            raise ValueError("its columns are others")
 
     @property
     def num_blocks(self) -> int:
@@ -112,6 +113,7 @@ class ArrowShard:
     def block(self, index: int) -> Block:
         """Views into the map where it is not compressed; they stay valid after `release`."""
         batch = self._file.get_batch(index)
+        batch.validate(full=True)  # offsets that lead out of it would be followed
         token_offsets = _offsets(batch.column("tokens_low"))
         positions = batch.column("positions")
         structs = positions.values
@@ -131,12 +133,6 @@ class ArrowShard:
     def release(self) -> None:
         """Give back the memory of the pages that were read; the system's file cache keeps them."""
         self._map.madvise(mmap.MADV_DONTNEED)
-
-
-def _value_dtype(struct: pa.DataType) -> str:
-    if struct.get_field_index("step") >= 0:
-        return "linear16"
-    return "float16" if struct.field("topk_logits").type.value_type == pa.float16() else "float32"
 
 
 def _offsets(column: pa.ListArray) -> np.ndarray:

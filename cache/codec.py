@@ -13,7 +13,7 @@ Shapes: R rows, S tokens, N positions, K kept ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,10 +98,6 @@ class Block:
             columns={name: column[positions] for name, column in self.columns.items()},
         )
 
-    def positions(self, row: int) -> slice:
-        """Where the positions of one row lie in the columns."""
-        return slice(int(self.position_offsets[row]), int(self.position_offsets[row + 1]))
-
     @property
     def num_positions(self) -> int:
         return int(self.position_offsets[-1])
@@ -151,6 +147,12 @@ class Block:
         ids_RPK, logits_RPK = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         ids_RPK[mask_RP], logits_RPK[mask_RP] = ids_NK, logits_NK
         return {"topk_ids": ids_RPK, "topk_logits": logits_RPK, "mask": mask_RP}
+
+
+def common_dtype(value_dtypes: Iterable[str]) -> str:
+    """That of rows which have these: float32 where some of a lossless store's needed it."""
+    found = set(value_dtypes)
+    return found.pop() if len(found) == 1 else "float32"
 
 
 def of_one_dtype(blocks: Sequence[Block]) -> Sequence[Block]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cache.codec import MAX_VOCAB_SIZE, Layout
+from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Layout, common_dtype
 from cache.errors import UserError
 from cache.files import json_bytes, parse_json, sha256_json
 from cache.places import Place
@@ -209,6 +209,13 @@ def _faults(manifest: Manifest) -> Iterator[str]:
         s.positions for s in manifest.shards
     ):
         yield "rows or positions are not the sums of those of the shards"
+    yield from _shard_faults(manifest)
+    for name, digest in manifest.attachments.items():
+        if not _ATTACHMENT.fullmatch(name) or not _SHA256.fullmatch(digest):
+            yield f"attachment {name!r} is not a file of a folder of the store"
+
+
+def _shard_faults(manifest: Manifest) -> Iterator[str]:
     for index, shard in enumerate(manifest.shards):
         first = index * manifest.shard_rows
         if shard.name != shard_name(index, manifest.format):
@@ -217,9 +224,10 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             yield f"shard {index} has {shard.rows} rows, not those of the plan"
         if not isinstance(shard.bytes, int) or shard.bytes < 1 or not _SHA256.fullmatch(shard.sha256):
             yield f"shard {index} has no size or no sha256"
-    for name, digest in manifest.attachments.items():
-        if not _ATTACHMENT.fullmatch(name) or not _SHA256.fullmatch(digest):
-            yield f"attachment {name!r} is not a file of a folder of the store"
+        if shard.value_dtype not in VALUE_DTYPES or shard.logsumexp is not manifest.logsumexp:
+            yield f"shard {index} has values {shard.value_dtype!r} or no log-sum-exp where others have one"
+    if manifest.value_dtype != common_dtype(shard.value_dtype for shard in manifest.shards):
+        yield f"value_dtype {manifest.value_dtype!r} is not that of the shards"
 
 
 def read_plan(place: Place) -> Plan | None:

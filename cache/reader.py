@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,11 +118,25 @@ class Store:
 
     def blocks(self, shard: int) -> list[Block]:
         """All blocks of a shard."""
-        return [self.block(shard, index) for index in range(self._shard(shard).num_blocks)]
+        with self._parsing(shard):
+            return [self.block(shard, index) for index in range(self._shard(shard).num_blocks)]
 
     def block(self, shard: int, index: int) -> Block:
         """Block `index` of a shard, of an uncompressed Arrow store as views into the memory map."""
-        return self._shard(shard).block(index)
+        with self._parsing(shard):
+            return self._shard(shard).block(index)
+
+    @contextmanager
+    def _parsing(self, shard: int) -> Iterator[None]:
+        """A shard may have the right hash and yet be no shard, where somebody made its manifest so."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            name = self.place.name_of(self.manifest.shards[shard].name)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{name} is not a shard of this store: {reason}", "make the store anew") from error
 
     def _shard(self, index: int) -> ArrowShard | ZarrShard:
         shard = self._shards.pop(index, None) or self._open(index)
@@ -144,4 +159,5 @@ class Store:
                     self.place.drop(entry.sha256)
                     raise UserError(damaged(self.place, entry.name, digest, entry.sha256), REPAIR_HINT)
                 _checked.add(key)
-            return FORMAT_READERS[manifest.format](file, name, manifest.layout, manifest.block_rows)
+            columns = position_columns(manifest.layout, entry.value_dtype, entry.logsumexp)
+            return FORMAT_READERS[manifest.format](file, manifest.layout, columns, manifest.block_rows)

@@ -37,10 +37,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.subsets)
 
-    def positions(self, row: int) -> slice:
-        """Where the positions of one row lie in the arrays over N."""
-        return slice(int(self.position_offsets[row]), int(self.position_offsets[row + 1]))
-
     def __getitem__(self, rows: slice) -> Rows:
         """Consecutive rows, as views."""
         first, end, _ = rows.indices(len(self))

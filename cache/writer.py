@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cache import arrow_format, zarr_format
-from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one_dtype, position_columns
+from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, common_dtype, encode, of_one_dtype, position_columns
 from cache.errors import UserError
 from cache.files import TEMPORARY, json_bytes, parse_json, sha256_file, sync_dir, sync_file, telling_of_full_disks
 from cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
@@ -321,7 +321,6 @@ def _begin(place: Place, plan: Plan, attachments: dict[str, bytes]) -> Plan:
 
 
 def _manifest(plan: Plan, shards: list[Shard], environment: dict[str, Any]) -> Manifest:
-    dtypes = {shard.value_dtype for shard in shards}
     if len({shard.logsumexp for shard in shards}) > 1:
         raise UserError("some shards have a log-sum-exp and some have none", "make the store anew with one engine")
     return Manifest(
@@ -334,7 +333,7 @@ def _manifest(plan: Plan, shards: list[Shard], environment: dict[str, Any]) -> M
         top_k=plan.top_k,
         max_positions=plan.max_positions,
         vocab_size=plan.vocab_size,
-        value_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        value_dtype=common_dtype(shard.value_dtype for shard in shards),
         value_error=max(shard.value_error for shard in shards),
         logsumexp=shards[0].logsumexp,
         compression=plan.compression,

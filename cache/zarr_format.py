@@ -16,10 +16,27 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from cache.codec import ZSTD_LEVEL, Block, Layout, concat_blocks, join_tokens, position_columns, split_tokens
-from cache.errors import UserError
-from cache.record import cut, offsets_of
+from cache.codec import (
+    ZSTD_LEVEL,
+    Block,
+    Columns,
+    Layout,
+    concat_blocks,
+    join_tokens,
+    split_tokens,
+    token_high_offsets,
+)
+from cache.record import counts_of, cut, offsets_of
 
+ARRAYS_OF_ROWS = (
+    "row_id",
+    "row_id_offsets",
+    "subset",
+    "tokens_low",
+    "tokens_high",
+    "token_offsets",
+    "position_offsets",
+)
 CHUNK = 4096  # entries (positions, tokens or rows) of an inner chunk: what a read of one of them decodes at least
 
 
@@ -77,24 +94,32 @@ def _arrays(blocks: Sequence[Block]) -> dict[str, np.ndarray]:
 class ZarrShard:
     """An opened shard; `block(i)` holds its rows i*block_rows and on. What is small is read at once."""
 
-    def __init__(self, file: BufferedReader, name: str, layout: Layout, block_rows: int) -> None:
+    def __init__(self, file: BufferedReader, layout: Layout, columns: Columns, block_rows: int) -> None:
+        """Whatever zarr, numpy or zipfile raise, here and in `block`: it is no such shard."""
         import zarr
         from zarr.storage import MemoryStore
 
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._layout, self._block_rows = layout, block_rows
-        try:
-            group = zarr.open_group(MemoryStore(_entries(self._map)), mode="r")
-            arrays: dict[str, Any] = dict(group.arrays())
-            small = {name: np.asarray(arrays.pop(name)[...]) for name in _arrays_of_rows()}
-            _check_columns(arrays, int(small["position_offsets"][-1]), layout)
-        except (zipfile.BadZipFile, KeyError, ValueError, IndexError, TypeError, FileNotFoundError) as error:
-            raise UserError(f"{name} is not a shard of this store: {error}", "make the store anew") from None
-        self._columns = arrays
-        offsets = pa.py_buffer(small["row_id_offsets"].astype(np.int32))
-        self._row_ids = pa.StringArray.from_buffers(len(small["subset"]), offsets, pa.py_buffer(small["row_id"]))
-        self._subsets = small["subset"]
+        found = zarr.open_group(MemoryStore(_entries(self._map)), mode="r")
+        arrays: dict[str, Any] = {name: found[name] for name in (*ARRAYS_OF_ROWS, *columns)}
+        small = {name: np.asarray(arrays.pop(name)[...]) for name in ARRAYS_OF_ROWS}
+        self._subsets, self._columns = small["subset"], arrays
         self._token_offsets, self._position_offsets = small["token_offsets"], small["position_offsets"]
+        num_positions = arrays["topk_low"].shape[0]
+        for offsets, size in (
+            (self._position_offsets, num_positions),
+            (self._token_offsets, len(small["tokens_low"])),
+            (token_high_offsets(self._token_offsets, layout.high_bits), len(small["tokens_high"])),
+            (small["row_id_offsets"], len(small["row_id"])),
+        ):
+            _check_offsets(offsets, size, len(self._subsets))
+        expected = {name: (dtype, (num_positions, *shape)) for name, (dtype, shape) in columns.items()}
+        if {name: (array.dtype, array.shape) for name, array in arrays.items()} != expected:
+            raise ValueError("its columns are others")
+        ends = pa.py_buffer(small["row_id_offsets"].astype(np.int32))
+        self._row_ids = pa.StringArray.from_buffers(len(self._subsets), ends, pa.py_buffer(small["row_id"]))
+        self._row_ids.validate(full=True)
         self._tokens = join_tokens(small["tokens_low"], small["tokens_high"], self._token_offsets, layout.high_bits)
 
     @property
@@ -139,14 +164,7 @@ def _entries(mapped: mmap.mmap) -> dict[str, Any]:
     return entries
 
 
-def _check_columns(arrays: dict[str, Any], num_positions: int, layout: Layout) -> None:
-    """ValueError unless the arrays over positions are those of a shard of this layout."""
-    dtype = "linear16" if "step" in arrays else str(arrays["topk_logits"].dtype)
-    expected = position_columns(layout, dtype, "logsumexp" in arrays)
-    found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    if found != {name: (dtype, (num_positions, *shape)) for name, (dtype, shape) in expected.items()}:
-        raise ValueError("its arrays are not those of a shard")
-
-
-def _arrays_of_rows() -> tuple[str, ...]:
-    return ("row_id", "row_id_offsets", "subset", "tokens_low", "tokens_high", "token_offsets", "position_offsets")
+def _check_offsets(offsets: np.ndarray, size: int, num_rows: int) -> None:
+    """ValueError unless they lead each row to a part of `size` items."""
+    if len(offsets) != num_rows + 1 or offsets[0] != 0 or offsets[-1] != size or (counts_of(offsets) < 0).any():
+        raise ValueError("offsets lead out of it")

@@ -75,7 +75,6 @@ class StoreResult:
     manifest: Manifest
     engine: str
     reason: str  # why this engine
-    reused: bool
     rows_written: int
     seconds: float
 
@@ -194,7 +193,7 @@ def find_store(prepared: Prepared, store: StoreSettings, root: Place, engine: st
         manifest = read_manifest(place)
         for fault in verify(place, manifest, hashed=store.verify):
             raise UserError(fault, f"run: duet cache repair {place} --config FILE, with this config")
-        return StoreResult(place, manifest, plan.provenance["engine"], "", True, 0, 0.0)
+        return StoreResult(place, manifest, plan.provenance["engine"], "", 0, 0.0)
     return None
 
 
@@ -241,7 +240,7 @@ def write_store(
             manifest = writer.finalise(_environment(prepared))
     finally:
         engine.close()
-    return StoreResult(place, manifest, engine.name, reason, False, written, time.monotonic() - started)
+    return StoreResult(place, manifest, engine.name, reason, written, time.monotonic() - started)
 
 
 def _rows_but(plan: Plan, missing: list[int]) -> int:

@@ -86,7 +86,7 @@ def test_every_module_stands_in_the_readmes_tree():
 
 def test_the_store_format_lists_every_column_and_field():
     columns = position_columns(Layout(4, 2**17), "linear16", logsumexp=True)
-    arrow = schema(Layout(4, 900), "float16", True).names
+    arrow = schema(columns).names
     for name in (*columns, *arrow, *Manifest.__dataclass_fields__, *Shard.__dataclass_fields__):
         assert f"`{name}`" in STORE_FORMAT, name
 

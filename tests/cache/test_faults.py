@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hostile
 import pytest
 import storm
 from conftest import ROOT, make_plan, make_rows, read_all, run_duet, same_rows, write_jsonl, write_store
@@ -61,6 +62,17 @@ def test_writers_killed_at_random_moments_leave_the_undisturbed_store(tmp_path, 
     for folder in folders:
         assert content(folder) == expected
         assert is_whole(folder, storm.ROWS)
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_signed_shard_of_any_bytes_is_read_or_refused(tmp_path, fmt, compression):
+    """What is not caught by its hash: no other error, no crash, nothing read beyond the shard."""
+    done = python(hostile.__file__, str(tmp_path / "s"), fmt, compression, "100", "0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert sum(report.values()) == 100
+    assert set(report) == {"read", "refused"}
 
 
 # Stops itself at one of the moments at which a writer that was taken over could do harm.
