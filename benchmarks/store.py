@@ -333,10 +333,10 @@ def main() -> None:
     few = arguments.quick
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-store-") as folder:
         for title, measure, *sized in (
-            ("bytes per kept token", sizes, 2**15 if few else 2**18),
             ("reading", reading, 2**15 if few else 2**19, 1 if few else 5),
             ("writing", writing, 2**17 if few else 2**22, 1 if few else 9),
             ("memory", memory, 2 * 10**5 if few else 10**7),
+            ("bytes per kept token", sizes, 2**15 if few else 2**18),
         ):
             path = Path(folder) / title.partition(" ")[0]
             path.mkdir()

@@ -109,20 +109,17 @@ def _pick_copied(window: OpenWindow, places: np.ndarray, targets: dict[str, np.n
 
 
 def _pick_long(window: OpenWindow, places: np.ndarray, targets: dict[str, np.ndarray], tokens_S: np.ndarray) -> None:
-    """Row by row, each column of each with one copy."""
+    """Each row of a column with a copy of its own."""
     texts = zip(window.token_offsets[places].tolist(), window.token_offsets[places + 1].tolist(), strict=True)
     np.concatenate([window.tokens_S[first:end] for first, end in texts], out=tokens_S)
-    starts = offsets_of([len(block) for block in window.blocks])
-    numbers = np.searchsorted(starts, places, side="right") - 1
-    columns = [[(targets[name], block.columns[name]) for name in targets] for block in window.blocks]
-    offsets = [block.position_offsets for block in window.blocks]
-    at = 0
-    for number, row in zip(numbers.tolist(), (places - starts[numbers]).tolist(), strict=True):
-        first, last = offsets[number][row : row + 2].tolist()
-        end = at + last - first
-        for target, column in columns[number]:
-            target[at:end] = column[first:last]
-        at = end
+    first_rows = offsets_of([len(block) for block in window.blocks])
+    numbers = np.searchsorted(first_rows, places, side="right") - 1
+    before = window.position_offsets[first_rows[numbers]]
+    firsts, ends = window.position_offsets[places] - before, window.position_offsets[places + 1] - before
+    parts = list(zip(numbers.tolist(), firsts.tolist(), ends.tolist(), strict=True))
+    for name, target in targets.items():
+        columns = [block.columns[name] for block in window.blocks]
+        np.concatenate([columns[number][first:end] for number, first, end in parts], out=target)
 
 
 def _counts(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
