@@ -60,12 +60,19 @@ class Recycler:
     """
 
     def __init__(self) -> None:
-        self._memories: list[np.ndarray] = []
+        self._memories: list[np.ndarray] = [np.empty(0, np.uint8)]
+        self._unused = self._references()[0]  # asked, not known: it differs between versions of Python
+        self._memories.clear()
+
+    def _references(self) -> list[int]:
+        """How often each is referred to; every array that lies in it counts."""
+        return [sys.getrefcount(memory) for memory in self._memories]
 
     def take(self) -> np.ndarray | None:
         """Some of it, if there is any."""
-        references = 3  # the list's, the loop's and that of the question; every array in it would be one more
-        return next((memory for memory in self._memories if sys.getrefcount(memory) == references), None)
+        unused = (number for number, count in enumerate(self._references()) if count == self._unused)
+        number = next(unused, None)
+        return None if number is None else self._memories[number]
 
     def add(self, memory: np.ndarray) -> None:
         """What a batch lies in from now on."""

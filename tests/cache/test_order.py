@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_plan, make_rows, same_rows, write_store
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from cache.manifest import Manifest
 from cache.order import Cursor, Order
 from cache.places import Folder
 from cache.reader import Rank, Store
+from cache.window import Recycler
 
 
 def manifest(forget: int, retain: int, shard_rows: int = 7, block_rows: int = 3) -> Manifest:
@@ -95,6 +97,27 @@ def test_any_ranks_and_any_resumes_read_each_row_once(store, legs):
     epochs = Counter(epoch for epoch, _ in seen)
     assert len(set(seen)) == len(seen)
     assert all(epochs[epoch] == len(store) for epoch in range(cursor.epoch))
+
+
+def test_memory_is_used_again_only_when_nobody_refers_to_it():
+    recycler = Recycler()
+    assert recycler.take() is None
+    memory = np.zeros(64, np.uint8)
+    recycler.add(memory)
+    users = [memory[8:16].view(np.float32), memoryview(memory), torch.from_numpy(memory[:4].view(np.int16))]
+    del memory
+    while users:
+        assert recycler.take() is None
+        users.pop()
+    assert recycler.take() is not None
+
+
+def test_batches_that_are_kept_stay_as_they_were(store):
+    stream = store.batches(store.order(0), 8)
+    kept = [next(stream)[1] for _ in range(20)]
+    again = store.batches(store.order(0), 8)
+    for block in kept:
+        assert same_rows(block.decoded(), next(again)[1].decoded())
 
 
 def test_a_batch_is_the_rows_it_names(store):
