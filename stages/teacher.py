@@ -222,7 +222,8 @@ def write_store(
         with StoreWriter(place, plan, tokenizer_files(prepared.tokenizer), store.lease_s) as writer:
             while missing := writer.missing():
                 if should_stop():
-                    raise Interrupted(f"{_rows_but(plan, missing)} of {plan.rows} rows are in {place}")
+                    writer.wait()
+                    raise Interrupted(f"{_rows_but(plan, writer.missing())} of {plan.rows} rows are in {place}")
                 shard = writer.claim()
                 if shard is None:  # what is left is being written, by us or by others
                     writer.wait()
