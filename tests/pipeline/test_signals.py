@@ -18,7 +18,10 @@ from pipeline.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 
 # Sends itself a signal when the stage has come so far: no sleep, no race, and the handler is the real one.
 STAGE_ONE = """
-import os, signal, sys
+import os, signal, sys, time
+from cache import writer
+sync_file = writer.sync_file
+writer.sync_file = lambda path: time.sleep(1) or sync_file(path)  # a slow disk: the last shard is still on its way
 from stages.engine_transformers import TransformersEngine
 score, calls = TransformersEngine.score, []
 def counted(self, prompts, top_k, max_positions):
