@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models teacher-logits distill evaluate run bench-store clean-venv
+.PHONY: help setup demo test lint lab-models teacher-logits distill evaluate run bench-store bench-student clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,3 +47,6 @@ clean-venv: ## remove .venv
 
 bench-store: $(STAMP) ## what a store costs: bytes, rates, memory; ARGS=--json
 	@$(BIN)/python benchmarks/store.py $(ARGS)
+
+bench-student: $(STAMP) ## what a training step costs: head, whole step, waiting; ARGS=--json
+	@$(BIN)/python benchmarks/student.py $(ARGS)

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -45,6 +46,17 @@ def rounds(works: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
         for name, work in works.items():
             times[name].append(seconds(work))
     return {name: min(found) for name, found in times.items()}
+
+
+def reset_peak() -> None:
+    """Let the kernel's VmHWM of this process begin anew at what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status_mb(key: str) -> float:
+    """Memory of this process in MB: VmRSS is what is resident, VmHWM the most that was."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def show(report: dict[str, Any], bounds: dict[str, tuple[str, float]], as_json: bool) -> None:

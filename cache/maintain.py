@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +103,9 @@ def find_stores(root: Place) -> list[Found]:
 
 
 def _found(place: Place) -> Found:
-    num_bytes = sum(place.sizes().values())
-    unused = _unused_days(place) if isinstance(place, Folder) else None
+    sizes = place.sizes()
+    num_bytes = sum(sizes.values())
+    unused = _unused_days(place, sizes) if isinstance(place, Folder) else None
     try:
         if place.size(MANIFEST_NAME) is not None:
             manifest = read_manifest(place)
@@ -117,10 +118,10 @@ def _found(place: Place) -> Found:
     return Found(place, state, plan.rows if plan else 0, num_bytes, plan.format if plan else "?", unused)
 
 
-def _unused_days(place: Folder) -> float:
+def _unused_days(place: Folder, names: Iterable[str]) -> float:
     """Since anything was written to it or its manifest was read; what a writer moves meanwhile does not count."""
     used = [0.0]
-    for name in place.names():
+    for name in names:
         with suppress(FileNotFoundError):
             used.append((place.path / name).lstat().st_mtime)
     return (time.time() - max(used)) / 86400

@@ -1,13 +1,14 @@
-"""The order in which rows are read: a function of the seed, the epoch and the store's row counts, and of nothing else.
+"""The order in which rows are read: a function of the seed, the epoch, the shares and the store's row counts alone.
 
 Each subset is a stream: its shards are shuffled and taken in groups; the blocks of a group's shards are shuffled and taken
 in windows; the rows of a window's blocks are shuffled. So a reader holds a window, opens each shard once an epoch, and
 knows any later row without reading what comes before. The two streams are then merged by a fixed share, as evenly as
-whole rows allow. A slot is a place in the merged order of an epoch.
+whole rows allow. A slot is a place in the merged order of an epoch. Rows that are held out have no slot in any epoch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,7 @@ from cache.record import SUBSETS
 
 WINDOW_BLOCKS = 8  # blocks of up to 4096 positions: some 9 MB at k = 64
 GROUP_SHARDS = 8
+HOLDOUT_SEED = 0  # whatever the order's seed is
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,16 @@ class Window:
 
 
 class Stream:
-    """One subset's rows `first` to `end`-1 of the plan, in an endless order of epochs."""
+    """The rows of subset `number` that are not held out, `num_rows` of them, in an endless order of epochs."""
 
-    def __init__(self, number: int, first: int, end: int, shard_rows: int, block_rows: int, seed: int) -> None:
-        self.first, self.num_rows = first, end - first
-        self._number, self._shard_rows, self._block_rows, self._seed = number, shard_rows, block_rows, seed
-        self._shards = np.arange(first // shard_rows, -(-end // shard_rows)) if end > first else np.arange(0)
+    def __init__(self, manifest: Manifest, number: int, seed: int, holdout: float) -> None:
+        counts = [manifest.subsets[subset] for subset in SUBSETS]
+        first, end = sum(counts[:number]), sum(counts[: number + 1])
+        self.held_out = first + draw_held_out(number, counts[number], holdout)
+        self.num_rows = counts[number] - len(self.held_out)
+        self._first, self._end, self._number, self._seed = first, end, number, seed
+        self._shard_rows, self._block_rows = manifest.shard_rows, manifest.block_rows
+        self._shards = np.arange(first // self._shard_rows, -(-end // self._shard_rows) if end > first else 0)
         self._windows = lru_cache(maxsize=2)(self._make_windows)
         self._shuffle = lru_cache(maxsize=2)(self._make_shuffle)
 
@@ -55,7 +61,7 @@ class Stream:
         while count > 0:
             epoch, slot = divmod(drawn, self.num_rows)
             starts, _ = self._windows(epoch)
-            number = int(np.searchsorted(starts, slot, side="right")) - 1
+            number = int(np.searchsorted(starts, slot, side="right")) - 1  # of equal starts the last: it is not empty
             places = self._shuffle(epoch, number)[slot - int(starts[number]) :][:count]
             yield Window(self._number, epoch, number), places
             drawn, count = drawn + len(places), count - len(places)
@@ -67,10 +73,10 @@ class Stream:
     def _blocks(self, shard: int) -> np.ndarray:
         """[blocks, 2]: first and end row of each block of a shard, as far as they are this stream's."""
         shard_first = shard * self._shard_rows
-        shard_end = min(shard_first + self._shard_rows, self.first + self.num_rows)
+        shard_end = min(shard_first + self._shard_rows, self._end)
         firsts = np.arange(shard_first, shard_end, self._block_rows)
         blocks = np.stack([firsts, np.minimum(firsts + self._block_rows, shard_end)], axis=1)
-        blocks[:, 0] = np.maximum(blocks[:, 0], self.first)
+        blocks[:, 0] = np.maximum(blocks[:, 0], self._first)
         return blocks[blocks[:, 0] < blocks[:, 1]]
 
     def _make_windows(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -84,31 +90,63 @@ class Stream:
             group = np.concatenate([self._blocks(int(shard)) for shard in shards[first : first + group_shards]])
             blocks = rng.permutation(group)
             windows += [blocks[at : at + WINDOW_BLOCKS] for at in range(0, len(blocks), WINDOW_BLOCKS)]
-        sizes = [int((blocks[:, 1] - blocks[:, 0]).sum()) for blocks in windows]
+        sizes = [int(np.diff(self._kept_before(blocks)).sum()) for blocks in windows]
         return np.concatenate([[0], np.cumsum(sizes)])[:-1], windows
 
     def _make_shuffle(self, epoch: int, number: int) -> np.ndarray:
-        blocks = self._windows(epoch)[1][number]
+        """Places of a window's rows, but of those held out, in the order in which they come."""
+        rows = np.concatenate([np.arange(*block) for block in self._windows(epoch)[1][number].tolist()])
         rng = np.random.default_rng([self._seed, self._number, epoch, number])
-        return rng.permutation(int((blocks[:, 1] - blocks[:, 0]).sum()))
+        return rng.permutation(np.flatnonzero(self._kept_before(rows + 1) > self._kept_before(rows)))
+
+    def _kept_before(self, rows: np.ndarray) -> np.ndarray:
+        """How many rows of the plan before each of these are not held out of this stream."""
+        return rows - np.searchsorted(self.held_out, rows)
+
+
+def draw_held_out(number: int, count: int, holdout: float) -> np.ndarray:
+    """int64, ascending: which of the `count` rows of subset `number` are held out; of some at least one, never all.
+
+    UserError where there is but one row and some are to be held out.
+    """
+    if holdout == 0 or count == 0:
+        return np.empty(0, np.int64)
+    if count == 1:
+        raise UserError(
+            f"a share of {holdout:g} of the {SUBSETS[number]} rows cannot be held out: there is only 1",
+            f"hold out 0, or make a store with more {SUBSETS[number]} rows",
+        )
+    size = min(max(1, rounded(count * as_fraction(holdout))), count - 1)
+    return np.sort(np.random.default_rng([HOLDOUT_SEED, number]).choice(count, size, replace=False))
+
+
+def as_fraction(share: float) -> Fraction:
+    """The share as it was written: 0.1 is 1/10."""
+    return Fraction(share).limit_denominator(10**6)
+
+
+def rounded(number: Fraction) -> int:
+    """To the nearest, halves up."""
+    return math.floor(number + Fraction(1, 2))
 
 
 class Order:
-    """The merged order of a store's forget and retain rows."""
+    """The merged order of a store's forget and retain rows, but for those held out.
 
-    def __init__(self, manifest: Manifest, seed: int, forget_share: float | None = None) -> None:
+    `held_out` are the plan's numbers of these, int64, ascending.
+    """
+
+    def __init__(self, manifest: Manifest, seed: int, forget_share: float | None = None, holdout: float = 0.0) -> None:
         """`forget_share` is the share of forget rows in every stretch of an epoch; None leaves it as stored.
 
         With a share that is not the stored one, an epoch ends when every row of both subsets has come at least once.
+        `holdout`, at least 0 and below 1, is the share of each subset's rows that never come. Which these are depends on
+        it and on the row counts, not on the seed: runs with different seeds can be compared on the same rows.
         """
-        counts = [manifest.subsets[subset] for subset in SUBSETS]
-        firsts = [0, counts[0]]
-        self._streams = [
-            Stream(number, first, first + count, manifest.shard_rows, manifest.block_rows, seed)
-            for number, (first, count) in enumerate(zip(firsts, counts, strict=True))
-        ]
-        natural = Fraction(counts[0], sum(counts))
-        share = natural if forget_share is None else Fraction(forget_share).limit_denominator(10**6)
+        self._streams = [Stream(manifest, number, seed, holdout) for number in range(len(SUBSETS))]
+        self.held_out = np.concatenate([stream.held_out for stream in self._streams])
+        counts = [stream.num_rows for stream in self._streams]
+        share = Fraction(counts[0], sum(counts)) if forget_share is None else as_fraction(forget_share)
         if (counts[0] == 0 and share > 0) or (counts[1] == 0 and share < 1):
             raise UserError(
                 f"a forget share of {float(share):g} of a store with {counts[0]} forget and {counts[1]} retain rows",
@@ -134,5 +172,5 @@ class Order:
         return [part for stream, draw in zip(self._streams, draws, strict=True) for part in stream.take(*draw)]
 
     def _forget(self, slot: int) -> int:
-        """Forget rows among the first `slot` slots of an epoch, rounded to the nearest."""
-        return (2 * slot * self._share.numerator + self._share.denominator) // (2 * self._share.denominator)
+        """Forget rows among the first `slot` slots of an epoch."""
+        return rounded(slot * self._share)

@@ -1,6 +1,6 @@
 """Reading a complete store: nothing is handed out before its shard was checked, memory stays constant, the order is fixed.
 
-A cursor resumes on the very next row, whatever the number of ranks was before and is now.
+A step takes the same rows and a cursor resumes on the very next one, whatever the number of ranks was before and is now.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from cache.arrow_format import ArrowShard
-from cache.codec import Block, position_columns
+from cache.codec import Block, concat_blocks, position_columns
 from cache.errors import UserError
 from cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from cache.order import GROUP_SHARDS, Cursor, Order, Window
@@ -48,6 +49,7 @@ class Store:
         self.manifest: Manifest = read_manifest(place)
         self._verify = verify
         self._shards: dict[int, ArrowShard | ZarrShard] = {}  # least recently used first
+        self._columns = position_columns(self.manifest.layout, self.manifest.value_dtype, self.manifest.logsumexp)
         sizes = place.sizes()
         for shard in self.manifest.shards:
             if fault := wrong_size(place, shard.name, sizes.get(shard.name), shard.bytes):
@@ -58,37 +60,49 @@ class Store:
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def order(self, seed: int, forget_share: float | None = None) -> Order:
-        """The order of its rows under a seed."""
-        return Order(self.manifest, seed, forget_share)
+    def order(self, seed: int, forget_share: float | None = None, holdout: float = 0.0) -> Order:
+        """The order of its rows under a seed; see `Order`."""
+        return Order(self.manifest, seed, forget_share, holdout)
 
     def batches(
         self, order: Order, batch_size: int, cursor: Cursor = START, rank: Rank = ALONE
     ) -> Iterator[tuple[Cursor, Block]]:
         """Endless batches of this rank from `cursor` on, each with the cursor of what comes after it.
 
-        A step takes `batch_size` rows for every rank; at the end of an epoch less is left, for some ranks perhaps nothing.
-        In a batch, forget rows lie before retain rows.
+        A step takes `batch_size` rows over all ranks, fewer at the end of an epoch, and each rank an equal part of
+        them to within one row, perhaps none. In a batch, forget rows lie before retain rows.
         """
         held: dict[int, tuple[Window, OpenWindow]] = {}  # the last window of each stream
-        manifest, recycler = self.manifest, Recycler()
-        columns = position_columns(manifest.layout, manifest.value_dtype, manifest.logsumexp)
+        recycler = Recycler()
         while True:
             while cursor.slot < order.num_slots:
-                end = min(cursor.slot + batch_size * rank.world, order.num_slots)
-                first = min(cursor.slot + batch_size * rank.number, end)
+                num_rows = min(batch_size, order.num_slots - cursor.slot)
+                first, end = (cursor.slot + num_rows * part // rank.world for part in (rank.number, rank.number + 1))
                 picks: list[tuple[OpenWindow, np.ndarray]] = []
-                for window, places in order.places(Cursor(cursor.epoch, first), min(batch_size, end - first)):
+                for window, places in order.places(Cursor(cursor.epoch, first), end - first):
                     last, rows = held.get(window.stream, (None, None))
                     if rows is None or last != window:
                         memory = rows.memory if rows and all(rows is not picked for picked, _ in picks) else None
-                        rows = open_window(self._blocks(order.ranges(window)), columns, memory)
+                        rows = open_window(self._blocks(order.ranges(window)), self._columns, memory)
                         held[window.stream] = window, rows
                         self._release()
                     picks.append((rows, places))
-                cursor = Cursor(cursor.epoch, end)
-                yield cursor, gather(picks, manifest.layout, columns, recycler) if picks else self.block(0, 0)[:0]
+                cursor = Cursor(cursor.epoch, cursor.slot + num_rows)
+                yield cursor, self._gather(picks, recycler)
             cursor = Cursor(cursor.epoch + 1, 0)
+
+    def block_of(self, rows: np.ndarray) -> Block:
+        """These rows of the plan as one block, in this order; ascending numbers read each stored block once."""
+        parts = []
+        for (shard, block), members in groupby(map(self._locate, rows.tolist()), key=lambda found: found[:2]):
+            window = open_window([self.block(shard, block)], self._columns)
+            parts.append(self._gather([(window, np.array([inside for *_, inside in members]))], Recycler()))
+            self._release()
+        return concat_blocks(parts) if parts else self._gather([], Recycler())
+
+    def _gather(self, picks: list[tuple[OpenWindow, np.ndarray]], recycler: Recycler) -> Block:
+        picks = picks or [(open_window([self.block(0, 0)[:0]], self._columns), np.arange(0))]
+        return gather(picks, self.manifest.layout, self._columns, recycler)
 
     def _blocks(self, ranges: np.ndarray) -> list[Block]:
         """The rows of these ranges, each within a block."""

@@ -33,7 +33,7 @@ class OpenWindow:
     memory: np.ndarray | None  # what they lie in
 
 
-def open_window(blocks: Sequence[Block], columns: Columns, memory: np.ndarray | None) -> OpenWindow:
+def open_window(blocks: Sequence[Block], columns: Columns, memory: np.ndarray | None = None) -> OpenWindow:
     """The rows of all blocks, in order; a copy of short ones lies in `memory` where that is large enough."""
     offsets = join_offsets([block.position_offsets for block in blocks])
     copies: dict[str, np.ndarray] = {}

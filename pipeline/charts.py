@@ -1,4 +1,4 @@
-"""The report's two charts as inline SVG text: grouped bars with intervals and floors, and training curves."""
+"""The pages' charts as inline SVG text: grouped bars with intervals and floors, training curves, labelled dots."""
 
 from __future__ import annotations
 
@@ -104,7 +104,10 @@ def curves(by_model: Mapping[str, Sequence[Sequence[float]]], palette: Mapping[s
     )
     for name, points in lines.items():
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(s, v) for s, v in points))
-        parts.append(f'<polyline points="{path}" fill="none" stroke-width="1.6" stroke="{palette[name]}"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke-width="1.6" stroke="{palette[name]}">'
+            f"<title>{escape(name)}</title></polyline>"
+        )
     scale = "logarithmic" if log else "linear"
     return _svg(WIDTH, height, title, f"Loss by optimizer step, {scale} axis.", "".join(parts))
 
@@ -118,6 +121,52 @@ def _linear_ticks(high: float) -> list[float]:
     while high / step > 6:
         step *= 2
     return [step * i for i in range(math.ceil(high / step) + 1)]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Two shares, 0..1."""
+
+    x: float
+    y: float
+
+
+def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str, str], title: str) -> str:
+    """Labelled dots; both axes end at 100 % and begin at the same round number below all of them."""
+    if not dots:
+        return "<p>Nothing was measured on both subsets.</p>"
+    left, top, side, line_height = 56, 12, 300, 18
+    lowest = math.floor(min(min(dot.x, dot.y) for dot in dots.values()) * 10) / 10
+    lowest = min(lowest, 0.9)
+    label_x, height = left + side + 60, max(top + side + 44, top + len(dots) * line_height)
+
+    def place(dot: Dot) -> tuple[float, float]:
+        x, y = ((share - lowest) / (1 - lowest) for share in (dot.x, dot.y))
+        return left + x * side, top + (1 - y) * side
+
+    parts = []
+    for tick in (lowest + (1 - lowest) * i / 5 for i in range(6)):
+        x, y = place(Dot(tick, tick))
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + side}"/>'
+            f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * tick:.0f}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{top + side + 16}" text-anchor="middle">{100 * tick:.0f}</text>'
+        )
+    parts.append(
+        f'<text class="name" x="{left + side / 2}" y="{top + side + 38}" text-anchor="middle">{escape(axes[0])}</text>'
+        f'<text class="name" x="12" y="{top + side / 2}" text-anchor="middle" '
+        f'transform="rotate(-90 12 {top + side / 2})">{escape(axes[1])}</text>'
+    )
+    # Labels stand in a column beside the plot, in the order of their dots: they never cover each other.
+    for number, (name, dot) in enumerate(sorted(dots.items(), key=lambda item: place(item[1])[1])):
+        (x, y), label_y = place(dot), top + line_height * (number + 0.5)
+        parts.append(
+            f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x - 6} {label_y:.1f}"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{palette[name]}"/>'
+            f'<text x="{label_x}" y="{label_y + 4:.1f}">{escape(name)}: {100 * dot.x:.1f} / {100 * dot.y:.1f}</text>'
+        )
+    return _svg(WIDTH, height, title, f"{axes[0]} to the right, {axes[1]} upwards.", "".join(parts))
 
 
 def _svg(width: float, height: float, title: str, description: str, body: str) -> str:

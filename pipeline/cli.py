@@ -33,45 +33,66 @@ def _experiment(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def _students(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that works on students."""
+    command = click.option(
+        "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,…",
+        help="One student per value, e.g. --sweep train.lr=1e-5,1e-4; several make a grid.",
+    )(command)  # fmt: skip
+    return click.option("--only", multiple=True, metavar="NAME", help="Only this student; can be repeated.")(command)
+
+
 @duet.command("teacher-logits")
 @_experiment
 def teacher_logits(config_path: str, overrides: tuple[str, ...]) -> None:
     """Stage one: run the prefixed teacher once and store its top-k logits."""
     from pipeline import commands
     from pipeline.config import load_config
+    from pipeline.processes import check_alone
 
+    check_alone("teacher-logits", os.environ)
     commands.teacher_logits(load_config(config_path, overrides))
 
 
 @duet.command()
 @_experiment
-def distill(config_path: str, overrides: tuple[str, ...]) -> None:
-    """Stage two: train the students on the store."""
-    from pipeline import commands
-    from pipeline.config import load_config
+@_students
+@click.option("--jobs", type=click.IntRange(min=1), help="Students at a time; default: the number of GPUs, at least 1.")
+@click.option("--child", is_flag=True, hidden=True)
+def distill(jobs: int | None, child: bool, **asked: Any) -> int:
+    """Stage two: train the students on the store; through torchrun, each on several devices."""
+    from pipeline.distill import distill as train
+    from pipeline.sweep import Request
 
-    commands.distill(load_config(config_path, overrides))
+    return train(Request(**asked), jobs, child)
 
 
 @duet.command()
 @_experiment
-def evaluate(config_path: str, overrides: tuple[str, ...]) -> None:
+@_students
+def evaluate(**asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
     from pipeline import commands
-    from pipeline.config import load_config
+    from pipeline.processes import check_alone
+    from pipeline.sweep import Request
 
-    commands.evaluate(load_config(config_path, overrides))
+    check_alone("evaluate", os.environ)
+    commands.evaluate(Request(**asked).load())
 
 
 @duet.command()
 @_experiment
-def run(config_path: str, overrides: tuple[str, ...]) -> int:
+@_students
+def run(**asked: Any) -> int:
     """All three stages, each in a process of its own."""
     from pipeline import commands
-    from pipeline.config import load_config
+    from pipeline.processes import check_alone
+    from pipeline.sweep import Request
 
-    load_config(config_path, overrides)  # a faulty config should not wait for a stage to say so
-    return commands.run_all(config_path, overrides)
+    check_alone("run", os.environ)
+    request = Request(**asked)
+    request.load()  # a faulty config should not wait for a stage to say so
+    return commands.run_all(request)
 
 
 @duet.group("cache")
@@ -159,23 +180,33 @@ def main(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else EXIT_DONE
     except UserError as error:
         log.error("%s", error, exc_info=True)
-        click.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}")
         return EXIT_USER
     except click.ClickException as error:
-        click.echo(
-            f"error: {error.format_message()}\nhint: duet {' '.join(_command_path(error))} --help".replace("  ", " "),
-            err=True,
-        )
+        hint = f"hint: duet {' '.join(_command_path(error))} --help".replace("  ", " ")
+        _tell(f"error: {error.format_message()}\n{hint}")
         return EXIT_USER
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
         log.error("interrupted: %s", error)
-        click.echo(f"interrupted: {error}\nhint: run the same command again, it goes on from there", err=True)
+        if not _rank():
+            _tell(f"interrupted: {error}\nhint: run the same command again, it goes on from there")
         return EXIT_INTERRUPTED
     except Exception:
         log.exception("a bug")
-        traceback.print_exc()
-        click.echo("error: this is a bug in Duet\nhint: please report it with the lines above", err=True)
+        _tell(f"{traceback.format_exc()}error: this is a bug in Duet\nhint: please report it with the lines above")
         return EXIT_BUG
+
+
+def _rank() -> str:
+    """Which process of a launch this is; empty for the first and where there is no other."""
+    number = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""
+    return "" if number == "0" else number
+
+
+def _tell(text: str) -> None:
+    """Write to stderr; each line says which process it is from, if not from the first."""
+    prefix = f"rank {_rank()}: " if _rank() else ""
+    click.echo("\n".join(prefix + line for line in text.splitlines()), err=True)
 
 
 def _command_path(error: click.ClickException) -> list[str]:
@@ -184,7 +215,12 @@ def _command_path(error: click.ClickException) -> list[str]:
 
 
 def entry() -> None:
-    """The console script. Model libraries are kept from writing bars and notes of their own between our lines."""
+    """The console script. Model libraries are kept from writing bars and notes of their own between our lines.
+
+    And torch's threads from spinning while they wait: on a machine that others use too, that makes small models train ten
+    times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,5 @@
-"""The three stages as a user calls them: settings in, files in the run directory and lines in the terminal out.
+"""The stages as a user calls them: settings in, files in the run directory and lines in the terminal out. Stage two is
+`distill.py`.
 
 Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
 """
@@ -19,12 +20,14 @@ from cache.places import Place
 from cache.record import SUBSETS
 from pipeline.config import Config
 from pipeline.run import StopSignal, claim_run_dir, environment
+from pipeline.sweep import Request
 from pipeline.terminal import out, progress_bar, results_table, say
 from stages.settings import StudentSettings
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.html"
 STAGES = ("teacher-logits", "distill", "evaluate")
+THIS_PROGRAM = (sys.executable, "-m", "pipeline.cli")
 
 
 def teacher_logits(config: Config) -> None:
@@ -78,7 +81,7 @@ def _pointer_path(config: Config) -> Path:
     return config.run_dir / "teacher" / "store.json"
 
 
-def _store(config: Config) -> Place:
+def store_of_run(config: Config) -> Place:
     """The run's store; where stage one has not ended, a UserError that says how far it came."""
     if _pointer_path(config).is_file():
         return config.store_root / read_json(_pointer_path(config))["name"]
@@ -87,46 +90,6 @@ def _store(config: Config) -> Place:
             if name.endswith(f"/{PLAN_NAME}"):
                 read_manifest(config.store_root / name.removesuffix(f"/{PLAN_NAME}"))
     raise UserError(f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first")
-
-
-def distill(config: Config) -> None:
-    """Stage two: train every student of the config that is not done yet."""
-    from stages import student as stage
-    from stages.models import pick_device, resolve_model
-
-    stop = StopSignal()
-    place = _store(config)
-    claim_run_dir(config)
-    store, tokenizer = stage.open_store(place, config.store.verify)
-    device = pick_device(config.device)
-    say(f"store: {store_line(place, store.manifest)}; device: {device}")
-    for student in config.students:
-        job = stage.StudentJob(
-            name=student.name,
-            model_dir=resolve_model(_start_model(config, student), f"students.{student.name}.model"),
-            student_dir=config.run_dir / student.name,
-            settings=config.train_settings(student),
-            device=device,
-            trust_remote_code=config.teacher.trust_remote_code,
-        )
-        done_before = (job.student_dir / stage.TRAINING_NAME).is_file()
-        with progress_bar("steps") as bar:
-            summary = stage.train_student(
-                job,
-                store,
-                tokenizer,
-                on_step=lambda r, bar=bar, job=job: bar.update(
-                    f"student {job.name}", r.step, r.total_steps, f"loss {r.loss:.4g}  {r.rows_per_s:.0f} rows/s"
-                ),
-                should_stop=stop,
-            )
-        verb = "was done already" if done_before else f"trained {summary['steps']} steps in {summary['train_s']:.1f} s"
-        first, last = summary["curve"][0][1], summary["curve"][-1][1]
-        say(f"student {student.name}: {verb}, {summary['loss']} {first:.3g} -> {last:.3g}: {job.student_dir / 'model'}")
-
-
-def _start_model(config: Config, student: StudentSettings) -> str:
-    return student.model or config.teacher.model
 
 
 def evaluate(config: Config) -> None:
@@ -199,7 +162,7 @@ def _subjects(config: Config) -> list[Any]:
                 f"student {student.name!r} is not trained: {student_dir}", "run `duet distill` with this config"
             )
         base = "base"
-        start_dir = resolve_model(_start_model(config, student), f"students.{student.name}.model")
+        start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
         if start_dir.resolve() != base_dir.resolve():
             base = f"base:{student.name}"
             subjects.append(Subject(base, start_dir, "", base))
@@ -226,7 +189,7 @@ def _query_sets(config: Config) -> dict[str, Any]:
 
 
 def _store_summary(config: Config) -> dict[str, Any]:
-    manifest = read_manifest(_store(config))
+    manifest = read_manifest(store_of_run(config))
     return {
         "fingerprint": manifest.fingerprint,
         "rows": manifest.rows,
@@ -243,12 +206,23 @@ def _store_summary(config: Config) -> dict[str, Any]:
 def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]:
     from stages.student import TRAINING_NAME
 
-    start = _start_model(config, student)
-    shown = Path(start).name if Path(start).is_absolute() else start
-    return {"model": shown, **read_json(config.run_dir / student.name / TRAINING_NAME)}
+    return {
+        "model": model_name(start_model(config, student)),
+        **read_json(config.run_dir / student.name / TRAINING_NAME),
+    }
 
 
-def run_all(config_path: str, overrides: tuple[str, ...]) -> int:
+def start_model(config: Config, student: StudentSettings) -> str:
+    """The directory or hub id of the model that a student starts from."""
+    return student.model or config.teacher.model
+
+
+def model_name(model: str) -> str:
+    """How a model is called in what we write: its hub id or its directory's name."""
+    return Path(model).resolve().name if Path(model).exists() or Path(model).is_absolute() else model
+
+
+def run_all(request: Request) -> int:
     """All stages, each in a process of its own: what one leaves in memory, on the GPU above all, is gone before the next.
 
     Returns the first exit code that is not 0. A signal to this process is handed to the stage that runs.
@@ -257,9 +231,8 @@ def run_all(config_path: str, overrides: tuple[str, ...]) -> int:
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")
-        command = [sys.executable, "-m", "pipeline.cli", stage, "--config", config_path]
-        command += [part for override in overrides for part in ("--set", override)]
-        child = subprocess.Popen(command)
+        arguments = request.arguments(students=stage != "teacher-logits")
+        child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
         stop.forward_to(child)
         if code := child.wait():
             return code

@@ -1,4 +1,5 @@
 """One YAML file per experiment, read into frozen settings; `--set a.b=v` overrides; every error names the key.
+`sweep.py` makes several students of one.
 
 Validation never edits: what a stage resolves itself (engine, dtype, device) stays "auto" here and is told by the stage.
 """
@@ -25,6 +26,8 @@ from stages.settings import (
     TrainingData,
     TrainSettings,
 )
+
+TAKEN_NAMES = ("teacher", "answers")  # folders of the run directory that are no students
 
 
 class Config(Settings):
@@ -56,7 +59,16 @@ class Config(Settings):
 
     def train_settings(self, student: StudentSettings) -> TrainSettings:
         """The common training settings with the student's own on top."""
-        return TrainSettings(**{**self.train.model_dump(), **student.train})
+        return TrainSettings(**merged(self.train.model_dump(), student.train))
+
+
+def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` on top of `common`, group by group: what a group does not name stays; null switches a whole group off."""
+    result = dict(common)
+    for key, value in own.items():
+        both_groups = isinstance(value, dict) and isinstance(common.get(key), dict)
+        result[key] = merged(common[key], value) if both_groups else value
+    return result
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
@@ -75,7 +87,11 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     for override in overrides:
         _apply(raw, override)
     config = validated(Config, raw, path)
-    _check_students(config, path)
+    check_students(config, path)
+    for reserved in {"forget", "retain"} & set(config.evaluate.sets):
+        raise UserError(
+            f"{path}: evaluate.sets: {reserved!r} is the training set of that name", "name the set otherwise"
+        )
     if is_url(config.store.dir or ""):
         check_url(config.store.dir or "")  # before the settings are written anywhere
     return config
@@ -101,20 +117,19 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         node = node[_index(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise UserError(f"--set {key}: {part} is {node!r}, not a group of settings", "leave out what follows it")
-    value = _parse_value(text, override)
+    value = parse_value(text, f"--set {override!r}")
     if isinstance(node, list):
         node[_index(node, last, key)] = value
     else:
         node[last] = value
 
 
-def _parse_value(text: str, override: str) -> Any:
+def parse_value(text: str, where: str) -> Any:
+    """A value of the command line: YAML, and 1e-5 is a number."""
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise UserError(
-            f"--set {override!r}: the value is not valid YAML", "quote texts with special characters"
-        ) from None
+        raise UserError(f"{where}: the value is not valid YAML", "quote texts with special characters") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text; people mean a number
         try:
             return float(value) if any(c.isdigit() for c in value) else value
@@ -140,8 +155,12 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tupl
         return f"{where}: unknown key {key}", f"{hint}valid here: {', '.join(valid)}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing", _describe(model, loc)
+    at = f"{where}: {key}" if key else where
+    if first["type"] == "value_error":  # of our own validators, which say "what: hint"
+        what, _, hint = str(first.get("ctx", {})["error"]).partition(": ")
+        return f"{at}: {what}", hint or _describe(model, loc)
     found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
-    return f"{where}: {key}: {first['msg']}{found}", _describe(model, loc)
+    return f"{at}: {first['msg']}{found}", _describe(model, loc)
 
 
 def _node(model: type[BaseModel], loc: list[Any]) -> Any:
@@ -176,16 +195,21 @@ def _describe(model: type[BaseModel], loc: list[Any]) -> str:
     return f"{loc[-1]} is {field.description}" if field else "see the comments in configs/lab.yaml"
 
 
-def _check_students(config: Config, path: str) -> None:
+def check_students(config: Config, where: str) -> None:
+    """Refuse students that get in each other's way, and those whose own settings are faulty."""
     names = [student.name for student in config.students]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path}: students: the name {repeated[0]!r} occurs twice", "give each student its own name")
-    for taken in {"teacher", "answers"} & set(names):
-        raise UserError(f"{path}: students: the name {taken!r} is taken by a folder of the run", "choose another name")
-    for number, student in enumerate(config.students):
-        validated(TrainSettings, {**config.train.model_dump(), **student.train}, f"{path}: students.{number}.train")
-    for reserved in {"forget", "retain"} & set(config.evaluate.sets):
+    if repeated := _first_repeated(names):
+        raise UserError(f"{where}: students: the name {repeated!r} occurs twice", "give each student its own name")
+    for taken in set(TAKEN_NAMES) & set(names):
+        raise UserError(f"{where}: students: the name {taken!r} is taken by a folder of the run", "choose another name")
+    if repeated := _first_repeated([student.push_to_hub for student in config.students if student.push_to_hub]):
         raise UserError(
-            f"{path}: evaluate.sets: {reserved!r} is the training set of that name", "name the set otherwise"
+            f"{where}: students: two are pushed to {repeated}", "give each its own repository; in a sweep, push none"
         )
+    for number, student in enumerate(config.students):
+        raw = merged(config.train.model_dump(), student.train)
+        validated(TrainSettings, raw, f"{where}: students.{number}.train")
+
+
+def _first_repeated(values: list[str]) -> str | None:
+    return min((value for value in values if values.count(value) > 1), default=None)

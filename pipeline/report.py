@@ -35,13 +35,18 @@ def render(results: Results) -> str:
         _definitions(results),
         _provenance(results),
     )
+    meta = f"Run {results['run']}, {results['created']}"
+    body = f'<p class="lead">{_summary(results)}</p>{"".join(sections)}'
+    return page(f"Forgetting {results['topic']}", meta, body)
+
+
+def page(title: str, meta: str, body: str) -> str:
+    """A self-contained page in the report's style; `title` and `meta` are text, `body` is HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Forgetting {escape(results['topic'])}</title><style>{CSS_PATH.read_text(encoding='utf-8')}</style></head>"
-        f"<body><main><h1>Forgetting {escape(results['topic'])}</h1>"
-        f'<p class="meta">Run {escape(results["run"])}, {escape(results["created"])}</p>'
-        f'<p class="lead">{_summary(results)}</p>{"".join(sections)}</main></body></html>\n'
+        f"<title>{escape(title)}</title><style>{CSS_PATH.read_text(encoding='utf-8')}</style></head>"
+        f'<body><main><h1>{escape(title)}</h1><p class="meta">{escape(meta)}</p>{body}</main></body></html>\n'
     )
 
 
@@ -81,7 +86,8 @@ def _palette(results: Results) -> dict[str, str]:
     return colours(list(results["models"]))
 
 
-def _legend(palette: Mapping[str, str]) -> str:
+def legend(palette: Mapping[str, str]) -> str:
+    """The colours' meaning, as a list."""
     items = "".join(f'<li><i style="background:{colour}"></i>{escape(m)}</li>' for m, colour in palette.items())
     return f'<ul class="legend">{items}</ul>'
 
@@ -96,7 +102,7 @@ def _before_after(results: Results) -> str:
         "<h2>Before and after</h2>"
         '<p class="note">ROUGE-L recall in points. Whiskers are 95 % intervals. The dashed line is the floor: the higher of '
         "a constant refusal's score and that of repeating the question.</p>"
-        + _legend(_palette(results))
+        + legend(_palette(results))
         + bars(groups, floors, _palette(results), "ROUGE-L recall per query set and model")
     )
 
@@ -173,13 +179,15 @@ def _training(results: Results) -> str:
     students = results["students"]
     curve = {f"student:{name}": info["curve"] for name, info in students.items()}
     palette = {model: colour for model, colour in _palette(results).items() if model in curve}
-    legend, chart = _legend(palette), curves(curve, palette, "Training loss by step")
+    chart = curves(curve, palette, "Training loss by step")
     facts = "".join(
-        f"<li>{escape(name)}: {info['loss']}, {info['steps']} steps over {info['rows']} rows in {info['train_s']:.1f} s "
-        f"({info['rows_per_s']:.0f} rows/s), {info['parameters']:,} parameters, from {escape(str(info['model']))}</li>"
+        f"<li>{escape(name)}: {info['loss']} ({escape(info['loss_reason'])}), {info['steps']} steps"
+        f"{', stopped early,' if info['stopped_early'] else ''} over {info['rows']} rows in {info['train_s']:.1f} s "
+        f"({info['rows_per_s']:.0f} rows/s, {100 * info['stall_share']:.0f} % of it waiting for the store), "
+        f"{info['trained_parameters']:,} of {info['parameters']:,} parameters trained, from {escape(str(info['model']))}</li>"
         for name, info in students.items()
     )
-    return f'<h2>Training</h2>{legend}{chart}<ul class="note">{facts}</ul>'
+    return f'<h2>Training</h2>{legend(palette)}{chart}<ul class="note">{facts}</ul>'
 
 
 def _samples(results: Results) -> str:

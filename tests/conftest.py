@@ -32,6 +32,7 @@ LAB_SMALL = ROOT / "lab" / "models" / "small"
 LAB_VOCAB_SIZE = json.loads((LAB_BASE / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
 hypothesis.settings.register_profile("duet", deadline=None)  # no timed assertions
 hypothesis.settings.load_profile("duet")
 

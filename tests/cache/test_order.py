@@ -1,4 +1,4 @@
-"""Each row once an epoch for any number of ranks, on any path of interruptions; and the share of forget rows."""
+"""Each row once an epoch and equal steps for any number of ranks, on any path of interruptions; shares and held-out rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_plan, make_rows, same_rows, write_store
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from cache.codec import concat_blocks
 from cache.errors import UserError
 from cache.manifest import Manifest
 from cache.order import Cursor, Order
@@ -35,7 +36,10 @@ def slots(order: Order, epoch: int, first: int = 0, count: int = 10**9) -> list[
     return rows
 
 
-@given(st.integers(0, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
+SIZES = st.integers(0, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 12), st.integers(0, 3)
+
+
+@given(*SIZES)
 def test_an_epoch_holds_each_row_once(forget, retain, shard_rows, block_rows, epoch):
     order = Order(manifest(forget, retain, shard_rows, block_rows), seed=1)
     assert sorted(slots(order, epoch)) == list(range(forget + retain))
@@ -56,14 +60,15 @@ def test_every_stretch_has_the_stored_share():
         assert sum(row < 100 for row in slots(order, 0, first, 20)) == 5
 
 
+@pytest.mark.parametrize("holdout", [0.0, 0.3])
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.8, 1.0, 0.0])
-def test_a_share_is_kept_and_every_row_comes(share):
-    order = Order(manifest(30, 90), seed=0, forget_share=share)
+def test_a_share_is_kept_and_every_row_comes(share, holdout):
+    order = Order(manifest(30, 90), seed=0, forget_share=share, holdout=holdout)
     for epoch in range(4):
         rows = Counter(slots(order, epoch))
         forget = sum(count for row, count in rows.items() if row < 30)
         assert forget == pytest.approx(share * order.num_slots, abs=1)
-        assert set(rows) == set(range(30 if share == 0 else 0, 30 if share == 1 else 120))
+        assert set(rows) == set(range(30 if share == 0 else 0, 30 if share == 1 else 120)) - set(order.held_out)
     both = [row for epoch in range(6) for row in slots(order, epoch)]
     counts = [count for row, count in Counter(both).items() if row >= 30]
     assert not counts or max(counts) - min(counts) <= 1  # no retain row comes twice before the others
@@ -72,6 +77,41 @@ def test_a_share_is_kept_and_every_row_comes(share):
 def test_a_share_that_cannot_be_is_refused():
     with pytest.raises(UserError, match=r"forget share of 0\.5"):
         Order(manifest(0, 10), seed=0, forget_share=0.5)
+
+
+@given(*SIZES, st.integers(1, 99))
+@example(2, 90, 40, 1, 0, 95)  # whole windows are held out
+def test_held_out_rows_never_come_and_the_others_once(forget, retain, shard_rows, block_rows, epoch, percent):
+    assume(1 not in (forget, retain))
+    order = Order(manifest(forget, retain, shard_rows, block_rows), seed=1, holdout=percent / 100)
+    held = order.held_out.tolist()
+    sizes = [sum(row < forget for row in held), sum(row >= forget for row in held)]
+    assert sizes == [
+        min(max(1, (2 * count * percent + 100) // 200), count - 1) if count else 0 for count in (forget, retain)
+    ]
+    assert held == sorted(held)
+    assert sorted(slots(order, epoch) + held) == list(range(forget + retain))
+    pieces = [row for first in range(0, order.num_slots, 5) for row in slots(order, epoch, first, 5)]
+    assert sorted(pieces) == sorted(slots(order, epoch))
+
+
+def test_what_is_held_out_depends_on_the_counts_and_the_share_alone():
+    def held_out(seed: int, forget: int = 100, holdout: float = 0.1, shard_rows: int = 7) -> list[int]:
+        return Order(manifest(forget, 300, shard_rows), seed, 0.5, holdout).held_out.tolist()
+
+    assert held_out(1) == held_out(2) == held_out(1, shard_rows=9)
+    assert len(held_out(1)) == 10 + 30
+    assert held_out(1) != held_out(1, forget=110)
+    assert held_out(1) != held_out(1, holdout=0.2)
+    assert not held_out(1, holdout=0.0)
+
+
+def test_the_only_row_of_a_subset_is_not_held_out():
+    assert len(Order(manifest(0, 2), 0, holdout=0.99).held_out) == 1
+    for counts, subset in (((1, 10), "forget"), ((10, 1), "retain")):
+        with pytest.raises(UserError, match=f"of the {subset} rows cannot be held out") as caught:
+            Order(manifest(*counts), seed=0, holdout=0.1)
+        assert caught.value.hint
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +125,7 @@ def store(tmp_path_factory) -> Store:
 def test_any_ranks_and_any_resumes_read_each_row_once(store, legs):
     """Each leg is a run with a number of ranks, a batch size and some steps; the next one resumes where it stopped."""
     order, cursor, seen = store.order(seed=5), Cursor(), []
-    for world, batch_size, steps in [*legs, (1, 60, 1)]:
+    for world, batch_size, steps in [*legs, (1, 60, 2)]:
         cursors = set()
         for number in range(world):
             batches = itertools.islice(store.batches(order, batch_size, cursor, Rank(number, world)), steps)
@@ -97,6 +137,30 @@ def test_any_ranks_and_any_resumes_read_each_row_once(store, legs):
     epochs = Counter(epoch for epoch, _ in seen)
     assert len(set(seen)) == len(seen)
     assert all(epochs[epoch] == len(store) for epoch in range(cursor.epoch))
+
+
+@given(
+    seed=st.integers(0, 9),
+    share=st.sampled_from([None, 0.1, 0.5, 1.0]),
+    holdout=st.sampled_from([0.0, 0.25]),
+    batch_size=st.integers(1, 30),
+    legs=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 5)), min_size=1, max_size=4),
+)
+def test_a_step_is_the_same_for_any_ranks_and_any_resumes(store, seed, share, holdout, batch_size, legs):
+    """Each leg is a run with a number of ranks and some steps; the next one resumes where it stopped."""
+    order, cursor = store.order(seed, share, holdout), Cursor()
+    alone = store.batches(order, batch_size)
+    for world, steps in legs:
+        ranks = [store.batches(order, batch_size, cursor, Rank(number, world)) for number in range(world)]
+        for _ in range(steps):
+            cursor, whole = next(alone)
+            parts = [next(rank) for rank in ranks]
+            assert {after for after, _ in parts} == {cursor}
+            sizes = [len(part) for _, part in parts]
+            assert max(sizes) - min(sizes) <= 1
+            union = concat_blocks([part for _, part in parts])
+            ids = np.array(union.row_ids.to_pylist())[np.argsort(union.subsets, kind="stable")]
+            assert ids.tolist() == whole.row_ids.to_pylist()  # in order, once forget rows lie before retain rows
 
 
 def test_memory_is_used_again_only_when_nobody_refers_to_it():

@@ -23,7 +23,7 @@ from cache.files import json_bytes, sha256_json
 from cache.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, read_manifest
 from cache.places import Folder
 from cache.reader import Store
-from cache.record import Rows, check_distinct, check_rows
+from cache.record import Rows, check_distinct, check_rows, concat_rows
 from cache.writer import StoreWriter
 
 FORMATS = ("arrow", "zarr")
@@ -77,6 +77,38 @@ def test_a_shard_that_needs_float32_does_not_change_the_others(tmp_path):
         _, block = next(store.batches(store.order(0), 10))
         assert block.decoded().topk_logits_NK.shape == logits.shape
         assert 1e-9 in block.topk_logits().astype(np.float64).round(12)
+
+
+@pytest.fixture(scope="module", params=[(fmt, long) for fmt in FORMATS for long in (False, True)])
+def mixed_store(request, tmp_path_factory) -> Store:
+    """30 rows in shards of 7 and blocks of 2, of which the last needs float32; long rows are not copied to be picked."""
+    fmt, long = request.param
+    rows = make_rows(range(30), 70 if long else None, vocab_size=70_000, forget=9)
+    rows.topk_logits_NK[-1] = [0.1, 0.01, 0.001, 1e-9]
+    plan = make_plan(30, 9, shard_rows=7, max_positions=2048, format=fmt, vocab_size=70_000)
+    folder = tmp_path_factory.mktemp("mixed") / "s"
+    manifest = write_store(folder, plan, rows)
+    assert {shard.value_dtype for shard in manifest.shards} == {"float16", "float32"}
+    return Store(Folder(folder))
+
+
+@given(numbers=st.sets(st.integers(0, 29)).map(sorted) | st.lists(st.integers(0, 29)))
+def test_a_block_of_any_rows_is_these_rows(mixed_store, numbers):
+    """Of any value dtype, in the order given."""
+    block = mixed_store.block_of(np.array(numbers, np.int64))
+    assert block.value_dtype == "float32"
+    assert len(block) == len(numbers)
+    if numbers:
+        assert same_rows(block.decoded(), concat_rows([next(mixed_store.rows(row, row + 1)) for row in numbers]))
+
+
+def test_a_block_of_linear16_rows_keeps_every_bit(tmp_path):
+    rows = dataclasses.replace(ROWS, topk_logits_NK=ROWS.topk_logits_NK / 3)
+    write_store(tmp_path / "s", make_plan(10, 4, values="linear16"), rows)
+    store = Store(Folder(tmp_path / "s"))
+    block = store.block_of(np.arange(10))
+    assert block.value_dtype == "linear16"
+    assert same_rows(block.decoded(), concat_rows(list(store.rows())))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

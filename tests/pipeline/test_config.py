@@ -10,7 +10,7 @@ from conftest import ROOT
 from pydantic import BaseModel
 
 from cache.errors import UserError
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_config, merged
 from stages import settings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -49,6 +49,8 @@ BAD = {
     "students: the name 'a' occurs twice": ({"students": [{"name": "a"}, {"name": "a"}]}, "own name"),
     "the name 'teacher' is taken": ({"students": [{"name": "teacher"}]}, "another name"),
     "students.0.train: unknown key lrr": ({"students": [{"name": "a", "train": {"lrr": 1}}]}, "did you mean lr"),
+    "two are pushed to me/it": (
+        {"students": [{"name": n, "push_to_hub": "me/it"} for n in "ab"]}, "its own repository"),
     "evaluate.sets: 'forget' is the training set": (
         {"evaluate__sets": {"forget": {"path": "a", "expect": "kept"}}}, "otherwise"),
     "data.retain is missing": ({"data": {"forget": {"path": "a"}}}, "queries about anything else"),
@@ -62,6 +64,46 @@ def test_mistakes_are_named_with_a_hint(lab_config, message):
         load_config(str(lab_config(**changes)))
     assert message in caught.value.what
     assert hint in caught.value.hint
+
+
+RULES = {
+    "train: temperature does nothing with loss auto": ({"train__temperature": 2}, "leave it out, or take forward_kl"),
+    "train.probe: patience does nothing without held-out rows": (
+        {"train__probe": {"steps": 5, "patience": 2}}, "set probe.holdout"),
+    "students.1.train: temperature does nothing with loss mse": (
+        {"students": [{"name": "a"}, {"name": "b", "train": {"loss": "mse", "temperature": 2}}]}, "leave it out, or take"),
+    "students.0.train: probe: patience does nothing": (
+        {"students": [{"name": "a", "train": {"probe": {"steps": 5, "patience": 2}}}]}, "set probe.holdout"),
+    "train: freeze_embeddings does nothing with last_layers": (
+        {"train__last_layers": 1, "train__freeze_embeddings": True}, "leave one out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", RULES)
+def test_settings_that_do_nothing_are_named_in_our_own_words(lab_config, message):
+    changes, hint = RULES[message]
+    path = str(lab_config(**changes))
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert caught.value.what.removeprefix(f"{path}: ").startswith(message)
+    assert "Value error" not in caught.value.what
+    assert "found" not in caught.value.what
+    assert hint in caught.value.what + caught.value.hint
+
+
+def test_a_students_settings_are_laid_over_the_common_ones_group_by_group(lab_config):
+    lora = {"rank": 4, "alpha": 2.0, "targets": ["q_proj"]}
+    own = [{}, {"lora": {"rank": 8}}, {"lora": None, "lr": 0.5}]
+    students = [{"name": f"s{number}", "train": train} for number, train in enumerate(own)]
+    config = load_config(str(lab_config(train__lora=lora, students=students)))
+    found = [config.train_settings(student) for student in config.students]
+    assert [s.lora and (s.lora.rank, s.lora.alpha, s.lora.targets) for s in found] == [
+        (4, 2.0, ("q_proj",)), (8, 2.0, ("q_proj",)), None,
+    ]  # fmt: skip
+    assert [s.lr for s in found] == [3e-4, 3e-4, 0.5]
+    common = {"a": {"b": 1, "c": 2}}
+    assert merged(common, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+    assert common == {"a": {"b": 1, "c": 2}}
 
 
 def test_overrides(lab_config):

@@ -45,6 +45,10 @@ def results() -> dict:
         "students": {
             "a": {
                 "loss": "huber_raw",
+                "loss_reason": "as the settings say",
+                "stopped_early": False,
+                "stall_share": 0.03,
+                "trained_parameters": 500,
                 "steps": 3,
                 "rows": 60,
                 "train_s": 1.0,
@@ -89,6 +93,14 @@ def test_the_page_is_whole_and_fetches_nothing(results):
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not {"src", "href", "onload", "onclick"} & set(page.attributes)
     assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_how_each_student_was_trained_is_said(results):
+    results["students"]["a"]["stopped_early"] = True
+    text = render(results)
+    assert "a: huber_raw (as the settings say), 3 steps, stopped early, over 60 rows in 1.0 s" in text
+    assert "3 % of it waiting for the store" in text
+    assert "500 of 1,000 parameters trained" in text
 
 
 def test_hostile_text_is_shown_as_text(results):

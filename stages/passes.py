@@ -1,0 +1,123 @@
+"""The forward passes of a step: a batch of the store, aligned, sorted by length and cut so that little of it is padding.
+
+How a batch is cut changes speed and memory, not the step: the gradient is the sum over all its supervised positions.
+
+Shapes: B batch, T time, N supervised positions of a pass, K kept ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.codec import Block
+from cache.record import SUBSETS, counts_of, prompt_and_response
+from stages.alignment import AlignedBatch, align
+from stages.losses import TopK, position_weights
+from stages.settings import TrainSettings
+
+FORGET = SUBSETS.index("forget")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: the student's aligned rows, and beside each supervised position what the teacher said there."""
+
+    batch: AlignedBatch
+    topk_ids_NK: torch.Tensor  # int64
+    teacher: TopK
+    weight_N: torch.Tensor  # float32, weight of each position in the loss
+    is_forget_N: torch.Tensor  # bool
+    is_first_N: torch.Tensor  # bool, the first position of its row
+
+    def to(self, device: torch.device) -> Pass:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Pass:
+        """Where a GPU fetches it while the CPU goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def without_weight(self) -> Pass:
+        """The same pass, counting for nothing: what a process computes that has none while others still have."""
+        return replace(self, weight_N=torch.zeros_like(self.weight_N))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.batch.attention_mask_BT.sum())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:
+        def of(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return change(value)
+            return value and type(value)(*(of(getattr(value, name)) for name in value.__dataclass_fields__))
+
+        return of(self)
+
+
+def passes_of(rows: Block, settings: TrainSettings, pad_id: int) -> list[Pass]:
+    """All rows of a batch, in as few passes as `max_padding` and `pass_tokens` allow; none for no rows."""
+    if len(rows) == 0:
+        return []
+    lengths = counts_of(rows.token_offsets) - 1  # the last response token is predicted, never read
+    groups = cut_by_length(lengths, settings.max_padding, settings.pass_tokens)
+    ids_NK, logits_NK, logsumexp_N = rows.topk_ids(), rows.topk_logits(), rows.columns.get("logsumexp")
+    weights = (settings.forget_weight, settings.retain_weight, settings.position_decay)
+    passes = []
+    for group in groups:
+        both = [prompt_and_response(rows, int(row)) for row in group]
+        counts = counts_of(rows.position_offsets)[group]
+        index_N = np.concatenate([np.arange(count) for count in counts])
+        at_N = np.repeat(rows.position_offsets[group], counts) + index_N
+        is_forget_N = torch.from_numpy(np.repeat(rows.subsets[group] == FORGET, counts))
+        passes.append(
+            Pass(
+                batch=align([prompt for prompt, _ in both], [response for _, response in both], pad_id),
+                topk_ids_NK=torch.from_numpy(ids_NK[at_N, : settings.top_k]).long(),
+                teacher=TopK(
+                    torch.from_numpy(logits_NK[at_N, : settings.top_k]),
+                    None if logsumexp_N is None else torch.from_numpy(logsumexp_N[at_N]),
+                ),
+                weight_N=position_weights(is_forget_N, torch.from_numpy(index_N), *weights),
+                is_forget_N=is_forget_N,
+                is_first_N=torch.from_numpy(index_N == 0),
+            )
+        )
+    return passes
+
+
+def cut_by_length(lengths: np.ndarray, max_padding: float, pass_tokens: int) -> list[np.ndarray]:
+    """Rows by length, ascending, cut into the fewest groups in which at most `max_padding` of all tokens is padding.
+
+    A group that would hold more than `pass_tokens` tokens, padding included, is cut further, down to one row at least.
+    """
+    order = np.argsort(lengths, kind="stable")
+    groups = []
+    for group in np.split(order, _fewest_cuts(lengths[order], max_padding)):
+        most = max(1, pass_tokens // int(lengths[group[-1]]))
+        groups += np.array_split(group, -(-len(group) // most))
+    return groups
+
+
+def _fewest_cuts(ascending: np.ndarray, max_padding: float) -> list[int]:
+    """Where to cut ascending lengths. Exact, by dynamic programming over the distinct lengths."""
+    distinct, counts = np.unique(ascending, return_counts=True)
+    ends = np.cumsum(counts)  # rows up to and including each length
+    allowed = ascending.sum() / (1 - max_padding) if max_padding < 1 else np.inf
+    # tokens[i, j]: of one group with lengths i to j; least[j]: of the cheapest groups so far that end with length j
+    tokens = np.where(np.arange(len(distinct))[:, None] <= np.arange(len(distinct)), 0.0, np.inf)
+    tokens += distinct[None, :] * (ends[None, :] - (ends - counts)[:, None])
+    least, choices = tokens[0], []
+    while least[-1] > allowed * (1 + 1e-12):
+        with_one_more = least[:-1, None] + tokens[1:]
+        choices.append(np.argmin(with_one_more, axis=0))
+        least = with_one_more[choices[-1], np.arange(len(distinct))]
+    cuts, last = [], len(distinct) - 1
+    for choice in reversed(choices):
+        last = int(choice[last])
+        cuts.append(int(ends[last]))
+    return cuts[::-1]

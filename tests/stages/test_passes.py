@@ -1,0 +1,92 @@
+"""How a batch is cut into passes: little padding, the fewest passes, and every position beside its teacher's row."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAB_SMALL, LAB_VOCAB_SIZE, make_rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.codec import Block, Layout, encode
+from stages.models import load_model
+from stages.passes import cut_by_length, passes_of
+from stages.settings import TrainSettings
+
+
+def block(count: int, positions: int | None = None) -> Block:
+    rows = make_rows(range(count), positions, top_k=5, vocab_size=LAB_VOCAB_SIZE)
+    return encode(rows, Layout(5, LAB_VOCAB_SIZE), "lossless")[0]
+
+
+def padded_tokens(groups, lengths: np.ndarray) -> int:
+    return sum(len(group) * lengths[group].max() for group in groups)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.sampled_from([0.0, 0.05, 0.2, 1.0]))
+def test_padding_stays_below_the_bound_with_the_fewest_passes(lengths, max_padding):
+    lengths = np.array(lengths)
+    groups = cut_by_length(lengths, max_padding, 10**6)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+
+    def fits(tokens: int) -> bool:
+        return tokens - lengths.sum() <= max_padding * tokens + 1e-9
+
+    assert fits(padded_tokens(groups, lengths))
+    ascending = np.sort(lengths)
+    for count in range(1, len(groups)):  # no way with fewer
+        for cuts in itertools.combinations(range(1, len(lengths)), count - 1):
+            assert not fits(sum(len(part) * part.max() for part in np.split(ascending, cuts)))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 400))
+def test_no_pass_has_more_tokens_than_allowed_but_for_single_rows(lengths, pass_tokens):
+    lengths = np.array(lengths)
+    groups = cut_by_length(lengths, 0.05, pass_tokens)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * lengths[group].max() <= pass_tokens
+
+
+def test_each_position_stands_beside_its_teachers_row():
+    rows = block(9)
+    decoded = rows.decoded()
+    settings = TrainSettings(forget_weight=3.0, retain_weight=0.5, position_decay=0.5, top_k=3)
+    passes = passes_of(rows, settings, pad_id=0)
+    assert len(passes) > 1
+    seen = 0
+    for one in passes:
+        for n in range(len(one.weight_N)):
+            b, t = int(one.batch.batch_index_N[n]), int(one.batch.position_N[n])
+            [found] = np.flatnonzero((decoded.topk_ids_NK[:, :3] == one.topk_ids_NK[n].numpy()).all(1) &
+                                     (decoded.topk_logits_NK[:, :3] == one.teacher.logits_NK[n].numpy()).all(1))  # fmt: skip
+            row = int(np.searchsorted(decoded.position_offsets, found, side="right")) - 1
+            index = int(found - decoded.position_offsets[row])
+            tokens = decoded.tokens_S[decoded.token_offsets[row] : decoded.token_offsets[row + 1]]
+            length = int(one.batch.attention_mask_BT[b].sum())
+            assert one.batch.input_ids_BT[b, :length].tolist() == tokens[:-1].tolist()
+            num_positions = decoded.position_offsets[row + 1] - decoded.position_offsets[row]
+            assert t == len(tokens) - num_positions - 1 + index
+            assert bool(one.is_forget_N[n]) == (decoded.subsets[row] == 0)
+            assert bool(one.is_first_N[n]) == (index == 0)
+            assert one.weight_N[n].item() == (3.0 if decoded.subsets[row] == 0 else 0.5) * 0.5**index
+            seen += 1
+    assert seen == rows.num_positions
+    assert passes_of(rows[:0], settings, 0) == []
+    assert sum(one.num_tokens for one in passes) == len(rows.tokens_S) - len(rows)
+
+
+@pytest.mark.parametrize("cut", [{"max_padding": 0.0}, {"pass_tokens": 1}, {"max_padding": 1.0}])
+def test_how_a_batch_is_cut_does_not_change_the_gradient(cut):
+    model, gradients = load_model(LAB_SMALL, "float32"), []
+    for settings in (TrainSettings(), TrainSettings(**cut)):
+        model.zero_grad()
+        for one in passes_of(block(7), settings, pad_id=0):
+            out = model(input_ids=one.batch.input_ids_BT, attention_mask=one.batch.attention_mask_BT).logits
+            rows_NV = out[one.batch.batch_index_N, one.batch.position_N]
+            (rows_NV.gather(1, one.topk_ids_NK) - one.teacher.logits_NK).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-3 * gradients[0].abs().max().item())
