@@ -47,8 +47,10 @@ TOLERANCE = 10
 
 
 def test_the_readme_shows_what_the_demo_prints(demo):
-    """Line by line the same words; scores within the tolerance; times, losses, hashes, engine and device are free."""
-    free = re.compile(r"[\d.e-]+ (?:s\b|->)|-> [\d.e-]+|teacher/[0-9a-f]+|^engine: .*|device: \w+")
+    """Line by line the same words; scores within the tolerance; times, rates, losses, hashes, engine and device are free."""
+    free = re.compile(
+        r"[\d.e-]+ (?:s\b|->)|-> [\d.e-]+|teacher/[0-9a-f]+|^engine: .*|device: \w+|within [\d.e-]+|[\d,.]+ (?:tok/s|GB)|[━─]+"
+    )
     shown, printed = (
         [" ".join(free.sub("*", line).split()) for line in text.splitlines() if line.strip()]
         for text in (blocks(README, "text")[0], demo.output)
