@@ -75,5 +75,6 @@ def show(report: dict[str, Any], bounds: dict[str, tuple[str, float]], as_json: 
     for title, rows in report["details"].items():
         table = Table(*rows[0], title=title, title_justify="left")
         for row in rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+            values = (row.get(column, "") for column in rows[0])
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
         console.print(table)

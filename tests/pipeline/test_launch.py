@@ -85,11 +85,18 @@ def test_commands_for_one_process_are_refused_in_several():
             check_alone(command, SECOND_OF_TWO)
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    # --multi_gpu is how its launcher is told to start several processes at all; on a CPU they are no worse for it
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 29517",
+}
+
+
+def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "pipeline.cli", *arguments],
+        [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "pipeline.cli", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -98,8 +105,9 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_train_and_only_the_first_speaks(stored, tmp_path):
-    done = torchrun("distill", "--config", str(stored))
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_and_only_the_first_speaks(stored, tmp_path, launcher):
+    done = launch(launcher, "distill", "--config", str(stored))
     assert done.returncode == EXIT_DONE, done.stderr
     assert "device: cpu x 2 processes" in done.stdout
     for name in ("one", "two"):
