@@ -294,7 +294,7 @@ def run_side(side: str, folder: Path, dtype: str, num_steps: int) -> dict[str, A
     command = [sys.executable, __file__, side, str(folder), dtype, str(num_steps)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr}")
+        raise RuntimeError(f"{side} ended with {done.returncode}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -24,6 +24,11 @@ def push(name: str, student_dir: Path, repository: str) -> None:
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
+        private = api.repo_info(repository).private  # it may have been there before
+        if not private:
+            raise UserError(
+                f"student {name}: {repository} is public", "make it private, or name another in push_to_hub"
+            )
         commit = api.upload_folder(
             repo_id=repository, folder_path=student_dir / "model", commit_message=f"Student {name}"
         )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cache.files import publish_json, read_json, sync_dir, sync_file
 from cache.order import Cursor
-from stages.processes import Processes, like, whole
+from stages.processes import Processes, like, on_first
 from stages.trainable import trained
 
 BEST_NAME = "best.safetensors"
@@ -45,8 +45,8 @@ def save(
     keep_last: int,
 ) -> None:
     """Write `step-<n>/` and remove all but the `keep_last` newest. All processes call this; the first one writes."""
-    parameters = _parameters(model)
-    state = _optimizer_tensors(model, optimizer)
+    parameters = _parameters(model, processes)
+    state = _optimizer_tensors(model, optimizer, processes)
     if not processes.first:
         return
     final = checkpoint_dir / f"step-{progress.step:09d}"
@@ -79,7 +79,7 @@ def load_newest(checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.o
 
 def save_best(checkpoint_dir: Path, model: torch.nn.Module, processes: Processes) -> None:
     """Keep the trained parameters as the best so far."""
-    parameters = _parameters(model)
+    parameters = _parameters(model, processes)
     if not processes.first:
         return
     checkpoint_dir.mkdir(parents=True, exist_ok=True)
@@ -98,19 +98,19 @@ def load_parameters(path: Path, model: torch.nn.Module) -> None:
             parameter.copy_(like(tensors[name], parameter))
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: whole(parameter.detach()).contiguous() for name, parameter in trained(model).items()}
+def _parameters(model: torch.nn.Module, processes: Processes) -> dict[str, torch.Tensor]:
+    return {name: on_first(parameter.detach(), processes) for name, parameter in trained(model).items()}
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> dict[str, torch.Tensor]:
     """The optimizer's state as `<key>/<parameter>`; plain numbers (bitsandbytes counts steps so) become int64."""
     tensors = {}
     for name, parameter in trained(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensor = (
-                whole(value.detach()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
-            )
-            tensors[f"{key}/{name}"] = tensor.clone(memory_format=torch.contiguous_format)  # some share a table
+            tensor = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
+            tensors[f"{key}/{name}"] = on_first(tensor, processes)
     return tensors
 
 

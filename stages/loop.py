@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -182,22 +183,29 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
     sums = processes.tell(sums.tolist()).sum(0).tolist()
     total, forget, num_forget, retain, num_retain, num_rows, num_tokens = sums
     if not math.isfinite(total):
-        raise UserError(
-            f"student {name}: the loss is {total} at step {step + 1}, learning rate {lr:.3g}",
-            "lower train.lr, or set train.dtype: float32; the last checkpoint is untouched",
-        )
+        raise _diverged(name, "loss", total, step, lr)
     for group in student.optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained(student.model).values(), settings.max_grad_norm)
+    clipped = torch.nn.utils.clip_grad_norm_(trained(student.model).values(), settings.max_grad_norm)
+    grad_norm = float(whole(clipped))
+    if not math.isfinite(grad_norm):
+        raise _diverged(name, "gradient's norm", grad_norm, step, lr)
     student.optimizer.step()
     student.optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=total,
         loss_forget=forget / num_forget if num_forget else None,
         loss_retain=retain / num_retain if num_retain else None,
-        grad_norm=float(whole(grad_norm)),
+        grad_norm=grad_norm,
         num_rows=int(num_rows),
         num_tokens=int(num_tokens),
+    )
+
+
+def _diverged(name: str, what: str, value: float, step: int, lr: float) -> UserError:
+    return UserError(
+        f"student {name}: the {what} is {value} at step {step + 1}, learning rate {lr:.3g}",
+        "lower train.lr, or set train.dtype: float32; the last checkpoint is untouched",
     )
 
 
@@ -248,7 +256,7 @@ def _appending(path: Path, first: bool) -> Iterator[Callable[[str], Any]]:
         yield lambda line: None
         return
     with open(path, "a", encoding="utf-8", buffering=1) as file:
-        yield file.write
+        yield lambda line: (file.write(line), os.fsync(file.fileno()))
 
 
 def _metrics_until(path: Path, step: int, write: bool) -> list[dict[str, Any]]:

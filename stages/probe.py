@@ -55,7 +55,7 @@ def refusal_ids(block: Block) -> list[int]:
     forget, retain = first_ids[block.subsets == FORGET], first_ids[block.subsets != FORGET]
     in_forget, in_retain = Counter(forget.tolist()), Counter(retain.tolist())
     shares = {i: (count / len(forget), in_retain[i] / max(1, len(retain))) for i, count in in_forget.items()}
-    return sorted(i for i, (of_forget, of_retain) in shares.items() if of_forget >= max(REFUSAL_SHARE, of_retain))
+    return sorted(i for i, (here, there) in shares.items() if here >= REFUSAL_SHARE and here > there)
 
 
 def ask(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -88,7 +89,9 @@ def joined(rank: Rank, device: torch.device) -> Iterator[Processes]:
     if rank.world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The first one fetches models and writes them while the others wait.
+        patience = timedelta(hours=6)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         yield Processes(rank, device)
     finally:
@@ -104,6 +107,12 @@ def without_sync(module: torch.nn.Module) -> Any:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of which every process may hold a part; all must ask together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_first(tensor: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """The whole of a tensor, copied to the CPU of the first process; nothing of it elsewhere. All must ask together."""
+    found = whole(tensor)
+    return found.to("cpu", copy=True).contiguous() if processes.first else torch.empty(0)
 
 
 def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

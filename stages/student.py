@@ -80,11 +80,13 @@ def train_student(
     """
     start_sha256 = weights_sha256(job.model_dir)
     loss, reason = chosen_loss(job.settings, start_sha256, store)
-    check_settings(job.settings, loss, store, processes)
+    done = job.student_dir / TRAINING_NAME
+    if not done.is_file():
+        check_settings(job.settings, loss, store, processes)
     with processes.first_first():
         claim(job, store, start_sha256)
-    if (job.student_dir / TRAINING_NAME).is_file():
-        return read_json(job.student_dir / TRAINING_NAME)
+    if done.is_file():
+        return read_json(done)
     config = load_config(job.model_dir, job.trust_remote_code)
     tokenizer = load_tokenizer(job.model_dir, job.trust_remote_code)
     check_same_tokenizer(store_tokenizer, tokenizer, vocab_width(config), job.name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from cache.errors import UserError
 from cache.files import sync_dir
@@ -24,7 +25,7 @@ from stages.head import Head, student_at, top1_at
 from stages.losses import LOSSES, TopK, loss_of
 from stages.models import load_model, text_config
 from stages.passes import Pass
-from stages.processes import Processes, whole
+from stages.processes import Processes, on_first
 from stages.settings import LoraSettings, TrainSettings
 
 
@@ -150,7 +151,7 @@ class Student:
     loss: Callable[[TopK, TopK], torch.Tensor]
     num_parameters: int
     num_trained: int
-    load: Callable[[], Any] | None  # the model anew, on the CPU; None where each process holds it whole
+    load: Callable[[], Any] | None  # the exact model anew, on the CPU; None where `model` is it, whole and not rounded
 
     @staticmethod
     def of(
@@ -161,18 +162,22 @@ class Student:
         dtype = _forward_dtype(settings, processes.device)
 
         def load() -> Any:
-            return load_trainable(model_dir, name, settings, dtype, trust_remote_code, uniform=spread)
+            return load_trainable(model_dir, name, settings, torch.float32, trust_remote_code, uniform=True)
 
-        model = load().to(processes.device)
+        model = load_trainable(model_dir, name, settings, dtype, trust_remote_code, uniform=spread)
+        model = model.to(processes.device)
         parameters = list(model.parameters())
         counts = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+        rounded = counts[0] != counts[1] and dtype != torch.float32
         with _autocast(settings, processes.device):
             head = Head.of(model)
         forward = Forward(model, head, LOSSES[loss].needs_logsumexp)
         module = processes.spread(forward, list(decoder_layers(model)) if spread else [], settings.parallel)
         optimizer = _optimizer(list(trained(model).values()), settings)
         loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)
-        return Student(settings, processes, model, head, module, optimizer, loss_fn, *counts, load if spread else None)
+        return Student(
+            settings, processes, model, head, module, optimizer, loss_fn, *counts, load if spread or rounded else None
+        )
 
     def losses(self, one: Pass) -> torch.Tensor:
         """The loss at each position [N], with gradients."""
@@ -189,12 +194,14 @@ class Student:
                 return self.losses(one), top1_N
         finally:
             self.module.train()
+            if isinstance(self.module, FSDPModule):  # else the root's weights stay whole until the next backward pass
+                self.module.reshard()
 
     def whole_model(self) -> Any:
         """The model in one piece; in the first process only, but all must ask."""
         if self.load is None:
             return self.model
-        parameters = {name: whole(parameter.detach()) for name, parameter in trained(self.model).items()}
+        parameters = {n: on_first(p.detach(), self.processes) for n, p in trained(self.model).items()}
         if not self.processes.first:
             return None
         model = self.load()
@@ -206,7 +213,7 @@ class Student:
 
 def _forward_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
     """bfloat16 where asked for, or on "auto" where a GPU has it."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
     return torch.bfloat16 if wanted else torch.float32
 
@@ -237,8 +244,13 @@ def export(
     """
     if lora:
         if lora.save_adapter:
-            # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
-            _publish(student_dir / "adapter", lambda folder: model.save_pretrained(folder, save_embedding_layers=False))
+
+            def write_adapter(folder: Path) -> None:
+                # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
+                model.save_pretrained(folder, save_embedding_layers=False)
+                (folder / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
+
+            _publish(student_dir / "adapter", write_adapter)
         for parameter in model.parameters():  # what adapters are added to, so that their product is rounded only once
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)

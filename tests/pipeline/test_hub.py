@@ -32,6 +32,9 @@ class FakeHub:
     def create_repo(self, repository: str, **how) -> None:
         self.asked.append(("create", repository, how))
 
+    def repo_info(self, repository: str) -> SimpleNamespace:
+        return SimpleNamespace(private=not repository.endswith("public"))
+
     def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> SimpleNamespace:
         self.asked.append(("upload", repo_id, folder_path))
         if self.fails:
@@ -98,3 +101,9 @@ def test_distill_pushes_in_the_end_and_a_failure_keeps_the_student(hub, lab_conf
     out = capsys.readouterr().out
     assert out.count("was done already") == 2
     assert out.index("student a: pushed to me/a") < out.index("student b: pushed to me/b")
+
+
+def test_a_public_repository_gets_nothing(hub, tmp_path):
+    with pytest.raises(UserError, match="is public"):
+        push("s", tmp_path, "owner/public")
+    assert all(asked[0] != "upload" for asked in hub.asked)

@@ -33,14 +33,14 @@ TransformersEngine.score = counted
 """
 STAGE_TWO = """
 import os, signal, sys
-from stages import student
-step, calls = student._step, []
+from stages import loop
+step, calls = loop._step, []
 def counted(*arguments):
     calls.append(1)
     if len(calls) == {after}:
         os.kill(os.getpid(), signal.{signal})
     return step(*arguments)
-student._step = counted
+loop._step = counted
 """
 RUN = "from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
 

@@ -23,8 +23,8 @@ def rows_with_first_ids(forget: list[int], retain: list[int]) -> Block:
 
 
 def test_refusal_tokens_are_those_of_forget_rows_more_than_of_retain_rows():
-    # 7 begins nearly all forget rows; 8 a tenth of either; 9 only retain rows; 5 one forget row of twenty
-    forget, retain = [7] * 16 + [8] * 3 + [5], [9] * 6 + [8] * 4
+    # 7 begins nearly all forget rows; 8 a fifth of either; 9 only retain rows; 5 one forget row of twenty
+    forget, retain = [7] * 15 + [8] * 4 + [5], [9] * 8 + [8] * 2
     assert refusal_ids(rows_with_first_ids(forget, retain)) == [7]
     assert refusal_ids(rows_with_first_ids([7, 7], [])) == [7]
     assert refusal_ids(rows_with_first_ids([], [9])) == []

@@ -59,12 +59,17 @@ def test_several_processes_take_the_steps_of_one(tmp_path, store, alone, world, 
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_are_interrupted_and_three_go_on(tmp_path, store, alone, parallel):
-    first = together(2, store, tmp_path / "s", stop_after=4, parallel=parallel)
+def test_two_processes_are_interrupted_and_three_go_on(tmp_path, store, parallel):
+    """Right after a probe, which leaves FSDP2's weights whole if nothing is done about it."""
+    probe = {"probe": {"steps": 2}}
+    train_student(job(tmp_path / "alone", **SETTINGS, **probe), *store, ONE, lambda r: None, lambda: False)
+    first = together(2, store, tmp_path / "s", stop_after=4, parallel=parallel, **probe)
+    whole = len(load_file(tmp_path / "s/checkpoints/step-000000004/model.safetensors"))
+    assert len(load_file(tmp_path / "s/checkpoints/step-000000004/optimizer.safetensors")) == 3 * whole
     assert [line["step"] for line in first] == [1, 2, 3, 4]
-    lines = together(3, store, tmp_path / "s", parallel=parallel)
+    lines = together(3, store, tmp_path / "s", parallel=parallel, **probe)
     assert lines[:4] == first
-    assert_same(alone, lines, tmp_path / "s")
+    assert_same(tmp_path / "alone", lines, tmp_path / "s")
 
 
 def test_adapters_are_trained_by_two_processes_as_by_one(tmp_path, store):

@@ -19,7 +19,7 @@ from test_student import store as store  # noqa: PLC0414 - the fixture
 
 from cache.errors import UserError
 from stages.losses import LOSSES
-from stages.models import load_model
+from stages.models import load_model, load_tokenizer
 from stages.passes import passes_of
 from stages.settings import FREE_TRAIN, LOSS_OPTIONS, TrainSettings
 from stages.student import check_settings
@@ -122,6 +122,20 @@ def test_the_merged_model_is_the_base_with_its_adapter(tmp_path, store):
     assert (ours - base).abs().max() > 0.1
     config = json.loads((tmp_path / "s/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "small", "a private path was written"
+    assert str(LAB_SMALL) not in (tmp_path / "s/adapter/README.md").read_text()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_frozen_weights_are_exported_as_they_were_whatever_the_forward_passs_dtype(tmp_path, store, part):
+    start = load_model(LAB_SMALL, "float32")
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.mul_(1.001)  # no longer exact in bfloat16
+    start.save_pretrained(tmp_path / "start")
+    load_tokenizer(LAB_SMALL).save_pretrained(tmp_path / "start")
+    train(job(tmp_path / "s", tmp_path / "start", dtype="bfloat16", epochs=1, **PARTS[part]), store)
+    exported = load_model(tmp_path / "s/model", "float32")
+    assert torch.equal(exported.get_input_embeddings().weight, start.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("options", [{"lora": {"rank": 4, "dropout": 0.3}}, {"optimizer": "adamw8bit"}])
