@@ -254,6 +254,9 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"{setting} does nothing with loss {self.loss}: leave it out, or take {', '.join(losses)}"
                 )
+        for subset in ("forget", "retain"):
+            if self.forget_share in (0, 1) and getattr(self, f"{subset}_weight") != 1:
+                raise ValueError(f"{subset}_weight does nothing with forget_share {self.forget_share:g}: leave it out")
         trained = {
             "lora": self.lora,
             "last_layers": self.last_layers,

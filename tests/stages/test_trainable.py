@@ -185,6 +185,7 @@ def test_decoder_layers_are_found_through_adapters():
         ({"last_layers": 2, "freeze_embeddings": True}, "freeze_embeddings does nothing with last_layers"),
         ({"probe": {"steps": 5, "patience": 2}}, "patience does nothing without held-out rows"),
         ({"lora": {"alpha": 4.0}}, "rank"),
+        ({"forget_share": 1.0, "retain_weight": 2.0}, "retain_weight does nothing with forget_share 1"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, message):
