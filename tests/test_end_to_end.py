@@ -89,7 +89,7 @@ def test_results_have_the_documented_shape(demo):
 def test_nothing_written_is_a_pickle(demo):
     run_dir = demo.run_dir
     suffixes = {path.suffix for path in run_dir.rglob("*") if path.is_file()}
-    assert suffixes <= {".safetensors", ".json", ".jsonl", ".arrow", ".yaml", ".html", ".jinja", ".txt"}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".arrow", ".yaml", ".html", ".jinja", ".txt", ".md"}
 
 
 def test_a_second_run_does_nothing_twice(demo):
