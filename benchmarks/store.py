@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from bench import machine, on_one_core, rounds, seconds, show
+from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
 from numpy.lib.format import open_memmap
 
 from cache.codec import Layout, encode, position_columns
@@ -296,13 +296,12 @@ def child(task: str, folder: Path, num_positions: int) -> None:
     """Do the task and print the peak. The kernel's own figure is reset first: it would be that of making the rows."""
     rows = make_rows(SHARD_POSITIONS, 16, 128_256)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     if task == "write":
         write(folder, plan_of(num_positions // 16, 16, 128_256), rows)
     else:
         epoch(Store(Folder(folder)), BATCH_POSITIONS // 16, padded=True)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) * 1024 / 1e6)
+    print(status_mb("VmHWM"))
 
 
 def memory(folder: Path, large: int) -> tuple[dict[str, float], list[dict[str, Any]]]:

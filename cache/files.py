@@ -38,6 +38,22 @@ def publishing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def publishing_dir(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; when the block ends well, flush its files and put it in `path`'s place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with telling_of_full_disks(path):
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        sync_dir(path.parent)
+
+
 def sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -7,7 +7,6 @@ Tensors are whole, so it can be read by any number of processes.
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from cache.files import publish_json, read_json, sync_dir, sync_file
+from cache.files import publish_json, publishing, publishing_dir, read_json
 from cache.order import Cursor
 from stages.processes import Processes, like, on_first
 from stages.trainable import trained
@@ -49,19 +48,10 @@ def save(
     state = _optimizer_tensors(model, optimizer, processes)
     if not processes.first:
         return
-    final = checkpoint_dir / f"step-{progress.step:09d}"
-    temporary = checkpoint_dir / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(parameters, temporary / "model.safetensors")
-    save_file(state, temporary / "optimizer.safetensors")
-    for name in ("model", "optimizer"):
-        sync_file(temporary / f"{name}.safetensors")
-    publish_json(temporary / "progress.json", asdict(progress))
-    if final.exists():  # done before, and again after an older checkpoint was gone back to
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    sync_dir(checkpoint_dir)
+    with publishing_dir(checkpoint_dir / f"step-{progress.step:09d}") as folder:
+        save_file(parameters, folder / "model.safetensors")
+        save_file(state, folder / "optimizer.safetensors")
+        publish_json(folder / "progress.json", asdict(progress))
     for stale in sorted(checkpoint_dir.glob("step-*"))[:-keep_last]:
         shutil.rmtree(stale)
 
@@ -83,11 +73,8 @@ def save_best(checkpoint_dir: Path, model: torch.nn.Module, processes: Processes
     if not processes.first:
         return
     checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    temporary = checkpoint_dir / f".{BEST_NAME}.tmp"
-    save_file(parameters, temporary)
-    sync_file(temporary)
-    os.replace(temporary, checkpoint_dir / BEST_NAME)
-    sync_dir(checkpoint_dir)
+    with publishing(checkpoint_dir / BEST_NAME) as temporary:
+        save_file(parameters, temporary)
 
 
 def load_parameters(path: Path, model: torch.nn.Module) -> None:

@@ -88,9 +88,8 @@ def _scattered(
     The entries are sorted by id, so that each id that occurs is one bag.
     """
     grad_weight = torch.zeros_like(weight_VD)
-    ids, order = ids_NK.flatten().sort(
-        stable=True
-    )  # stable: the order of each sum, and so its bits, are always the same
+    # stable: the order of each sum, and so its bits, are always the same
+    ids, order = ids_NK.flatten().sort(stable=True)
     rows, grads, table = order // ids_NK.shape[1], grad_NK.flatten()[order], _wide(hidden_ND)
     ids_U, counts_U = torch.unique_consecutive(ids, return_counts=True)
     ends_U = counts_U.cumsum(0)

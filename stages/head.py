@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,43 +67,47 @@ class Head:
         return Head(True, f"{name}: gathered head, equal to the model's own within {error:.1e} of the largest logit")
 
 
-def student_at(
-    model: Any, head: Head, batch: AlignedBatch, ids_NK: torch.Tensor, want_logsumexp: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The student's raw logits at `ids_NK` (int64) of the supervised rows, and the log-sum-exp over all ids if wanted.
+class Seen(NamedTuple):
+    """What a student says at N supervised rows; None where it was not asked."""
 
-    float32 [N, K] and float32 [N] or None, both with gradients. `model` is anything that has `get_output_embeddings` and
-    returns `logits`, adapters of peft around it included; autocast is the caller's.
+    logits_NK: torch.Tensor  # float32, raw, at the ids that were asked for
+    logsumexp_N: torch.Tensor | None  # float32, over all ids
+    top1_N: torch.Tensor | None  # int64, the most likely id; without gradients
+
+
+def student_at(
+    model: Any,
+    head: Head,
+    batch: AlignedBatch,
+    ids_NK: torch.Tensor,
+    want_logsumexp: bool = False,
+    want_top1: bool = False,
+) -> Seen:
+    """The student's raw logits at `ids_NK` (int64) of the supervised rows, and what else is wanted, in one forward pass.
+
+    `model` is anything that has `get_output_embeddings` and returns `logits`, adapters of peft around it included; autocast
+    is the caller's.
     """
     if not head.gathered:
         logits_NV = _own_logits(model, batch).float()
-        return logits_NV.gather(1, ids_NK), logits_NV.logsumexp(-1) if want_logsumexp else None
-    found: list[torch.Tensor] = []
+        return Seen(
+            logits_NV.gather(1, ids_NK),
+            logits_NV.logsumexp(-1) if want_logsumexp else None,
+            logits_NV.argmax(-1) if want_top1 else None,
+        )
+    logsumexp_N = top1_N = None
 
     def at_rows(module: nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
+        nonlocal logsumexp_N, top1_N
         parts = parts_of(module, hidden_ND)
         if want_logsumexp:
-            found.append(logsumexp(parts, tail_of(model.config)).float())
+            logsumexp_N = logsumexp(parts, tail_of(model.config)).float()
+        if want_top1:  # scale and soft-cap do not change which it is
+            with torch.no_grad():
+                _, top1_N = largest(parts)
         return torch.stack([gathered_logits(parts, ids_NK)])  # no view: FSDP2 warns of those
 
-    logits_NK = _forward(model, batch, at_rows).float()
-    return logits_NK, found[0] if found else None
-
-
-@torch.no_grad()
-def top1_at(model: Any, head: Head, batch: AlignedBatch) -> torch.Tensor:
-    """The id of the largest logit of each supervised row, int64 [N]. Scale and soft-cap do not change which it is."""
-    if not head.gathered:
-        return _own_logits(model, batch).argmax(-1)
-    found: list[torch.Tensor] = []
-
-    def at_rows(module: nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
-        best_N, ids_N = largest(parts_of(module, hidden_ND))
-        found.append(ids_N)
-        return best_N[None, :, None]
-
-    _forward(model, batch, at_rows)
-    return found[0]
+    return Seen(_forward(model, batch, at_rows).float(), logsumexp_N, top1_N)
 
 
 def _own_logits(model: Any, batch: AlignedBatch) -> torch.Tensor:
@@ -176,7 +180,7 @@ def _try_out(model: Any, device: torch.device) -> tuple[float, float]:
         own_NV = _own_logits(model, batch).float()
         width, num_ids = own_NV.shape[1], math.ceil(own_NV.shape[1] / PROBE_ROWS)
         ids_NK = (torch.randperm(PROBE_ROWS * num_ids, generator=draw) % width).view(PROBE_ROWS, num_ids).to(device)
-        ours_NK, logsumexp_N = student_at(model, Head(True, ""), batch, ids_NK, want_logsumexp=True)
+        ours_NK, logsumexp_N, _ = student_at(model, Head(True, ""), batch, ids_NK, want_logsumexp=True)
     finally:
         handle.remove()
     if ours_NK.shape != ids_NK.shape or logsumexp_N is None:

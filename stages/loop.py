@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from cache.errors import Interrupted, UserError
-from cache.files import publishing
+from cache.files import publishing, sync_file
 from cache.order import Order
 from cache.prefetch import Prefetch
 from cache.reader import Store
@@ -93,16 +92,15 @@ def run_loop(
             cursor, passes = next(batches)
             lr = settings.lr * lr_factor(progress.step, total, settings.warmup, settings.decay)
             result = _step(name, student, passes, idle, lr, progress.step)
-            done = progress.step + 1
+            seconds, done = time.perf_counter() - started, progress.step + 1
             progress = replace(
                 progress,
                 step=done,
                 cursor=cursor,
-                train_s=progress.train_s + time.perf_counter() - started,
+                train_s=progress.train_s + seconds,
                 stall_s=progress.stall_s + batches.stall_s - waited,
                 tokens=progress.tokens + result.num_tokens,
             )
-            seconds = time.perf_counter() - started
             asked = None
             if settings.probe and (done % settings.probe.steps == 0 or done == total):
                 asked = ask(probe, student.answer, processes.device)
@@ -129,6 +127,8 @@ def run_loop(
                 on_step(report)
             stop = bool(processes.tell([should_stop()]).any()) and done < total
             if stop or done % settings.checkpoint_steps == 0:
+                if processes.first:  # a checkpoint is never newer than its lines
+                    sync_file(student_dir / METRICS_NAME)
                 checkpoint.save(checkpoints, student.model, student.optimizer, progress, processes, settings.keep_last)
             if stop:
                 raise Interrupted(f"student {name}: step {done} of {total} is saved in {student_dir}")
@@ -251,12 +251,12 @@ def lr_factor(step: int, total_steps: int, warmup: float, decay: str) -> float:
 
 @contextmanager
 def _appending(path: Path, first: bool) -> Iterator[Callable[[str], Any]]:
-    """What the first process writes its lines with, each on disk at once."""
+    """What the first process writes its lines with, each at once."""
     if not first:
         yield lambda line: None
         return
     with open(path, "a", encoding="utf-8", buffering=1) as file:
-        yield lambda line: (file.write(line), os.fsync(file.fileno()))
+        yield file.write
 
 
 def _metrics_until(path: Path, step: int, write: bool) -> list[dict[str, Any]]:

@@ -8,8 +8,6 @@ Shapes: N supervised positions of a pass, K kept ids.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,8 +18,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from cache.errors import UserError
-from cache.files import sync_dir
-from stages.head import Head, student_at, top1_at
+from cache.files import publishing_dir
+from stages.head import Head, Seen, student_at
 from stages.losses import LOSSES, TopK, loss_of
 from stages.models import load_model, text_config
 from stages.passes import Pass
@@ -131,11 +129,11 @@ class Forward(torch.nn.Module):
         super().__init__()
         self.model, self._head, self._want_logsumexp = model, head, want_logsumexp
 
-    def forward(self, one: Pass, want_top1: bool = False) -> tuple[torch.Tensor | None, ...]:
-        """(logits at the teacher's ids [N, K], log-sum-exp [N] or None), or (most likely ids [N],)."""
-        if want_top1:
-            return (top1_at(self.model, self._head, one.batch),)
-        return student_at(self.model, self._head, one.batch, one.topk_ids_NK, self._want_logsumexp)
+    def forward(self, one: Pass) -> Seen:
+        """What `student_at` gives; the most likely ids in evaluation mode only, where they are asked for."""
+        return student_at(
+            self.model, self._head, one.batch, one.topk_ids_NK, self._want_logsumexp, want_top1=not self.training
+        )
 
 
 @dataclass(frozen=True)
@@ -181,21 +179,25 @@ class Student:
 
     def losses(self, one: Pass) -> torch.Tensor:
         """The loss at each position [N], with gradients."""
-        with _autocast(self.settings, self.processes.device):
-            logits_NK, logsumexp_N = self.module(one)
-        return self.loss(TopK(logits_NK, logsumexp_N), one.teacher)
+        return self._looked(one)[0]
 
     def answer(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss and the most likely id at each position, both [N], as the student is when it is used."""
         self.module.eval()
         try:
-            with torch.no_grad(), _autocast(self.settings, self.processes.device):
-                (top1_N,) = self.module(one, want_top1=True)
-                return self.losses(one), top1_N
+            with torch.no_grad():
+                loss_N, top1_N = self._looked(one)
         finally:
             self.module.train()
             if isinstance(self.module, FSDPModule):  # else the root's weights stay whole until the next backward pass
                 self.module.reshard()
+        assert top1_N is not None  # it was in evaluation mode
+        return loss_N, top1_N
+
+    def _looked(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with _autocast(self.settings, self.processes.device):
+            seen = self.module(one)
+        return self.loss(TopK(seen.logits_NK, seen.logsumexp_N), one.teacher), seen.top1_N
 
     def whole_model(self) -> Any:
         """The model in one piece; in the first process only, but all must ask."""
@@ -244,30 +246,15 @@ def export(
     """
     if lora:
         if lora.save_adapter:
-
-            def write_adapter(folder: Path) -> None:
+            with publishing_dir(student_dir / "adapter") as folder:
                 # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
                 model.save_pretrained(folder, save_embedding_layers=False)
                 (folder / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
-
-            _publish(student_dir / "adapter", write_adapter)
         for parameter in model.parameters():  # what adapters are added to, so that their product is rounded only once
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         model = model.merge_and_unload()
-
-    def write(folder: Path) -> None:
+    with publishing_dir(student_dir / "model") as folder:
         model.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-    _publish(student_dir / "model", write)
-
-
-def _publish(final: Path, write: Callable[[Path], Any]) -> None:
-    temporary = final.with_name(f".{final.name}.tmp")
-    for stale in (temporary, final):
-        shutil.rmtree(stale, ignore_errors=True)
-    write(temporary)
-    os.replace(temporary, final)
-    sync_dir(final.parent)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages import gather
 from stages.alignment import AlignedBatch, align
 from stages.gather import dots_chunked, dots_fused, gathered_logits, largest, logsumexp
-from stages.head import Head, student_at, top1_at
+from stages.head import Head, student_at
 
 V, K = 307, 9  # no other size of these models is 307
 TINY = {
@@ -74,12 +74,15 @@ def own(model: Any, batch: AlignedBatch, ids_NK: torch.Tensor) -> tuple[torch.Te
 def ours(model: Any, batch: AlignedBatch, ids_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     head = Head.of(model)
     torch.manual_seed(3)
-    logits_NK, logsumexp_N = student_at(model, head, batch, ids_NK, want_logsumexp=True)
-    assert logsumexp_N is not None
-    alone, nothing = student_at(model.eval(), head, batch, ids_NK) if not model.training else (logits_NK, None)
-    assert nothing is None
-    assert torch.equal(alone, logits_NK)
-    return logits_NK, logsumexp_N, top1_at(model, head, batch)
+    seen = student_at(model, head, batch, ids_NK, want_logsumexp=True, want_top1=True)
+    assert seen.logsumexp_N is not None
+    assert seen.top1_N is not None
+    alone, *nothing = (
+        student_at(model.eval(), head, batch, ids_NK) if not model.training else (seen.logits_NK, None, None)
+    )
+    assert nothing == [None, None]
+    assert torch.equal(alone, seen.logits_NK)
+    return seen.logits_NK, seen.logsumexp_N, seen.top1_N
 
 
 def gradients(model: Any, logits_NK: torch.Tensor, logsumexp_N: torch.Tensor) -> dict[str, torch.Tensor | None]:
