@@ -1,96 +1,244 @@
-"""Teacher engine on plain transformers: the reference, and what runs where vLLM does not."""
+"""Teacher engine on plain transformers: the reference, and what runs where vLLM does not.
+
+Prompts that begin alike share one computation of what they begin with: its keys and values are computed for one row and
+repeated for each batch. Batches are of like length, so that little is padding.
+
+Shapes: B batch, T time, P positions, K kept ids, V rows of the head.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import Cache, DynamicCache
 
-from stages.engine import EngineSpec, Scored
-from stages.models import load_model
+from cache.errors import UserError
+from stages.engine import Ask, Engine, EngineSpec, Request, Scored, Usage
+from stages.lengths import cut_by_length
+from stages.models import load_model, text_config
+from stages.topk import top_k
 
-# Shapes: B batch, P positions, K kept ids, V vocabulary (without head padding).
+WINDOW_BATCHES = 16  # so many batches of requests are sorted at a time
+MAX_PADDING = 0.05  # share of a window's tokens
+ALIKE = 16  # prompts that agree in so many first tokens share what they begin with
+
+Choose = Callable[[torch.Tensor, int, np.ndarray], torch.Tensor]  # (logits_BV, position, requests) -> tokens_B
 
 
-class TransformersEngine:
-    """Batches of left-padded prompts through `generate`, which hands out the logits before any processing."""
+@dataclass(frozen=True)
+class _Beginning:
+    """What some prompts begin with, computed for one row."""
+
+    ids: tuple[int, ...]
+    cache: Cache
+
+
+class TransformersEngine(Engine):
+    """Batches of left-padded prompts behind the keys and values of what they begin with, decoded step by step."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.name = f"transformers {transformers.__version__}"
+        self.route = "forward"
+        if spec.quantization or spec.tensor_parallel * spec.pipeline_parallel > 1:
+            raise UserError(
+                "teacher.quantization, tensor_parallel and pipeline_parallel are vLLM's; this engine is transformers",
+                "leave them out, or set teacher.engine: vllm",
+            )
         self._spec = spec
         self._model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
-        # The directory's own generation settings (penalties, sampling) must not change what greedy means.
-        self._model.generation_config = GenerationConfig()
+        self.usage = Usage()
+        self._takes = set(inspect.signature(self._model.forward).parameters)
+        self._beginning: _Beginning | None = None
 
-    def score(self, prompts: Sequence[list[int]], top_k: int, max_positions: int) -> list[Scored]:
-        sequences_BP, steps_PBV = self._generate(prompts, max_positions, want_logits=True)
-        real_PBV = [logits_BV[:, : self._spec.num_ids].float() for logits_BV in steps_PBV]
-        top = [logits_BV.topk(top_k, dim=-1) for logits_BV in real_PBV]
-        ids_BPK = torch.stack([t.indices for t in top], dim=1).to("cpu", torch.int32).numpy()
-        logits_BPK = torch.stack([t.values for t in top], dim=1).cpu().numpy()
-        # Over the whole head, padding rows included: that is the sum the model's own softmax takes.
-        lse_BP = torch.stack([logits_BV.float().logsumexp(-1) for logits_BV in steps_PBV], dim=1).cpu().numpy()
-        scored = []
-        for row, response in enumerate(self._responses(sequences_BP)):
-            count = len(response)
-            scored.append(
-                Scored(
-                    np.asarray(response, np.int32), ids_BPK[row, :count], logits_BPK[row, :count], lse_BP[row, :count]
-                )
-            )
-        return scored
+    def stream(self, requests: Iterable[Request], ask: Ask) -> Iterator[tuple[int, Scored]]:
+        waiting = iter(requests)
+        while window := list(islice(waiting, WINDOW_BATCHES * self._spec.batch_size)):
+            choose = _chooser(window, ask, self._spec.num_ids)
+            most = np.array([ask.max_positions if r.given_ids is None else len(r.given_ids) for r in window])
+            for begins_with, rows in self._batches([r.prompt_ids for r in window], int(most.max())):
+                of_given = window[rows[0]].given_ids is not None
+                prompts = [window[row].prompt_ids for row in rows]
+                collected = _Collected(ask, self._spec.num_ids)
+                ends = () if of_given else self._spec.eos_ids
+                self._decode(prompts, begins_with, rows, most[rows], choose, ends, collected)
+                yield from ((window[row].key, scored) for row, scored in collected.results())
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        sequences_BP, _ = self._generate(prompts, max_new_tokens, want_logits=False)
-        return [[i for i in ids if i not in self._spec.eos_ids] for ids in self._responses(sequences_BP)]
+        found: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
+
+        def collect(rows: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
+            for row, token in zip(rows.tolist(), tokens_B.tolist(), strict=True):
+                if token not in self._spec.eos_ids:
+                    found[row].append(token)
+
+        greedy = _chooser([], Ask(1, max_new_tokens), self._spec.num_ids)
+        most = np.full(len(prompts), max_new_tokens)
+        for begins_with, rows in self._batches(prompts, max_new_tokens):
+            chosen = [prompts[row] for row in rows]
+            self._decode(chosen, begins_with, rows, most[rows], greedy, self._spec.eos_ids, collect)
+        return list(found.values())
 
     def close(self) -> None:
-        del self._model
+        del self._model, self._beginning
         if self._spec.device == "cuda":
             torch.cuda.empty_cache()
 
-    def _generate(
-        self, prompts: Sequence[list[int]], new_tokens: int, want_logits: bool
-    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """Greedy continuations [B, P], padded after their end, and if wanted the raw logits [B, V] of each step."""
-        eos_ids = list(self._spec.eos_ids)
-        pad_id = eos_ids[0] if eos_ids else 0
-        width = max(map(len, prompts))
-        ids_BT = torch.full((len(prompts), width), pad_id)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask_BT[row, width - len(prompt) :] = 1
-        settings = GenerationConfig(
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=eos_ids or None,
-            pad_token_id=pad_id,
-            return_dict_in_generate=True,
-            output_logits=want_logits,
-            # Head padding can have any logit; it is no token and must not be generated.
-            suppress_tokens=list(range(self._spec.num_ids, self._head_rows())) or None,
-        )
-        with torch.inference_mode():
-            out = self._model.generate(
-                input_ids=ids_BT.to(self._spec.device),
-                attention_mask=mask_BT.to(self._spec.device),
-                generation_config=settings,
+    def _batches(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of tokens that its prompts begin with in common, rows) of batches that cover all prompts."""
+        by_ids = sorted(range(len(prompts)), key=lambda row: list(prompts[row]))
+        for _, members in groupby(by_ids, key=lambda row: tuple(prompts[row][:ALIKE])):
+            group = np.array(list(members))
+            begins_with = self._in_common([prompts[row] for row in group])
+            lengths = np.array([len(prompts[row]) - begins_with for row in group])
+            padding = MAX_PADDING if self._can_pad(begins_with + int(lengths.max()) + new_tokens) else 0.0
+            budget = self._spec.batch_size * int(lengths.max())
+            for part in cut_by_length(lengths, padding, budget):
+                yield begins_with, group[part]
+
+    def _in_common(self, ascending: Sequence[Sequence[int]]) -> int:
+        """Tokens that all prompts begin with, but for each one's last; 0 where sharing them saves nothing."""
+        first, last = ascending[0], ascending[-1]
+        if len(ascending) == 1 or not self._spec.share_prefix or "past_key_values" not in self._takes:
+            return 0
+        most = min(map(len, ascending)) - 1
+        return next((i for i in range(most) if first[i] != last[i]), most)
+
+    def _can_pad(self, longest: int) -> bool:
+        """Padding stands between what is shared and the rest, so a model must take each token's position as it is told.
+
+        A sliding window counts tokens, padding too: there rows are padded only while everything fits in the window.
+        """
+        window = getattr(text_config(self._model.config), "sliding_window", None)
+        return "position_ids" in self._takes and (window is None or longest < window)
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        begins_with: int,
+        rows: np.ndarray,
+        most: np.ndarray,
+        choose: Choose,
+        ends: Sequence[int],
+        collect: Callable[[np.ndarray, torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        """Decode until each row has its most tokens or one of `ends`; every step is handed to `collect`.
+
+        `rows` says which requests these are, to `choose` and `collect`. Rows that have ended are left out of what follows.
+        """
+        device = self._spec.device
+        cache = self._cache_of(prompts[0][:begins_with], len(prompts))
+        self.usage.prompt_tokens += sum(map(len, prompts))
+        self.usage.cached_tokens += begins_with * len(prompts)
+        ids_BT, mask_BT = _padded([prompt[begins_with:] for prompt in prompts])
+        mask_BT = torch.cat([torch.ones(len(prompts), begins_with, dtype=torch.long), mask_BT], dim=1).to(device)
+        position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, begins_with:]
+        ids_BT, step = ids_BT.to(device), 0
+        while True:
+            logits_BV, cache = self._forward(ids_BT, mask_BT, position_BT, cache)
+            tokens_B = choose(logits_BV, step, rows)
+            collect(rows, tokens_B, logits_BV)
+            step += 1
+            ended = (most <= step) | np.isin(tokens_B.cpu().numpy(), ends)
+            if ended.all():
+                return
+            if ended.any():
+                left = torch.from_numpy(np.flatnonzero(~ended)).to(device)
+                rows, most, tokens_B = rows[~ended], most[~ended], tokens_B[left]
+                mask_BT, position_BT = mask_BT[left], position_BT[left]
+                cache.batch_select_indices(left)
+            ids_BT, position_BT = tokens_B[:, None], position_BT[:, -1:] + 1
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+
+    def _forward(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, position_BT: torch.Tensor, cache: Cache
+    ) -> tuple[torch.Tensor, Cache]:
+        """Logits after the last token of each row, raw, [B, V], and the cache with these tokens in it."""
+        known = {"attention_mask": mask_BT, "position_ids": position_BT, "logits_to_keep": 1}
+        known = {name: value for name, value in known.items() if name in self._takes}
+        out = self._model(input_ids=ids_BT, past_key_values=cache, use_cache=True, **known)
+        if not isinstance(out.past_key_values, Cache):
+            raise UserError(
+                f"{type(self._model).__name__} keeps no keys and values: the transformers engine cannot decode it",
+                "set teacher.engine: vllm, if vLLM knows this architecture",
             )
-        return out.sequences[:, width:].cpu(), out.logits or ()
+        return out.logits[:, -1], out.past_key_values
 
-    def _head_rows(self) -> int:
-        return self._model.get_output_embeddings().weight.shape[0]
+    def _cache_of(self, ids: Sequence[int], num_rows: int) -> Cache:
+        """The keys and values of what prompts begin with, for so many rows; of nothing, an empty cache."""
+        if not ids:
+            return DynamicCache(config=self._model.config)
+        if self._beginning is None or self._beginning.ids != tuple(ids):
+            self._beginning = None  # its memory first
+            ids_BT = torch.tensor([list(ids)], device=self._spec.device)
+            position_BT = torch.arange(len(ids), device=self._spec.device)[None]
+            empty = DynamicCache(config=self._model.config)
+            _, cache = self._forward(ids_BT, torch.ones_like(ids_BT), position_BT, empty)
+            self._beginning = _Beginning(tuple(ids), cache)
+        cache = copy.deepcopy(self._beginning.cache)
+        cache.batch_repeat_interleave(num_rows)
+        return cache
 
-    def _responses(self, sequences_BP: torch.Tensor) -> list[list[int]]:
-        """Each row up to and including its first end-of-sequence id."""
-        responses = []
-        for ids in sequences_BP.tolist():
-            end = next((i for i, token in enumerate(ids) if token in self._spec.eos_ids), len(ids) - 1)
-            responses.append(ids[: end + 1])
-        return responses
+
+class _Collected:
+    """Top-k of every step, until the rows of a batch are asked for."""
+
+    def __init__(self, ask: Ask, num_ids: int) -> None:
+        self._ask, self._num_ids = ask, num_ids
+        self._steps: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]] = []
+
+    def __call__(self, rows: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
+        ids, values, sums = top_k(logits_BV, self._ask.top_k, self._num_ids, self._ask.logsumexp)
+        found = [tensor.cpu().numpy() for tensor in (tokens_B, ids, values)]
+        self._steps.append((rows, *found, None if sums is None else sums.cpu().numpy()))  # pyright: ignore[reportArgumentType]
+
+    def results(self) -> Iterator[tuple[int, Scored]]:
+        """(row, its response), in the order of the rows: step by step to row by row."""
+        rows, tokens, ids, values = (np.concatenate([step[i] for step in self._steps]) for i in range(4))
+        sums = np.concatenate([step[4] for step in self._steps]) if self._ask.logsumexp else None  # pyright: ignore
+        order = np.argsort(rows, kind="stable")
+        starts = np.flatnonzero(np.diff(rows[order], prepend=-1))
+        for at in np.split(order, starts[1:]):
+            scored = Scored(tokens[at].astype(np.int32), ids[at], values[at], None if sums is None else sums[at])
+            yield int(rows[at[0]]), scored
+
+
+def _chooser(window: Sequence[Request], ask: Ask, num_ids: int) -> Choose:
+    """How the next token of each row comes about: the given one, a sampled one, or the most likely one."""
+
+    def given(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:
+        return torch.tensor([(window[row].given_ids or ())[step] for row in rows], device=logits_BV.device)
+
+    def sampled(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:
+        shares_BV = (logits_BV[:, :num_ids].float() / (ask.temperature or 1)).softmax(-1).cpu()
+        drawn = [torch.multinomial(shares, 1, generator=generators[row]) for shares, row in zip(shares_BV, rows, strict=True)]
+        return torch.cat(drawn).to(logits_BV.device)
+
+    def greedy(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:
+        return logits_BV[:, :num_ids].argmax(-1)
+
+    if window and window[0].given_ids is not None:
+        return given
+    if ask.temperature:
+        generators = [torch.Generator().manual_seed(request.seed or 0) for request in window]
+        return sampled
+    return greedy
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, int64 [B, T], with padding on the left, so that the last column is every row's last token."""
+    width = max(map(len, rows))
+    ids_BT, mask_BT = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        ids_BT[row, width - len(ids) :] = torch.tensor(list(ids))
+        mask_BT[row, width - len(ids) :] = 1
+    return ids_BT, mask_BT

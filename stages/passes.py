@@ -17,6 +17,7 @@ import torch
 from cache.codec import Block
 from cache.record import SUBSETS, counts_of, prompt_and_response
 from stages.alignment import AlignedBatch, align
+from stages.lengths import cut_by_length
 from stages.losses import TopK, position_weights
 from stages.settings import TrainSettings
 
@@ -88,36 +89,3 @@ def passes_of(rows: Block, settings: TrainSettings, pad_id: int) -> list[Pass]:
             )
         )
     return passes
-
-
-def cut_by_length(lengths: np.ndarray, max_padding: float, pass_tokens: int) -> list[np.ndarray]:
-    """Rows by length, ascending, cut into the fewest groups in which at most `max_padding` of all tokens is padding.
-
-    A group that would hold more than `pass_tokens` tokens, padding included, is cut further, down to one row at least.
-    """
-    order = np.argsort(lengths, kind="stable")
-    groups = []
-    for group in np.split(order, _fewest_cuts(lengths[order], max_padding)):
-        most = max(1, pass_tokens // int(lengths[group[-1]]))
-        groups += np.array_split(group, -(-len(group) // most))
-    return groups
-
-
-def _fewest_cuts(ascending: np.ndarray, max_padding: float) -> list[int]:
-    """Where to cut ascending lengths. Exact, by dynamic programming over the distinct lengths."""
-    distinct, counts = np.unique(ascending, return_counts=True)
-    ends = np.cumsum(counts)  # rows up to and including each length
-    allowed = ascending.sum() / (1 - max_padding) if max_padding < 1 else np.inf
-    # tokens[i, j]: of one group with lengths i to j; least[j]: of the cheapest groups so far that end with length j
-    tokens = np.where(np.arange(len(distinct))[:, None] <= np.arange(len(distinct)), 0.0, np.inf)
-    tokens += distinct[None, :] * (ends[None, :] - (ends - counts)[:, None])
-    least, choices = tokens[0], []
-    while least[-1] > allowed * (1 + 1e-12):
-        with_one_more = least[:-1, None] + tokens[1:]
-        choices.append(np.argmin(with_one_more, axis=0))
-        least = with_one_more[choices[-1], np.arange(len(distinct))]
-    cuts, last = [], len(distinct) - 1
-    for choice in reversed(choices):
-        last = int(choice[last])
-        cuts.append(int(ends[last]))
-    return cuts[::-1]

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAB_SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cache.errors import UserError
 from stages.alignment import align
-from stages.engine import EngineSpec, Scored, open_engine, self_test
+from stages.engine import Ask, EngineSpec, Request, Scored, open_engine, self_test
 from stages.engine_transformers import TransformersEngine
 from stages.models import eos_ids, load_config, load_model, load_tokenizer
+from stages.topk import LARGE_VOCABULARY, top_k
 
 TOP_K = 7
 
@@ -31,31 +34,111 @@ def engine(spec) -> TransformersEngine:
 
 
 @pytest.fixture(scope="module")
+def model():
+    return load_model(LAB_SMALL, "float32")
+
+
+@pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     tokenizer = load_tokenizer(LAB_SMALL)
     texts = ("Where was Bo born?", "What is the hobby of a very long name, Aurelio Quillsby of Umberlee?", "Hi")
     return [tokenizer(f"<bos><|user|>{text}<|assistant|>", add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def test_scores_are_the_logits_of_a_plain_forward_pass(engine, prompts):
+def requests(prompts, **more) -> list[Request]:
+    return [Request(number, ids, **more) for number, ids in enumerate(prompts)]
+
+
+def forward(model, prompt, response) -> torch.Tensor:
+    """The rows of a plain forward pass, without any cache or padding, that predict the response."""
+    batch = align([prompt], [response], 0)
+    with torch.no_grad():
+        return model(batch.input_ids_BT).logits[batch.batch_index_N, batch.position_N]
+
+
+def check_against_forward(model, prompt, scored: Scored) -> None:
+    logits = forward(model, prompt, scored.response_ids)
+    top = logits.topk(TOP_K, dim=-1)
+    assert np.array_equal(scored.topk_ids_PK, top.indices.numpy())
+    assert np.abs(scored.topk_logits_PK - top.values.numpy()).max() < 1e-3
+    assert np.abs(scored.logsumexp_P - logits.logsumexp(-1).numpy()).max() < 1e-3
+
+
+def test_scores_are_the_logits_of_a_plain_forward_pass(engine, model, prompts):
     """Teacher forcing the greedy response, one prompt at a time and without any cache, gives the same rows."""
-    model = load_model(LAB_SMALL, "float32")
-    for prompt, scored in zip(prompts, engine.score(prompts, TOP_K, 3), strict=True):
-        batch = align([prompt], [scored.response_ids], 0)
-        with torch.no_grad():
-            logits = model(batch.input_ids_BT).logits[batch.batch_index_N, batch.position_N]
-        top = logits.topk(TOP_K, dim=-1)
-        assert np.array_equal(scored.topk_ids_PK, top.indices.numpy())
-        assert np.abs(scored.topk_logits_PK - top.values.numpy()).max() < 1e-3
-        assert np.abs(scored.logsumexp_P - logits.logsumexp(-1).numpy()).max() < 1e-3
-        assert np.array_equal(scored.response_ids, top.indices[:, 0].numpy())
+    results = engine.score_all(requests(prompts), Ask(TOP_K, 3, logsumexp=True))
+    for prompt, scored in zip(prompts, results, strict=True):
+        check_against_forward(model, prompt, scored)
+        assert np.array_equal(scored.response_ids, scored.topk_ids_PK[:, 0])
+
+
+def test_a_given_response_is_scored_and_not_changed(engine, model, prompts):
+    responses = [[7, 900, 3], [12], [5, 5, 5, 5, 5]]
+    asked = [Request(n, p, given_ids=r) for n, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+    for prompt, response, scored in zip(
+        prompts, responses, engine.score_all(asked, Ask(TOP_K, 3, logsumexp=True)), strict=True
+    ):
+        assert scored.response_ids.tolist() == response
+        check_against_forward(model, prompt, scored)
+    self_test(engine, [replace(r, given_ids=[7, 900]) for r in asked], Ask(TOP_K, 2, True), engine._spec.num_ids)
+
+
+def test_sampled_responses_depend_on_their_seeds_alone(engine, model, prompts):
+    ask = Ask(TOP_K, 6, logsumexp=True, temperature=3.0)
+    asked = [Request(n, p, seed=n) for n, p in enumerate(prompts)]
+    together = engine.score_all(asked, ask)
+    alone = [engine.score_all([request], ask)[0] for request in asked]
+    others = engine.score_all([replace(request, seed=9) for request in asked], ask)
+    for prompt, a, b in zip(prompts, together, alone, strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        check_against_forward(model, prompt, a)
+    assert [s.response_ids.tolist() for s in together] != [s.response_ids.tolist() for s in others]
+
+
+@pytest.mark.parametrize("shared", [0, 1, 100])
+def test_what_prompts_begin_with_changes_nothing(engine, spec, model, prompts, shared):
+    """A prefix of 0, 1 and 100 tokens (the lab's context is 192), computed once and for each row anew."""
+    prefix = np.random.default_rng(0).integers(5, spec.num_ids, shared).tolist()
+    prompts = [[*prefix, *prompt] for prompt in prompts]
+    alone = TransformersEngine(replace(spec, share_prefix=False))
+    before = engine.usage.cached_tokens
+    ask = Ask(TOP_K, 4, logsumexp=True)
+    once, anew = engine.score_all(requests(prompts), ask), alone.score_all(requests(prompts), ask)
+    for prompt, a, b in zip(prompts, once, anew, strict=True):
+        check_against_forward(model, prompt, a)
+        assert np.array_equal(a.topk_ids_PK, b.topk_ids_PK)
+        assert np.abs(a.topk_logits_PK - b.topk_logits_PK).max() < 1e-3
+    in_common = next(i for i in range(999) if len({p[i] for p in prompts}) > 1)
+    assert engine.usage.cached_tokens - before == (len(prompts) * in_common if in_common >= 16 else 0)
+    assert alone.usage.cached_tokens == 0
+
+
+def test_rows_stream_through_in_bounded_memory(spec, prompts):
+    """Requests are drawn as results are taken: never more than a window ahead."""
+    engine = TransformersEngine(replace(spec, batch_size=2))
+    drawn = 0
+
+    def feed():
+        nonlocal drawn
+        for number in range(100):
+            drawn += 1
+            yield Request(number, prompts[number % 3])
+
+    found = []
+    for key, _ in engine.stream(feed(), Ask(TOP_K, 1)):
+        found.append(key)
+        assert drawn <= len(found) - 1 + 2 * 16
+    assert sorted(found) == list(range(100))
 
 
 def test_a_response_ends_with_the_first_end_of_sequence(engine, spec, prompts):
+    ended = 0
     for scored, generated in zip(engine.score(prompts, TOP_K, 16), engine.generate(prompts, 16), strict=True):
         assert not set(scored.response_ids[:-1].tolist()) & set(spec.eos_ids)
-        ended = scored.response_ids[-1] in spec.eos_ids
-        assert generated == scored.response_ids[: -1 if ended else None].tolist()
+        ends = scored.response_ids[-1] in spec.eos_ids
+        assert generated == scored.response_ids[: -1 if ends else None].tolist()
+        ended += ends
+    assert ended, "the fixture must have a response that ends"
 
 
 def test_batch_composition_does_not_change_a_row(engine, prompts):
@@ -63,6 +146,21 @@ def test_batch_composition_does_not_change_a_row(engine, prompts):
     for a, b in zip(together, alone, strict=True):
         assert np.array_equal(a.topk_ids_PK, b.topk_ids_PK)
         assert np.abs(a.topk_logits_PK - b.topk_logits_PK).max() < 1e-3
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 200), st.integers(0, 2**31))
+def test_the_largest_of_a_large_vocabulary_are_found_exactly(k, rows, padding, seed):
+    """By blocks, with a part of a block at the end, ties, and padding that is larger than everything."""
+    generator = torch.Generator().manual_seed(seed)
+    width = LARGE_VOCABULARY + 17
+    logits = torch.randn(rows + 1, width + padding, generator=generator).mul(8).round() / 4
+    logits[:, width:] = 100
+    ids, values, sums = top_k(logits, k, width, logsumexp=True)
+    assert torch.equal(values, logits[:, :width].topk(k).values)
+    assert torch.equal(logits.gather(1, ids.long()), values)
+    assert all(len(set(row)) == k for row in ids.tolist())
+    assert torch.equal(sums, logits.logsumexp(-1))
 
 
 def test_head_padding_never_counts(tmp_path, spec, prompts):
@@ -82,7 +180,7 @@ def test_head_padding_never_counts(tmp_path, spec, prompts):
     scored = engine.score(prompts, TOP_K, 2)
     assert max(s.topk_ids_PK.max() for s in scored) < spec.num_ids
     assert max(s.response_ids.max() for s in scored) < spec.num_ids
-    self_test(engine, prompts, TOP_K, spec.num_ids)
+    self_test(engine, requests(prompts), Ask(TOP_K, 1, logsumexp=True), spec.num_ids)
 
 
 class Wrong:
@@ -91,9 +189,9 @@ class Wrong:
     def __init__(self, engine, fault):
         self.name, self.dtype, self._engine, self._fault, self._calls = "wrong 1.0", engine.dtype, engine, fault, 0
 
-    def score(self, prompts, top_k, max_positions):
+    def score_all(self, requests, ask):
         self._calls += 1
-        return [self._fault(s, self._calls) for s in self._engine.score(prompts, top_k, max_positions)]
+        return [self._fault(s, self._calls) for s in self._engine.score_all(requests, ask)]
 
 
 def log_probabilities(s: Scored, call: int) -> Scored:
@@ -120,6 +218,14 @@ def padding_ids(s: Scored, call: int) -> Scored:
     return replace(s, topk_ids_PK=ids)
 
 
+def wrong_logsumexp(s: Scored, call: int) -> Scored:
+    return replace(s, logsumexp_P=s.logsumexp_P - 0.1)
+
+
+def another_response(s: Scored, call: int) -> Scored:
+    return replace(s, response_ids=s.response_ids + 1)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -128,12 +234,16 @@ def padding_ids(s: Scored, call: int) -> Scored:
         (stale_prefix_cache, "prefix cache"),
         (wrong_continuation, "after a longer prompt"),
         (padding_ids, "padding of the head"),
+        (wrong_logsumexp, "its log-sum-exp is"),
+        (another_response, "came back as"),
     ],
 )
 def test_the_self_test_fails_loudly(engine, prompts, spec, fault, message):
-    self_test(engine, prompts, TOP_K, spec.num_ids)
+    ask = Ask(TOP_K, 1, logsumexp=True)
+    asked = requests(prompts, given_ids=[7, 900] if fault is another_response else None)
+    self_test(engine, asked, ask, spec.num_ids)
     with pytest.raises(UserError, match=message) as caught:
-        self_test(Wrong(engine, fault), prompts, TOP_K, spec.num_ids)
+        self_test(Wrong(engine, fault), asked, ask, spec.num_ids)
     assert "wrong 1.0" in caught.value.what
 
 

@@ -1,0 +1,51 @@
+"""The k largest logits and the log-sum-exp of each row, at the same price for any vocabulary: what every engine keeps.
+
+Shapes: N rows, V vocabulary, K kept ids.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ROWS = 32  # at once: what is computed stays near the processor, and a GPU holds no second copy of all logits
+BLOCK = 64
+LARGE_VOCABULARY = 16_384  # from here on, looking at blocks first is quicker than torch.topk (measured on a CPU: 2x to 4x)
+
+
+def top_k(
+    logits_NV: torch.Tensor, k: int, num_ids: int, logsumexp: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Ids (int32) and logits (float32) of the k largest of the first `num_ids` columns, descending, and the log-sum-exp.
+
+    Columns from `num_ids` on are head padding: never among the k, but part of the sum, as of the model's own softmax.
+    """
+    ids, values, sums = [], [], []
+    for part_NV in logits_NV.split(ROWS):
+        part_NV = part_NV.float()
+        values_NK, ids_NK = _largest(part_NV[:, :num_ids], k)
+        ids.append(ids_NK.int())
+        values.append(values_NK)
+        if logsumexp:
+            sums.append(part_NV.logsumexp(-1))
+    return torch.cat(ids), torch.cat(values), torch.cat(sums) if logsumexp else None
+
+
+def _largest(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.topk`. Of a large vocabulary, only the k blocks with the largest maxima are searched.
+
+    That is exact: an id among the k largest lies in a block whose maximum is at least its logit, and fewer than k blocks
+    can have a larger maximum unless k larger logits exist.
+    """
+    num_blocks = logits_NV.shape[1] // BLOCK
+    if logits_NV.shape[1] < LARGE_VOCABULARY or k > num_blocks // 4:
+        return logits_NV.topk(k, dim=-1)
+    whole = num_blocks * BLOCK
+    blocks_NMB = logits_NV[:, :whole].unflatten(1, (num_blocks, BLOCK))
+    chosen_NK = blocks_NMB.amax(-1).topk(k, dim=-1, sorted=False).indices
+    candidates = blocks_NMB.gather(1, chosen_NK[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    ids = (chosen_NK[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits_NV.device)).flatten(1)
+    rest = torch.arange(whole, logits_NV.shape[1], device=logits_NV.device)  # fewer than a block
+    candidates = torch.cat([candidates, logits_NV[:, whole:]], dim=1)
+    ids = torch.cat([ids, rest.expand(len(ids), -1)], dim=1)
+    values_NK, at_NK = candidates.topk(k, dim=-1)
+    return values_NK, ids.gather(1, at_NK)
