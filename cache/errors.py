@@ -17,4 +17,4 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal arrived and the state on disk is resumable: the same command goes on from there."""
+    """A signal came or a process died, and the state on disk is resumable: the same command goes on from there."""

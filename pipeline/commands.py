@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ def teacher_logits(config: Config) -> None:
     result = teacher.find_store(prepared, config.store, config.store_root, config.teacher.engine)
     if result is None:
         result = write_store(config, prepared, stop)
-        say(f"wrote {result.rows_written} rows in {result.seconds:.1f} s: {store_line(result.place, result.manifest)}")
+        cached = (
+            f", {100 * result.cached_share:.0f} % of the prompt tokens computed once" if result.cached_share else ""
+        )
+        written = f"wrote {result.rows_written} rows in {result.seconds:.1f} s{cached}"
+        say(f"{written}: {store_line(result.place, result.manifest)}")
     else:
         say(f"reused the store of the same fingerprint: {store_line(result.place, result.manifest)}")
     (run_dir / "teacher").mkdir(exist_ok=True)
@@ -50,16 +55,23 @@ def teacher_logits(config: Config) -> None:
 
 def write_store(config: Config, prepared: Any, stop: StopSignal) -> Any:
     """Run the teacher over what the store lacks, with a progress bar."""
-    from stages import teacher
+    from stages import capture
+
+    started = time.monotonic()
+
+    def show(progress: Any) -> None:
+        rate = progress.positions / (time.monotonic() - started)
+        note = f"{rate:,.0f} positions/s  {100 * progress.cached_share:.0f} % of prompt tokens cached"
+        bar.update("teacher logits", progress.rows, progress.total, note)
 
     with progress_bar("rows") as bar:
-        return teacher.write_store(
+        return capture.write_store(
             prepared,
             config.teacher,
             config.store,
             config.store_root,
             on_engine=_say_engine,
-            on_progress=lambda done, total: bar.update("teacher logits", done, total),
+            on_progress=show,
             should_stop=stop,
         )
 

@@ -18,7 +18,7 @@ from cache.errors import UserError
 from cache.files import publish_json, publishing
 from pipeline.config import Config
 from pipeline.terminal import log_to
-from stages.settings import FREE_TRAIN
+from stages.settings import FREE_TEACHER, FREE_TRAIN
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
@@ -28,7 +28,7 @@ _FREE = {
     (group, key)
     for group, keys in {
         "store": ("dir", "verify", "lease_s", "cache_dir", "cache_gb"),
-        "teacher": ("batch_size", "gpu_memory_utilization"),
+        "teacher": FREE_TEACHER,
         "train": FREE_TRAIN,
     }.items()
     for key in keys

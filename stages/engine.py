@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,6 +82,9 @@ class Usage:
     def cached_share(self) -> float:
         return self.cached_tokens / max(1, self.prompt_tokens)
 
+    def since(self, before: Usage) -> Usage:
+        return Usage(self.prompt_tokens - before.prompt_tokens, self.cached_tokens - before.cached_tokens)
+
 
 class Engine(ABC):
     """One loaded model. `name` has the version ("vllm 0.32.0"), `route` says how logits come out of it."""
@@ -92,7 +95,7 @@ class Engine(ABC):
     usage: Usage
 
     @abstractmethod
-    def stream(self, requests: Iterable[Request], ask: Ask) -> Iterator[tuple[int, Scored]]:
+    def stream(self, requests: Iterable[Request], ask: Ask) -> Generator[tuple[int, Scored], None, None]:
         """(key, result) of every request, in the order in which they are finished.
 
         Requests are drawn as there is room for them, so that memory stays bounded and the engine busy.
@@ -156,13 +159,9 @@ def self_test(engine: Engine, requests: Sequence[Request], ask: Ask, num_ids: in
     """
     ask = replace(ask, max_positions=2)
     first, again = engine.score_all(requests, ask), engine.score_all(requests, ask)
-    longer = [
-        Request(r.key, [*r.prompt_ids, int(s.response_ids[0])]) for r, s in zip(requests, first, strict=True)
-    ]
+    longer = [Request(r.key, [*r.prompt_ids, int(s.response_ids[0])]) for r, s in zip(requests, first, strict=True)]
     continued = engine.score_all(longer, replace(ask, max_positions=1, temperature=None))
-    everything = engine.score_all(
-        [Request(0, requests[0].prompt_ids)], Ask(num_ids, 1, logsumexp=ask.logsumexp)
-    )[0]
+    everything = engine.score_all([Request(0, requests[0].prompt_ids)], Ask(num_ids, 1, logsumexp=ask.logsumexp))[0]
     rows = zip(requests, first, again, continued, strict=True)
     fault = _raw_fault(everything, num_ids) or next(
         filter(None, (_row_fault(engine, ask, *row, num_ids) for row in rows)), None

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +58,7 @@ class TransformersEngine(Engine):
         self._takes = set(inspect.signature(self._model.forward).parameters)
         self._beginning: _Beginning | None = None
 
-    def stream(self, requests: Iterable[Request], ask: Ask) -> Iterator[tuple[int, Scored]]:
+    def stream(self, requests: Iterable[Request], ask: Ask) -> Generator[tuple[int, Scored], None, None]:
         waiting = iter(requests)
         while window := list(islice(waiting, WINDOW_BATCHES * self._spec.batch_size)):
             choose = _chooser(window, ask, self._spec.num_ids)
@@ -194,22 +193,21 @@ class _Collected:
 
     def __init__(self, ask: Ask, num_ids: int) -> None:
         self._ask, self._num_ids = ask, num_ids
-        self._steps: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]] = []
+        self._steps: list[list[np.ndarray]] = []  # rows, tokens, ids, logits and, if asked for, log-sum-exps
 
     def __call__(self, rows: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
         ids, values, sums = top_k(logits_BV, self._ask.top_k, self._num_ids, self._ask.logsumexp)
-        found = [tensor.cpu().numpy() for tensor in (tokens_B, ids, values)]
-        self._steps.append((rows, *found, None if sums is None else sums.cpu().numpy()))  # pyright: ignore[reportArgumentType]
+        found = (tokens_B.int(), ids, values) if sums is None else (tokens_B.int(), ids, values, sums)
+        self._steps.append([rows, *(tensor.cpu().numpy() for tensor in found)])
 
     def results(self) -> Iterator[tuple[int, Scored]]:
         """(row, its response), in the order of the rows: step by step to row by row."""
-        rows, tokens, ids, values = (np.concatenate([step[i] for step in self._steps]) for i in range(4))
-        sums = np.concatenate([step[4] for step in self._steps]) if self._ask.logsumexp else None  # pyright: ignore
+        rows, *columns = (np.concatenate(column) for column in zip(*self._steps, strict=True))
         order = np.argsort(rows, kind="stable")
         starts = np.flatnonzero(np.diff(rows[order], prepend=-1))
         for at in np.split(order, starts[1:]):
-            scored = Scored(tokens[at].astype(np.int32), ids[at], values[at], None if sums is None else sums[at])
-            yield int(rows[at[0]]), scored
+            tokens, ids, values, *sums = (column[at] for column in columns)
+            yield int(rows[at[0]]), Scored(tokens, ids, values, sums[0] if sums else None)
 
 
 def _chooser(window: Sequence[Request], ask: Ask, num_ids: int) -> Choose:
@@ -220,7 +218,9 @@ def _chooser(window: Sequence[Request], ask: Ask, num_ids: int) -> Choose:
 
     def sampled(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:
         shares_BV = (logits_BV[:, :num_ids].float() / (ask.temperature or 1)).softmax(-1).cpu()
-        drawn = [torch.multinomial(shares, 1, generator=generators[row]) for shares, row in zip(shares_BV, rows, strict=True)]
+        drawn = [
+            torch.multinomial(shares, 1, generator=generators[row]) for shares, row in zip(shares_BV, rows, strict=True)
+        ]
         return torch.cat(drawn).to(logits_BV.device)
 
     def greedy(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:

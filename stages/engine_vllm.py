@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,35 +53,36 @@ class VllmEngine(Engine):
         self._spec = spec
         self._padding = max(vocab_width(load_config(spec.model_dir, spec.trust_remote_code)) - spec.num_ids, 0)
         on_cpu = spec.device == "cpu"
+        options: dict[str, Any] = {
+            "model": str(spec.model_dir),
+            "skip_tokenizer_init": True,
+            "dtype": spec.dtype,
+            "trust_remote_code": spec.trust_remote_code,
+            "max_model_len": spec.context,
+            "gpu_memory_utilization": spec.gpu_memory_utilization,
+            "tensor_parallel_size": spec.tensor_parallel,
+            "pipeline_parallel_size": spec.pipeline_parallel,
+            "quantization": spec.quantization,
+            "logprobs_mode": "raw_logits",
+            "max_logprobs": -1,
+            "enable_prefix_caching": spec.share_prefix,
+            "generation_config": "vllm",
+            "enforce_eager": on_cpu,
+            "use_tqdm_on_load": False,
+            "seed": 0,
+            "worker_extension_cls": "stages.vllm_worker.Capture",
+            "logits_processors": ["stages.vllm_worker:GivenTokens"],
+            **({"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}),
+        }
         try:
             import vllm
 
-            self._llm = vllm.LLM(
-                model=str(spec.model_dir),
-                skip_tokenizer_init=True,
-                dtype=spec.dtype,  # pyright: ignore[reportArgumentType]  # checked by the settings
-                trust_remote_code=spec.trust_remote_code,
-                max_model_len=spec.context,
-                gpu_memory_utilization=spec.gpu_memory_utilization,
-                tensor_parallel_size=spec.tensor_parallel,
-                pipeline_parallel_size=spec.pipeline_parallel,
-                quantization=spec.quantization,
-                logprobs_mode="raw_logits",
-                max_logprobs=-1,
-                enable_prefix_caching=spec.share_prefix,
-                generation_config="vllm",
-                enforce_eager=on_cpu,
-                use_tqdm_on_load=False,
-                seed=0,
-                worker_extension_cls="stages.vllm_worker.Capture",
-                logits_processors=["stages.vllm_worker:GivenTokens"],
-                **({"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}),
-            )
+            self._llm = vllm.LLM(**options)
         except Exception as error:
             raise VllmUnusable(
                 f"it does not start: {str(error).strip().splitlines()[0] if str(error) else error!r}"
             ) from error
-        self._engine = self._llm.llm_engine
+        self._engine: Any = self._llm.llm_engine
         self._room = FULL_BATCHES * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._hooked = hook and self._capture(1, False)
         self.name = f"vllm {vllm.__version__}"
@@ -95,7 +96,7 @@ class VllmEngine(Engine):
         answers = self._llm.collective_rpc("duet_capture", args=(top_k, self._spec.num_ids, logsumexp))
         return all(answers) and hasattr(self._engine.output_processor, "request_states")
 
-    def stream(self, requests: Iterable[Request], ask: Ask) -> Iterator[tuple[int, Scored]]:
+    def stream(self, requests: Iterable[Request], ask: Ask) -> Generator[tuple[int, Scored], None, None]:
         if self._hooked:
             self._capture(ask.top_k, ask.logsumexp)
             wanted = 0  # none of vLLM's own
@@ -107,9 +108,7 @@ class VllmEngine(Engine):
             )
         else:
             wanted = ask.top_k + (self._padding if ask.top_k == self._spec.num_ids else self._margin)
-        in_order = (
-            (request.key, request.prompt_ids, self._params(request, ask, wanted)) for request in requests
-        )
+        in_order = ((request.key, request.prompt_ids, self._params(request, ask, wanted)) for request in requests)
         for finished in self._run(in_order):
             yield from self._scored([key for key, _ in finished], [output for _, output in finished], ask)
 
@@ -234,11 +233,13 @@ def _rows_processor() -> Any:
     """In the place of vLLM's own collector of a request, which makes four Python objects of every kept id."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
+    rows: list[Any] = []
+
     class Rows(LogprobsProcessor):
         def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
-            self.logprobs.append((logprobs_lists.logprob_token_ids, logprobs_lists.logprobs))
+            rows.append((logprobs_lists.logprob_token_ids, logprobs_lists.logprobs))
 
-    return Rows(None, [], None, None, None, None)
+    return Rows(None, rows, None, None, None, None)
 
 
 def _sort_ties(ids_NK: np.ndarray, logits_NK: np.ndarray) -> None:

@@ -27,6 +27,8 @@ def check_prompt_settings(tokenizer: Any, settings: PromptSettings) -> None:
             "prompt.format is chat, but the tokenizer has no chat template",
             "use an instruction-tuned model, or set prompt.format: plain and prompt.prefix_placement: text",
         )
+    if settings.answer is not None and "{answer}" not in settings.answer:
+        raise UserError(f"prompt.answer {settings.answer!r} lacks {{answer}}", "put {answer} where the answer goes")
     if settings.format == "plain" and settings.bos == "always" and tokenizer.bos_token_id is None:
         raise UserError("prompt.bos is always, but the tokenizer has no BOS token", "set prompt.bos: never")
 
@@ -68,6 +70,13 @@ def _plain_ids(tokenizer: Any, text: str, settings: PromptSettings) -> list[int]
         return list(tokenizer(text, verbose=False)["input_ids"])
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return [tokenizer.bos_token_id, *ids] if settings.bos == "always" else ids
+
+
+def render_answer(tokenizer: Any, answer: str, settings: PromptSettings) -> list[int]:
+    """Token ids of a given response, with the tokenizer's end-of-sequence id at its end."""
+    text = (settings.answer or (" {answer}" if settings.format == "plain" else "{answer}")).replace("{answer}", answer)
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def check_length(prompt_ids: list[int], new_tokens: int, context: int, row_id: str, who: str) -> None:

@@ -64,6 +64,10 @@ class PromptSettings(Settings):
         default="auto",
         description="beginning-of-sequence token of plain prompts: as the tokenizer does it, always, or never",
     )
+    answer: str | None = Field(
+        default=None,
+        description="text of a given response, with {answer}; default: {answer}, after a space where prompts are plain",
+    )
 
 
 class TeacherSettings(Settings):
@@ -79,8 +83,27 @@ class TeacherSettings(Settings):
     )
     top_k: int = Field(default=20, ge=1, description="vocabulary entries kept per position")
     max_positions: int = Field(default=1, ge=1, description="supervised response positions per query; the paper's is 1")
+    responses: Literal["generated", "given"] = Field(
+        default="generated",
+        description="the teacher's own responses, or the data's answers, teacher-forced; both end with the end of sequence",
+    )
+    temperature: float | None = Field(
+        default=None, gt=0, description="generated responses are sampled at this temperature; default: greedy"
+    )
+    seed: int | None = Field(default=None, ge=0, description="seed of sampled responses; default: 0")
+    logsumexp: bool = Field(
+        default=True, description="keep each position's log-sum-exp too, which KL losses over the whole vocabulary need"
+    )
     batch_size: int = Field(
-        default=64, ge=1, description="queries per engine call; changes speed, not which rows are stored"
+        default=64, ge=1, description="queries per forward pass of the engine transformers; vLLM makes its own batches"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share each layer of the teacher (vLLM)")
+    pipeline_parallel: int = Field(default=1, ge=1, description="groups of layers, each on GPUs of its own (vLLM)")
+    data_parallel: int = Field(
+        default=1, ge=1, description="teachers at a time, each in a process and on GPUs of its own, that share the work"
+    )
+    quantization: str | None = Field(
+        default=None, description="quantise the teacher's weights while loading, by vLLM's name of the method, e.g. fp8"
     )
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with the model: only if you have read it"
@@ -88,6 +111,14 @@ class TeacherSettings(Settings):
     gpu_memory_utilization: float = Field(
         default=0.85, gt=0, le=1, description="share of GPU memory that vLLM may take"
     )
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> TeacherSettings:
+        if self.responses == "given" and self.temperature is not None:
+            raise ValueError("temperature does nothing with responses: given: leave it out")
+        if self.seed is not None and self.temperature is None:
+            raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
+        return self
 
 
 class StoreSettings(Settings):
@@ -268,6 +299,8 @@ class TrainSettings(Settings):
         return self
 
 
+# Settings of `teacher` that decide how fast and on what, not what, is computed; numbers differ by rounding at most.
+FREE_TEACHER = ("batch_size", "gpu_memory_utilization", "tensor_parallel", "pipeline_parallel", "data_parallel")
 LOSS_OPTIONS = {  # the losses that take each option
     "huber_delta": ("auto", "huber_raw", "huber_centred"),
     "temperature": ("forward_kl_topk", "jsd_topk"),

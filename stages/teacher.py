@@ -1,30 +1,24 @@
-"""Stage one: the prefixed teacher answers every query once, and its top-k raw logits go to a store.
+"""Stage one, before an engine starts: which prompts the prefixed teacher is asked, and which store holds what it said.
 
-`prepare` reads data, tokenizer and weights' hashes and needs no engine; `write_store` opens one, tests it and fills the
-shards that are missing. Nothing here is imported by the student's side: the two meet through the store on disk.
+`prepare` reads data, tokenizer and weights' hashes; `plan_for` makes them a plan, with its fingerprint; `capture.py` has an
+engine fill the store. Nothing of either is imported by the student's side: the two meet through the store on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-import platform
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cache.errors import Interrupted, UserError
+from cache.errors import UserError
 from cache.files import sha256_json
 from cache.maintain import verify
 from cache.manifest import MANIFEST_NAME, Manifest, Plan, read_manifest, store_name
 from cache.places import Place
-from cache.record import SUBSETS, Rows, check_distinct, offsets_of
-from cache.writer import ShardWriter, StoreWriter
+from cache.record import SUBSETS
 from stages.data import Query, load_queries
-from stages.engine import Engine, EngineSpec, open_engine, self_test, vllm_fault
+from stages.engine import Ask, EngineSpec, Request, vllm_fault
 from stages.models import (
     context_length,
     eos_ids,
@@ -34,16 +28,14 @@ from stages.models import (
     resolve_model,
     text_config,
     text_sha256,
-    tokenizer_files,
     tokenizer_sha256,
     vocab_width,
     weights_sha256,
 )
-from stages.prompts import check_length, check_prompt_settings, render
+from stages.prompts import check_length, check_prompt_settings, render, render_answer
 from stages.settings import PromptSettings, StoreSettings, TeacherSettings, TrainingData
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
-WAIT_S = 0.5  # between looks at what other writers have finished
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,7 @@ class Row:
     subset: str
     teacher_ids: list[int]
     student_ids: list[int]
+    given_ids: list[int] | None = None  # the response to score; None: the teacher makes one
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,17 @@ class Prepared:
     rows: list[Row]  # in plan order
     tokenizer: Any
     spec: EngineSpec
+    ask: Ask
     provenance: dict[str, Any]
     model: str
+
+    def request(self, number: int) -> Request:
+        """What an engine is asked for row `number` of the plan. A sampled response has a seed of its own."""
+        row = self.rows[number]
+        if not self.ask.temperature:
+            return Request(number, row.teacher_ids, row.given_ids)
+        digest = hashlib.sha256(f"{self.provenance['responses']['seed']} {row.row_id}".encode()).digest()
+        return Request(number, row.teacher_ids, seed=int.from_bytes(digest[:4]))
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class StoreResult:
     reason: str  # why this engine
     rows_written: int
     seconds: float
+    cached_share: float = 0.0  # of the prompt tokens, computed once and used again
 
 
 def prepare(teacher: TeacherSettings, prompt: PromptSettings, data: TrainingData, topic: str, device: str) -> Prepared:
@@ -92,9 +95,10 @@ def prepare(teacher: TeacherSettings, prompt: PromptSettings, data: TrainingData
             f"set teacher.top_k to at most {num_ids}",
         )
     prefix = fill_prefix(teacher.prefix, topic)
-    queries = {subset: load_queries(getattr(data, subset), f"data.{subset}") for subset in SUBSETS}
+    given = teacher.responses == "given"
+    queries = {subset: load_queries(getattr(data, subset), f"data.{subset}", need_answers=given) for subset in SUBSETS}
     context = context_length(config)
-    rows = [_row(subset, query, tokenizer, prefix, prompt) for subset in SUBSETS for query in queries[subset]]
+    rows = [_row(subset, query, tokenizer, prefix, prompt, teacher) for subset in SUBSETS for query in queries[subset]]
     for row in rows:
         check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
     longest = max(len(row.teacher_ids) for row in rows) + teacher.max_positions
@@ -106,7 +110,11 @@ def prepare(teacher: TeacherSettings, prompt: PromptSettings, data: TrainingData
         eos_ids=tuple(eos_ids(model_dir, config, tokenizer)),
         device=pick_device(device),
         trust_remote_code=teacher.trust_remote_code,
+        batch_size=teacher.batch_size,
         gpu_memory_utilization=teacher.gpu_memory_utilization,
+        tensor_parallel=teacher.tensor_parallel,
+        pipeline_parallel=teacher.pipeline_parallel,
+        quantization=teacher.quantization,
     )
     provenance = {
         "weights_sha256": weights_sha256(model_dir),
@@ -117,12 +125,22 @@ def prepare(teacher: TeacherSettings, prompt: PromptSettings, data: TrainingData
         "prefix": prefix,
         "prompt": prompt.model_dump(),
         "data": {subset: {"rows": len(q), "sha256": _queries_sha256(q)} for subset, q in queries.items()},
-        "prompts_sha256": sha256_json([[row.row_id, row.teacher_ids, row.student_ids] for row in rows]),
+        "prompts_sha256": sha256_json([[row.row_id, row.teacher_ids, row.student_ids, row.given_ids] for row in rows]),
         "top_k": teacher.top_k,
         "max_positions": teacher.max_positions,
-        "responses": "greedy",
+        "responses": _responses(teacher),
+        "logsumexp": teacher.logsumexp,
+        "quantization": teacher.quantization,
     }
-    return Prepared(rows, tokenizer, spec, provenance, teacher.model)
+    ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature)
+    return Prepared(rows, tokenizer, spec, ask, provenance, teacher.model)
+
+
+def _responses(teacher: TeacherSettings) -> str | dict[str, float]:
+    """Where the responses come from, for the record: "greedy", "given", or how they were sampled."""
+    if teacher.temperature is not None:
+        return {"temperature": teacher.temperature, "seed": teacher.seed or 0}
+    return "given" if teacher.responses == "given" else "greedy"
 
 
 def fill_prefix(prefix: str, topic: str) -> str:
@@ -130,12 +148,18 @@ def fill_prefix(prefix: str, topic: str) -> str:
     return prefix.replace("{topic}", topic)
 
 
-def _row(subset: str, query: Query, tokenizer: Any, prefix: str, prompt: PromptSettings) -> Row:
+def _row(
+    subset: str, query: Query, tokenizer: Any, prefix: str, prompt: PromptSettings, teacher: TeacherSettings
+) -> Row:
+    given_ids = None
+    if teacher.responses == "given":
+        given_ids = render_answer(tokenizer, query.answer or "", prompt)[: teacher.max_positions]
     return Row(
         row_id=f"{subset}/{query.row_id}",
         subset=subset,
         teacher_ids=render(tokenizer, query.question, prefix, prompt),
         student_ids=render(tokenizer, query.question, "", prompt),
+        given_ids=given_ids,
     )
 
 
@@ -195,104 +219,3 @@ def find_store(prepared: Prepared, store: StoreSettings, root: Place, engine: st
             raise UserError(fault, f"run: duet cache repair {place} --config FILE, with this config")
         return StoreResult(place, manifest, plan.provenance["engine"], "", 0, 0.0)
     return None
-
-
-def write_store(
-    prepared: Prepared,
-    teacher: TeacherSettings,
-    store: StoreSettings,
-    root: Place,
-    on_engine: Callable[[str, str], None],
-    on_progress: Callable[[int, int], None],
-    should_stop: Callable[[], bool],
-) -> StoreResult:
-    """Fill the shards that nobody has written and publish the manifest; any number of processes can do this at once.
-
-    `on_engine(name, reason)` is told once which engine runs; `on_progress(done, total)` counts rows, those of other
-    processes too. Raises Interrupted between engine calls when `should_stop()` is true: complete shards stay, the next
-    call goes on after them.
-    """
-    engine, reason = open_engine(prepared.spec, teacher.engine)
-    on_engine(engine.name, reason)
-    plan = plan_for(prepared, store, engine.name.split()[0])
-    place = root / store_name(plan.fingerprint, plan.format)
-    started, written = time.monotonic(), 0
-    try:
-        _self_test(engine, prepared)
-        with StoreWriter(place, plan, tokenizer_files(prepared.tokenizer), store.lease_s) as writer:
-            while missing := writer.missing():
-                if should_stop():
-                    writer.wait()
-                    raise Interrupted(f"{_rows_but(plan, writer.missing())} of {plan.rows} rows are in {place}")
-                shard = writer.claim()
-                if shard is None:  # what is left is being written, by us or by others
-                    writer.wait()
-                    time.sleep(WAIT_S if writer.missing() else 0)
-                    continue
-                done = _rows_but(plan, [*missing, shard.index])
-                _fill(
-                    shard, engine, prepared, teacher, lambda n, done=done: on_progress(done + n, plan.rows), should_stop
-                )
-                if shard.num_rows < len(shard.range):
-                    writer.release(shard)
-                    continue
-                writer.publish(shard)
-                written += shard.num_rows
-            manifest = writer.finalise(_environment(prepared))
-    finally:
-        engine.close()
-    return StoreResult(place, manifest, engine.name, reason, written, time.monotonic() - started)
-
-
-def _rows_but(plan: Plan, missing: list[int]) -> int:
-    return plan.rows - sum(len(plan.shard_range(index)) for index in set(missing))
-
-
-def _fill(
-    shard: ShardWriter,
-    engine: Engine,
-    prepared: Prepared,
-    teacher: TeacherSettings,
-    on_rows: Callable[[int], None],
-    should_stop: Callable[[], bool],
-) -> None:
-    """Score a shard's rows, as far as `should_stop` lets."""
-    for first in range(shard.range.start, shard.range.stop, teacher.batch_size):
-        if should_stop():
-            return
-        shard.append(_score(engine, prepared.rows[first : min(first + teacher.batch_size, shard.range.stop)], teacher))
-        on_rows(shard.num_rows)
-
-
-def _self_test(engine: Engine, prepared: Prepared) -> None:
-    """Run the engine's self-test on the shortest, a middle and the longest prompt."""
-    by_length = sorted((row.teacher_ids for row in prepared.rows), key=len)
-    chosen = [by_length[0], by_length[len(by_length) // 2], by_length[-1]]
-    room = prepared.spec.context - SELF_TEST_TOKENS
-    self_test(engine, [ids[:room] for ids in chosen], prepared.provenance["top_k"], prepared.spec.num_ids)
-
-
-def _score(engine: Engine, rows: list[Row], teacher: TeacherSettings) -> Rows:
-    """One engine call's results, columnar."""
-    scored = engine.score([row.teacher_ids for row in rows], teacher.top_k, teacher.max_positions)
-    tokens = [part for row, result in zip(rows, scored, strict=True) for part in (row.student_ids, result.response_ids)]
-    sums = [result.logsumexp_P for result in scored if result.logsumexp_P is not None]
-    batch = Rows(
-        row_ids=[row.row_id for row in rows],
-        subsets=np.array([SUBSETS.index(row.subset) for row in rows], np.uint8),
-        token_offsets=offsets_of([len(a) + len(b) for a, b in zip(tokens[::2], tokens[1::2], strict=True)]),
-        tokens_S=np.concatenate(tokens).astype(np.int32),
-        position_offsets=offsets_of([len(result.response_ids) for result in scored]),
-        topk_ids_NK=np.concatenate([result.topk_ids_PK for result in scored]),
-        topk_logits_NK=np.concatenate([result.topk_logits_PK for result in scored]),
-        logsumexp_N=np.concatenate(sums) if sums else None,
-    )
-    check_distinct(batch)
-    return batch
-
-
-def _environment(prepared: Prepared) -> dict[str, Any]:
-    """Who wrote the store, beyond the fingerprint; a private absolute path is reduced to its last part."""
-    model = Path(prepared.model).name if Path(prepared.model).is_absolute() else prepared.model
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyarrow", "numpy")}
-    return {"teacher_model": model, "python": platform.python_version(), **versions}

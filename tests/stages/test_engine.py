@@ -72,7 +72,7 @@ def test_scores_are_the_logits_of_a_plain_forward_pass(engine, model, prompts):
         assert np.array_equal(scored.response_ids, scored.topk_ids_PK[:, 0])
 
 
-def test_a_given_response_is_scored_and_not_changed(engine, model, prompts):
+def test_a_given_response_is_scored_and_not_changed(engine, spec, model, prompts):
     responses = [[7, 900, 3], [12], [5, 5, 5, 5, 5]]
     asked = [Request(n, p, given_ids=r) for n, (p, r) in enumerate(zip(prompts, responses, strict=True))]
     for prompt, response, scored in zip(
@@ -80,7 +80,7 @@ def test_a_given_response_is_scored_and_not_changed(engine, model, prompts):
     ):
         assert scored.response_ids.tolist() == response
         check_against_forward(model, prompt, scored)
-    self_test(engine, [replace(r, given_ids=[7, 900]) for r in asked], Ask(TOP_K, 2, True), engine._spec.num_ids)
+    self_test(engine, [replace(r, given_ids=[7, 900]) for r in asked], Ask(TOP_K, 2, True), spec.num_ids)
 
 
 def test_sampled_responses_depend_on_their_seeds_alone(engine, model, prompts):
