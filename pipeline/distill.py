@@ -13,7 +13,7 @@ from pipeline.commands import THIS_PROGRAM, model_name, start_model, store_line,
 from pipeline.comparison import compare
 from pipeline.config import Config
 from pipeline.hub import push
-from pipeline.jobs import gpus, places, run_jobs
+from pipeline.jobs import gpus, last_line, places, run_jobs
 from pipeline.processes import Launch, check_launcher, launched
 from pipeline.run import StopSignal, claim_run_dir
 from pipeline.sweep import Request
@@ -51,7 +51,7 @@ def distill(request: Request, num_jobs: int | None, child: bool = False) -> int:
     check_launcher(os.environ, kind)
     stop = StopSignal()
     place = store_of_run(config)
-    devices = _gpus(kind)
+    devices = visible_gpus(kind)
     unfinished = [student.name for student in config.students if not _is_done(config, student)]
     num_jobs = min(num_jobs or len(devices) or 1, len(unfinished))
     code = 0
@@ -70,7 +70,8 @@ def distill(request: Request, num_jobs: int | None, child: bool = False) -> int:
     return code
 
 
-def _gpus(kind: str) -> list[str]:
+def visible_gpus(kind: str) -> list[str]:
+    """As CUDA_VISIBLE_DEVICES calls them; none on a CPU."""
     import torch
 
     return [] if kind == "cpu" else gpus(torch.cuda.device_count(), os.environ)
@@ -100,7 +101,13 @@ def _train_in_children(
         for name in names
     }
     with progress_bar("steps") as bar:
-        code = run_jobs(commands, places(num_jobs, devices, os.environ), stop, run_dir, bar)
+
+        def watch(running: list[str]) -> None:
+            for name in running:
+                if line := last_line(run_dir / name / "metrics.jsonl"):
+                    bar.update(f"student {name}", line["step"], line["total_steps"], progress_note(line))
+
+        code = run_jobs(commands, places(num_jobs, devices, os.environ), stop, watch)
     left = [student.name for student in config.students if not _is_done(config, student)]
     if left and not code:
         raise Interrupted(f"{len(left)} students were not begun")

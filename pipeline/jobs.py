@@ -1,33 +1,44 @@
-"""Several students at once: a process per student, at most as many at a time as there are devices for."""
+"""Several processes of ours at once, at most as many at a time as there are devices for: a student each, or a teacher."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
 from pipeline.run import StopSignal
-from pipeline.terminal import ProgressBar, progress_note
 
 POLL_S = 0.2
+KILLED = 75  # exit code of what can be gone on with
 
 
-def places(num_jobs: int, devices: Sequence[str], environment: Mapping[str, str]) -> list[dict[str, str]]:
-    """What each of the jobs that run at a time finds in its environment: its GPU, or its share of the CPU's cores.
+def places(
+    num_jobs: int, devices: Sequence[str], environment: Mapping[str, str], each: int = 1
+) -> list[dict[str, str]]:
+    """What each of the jobs that run at a time finds in its environment: its `each` GPUs, or its share of the CPU's cores.
 
     Without the share each would take all cores and wait for the other's: 20 times as slow, two jobs on two cores.
     """
     if devices:
-        return [{"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} for number in range(num_jobs)]
-    threads = max(1, (os.cpu_count() or 1) // num_jobs)
-    return [{"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads))}] * num_jobs
+        groups = [",".join(devices[first : first + each]) for first in range(0, len(devices) - each + 1, each)]
+        return [{"CUDA_VISIBLE_DEVICES": groups[number % len(groups)]} for number in range(num_jobs)]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    share = max(1, len(cores) // num_jobs)
+    found = []
+    for number in range(num_jobs):
+        own = [str(cores[(number * share + at) % len(cores)]) for at in range(share)]
+        ranks = [",".join(own[part::each] or own) for part in range(each)]
+        wanted = {"OMP_NUM_THREADS": str(share), "VLLM_CPU_OMP_THREADS_BIND": "|".join(ranks)}
+        found.append({name: environment.get(name, value) for name, value in wanted.items()})
+    return found
 
 
 def gpus(count: int, environment: Mapping[str, str]) -> list[str]:
@@ -50,10 +61,14 @@ class Job:
             thread.start()
 
     def join(self) -> int:
-        """The exit code, after the last line was passed on."""
+        """The exit code, after the last line was passed on; 75 and a word where a signal ended it."""
         for thread in self._threads:
             thread.join()
-        return self.process.wait()
+        code = self.process.wait()
+        if code < 0:
+            click.echo(f"error: the process of {self.name} was killed by {signal.Signals(-code).name}", err=True)
+            return KILLED
+        return code
 
 
 _one_line = threading.Lock()
@@ -70,12 +85,12 @@ def run_jobs(
     commands: Mapping[str, Sequence[str]],
     environments: Sequence[Mapping[str, str]],
     stop: StopSignal,
-    run_dir: Path,
-    bar: ProgressBar,
+    watch: Callable[[list[str]], None],
 ) -> int:
-    """Run each student's command, one per environment at a time; returns the first exit code that was not 0, in the end.
+    """Run each job's command, one per environment at a time; returns the first exit code that was not 0, in the end.
 
     One that fails does not keep the others from running. After a signal, which the running ones get too, none is started.
+    `watch` is told now and then which are running.
     """
     waiting, running, code = list(commands), [], 0
     try:
@@ -88,9 +103,7 @@ def run_jobs(
                 name, place = waiting.pop(0), free.pop(0)
                 running.append(Job(name, commands[name], place, environments[place]))
                 stop.forward_to(running[-1].process)
-            for job in running:
-                if line := last_line(run_dir / job.name / "metrics.jsonl"):
-                    bar.update(f"student {job.name}", line["step"], line["total_steps"], progress_note(line))
+            watch([job.name for job in running])
             time.sleep(POLL_S if running else 0)
     finally:
         for job in running:  # none, unless something went wrong here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,17 @@ def context_length(config: Any) -> int:
 def vocab_width(config: Any) -> int:
     """Rows of the output head, padding included."""
     return int(text_config(config).vocab_size)
+
+
+def num_parameters(model_dir: Path) -> int:
+    """Numbers in the weight files, read from their headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
 
 
 def eos_ids(model_dir: Path, config: Any, tokenizer: Any) -> list[int]:

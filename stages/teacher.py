@@ -82,8 +82,18 @@ class StoreResult:
     cached_share: float = 0.0  # of the prompt tokens, computed once and used again
 
 
-def prepare(teacher: TeacherSettings, prompt: PromptSettings, data: TrainingData, topic: str, device: str) -> Prepared:
-    """Load, render and check every row, and hash everything that can change the numbers but the engine."""
+def prepare(
+    teacher: TeacherSettings,
+    prompt: PromptSettings,
+    data: TrainingData,
+    topic: str,
+    device: str,
+    limit: int | None = None,
+) -> Prepared:
+    """Load, render and check every row, and hash everything that can change the numbers but the engine.
+
+    `limit` takes the first so many queries of each subset: a trial, with a fingerprint of its own.
+    """
     model_dir = resolve_model(teacher.model, "teacher.model")
     config = load_config(model_dir, teacher.trust_remote_code)
     tokenizer = load_tokenizer(model_dir, teacher.trust_remote_code)

@@ -18,7 +18,6 @@ from pipeline.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from pipeline.jobs import gpus, last_line, places, run_jobs
 from pipeline.processes import check_alone, check_launcher, launched
 from pipeline.run import StopSignal
-from pipeline.terminal import progress_bar
 
 SECOND_OF_TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 
@@ -165,10 +164,14 @@ def test_each_job_gets_a_gpu_or_its_share_of_the_cores(monkeypatch):
     assert gpus(2, {}) == ["0", "1"]
     assert gpus(2, {"CUDA_VISIBLE_DEVICES": "4,GPU-ab"}) == ["4", "GPU-ab"]
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(3, ["4", "7"], {})] == ["4", "7", "4"]
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert places(3, [], {}) == [{"OMP_NUM_THREADS": "2"}] * 3
-    assert places(16, [], {})[0] == {"OMP_NUM_THREADS": "1"}
-    assert places(2, [], {"OMP_NUM_THREADS": "7"})[0] == {"OMP_NUM_THREADS": "7"}
+    teachers = places(3, ["4", "7", "8", "9"], {}, each=2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in teachers] == ["4,7", "8,9", "4,7"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10, 18)))
+    assert [place["OMP_NUM_THREADS"] for place in places(3, [], {})] == ["2"] * 3
+    bound = [place["VLLM_CPU_OMP_THREADS_BIND"] for place in places(2, [], {}, each=2)]
+    assert bound == ["10,12|11,13", "14,16|15,17"]
+    assert places(16, [], {})[15] == {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "17"}
+    assert places(2, [], {"OMP_NUM_THREADS": "7"})[0]["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.fixture
@@ -180,26 +183,30 @@ def script(text: str) -> Sequence[str]:
     return [sys.executable, "-c", f"import os, signal, sys, time\n{text}"]
 
 
-def run(commands, num_jobs, stop, tmp_path) -> int:
-    with progress_bar("steps") as bar:
-        return run_jobs(commands, [{"PLACE": str(number)} for number in range(num_jobs)], stop, tmp_path, bar)
+def run(commands, num_jobs, stop) -> int:
+    return run_jobs(commands, [{"PLACE": str(number)} for number in range(num_jobs)], stop, lambda _: None)
 
 
-def test_the_first_bad_exit_code_is_returned_and_the_others_still_run(stop, tmp_path, capfd):
+def test_the_first_bad_exit_code_is_returned_and_the_others_still_run(stop, capfd):
     commands = {
         "good": script("print('good at', os.environ['PLACE'])"),
         "bad": script("print('no', file=sys.stderr); sys.exit(3)"),
         "late": script("print('late'); sys.exit(4)"),
     }
-    assert run(commands, 1, stop, tmp_path) == 3
+    assert run(commands, 1, stop) == 3
     captured = capfd.readouterr()
     assert captured.out == "good at 0\nlate\n"
     assert captured.err == "no\n"
 
 
-def test_lines_of_children_are_not_mixed(stop, tmp_path, capfd):
+def test_a_killed_child_is_told_and_can_be_gone_on_with(stop, capfd):
+    assert run({"a": script("os.kill(os.getpid(), signal.SIGKILL)")}, 1, stop) == EXIT_INTERRUPTED
+    assert capfd.readouterr().err == "error: the process of a was killed by SIGKILL\n"
+
+
+def test_lines_of_children_are_not_mixed(stop, capfd):
     halves = "for _ in range(200): sys.stdout.write('{0}' * 40); sys.stdout.flush(); print('{0}' * 40, flush=True)"
-    assert run({name: script(halves.format(name)) for name in "ab"}, 2, stop, tmp_path) == 0
+    assert run({name: script(halves.format(name)) for name in "ab"}, 2, stop) == 0
     lines = capfd.readouterr().out.splitlines()
     assert sorted(lines) == ["a" * 80] * 200 + ["b" * 80] * 200
 
@@ -214,7 +221,7 @@ def test_a_signal_reaches_every_child_and_no_further_one_is_started(stop, tmp_pa
         "b": script((waits + "while True: signal.pause()").format(folder=tmp_path, name="b")),
         "c": script("print('started')"),
     }
-    assert run(commands, 2, stop, tmp_path) == EXIT_INTERRUPTED
+    assert run(commands, 2, stop) == EXIT_INTERRUPTED
     assert capfd.readouterr().out == ""
 
 

@@ -23,13 +23,14 @@ from cache import writer
 sync_file = writer.sync_file
 writer.sync_file = lambda path: time.sleep(1) or sync_file(path)  # a slow disk: the last shard is still on its way
 from stages.engine_transformers import TransformersEngine
-score, calls = TransformersEngine.score, []
-def counted(self, prompts, top_k, max_positions):
-    calls.append(1)
-    if len(calls) == 4 + {after}:  # the self-test makes four calls
-        os.kill(os.getpid(), signal.{signal})
-    return score(self, prompts, top_k, max_positions)
-TransformersEngine.score = counted
+stream, rows = TransformersEngine.stream, []
+def counted(self, requests, ask):
+    for result in stream(self, requests, ask):
+        rows.append(result)
+        if len(rows) == 10 + {after}:  # the self-test scores ten
+            os.kill(os.getpid(), signal.{signal})
+        yield result
+TransformersEngine.stream = counted
 """
 STAGE_TWO = """
 import os, signal, sys
@@ -59,7 +60,7 @@ def config(lab_config, tmp_path) -> Path:
     data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
     students = [{"name": "s", "model": str(LAB_SMALL)}]
     return lab_config(
-        data=data, students=students, store__shard_rows=4, teacher__batch_size=2, train__epochs=4, train__batch_size=4
+        data=data, students=students, store__shard_rows=4, teacher__batch_size=1, train__epochs=4, train__batch_size=4
     )
 
 
@@ -74,13 +75,13 @@ def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_pat
         done = run_duet(stage, "--config", str(config), *unbroken)
         assert done.returncode == EXIT_DONE, done.stderr
 
-    done = interrupted(STAGE_ONE, "teacher-logits", "--config", str(config), after=3)
+    done = interrupted(STAGE_ONE, "teacher-logits", "--config", str(config), after=16)
     assert done.returncode == EXIT_INTERRUPTED, done.stderr
-    assert done.stderr.splitlines()[-2].startswith("interrupted: 4 of 20 rows")
+    assert done.stderr.splitlines()[-2].startswith("interrupted: 16 of 20 rows")
     assert run_duet("distill", "--config", str(config)).returncode == EXIT_USER
     done = run_duet("teacher-logits", "--config", str(config))
     assert done.returncode == EXIT_DONE
-    assert "wrote 16 rows" in done.stdout
+    assert "wrote 4 rows" in done.stdout
     expected, found = only_store(tmp_path / "unbroken"), only_store(tmp_path / "runs")
     assert found.manifest.as_json() == expected.manifest.as_json()
 
