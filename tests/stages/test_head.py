@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tiny_models import ARCHITECTURES, noisy, tiny_config, tiny_model
 from torch import nn
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,45 +19,11 @@ from stages.gather import dots_chunked, dots_fused, gathered_logits, largest, lo
 from stages.head import Head, student_at
 
 V, K = 307, 9  # no other size of these models is 307
-TINY = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = {**TINY, "num_key_value_heads": 1}
-CONFIGS = {
-    "llama": hf.LlamaConfig(**GROUPED),
-    "llama-tied": hf.LlamaConfig(**GROUPED, tie_word_embeddings=True),
-    "qwen2": hf.Qwen2Config(**GROUPED),
-    "qwen3": hf.Qwen3Config(**GROUPED, head_dim=16),
-    "gemma2": hf.Gemma2Config(**GROUPED, head_dim=16, final_logit_softcapping=30.0),
-    "gemma3": hf.Gemma3TextConfig(**GROUPED, head_dim=16, final_logit_softcapping=3.0),
-    "phi3": hf.Phi3Config(**GROUPED),
-    "phi": hf.PhiConfig(**TINY),  # a head with a bias
-    "mistral": hf.MistralConfig(**GROUPED),
-    "gpt-neox": hf.GPTNeoXConfig(**TINY),
-    "cohere": hf.CohereConfig(**GROUPED, logit_scale=0.2),
-    "granite": hf.GraniteConfig(**GROUPED, logits_scaling=4.0),
-}
+CONFIGS = {name: tiny_config(name, V) for name in ARCHITECTURES}
 
 
 def model_of(name: str = "llama", cls: Any = hf.AutoModelForCausalLM.from_config) -> Any:
-    torch.manual_seed(0)
-    return noisy(cls(CONFIGS[name]).float().eval())
-
-
-def noisy(model: Any) -> Any:
-    """Biases, norms and adapters start as zeros and ones, which would hide a formula that leaves them out."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return tiny_model(CONFIGS[name], cls)
 
 
 def batch_and_ids() -> tuple[AlignedBatch, torch.Tensor]:
