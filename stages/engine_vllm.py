@@ -8,14 +8,16 @@ position. "lists": where the sampler of this release cannot be hooked, vLLM's ow
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from cache.errors import UserError
+from cache.errors import Interrupted, UserError
 from cache.record import counts_of, offsets_of
 from stages.engine import Ask, Engine, EngineSpec, Request, Scored, Usage
 from stages.models import load_config, vocab_width
@@ -53,6 +55,14 @@ class VllmEngine(Engine):
         self._spec = spec
         self._padding = max(vocab_width(load_config(spec.model_dir, spec.trust_remote_code)) - spec.num_ids, 0)
         on_cpu = spec.device == "cpu"
+        if on_cpu and spec.pipeline_parallel > 1:
+            raise UserError(
+                "teacher.pipeline_parallel does not work with vLLM on a CPU (seen with 0.32)",
+                "leave it out, or use teacher.tensor_parallel",
+            )
+        if on_cpu and spec.tensor_parallel > 1:  # vLLM on a CPU refuses ranks that are not bound to cores
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(_cores_of_ranks(spec.tensor_parallel)))
+        others = set(multiprocessing.active_children())
         options: dict[str, Any] = {
             "model": str(spec.model_dir),
             "skip_tokenizer_init": True,
@@ -82,7 +92,9 @@ class VllmEngine(Engine):
             raise VllmUnusable(
                 f"it does not start: {str(error).strip().splitlines()[0] if str(error) else error!r}"
             ) from error
+        logging.getLogger("vllm").setLevel(logging.CRITICAL)  # from now on its errors are exceptions, which we tell
         self._engine: Any = self._llm.llm_engine
+        self._workers = set(multiprocessing.active_children()) - others  # none for one device
         self._room = FULL_BATCHES * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._hooked = hook and self._capture(1, False)
         self.name = f"vllm {vllm.__version__}"
@@ -143,7 +155,9 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        common = {"temperature": 0, "stop_token_ids": list(self._spec.eos_ids)}
+        common: dict[str, Any] = {"temperature": 0, "stop_token_ids": list(self._spec.eos_ids)}
+        if self._padding and not self._hooked:
+            common["allowed_token_ids"] = list(range(self._spec.num_ids))
         return SamplingParams(**(common | settings), detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def _run(self, requests: Iterable[tuple[int, Sequence[int], Any]]) -> Iterator[list[tuple[int, Any]]]:
@@ -156,14 +170,29 @@ class VllmEngine(Engine):
                     in_flight[self._add(prompt_ids, params)] = key
                 if not in_flight:
                     return
-                finished = [output for output in self._engine.step() if output.finished]
+                finished = [output for output in self._step() if output.finished]
                 self.usage.prompt_tokens += sum(len(output.prompt_token_ids or ()) for output in finished)
                 self.usage.cached_tokens += sum(output.num_cached_tokens or 0 for output in finished)
                 if finished:
                     yield [(in_flight.pop(output.request_id), output.outputs[0]) for output in finished]
         finally:
-            if in_flight:
+            if in_flight and all(worker.is_alive() for worker in self._workers):
                 self._engine.abort_request(list(in_flight))
+
+    def _step(self) -> list[Any]:
+        """One step of vLLM's; Interrupted where one of its worker processes has died.
+
+        vLLM tells that by whatever error comes first ("cancelled", EngineDeadError), within some ten seconds.
+        """
+        try:
+            return self._engine.step()
+        except Exception as error:
+            dead = [worker for worker in self._workers if worker.exitcode is not None]
+            if not dead:
+                raise
+            code = dead[0].exitcode or 0
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise Interrupted(f"a worker process of {self.name} {how}; rows in complete shards are safe") from error
 
     def _add(self, prompt_ids: Sequence[int], params: Any) -> str:
         from vllm.inputs import TokensPrompt
@@ -227,6 +256,12 @@ class VllmEngine(Engine):
                     "set teacher.engine: transformers, which leaves them out before it sorts",
                 )
         return np.ascontiguousarray(ids[:, :top_k]), np.ascontiguousarray(logits[:, :top_k])
+
+
+def _cores_of_ranks(count: int) -> list[str]:
+    """The cores of this process in as many parts, as vLLM's setting of that name has them."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    return [",".join(cores[rank::count] or cores[:1]) for rank in range(count)]
 
 
 def _rows_processor() -> Any:

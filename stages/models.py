@@ -88,9 +88,12 @@ def load_model(model_dir: Path, dtype: str = "auto", trust_remote_code: bool = F
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # progress is the pipeline's to show
+    capped = getattr(text_config(load_config(model_dir, trust_remote_code)), "attn_logit_softcapping", None)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_dir,
+            # What transformers prefers, sdpa, silently leaves out the soft-cap of Gemma 2's attention.
+            attn_implementation="eager" if capped else None,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,

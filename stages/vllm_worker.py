@@ -40,10 +40,13 @@ class Capture:
 
         def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found.clear()
-            metadata = kwargs["sampling_metadata"]
-            if metadata.max_num_logprobs is None:
+            metadata, logits_NV = kwargs["sampling_metadata"], kwargs["logits"]
+            wanted = metadata.max_num_logprobs is not None
+            rows = top_k(logits_NV, k, num_ids, logsumexp) if wanted else None
+            logits_NV[:, num_ids:] = -torch.inf  # head padding is no token and must not be sampled
+            if rows is None:
                 return None
-            ids_NK, values_NK, sums_N = top_k(kwargs["logits"], k, num_ids, logsumexp)
+            ids_NK, values_NK, sums_N = rows
             if sums_N is not None:
                 ids_NK = torch.nn.functional.pad(ids_NK, (0, 1), value=-1)
                 values_NK = torch.cat([values_NK, sums_N[:, None]], dim=1)

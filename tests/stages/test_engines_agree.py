@@ -54,20 +54,6 @@ VLLM = pytest.mark.skipif(
     reason="needs vLLM's build for the CPU, whose float32 is the reference's: `make setup` says why it is not there",
 )
 
-# Faults that are known and not yet mended; each of these tests fails as soon as its fault is gone.
-PADDING_IS_SAMPLED = pytest.mark.xfail(
-    strict=True, reason="stages/engine_vllm.py: the response may hold ids of head padding, which vLLM samples"
-)
-NO_ATTENTION_CAP = pytest.mark.xfail(
-    strict=True,
-    reason="stages/models.py: load_model takes the attention that transformers prefers, sdpa, which leaves out Gemma 2's"
-    " attn_logit_softcapping; only attn_implementation='eager' has it",
-)
-
-
-def loaded_without_attention_cap(names: tuple[str, ...]) -> list[Any]:
-    return [pytest.param(name, marks=NO_ATTENTION_CAP) if name == "gemma2" else name for name in names]
-
 
 def prompts() -> list[list[int]]:
     """Short, longer than a window, and two with a common start longer than a block of the prefix cache (128 tokens)."""
@@ -166,30 +152,30 @@ def assert_same(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray
 
 
 @VLLM
-@pytest.mark.parametrize("name", [*NAMES, pytest.param(PADDED, marks=PADDING_IS_SAMPLED)])
+@pytest.mark.parametrize("name", [*NAMES, PADDED])
 def test_vllm_returns_the_models_own_logits(by_vllm, folder, name):
     assert_own(plain(folder / name), by_vllm[name])
 
 
-@pytest.mark.parametrize("name", [*loaded_without_attention_cap(NAMES), PADDED])
+@pytest.mark.parametrize("name", [*NAMES, PADDED])
 def test_the_transformers_engine_returns_the_models_own_logits(folder, name):
     assert_own(plain(folder / name), by_transformers(folder / name))
 
 
 @VLLM
-@pytest.mark.parametrize("name", [*loaded_without_attention_cap(NAMES), pytest.param(PADDED, marks=PADDING_IS_SAMPLED)])
+@pytest.mark.parametrize("name", [*NAMES, PADDED])
 def test_the_engines_agree(by_vllm, folder, name):
     assert_same(rows_of(by_vllm[name]), rows_of(by_transformers(folder / name)))
 
 
-@pytest.mark.parametrize("name", loaded_without_attention_cap(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_student_is_loaded_as_its_config_says(folder, name):
     calls = by_transformers(folder / name)
     own, loaded = (own_rows(model, calls) for model in (plain(folder / name), load_model(folder / name, "float32")))
     assert float((own - loaded).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", loaded_without_attention_cap(SOFT_CAPPED))
+@pytest.mark.parametrize("name", SOFT_CAPPED)
 def test_the_transformers_engine_captures_logits_after_the_soft_cap(folder, name):
     assert_capped(folder / name, by_transformers(folder / name))
 
