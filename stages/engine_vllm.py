@@ -8,7 +8,7 @@ position. "lists": where the sampler of this release cannot be hooked, vLLM's ow
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import warnings
@@ -26,6 +26,7 @@ from stages.models import load_config, vocab_width
 # many more entries are asked for and such ids dropped; where more of them are in a top-k, the engine refuses.
 PADDING_MARGIN = 64
 FULL_BATCHES = 2  # requests in flight, in batches of the scheduler's: one runs, one waits
+DEATH_S = 5  # after an error, for a worker process to have ended
 CPU_BLOCK_TOKENS = 32  # what prompts share is found in whole blocks; vLLM's own choice on a CPU is 128
 
 _ENVIRONMENT = {
@@ -187,10 +188,15 @@ class VllmEngine(Engine):
         try:
             return self._engine.step()
         except Exception as error:
-            dead = [worker for worker in self._workers if worker.exitcode is not None]
-            if not dead:
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in self._workers], DEATH_S)
+            if not ended:
                 raise
-            code = dead[0].exitcode or 0
+            codes = []
+            for worker in self._workers:
+                if worker.sentinel in ended:
+                    worker.join(DEATH_S)
+                    codes.append(worker.exitcode or 0)
+            code = min(codes, key=lambda code: code == -signal.SIGTERM)  # which vLLM sends to those that are left
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             raise Interrupted(f"a worker process of {self.name} {how}; rows in complete shards are safe") from error
 

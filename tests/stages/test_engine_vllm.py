@@ -1,0 +1,144 @@
+"""Real vLLM: both ways in which logits come out of it, every kind of request, and what it does when a worker dies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAB_BASE, ROOT, read_all, run_duet, write_jsonl
+
+from pipeline.cli import EXIT_DONE, EXIT_INTERRUPTED
+from stages.engine import Ask, EngineSpec, Request
+from stages.engine_transformers import TransformersEngine
+from stages.models import load_tokenizer
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
+    reason="needs vLLM's build for the CPU: `make setup` says why it is not there",
+)
+TOP_K = 9
+PREFIX_TOKENS = 100
+
+
+def asked() -> dict[str, tuple[list[Request], Ask]]:
+    """Twelve prompts that begin alike, and each way to come by a response."""
+    draw = np.random.default_rng(0)
+    prefix = draw.integers(5, 900, PREFIX_TOKENS).tolist()
+    prompts = [[*prefix, *draw.integers(5, 900, 3 + n).tolist()] for n in range(12)]
+    greedy = [Request(n, ids) for n, ids in enumerate(prompts)]
+    given = [replace(r, given_ids=draw.integers(5, 900, 1 + r.key % 4).tolist()) for r in greedy]
+    sampled = [replace(r, seed=r.key) for r in greedy]
+    ask = Ask(TOP_K, 4, logsumexp=True)
+    return {
+        "greedy": (greedy, ask),
+        "given": (given, ask),
+        "sampled": (sampled, replace(ask, temperature=2.0)),
+        "sampled again": (sampled[::-1], replace(ask, temperature=2.0)),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("vllm")
+    by_rows = asked()
+    by_lists = {name: (requests, replace(ask, logsumexp=False)) for name, (requests, ask) in asked().items()}
+    (folder / "asked.pickle").write_bytes(pickle.dumps({"rows": by_rows, "lists": by_lists}))
+    command = [sys.executable, str(ROOT / "tests/stages/vllm_routes.py"), str(LAB_BASE), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return pickle.loads((folder / "found.pickle").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def reference() -> TransformersEngine:
+    tokenizer = load_tokenizer(LAB_BASE)
+    return TransformersEngine(
+        EngineSpec(LAB_BASE, "float32", len(tokenizer), 192, (tokenizer.eos_token_id,), "cpu", share_prefix=False)
+    )
+
+
+@pytest.mark.parametrize("route", ["rows", "lists"])
+@pytest.mark.parametrize("kind", ["greedy", "given", "sampled"])
+def test_every_response_has_the_logits_of_the_reference(found, reference, route, kind):
+    """What vLLM said, scored by the other engine without any sharing of prefixes."""
+    requests, ask = asked()[kind]
+    results, _ = found[route][0][kind]
+    responses = [replace(r, given_ids=s.response_ids.tolist()) for r, s in zip(requests, results, strict=True)]
+    expected = reference.score_all(responses, replace(ask, temperature=None))
+    for request, a, b in zip(requests, results, expected, strict=True):
+        assert request.given_ids is None or a.response_ids.tolist() == list(request.given_ids)
+        assert np.array_equal(a.topk_ids_PK, b.topk_ids_PK)
+        assert np.abs(a.topk_logits_PK - b.topk_logits_PK).max() < 1e-3
+        if route == "rows":
+            assert np.abs(a.logsumexp_P - b.logsumexp_P).max() < 1e-3
+        else:
+            assert a.logsumexp_P is None
+    if kind == "greedy":
+        greedy = reference.score_all(requests, ask)
+        assert [s.response_ids.tolist() for s in results] == [s.response_ids.tolist() for s in greedy]
+
+
+def test_sampled_responses_depend_on_their_seeds_alone(found):
+    results, again = (found["rows"][0][kind][0] for kind in ("sampled", "sampled again"))
+    assert [s.response_ids.tolist() for s in results] == [s.response_ids.tolist() for s in again[::-1]]
+    assert len({tuple(s.response_ids) for s in results}) > 6
+
+
+def test_greedy_continuations_are_those_of_the_reference(found, reference):
+    prompts = [list(request.prompt_ids) for request in asked()["greedy"][0]]
+    for route in ("rows", "lists"):
+        assert found[route][1] == reference.generate(prompts, 6)
+
+
+def test_what_prompts_begin_with_is_computed_once(found):
+    """vLLM's own count: whole blocks of 32 tokens of the 100 that all begin with."""
+    requests, _ = asked()["greedy"]
+    for route in ("rows", "lists"):
+        usage = found[route][0]["greedy"][1]
+        assert usage.prompt_tokens == sum(len(request.prompt_ids) for request in requests)
+        assert usage.cached_tokens >= 96 * len(requests)
+
+
+def test_a_killed_worker_of_vllm_is_an_interruption_and_costs_the_shards_in_flight(lab_config, tmp_path):
+    """Two worker processes, one killed when shards are written; the next call, with one process, writes the rest."""
+    rows = [{"question": f"Where was the person with the number {n} born?"} for n in range(3000)]
+    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
+    settings = {"data": data, "store__shard_rows": 100, "teacher__engine": "vllm", "teacher__max_positions": 8}
+    config = str(lab_config(**settings))
+    command = [sys.executable, "-m", "pipeline.cli", "teacher-logits", "--config", config]
+    command += ["--set", "teacher.tensor_parallel=2"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not list(tmp_path.glob("runs/lab/teacher/*/shard-00001.json")):
+        os.sched_yield()
+    os.kill(worker_of(run.pid), signal.SIGKILL)
+    _, err = run.communicate()
+    assert run.returncode == EXIT_INTERRUPTED, err
+    assert "was killed by SIGKILL; rows in complete shards are safe" in err
+    assert "hint: run the same command again" in err
+    assert "Traceback" not in err
+    [store] = tmp_path.glob("runs/lab/teacher/*")
+    written = {path: path.stat().st_mtime_ns for path in store.glob("shard-*.arrow")}
+    assert 1 < len(written) < 60
+    done = run_duet("teacher-logits", "--config", config)
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert f"wrote {6000 - 100 * len(written)} rows" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert len(read_all(store)) == 6000
+
+
+def worker_of(pid: int) -> int:
+    """The last of vLLM's worker processes among the children of a process."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    workers = [int(child) for child in children if "Worker" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert workers, "vLLM must have started workers"
+    return workers[-1]
