@@ -19,7 +19,7 @@ from stages.teacher import fill_prefix
 
 PREFIXES_PATH = Path(__file__).with_name("prefixes.yaml")
 CONFIGS_OWN, NO_PREFIX = "config", "no prefix"
-ATTEMPTS = 100  # draws per variation wanted, until a search gives up: most draws have been seen or lack the topic
+ATTEMPTS = 500  # draws in a row that were seen before or lack the topic, until a search gives up
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,15 @@ def variations(
     sentences = [_sentences(parent.template) for parent in parents]
     pool = list(dict.fromkeys([*(s for of_one in sentences for s in of_one), *_bundled()["clauses"]]))
     seen, made = {candidate.template for candidate in known}, []
-    for _ in range(ATTEMPTS * count):
+    misses = 0
+    while len(made) < count and misses < ATTEMPTS:
         template = " ".join(_changed(rng, sentences, pool))
-        if len(made) < count and "{topic}" in template and template not in seen:
-            seen.add(template)
-            made.append(Candidate(f"search-{len(made) + 1}", "search", template, fill_prefix(template, topic)))
+        if "{topic}" not in template or template in seen:
+            misses += 1
+            continue
+        seen.add(template)
+        made.append(Candidate(f"search-{len(made) + 1}", "search", template, fill_prefix(template, topic)))
+        misses = 0
     return made
 
 
