@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models teacher-logits distill evaluate run bench-store bench-student clean-venv
+.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate run bench-store bench-student clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +29,9 @@ lint: $(STAMP) ## ruff and pyright
 
 lab-models: $(STAMP) ## train the lab's two base models anew
 	@$(BIN)/python lab/train_models.py $(ARGS)
+
+audit-prefix: $(STAMP) ## what prefixes do, before training; ARGS="--prefix TEXT --search N"
+	@$(BIN)/duet audit-prefix --config $(CONFIG) $(ARGS)
 
 teacher-logits: $(STAMP) ## stage one; CONFIG=file, ARGS="--set key=value"
 	@$(BIN)/duet teacher-logits --config $(CONFIG) $(ARGS)

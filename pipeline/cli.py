@@ -80,18 +80,38 @@ def evaluate(**asked: Any) -> None:
     commands.evaluate(Request(**asked).load())
 
 
+@duet.command("audit-prefix")
+@_experiment
+@click.option(
+    "--prefix", "prefixes", multiple=True, metavar="TEXT", help="One more; {topic} is filled; can be repeated."
+)
+@click.option("--search", type=click.IntRange(min=1), metavar="N", help="Try N variations of the best, too.")
+def audit_prefix(config_path: str, overrides: tuple[str, ...], prefixes: tuple[str, ...], search: int | None) -> None:
+    """Ask, before any training, what prefixes make the base model forget and what they damage."""
+    from pipeline.audit import audit_prefixes
+    from pipeline.config import load_config
+    from pipeline.processes import check_alone
+
+    check_alone("audit-prefix", os.environ)
+    audit_prefixes(load_config(config_path, overrides), prefixes, search or 0)
+
+
 @duet.command()
 @_experiment
 @_students
-def run(**asked: Any) -> int:
+@click.option("--force", is_flag=True, help="Also with a prefix that failed its audit.")
+def run(force: bool, **asked: Any) -> int:
     """All three stages, each in a process of its own."""
     from pipeline import commands
+    from pipeline.audit import refuse_failing
     from pipeline.processes import check_alone
     from pipeline.sweep import Request
 
     check_alone("run", os.environ)
     request = Request(**asked)
-    request.load()  # a faulty config should not wait for a stage to say so
+    config = request.load()  # a faulty config should not wait for a stage to say so
+    if not force:
+        refuse_failing(config)
     return commands.run_all(request)
 
 

@@ -70,13 +70,14 @@ def write_store(config: Config, prepared: Any, stop: StopSignal) -> Any:
             config.teacher,
             config.store,
             config.store_root,
-            on_engine=_say_engine,
+            on_engine=say_engine,
             on_progress=show,
             should_stop=stop,
         )
 
 
-def _say_engine(name: str, reason: str) -> None:
+def say_engine(name: str, reason: str) -> None:
+    """Which engine runs, and why this one."""
     say(f"engine: {name} ({reason})")
 
 
@@ -108,21 +109,13 @@ def evaluate(config: Config) -> None:
     """Stage three: results.json, the table and the report."""
     from pipeline.report import write_report
     from stages import evaluate as stage
-    from stages.models import pick_device
 
     stop = StopSignal()
     subjects = _subjects(config)
     run_dir = claim_run_dir(config)
-    exam = stage.Exam(
-        sets=_query_sets(config),
-        topic=config.topic,
-        prompt=config.prompt,
-        settings=config.evaluate,
-        device=pick_device(config.device),
-        trust_remote_code=config.teacher.trust_remote_code,
-    )
+    exam = exam_of(config)
     with progress_bar("answers") as bar:
-        answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(_say_engine), stop)
+        answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
     results = {
         "format_version": 1,
         "run": config.name,
@@ -150,11 +143,16 @@ def _keep_earlier(run_dir: Path, results: dict[str, Any]) -> None:
     earlier = read_json(path)
     if earlier["evaluate"] == results["evaluate"] and set(earlier["models"]) <= set(results["models"]):
         return
-    number = 1 + len(list(run_dir.glob("results-*.json")))
-    for name in (RESULTS_NAME, REPORT_NAME):
-        kept = run_dir / name.replace(".", f"-{number}.")
-        (run_dir / name).rename(kept)
-        say(f"kept the earlier evaluation: {kept}")
+    set_aside(run_dir, (RESULTS_NAME, REPORT_NAME), "evaluation")
+
+
+def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
+    """Give earlier files the first free number: `results.json` becomes `results-1.json`."""
+    number = 1 + len(list(folder.glob(names[0].replace(".", "-*."))))
+    for name in names:
+        kept = folder / name.replace(".", f"-{number}.")
+        (folder / name).rename(kept)
+        say(f"kept the earlier {what}: {kept}")
 
 
 def _subjects(config: Config) -> list[Any]:
@@ -180,6 +178,21 @@ def _subjects(config: Config) -> list[Any]:
             subjects.append(Subject(base, start_dir, "", base))
         subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
     return subjects
+
+
+def exam_of(config: Config) -> Any:
+    """What every model of the run is asked."""
+    from stages.evaluate import Exam
+    from stages.models import pick_device
+
+    return Exam(
+        sets=_query_sets(config),
+        topic=config.topic,
+        prompt=config.prompt,
+        settings=config.evaluate,
+        device=pick_device(config.device),
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
 
 
 def _query_sets(config: Config) -> dict[str, Any]:

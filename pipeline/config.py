@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cache.errors import UserError
 from cache.places import Place, check_url, is_url, place_of
 from stages.settings import (
+    AuditSettings,
     EvaluateSettings,
     Name,
     PromptSettings,
@@ -27,7 +28,7 @@ from stages.settings import (
     TrainSettings,
 )
 
-TAKEN_NAMES = ("teacher", "answers")  # folders of the run directory that are no students
+TAKEN_NAMES = ("teacher", "answers", "audit")  # folders of the run directory that are no students
 
 
 class Config(Settings):
@@ -46,6 +47,7 @@ class Config(Settings):
     train: TrainSettings = Field(default=TrainSettings(), description="stage two, common to all students")
     students: tuple[StudentSettings, ...] = Field(min_length=1, description="the students, trained one after the other")
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="stage three")
+    audit: AuditSettings = Field(default=AuditSettings(), description="the audit of prefixes before stage one")
 
     @property
     def run_dir(self) -> Path:

@@ -114,7 +114,7 @@ def _attack(results: Results) -> str:
     head = "".join(f'<th class="number" scope="col">{t}</th>' for t in ("no attack", "mean of texts", "worst text"))
     keys = (f"forget.{HEADLINE}", ATTACKS["mean"], ATTACKS["worst"])
     body = "".join(
-        f'<tr><th scope="row">{escape(model)}</th>{"".join(_cell(scores.get(key)) for key in keys)}</tr>'
+        f'<tr><th scope="row">{escape(model)}</th>{"".join(cell(scores.get(key)) for key in keys)}</tr>'
         for model, scores in rows.items()
     )
     return (
@@ -125,7 +125,8 @@ def _attack(results: Results) -> str:
     )
 
 
-def _cell(score: Mapping[str, Any] | None) -> str:
+def cell(score: Mapping[str, Any] | None) -> str:
+    """A table cell with a score in points, its interval and n; a dash where it was not measured."""
     if score is None:
         return '<td class="number">-</td>'
     low, high = score["ci95"]
@@ -146,7 +147,7 @@ def _all_scores(results: Results) -> str:
             rows.append(f'<tr class="set"><th scope="rowgroup" colspan="{len(models) + 2}">{escape(name)}</th></tr>')
         floor = results["floors"].get(key)
         shown = f"{100 * floor['refusal']:.1f}<small>echo {100 * floor['echo']:.1f}</small>" if floor else ""
-        cells = "".join(_cell(scores.get(key)) for scores in models.values())
+        cells = "".join(cell(scores.get(key)) for scores in models.values())
         rows.append(f'<tr><th scope="row">{escape(metric)}</th>{cells}<td class="number">{shown}</td></tr>')
     head = "".join(f'<th class="number" scope="col">{escape(model)}</th>' for model in models)
     return (
@@ -209,16 +210,17 @@ def _samples(results: Results) -> str:
 
 
 def _definitions(results: Results) -> str:
-    return f"<h2>What the numbers mean</h2>{_list(results['definitions'])}"
+    return f"<h2>What the numbers mean</h2>{definition_list(results['definitions'])}"
 
 
 def _provenance(results: Results) -> str:
     return (
-        f"<h2>Provenance</h2><h3>Teacher logits</h3>{_list(results['teacher_store'])}"
-        f"<h3>Environment</h3>{_list(results['environment'])}"
+        f"<h2>Provenance</h2><h3>Teacher logits</h3>{definition_list(results['teacher_store'])}"
+        f"<h3>Environment</h3>{definition_list(results['environment'])}"
     )
 
 
-def _list(pairs: Mapping[str, Any]) -> str:
+def definition_list(pairs: Mapping[str, Any]) -> str:
+    """Names and what they stand for, any text."""
     items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in pairs.items())
     return f"<dl>{items}</dl>"

@@ -23,6 +23,7 @@ from stages.settings import FREE_TEACHER, FREE_TRAIN
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 LOG_NAME = "log.txt"
+AUDIT_DIR = "audit"  # may be there before the run is: prefixes are audited to choose the run's
 # Settings that can differ between two calls of one run: they change speed or place, no number.
 _FREE = {
     (group, key)
@@ -56,7 +57,7 @@ def claim_run_dir(config: Config) -> Path:
             )
         by_name = {student["name"]: student for student in (*found["students"], *resolved["students"])}
         resolved["students"] = list(by_name.values())
-    elif run_dir.exists() and any(run_dir.iterdir()):
+    elif run_dir.exists() and any(entry.name != AUDIT_DIR for entry in run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and is no run of ours", "choose another run with --set name=NEW_NAME")
     run_dir.mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:
@@ -73,7 +74,7 @@ def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:
 
 def _is_free(key: tuple[str, ...]) -> bool:
     of_student = key[2:] if key[0] == "students" else key  # students.<name>.train.… is as free as train.…
-    return key[0] == "evaluate" or of_student in _FREE
+    return key[0] in ("evaluate", "audit") or of_student in _FREE
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Any:

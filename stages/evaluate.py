@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cache.errors import Interrupted
+from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json, sha256_json
 from stages import metrics
 from stages.data import Query
@@ -97,22 +97,31 @@ def answer_all(
     answers: dict[str, dict[str, list[str]]] = {}
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
-        examinee = _Examinee(model_dir, exam, asked)
+        examinee = Examinee(model_dir, exam, asked)
         try:
             for subject in asked:
-                path = answers_dir / f"{subject.name.replace(':', '-')}.json"
-                identity = examinee.identity(subject)
-                if path.is_file() and (kept := read_json(path))["identity"] == identity:
-                    answers[subject.name] = kept["answers"]
-                    continue
-                answers[subject.name] = examinee.ask(subject, on_progress, on_engine, should_stop)
-                publish_json(path, {"identity": identity, "answers": answers[subject.name]})
+                answers[subject.name] = recalled(
+                    answers_dir / f"{subject.name.replace(':', '-')}.json",
+                    examinee.identity(subject),
+                    lambda examinee=examinee, subject=subject: examinee.ask(
+                        subject, on_progress, on_engine, should_stop
+                    ),
+                )
         finally:
             examinee.close()
     return {subject.name: answers[subject.name] for subject in subjects}
 
 
-class _Examinee:
+def recalled(path: Path, identity: str, ask: Callable[[], Any]) -> Any:
+    """The answers that `path` holds under this identity; if it does not, those of `ask()`, which are then kept there."""
+    if path.is_file() and (kept := read_json(path))["identity"] == identity:
+        return kept["answers"]
+    answers = ask()
+    publish_json(path, {"identity": identity, "answers": answers})
+    return answers
+
+
+class Examinee:
     """One model directory: prompts rendered with its tokenizer, its engine opened when first needed."""
 
     def __init__(self, model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> None:
@@ -121,6 +130,7 @@ class _Examinee:
         self._config = load_config(model_dir, exam.trust_remote_code)
         self._tokenizer = load_tokenizer(model_dir, exam.trust_remote_code)
         check_prompt_settings(self._tokenizer, exam.prompt)
+        self._num_ids = min(max(self._tokenizer.get_vocab().values()) + 1, vocab_width(self._config))
         self._weights_sha256 = weights_sha256(model_dir)
         self._prompts = {subject.name: self._render(subject) for subject in subjects}
         self._engine: Engine | None = None
@@ -138,16 +148,16 @@ class _Examinee:
                 )
         return prompts
 
-    def identity(self, subject: Subject) -> str:
-        """Hash of everything that decides the subject's answers."""
-        settings = self._exam.settings.model_dump(include={"max_new_tokens", "engine", "dtype"})
+    def identity(self, subject: Subject, anywhere: bool = False) -> str:
+        """Hash of everything that decides the subject's answers; `anywhere` leaves out what only rounds otherwise."""
+        deciding = {"max_new_tokens", "dtype"} if anywhere else {"max_new_tokens", "engine", "dtype"}
         return sha256_json(
             [
                 self._weights_sha256,
                 tokenizer_sha256(self._tokenizer),
                 self._prompts[subject.name],
-                settings,
-                self._exam.device,
+                self._exam.settings.model_dump(include=deciding),
+                *([] if anywhere else [self._exam.device]),
             ]
         )
 
@@ -166,7 +176,7 @@ class _Examinee:
         size = self._exam.settings.batch_size
         for first in range(0, len(order), size):
             if should_stop():
-                raise Interrupted(f"evaluation of {subject.name} begins again; models before it are kept")
+                raise Interrupted(f"{subject.name} begins again; what was asked before it is kept")
             chosen = order[first : first + size]
             outputs = self._engine.generate([flat[i] for i in chosen], self._exam.settings.max_new_tokens)
             for i, ids in zip(chosen, outputs, strict=True):
@@ -179,15 +189,30 @@ class _Examinee:
             start += len(rows)
         return result
 
+    def first_top_k(
+        self, subject: Subject, task: str, top_k: int, on_engine: Callable[[str, str], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of each prompt of a task, the K most likely first ids of the response and their raw logits, [N, K] each."""
+        prompts, size = self._prompts[subject.name][task], self._exam.settings.batch_size
+        if top_k > self._num_ids:
+            raise UserError(
+                f"teacher.top_k is {top_k}, the vocabulary has {self._num_ids} ids",
+                f"set teacher.top_k to at most {self._num_ids}",
+            )
+        self._engine = self._engine or self._open(on_engine)
+        batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+        scored = [row for batch in batches for row in self._engine.score(batch, top_k, 1)]
+        return np.stack([row.topk_ids_PK[0] for row in scored]), np.stack([row.topk_logits_PK[0] for row in scored])
+
     def _open(self, on_engine: Callable[[str, str], None]) -> Engine:
-        exam, config = self._exam, self._config
+        exam = self._exam
         longest = max(len(ids) for tasks in self._prompts.values() for rows in tasks.values() for ids in rows)
         spec = EngineSpec(
             model_dir=self._dir,
             dtype=exam.settings.dtype,
-            num_ids=min(max(self._tokenizer.get_vocab().values()) + 1, vocab_width(config)),
+            num_ids=self._num_ids,
             context=longest + exam.settings.max_new_tokens,
-            eos_ids=tuple(eos_ids(self._dir, config, self._tokenizer)),
+            eos_ids=tuple(eos_ids(self._dir, self._config, self._tokenizer)),
             device=exam.device,
             trust_remote_code=exam.trust_remote_code,
         )
@@ -216,7 +241,8 @@ def results_of(
     }
 
 
-def _references(query_set: QuerySet) -> list[str]:
+def references_of(query_set: QuerySet) -> list[str]:
+    """The set's reference answers; a bootstrap draws queries with the same one together."""
     return [query.answer or "" for query in query_set.queries]
 
 
@@ -225,10 +251,10 @@ def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, metrics.S
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, metrics.Score] = {}
     for name, query_set in exam.sets.items():
-        references = _references(query_set)
+        references = references_of(query_set)
         for metric, values in metrics.score_texts(references, answers[name], extra).items():
             scores[f"{name}.{metric}"] = metrics.score(values, clusters=references, seed=seed)
-    references = _references(exam.sets["forget"])
+    references = references_of(exam.sets["forget"])
     for kind in exam.settings.attacks:
         tasks = [task for task in answers if task.startswith(f"attack.{kind}.")]
         recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
@@ -241,7 +267,7 @@ def _floors(exam: Exam) -> dict[str, dict[str, float]]:
     found = {}
     for name, query_set in exam.sets.items():
         questions = [query.question for query in query_set.queries]
-        for metric, floor in metrics.floors(questions, _references(query_set), exam.settings.refusal).items():
+        for metric, floor in metrics.floors(questions, references_of(query_set), exam.settings.refusal).items():
             found[f"{name}.{metric}"] = floor
     return found
 

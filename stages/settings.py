@@ -349,3 +349,20 @@ class EvaluateSettings(Settings):
         default=(), description="further regular expressions that count as a refusal"
     )
     seed: int = Field(default=0, ge=0, description="seed of the bootstrap and of the choice of sample answers")
+
+
+class AuditSettings(Settings):
+    """`duet audit-prefix`: how much is asked, and what a prefix must reach. Answers come as `evaluate` says."""
+
+    rows: int = Field(default=200, ge=1, description="at most so many queries of each set are asked, drawn by the seed")
+    min_forgotten: float = Field(
+        default=0.5, ge=0, le=1, description="share of base's ROUGE-L recall that must go on every set to be forgotten"
+    )
+    min_kept: float = Field(
+        default=0.9, ge=0, le=1, description="share of base's ROUGE-L recall that must stay on every set to be kept"
+    )
+    choosing_share: float = Field(
+        default=0.5, gt=0, lt=1, description="share of the queries that a search chooses on; it reports on the others"
+    )
+    parents: int = Field(default=3, ge=1, description="so many of the best prefixes are varied by a search")
+    seed: int = Field(default=0, ge=0, description="seed of the drawn queries, of their split and of the variations")
