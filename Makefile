@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate run bench-store bench-student clean-venv
+.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate run bench-store bench-student bench-teacher clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,3 +53,6 @@ bench-store: $(STAMP) ## what a store costs: bytes, rates, memory; ARGS=--json
 
 bench-student: $(STAMP) ## what a training step costs: head, whole step, waiting; ARGS=--json
 	@$(BIN)/python benchmarks/student.py $(ARGS)
+
+bench-teacher: $(STAMP) ## what stage one costs beside plain generation; ARGS=--json
+	@$(BIN)/python benchmarks/teacher.py $(ARGS)

@@ -88,13 +88,13 @@ class VllmEngine(Engine):
         try:
             import vllm
 
-            self._llm = vllm.LLM(**options)
+            self.llm = vllm.LLM(**options)
         except Exception as error:
             raise VllmUnusable(
                 f"it does not start: {str(error).strip().splitlines()[0] if str(error) else error!r}"
             ) from error
         logging.getLogger("vllm").setLevel(logging.CRITICAL)  # from now on its errors are exceptions, which we tell
-        self._engine: Any = self._llm.llm_engine
+        self._engine: Any = self.llm.llm_engine
         self._workers = set(multiprocessing.active_children()) - others  # none for one device
         self._room = FULL_BATCHES * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._hooked = hook and self._capture(1, False)
@@ -106,7 +106,7 @@ class VllmEngine(Engine):
 
     def _capture(self, top_k: int, logsumexp: bool) -> bool:
         """Tell the workers what to hand out; False if one of them cannot."""
-        answers = self._llm.collective_rpc("duet_capture", args=(top_k, self._spec.num_ids, logsumexp))
+        answers = self.llm.collective_rpc("duet_capture", args=(top_k, self._spec.num_ids, logsumexp))
         return all(answers) and hasattr(self._engine.output_processor, "request_states")
 
     def stream(self, requests: Iterable[Request], ask: Ask) -> Generator[tuple[int, Scored], None, None]:
@@ -137,7 +137,7 @@ class VllmEngine(Engine):
         return [found[number] for number in range(len(prompts))]
 
     def close(self) -> None:
-        del self._engine, self._llm
+        del self._engine, self.llm
 
     def _params(self, request: Request, ask: Ask, logprobs: int) -> Any:
         given = request.given_ids

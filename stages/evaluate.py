@@ -33,6 +33,7 @@ from stages.settings import EvaluateSettings, PromptSettings
 
 ATTACKS_PATH = Path(__file__).with_name("attacks.yaml")
 NUM_SAMPLES = 10
+CALL_BATCHES = 4  # per call of an engine, which makes its own batches: between calls a signal is heard
 HEADLINE = "rougeL_recall"  # the metric that the performance shift and the attacks are stated in
 
 
@@ -173,7 +174,7 @@ class Examinee:
         self._engine = self._engine or self._open(on_engine)
         order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
         by_index: dict[int, str] = {}
-        size = self._exam.settings.batch_size
+        size = CALL_BATCHES * self._exam.settings.batch_size
         for first in range(0, len(order), size):
             if should_stop():
                 raise Interrupted(f"{subject.name} begins again; what was asked before it is kept")
@@ -193,15 +194,13 @@ class Examinee:
         self, subject: Subject, task: str, top_k: int, on_engine: Callable[[str, str], None]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of each prompt of a task, the K most likely first ids of the response and their raw logits, [N, K] each."""
-        prompts, size = self._prompts[subject.name][task], self._exam.settings.batch_size
         if top_k > self._num_ids:
             raise UserError(
                 f"teacher.top_k is {top_k}, the vocabulary has {self._num_ids} ids",
                 f"set teacher.top_k to at most {self._num_ids}",
             )
         self._engine = self._engine or self._open(on_engine)
-        batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-        scored = [row for batch in batches for row in self._engine.score(batch, top_k, 1)]
+        scored = self._engine.score(self._prompts[subject.name][task], top_k, 1)
         return np.stack([row.topk_ids_PK[0] for row in scored]), np.stack([row.topk_logits_PK[0] for row in scored])
 
     def _open(self, on_engine: Callable[[str, str], None]) -> Engine:
@@ -215,6 +214,7 @@ class Examinee:
             eos_ids=tuple(eos_ids(self._dir, self._config, self._tokenizer)),
             device=exam.device,
             trust_remote_code=exam.trust_remote_code,
+            batch_size=exam.settings.batch_size,
         )
         quick = exam.settings.engine == "auto" and exam.device == "cpu"
         opened, reason = open_engine(spec, "transformers" if quick else exam.settings.engine)

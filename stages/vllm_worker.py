@@ -28,7 +28,8 @@ class Capture:
     def duet_capture(self, k: int, num_ids: int, logsumexp: bool) -> bool:
         """Hook the sampler: every row that wants logprobs gets the k largest raw logits, and the log-sum-exp as the last.
 
-        Before the sampler runs: logits are as the head (and its soft-cap) left them. False where this release's sampler
+        Before the sampler runs: logits are as the head (and its soft-cap) left them. With `k` 0 the hook is taken away.
+        False where this release's sampler
         cannot be hooked; vLLM then does what it always does.
         """
         sampler = getattr(self.model_runner, "sampler", None)
@@ -36,6 +37,9 @@ class Capture:
             return False
         for hook in self._duet_hooks:
             hook.remove()
+        self._duet_hooks = ()
+        if k == 0:
+            return True
         found: list[LogprobsTensors] = []
 
         def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

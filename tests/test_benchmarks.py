@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 
+import pytest
 import store as bench_store
 import student as bench_student
-from conftest import ROOT
+import teacher as bench_teacher
+from conftest import ROOT, SHARED
 
 
 def claims_of(script: str, bounds: dict, *options: str) -> dict[str, float]:
@@ -33,3 +36,11 @@ def test_the_stores_benchmark_makes_its_claims(tmp_path):
 
 def test_the_students_benchmark_makes_its_claims():
     claims_of("student.py", bench_student.BOUNDS)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or not SHARED.is_dir(),
+    reason="needs vLLM (`make setup` says why it is not there) and ../shared",
+)
+def test_the_teachers_benchmark_makes_its_claims():
+    claims_of("teacher.py", bench_teacher.BOUNDS)
