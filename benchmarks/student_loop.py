@@ -57,7 +57,8 @@ from stages.models import load_model, load_tokenizer, tokenizer_files, tokenizer
 from stages.passes import passes_of
 from stages.processes import Processes
 from stages.settings import StoreSettings, TrainSettings
-from stages.student import StudentJob, open_store, train_student
+from stages.student import StudentJob, open_stores, train_student
+from stages.targets import mixed
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "lab" / "models"
@@ -151,7 +152,9 @@ def step_settings(dtype: str) -> TrainSettings:
     )  # fmt: skip
 
 
-def measured(opened: tuple[Store, Any], model_dir: Path, settings: TrainSettings, folder: Path, meter: Meter) -> Meter:
+def measured(
+    opened: tuple[dict[str, Store], Any], model_dir: Path, settings: TrainSettings, folder: Path, meter: Meter
+) -> Meter:
     """A training by ours, broken off after the meter's steps."""
     job = StudentJob("s", model_dir, "start", Path(tempfile.mkdtemp(dir=folder)), settings)
     with suppress(Done):
@@ -160,7 +163,13 @@ def measured(opened: tuple[Store, Any], model_dir: Path, settings: TrainSettings
 
 
 def ours(folder: Path, dtype: str, meter: Meter) -> None:
-    measured(open_store(Folder(folder / "store"), verify=True), folder / "model", step_settings(dtype), folder, meter)
+    measured(
+        open_stores({"teacher": Folder(folder / "store")}, verify=True),
+        folder / "model",
+        step_settings(dtype),
+        folder,
+        meter,
+    )
 
 
 def trainer(folder: Path, dtype: str, meter: Meter) -> None:
@@ -304,7 +313,9 @@ def token_counts(folder: Path) -> tuple[int, dict[str, float]]:
     for _, block in itertools.islice(store.batches(store.order(0), BATCH), len(store) // BATCH):
         lengths = counts_of(block.token_offsets) - 1
         read.append(int(lengths.sum()))
-        passed += sum(one.batch.input_ids_BT.numel() for one in passes_of(block, step_settings("fp32"), 0))
+        passed += sum(
+            one.batch.input_ids_BT.numel() for one in passes_of(mixed([block], [1.0]), step_settings("fp32"), 0)
+        )
         padded += int(lengths.max()) * len(lengths)
     return sum(read[1:]), {"ours": 1 - sum(read) / passed, "others": 1 - sum(read) / padded}
 
@@ -328,13 +339,16 @@ def stalls(quick: bool) -> Found:
             folder = Path(name)
             vocab_size = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"]
             write_store(folder / "store", model_dir, num_rows, Shape(vocab_size, 20, positions, (8, 32)))
-            store, tokenizer = open_store(Folder(folder / "store"), verify=True)
+            opened, tokenizer = open_stores({"teacher": Folder(folder / "store")}, verify=True)
+            store = opened["teacher"]
             settings = TrainSettings(epochs=epochs, batch_size=BATCH, lr=LR)
             job = StudentJob("s", model_dir, "start", folder / "student", settings)
-            train_student(job, store, tokenizer, ONE, lambda _: None, lambda: False)
+            train_student(job, opened, tokenizer, ONE, lambda _: None, lambda: False)
             summary = json.loads((folder / "student" / "training.json").read_text(encoding="utf-8"))
             batches = itertools.islice(store.batches(store.order(0), BATCH), num_rows // BATCH)
-            preparing = seconds(lambda b=batches, s=settings: [passes_of(block, s, 0) for _, block in b])
+            preparing = seconds(
+                lambda b=batches, s=settings: [passes_of(mixed([block], [1.0]), s, 0) for _, block in b]
+            )
         line = {"student": student, "positions": positions, "steps": summary["steps"]}
         line |= {"ms per step": 1e3 * summary["train_s"] / summary["steps"], "stall share": summary["stall_share"]}
         table.append(line | {"a batch prepared, alone, ms": 1e3 * preparing * BATCH / num_rows})
@@ -350,7 +364,7 @@ def sizes(quick: bool) -> Found:
         folder, stores = Path(name), {}
         for num_rows in (1000, large):
             write_store(folder / f"{num_rows}", LAB / "small", num_rows, Shape(vocab_size, 20, 1, (8, 24)))
-            stores[num_rows] = open_store(Folder(folder / f"{num_rows}"), verify=True)
+            stores[num_rows] = open_stores({"teacher": Folder(folder / f"{num_rows}")}, verify=True)
         found: dict[int, list[Meter]] = {num_rows: [] for num_rows in stores}
         for turn in range(num_rounds + 1):
             for num_rows in sorted(stores, reverse=turn % 2 == 1):

@@ -9,7 +9,7 @@ whole rows allow. A slot is a place in the merged order of an epoch. Rows that a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -102,6 +102,18 @@ class Stream:
     def _kept_before(self, rows: np.ndarray) -> np.ndarray:
         """How many rows of the plan before each of these are not held out of this stream."""
         return rows - np.searchsorted(self.held_out, rows)
+
+
+def check_alike(manifests: Mapping[str, Manifest]) -> None:
+    """Refuse stores, by a name that the user knows, that cannot be read side by side: the same order needs the same plan."""
+    (first, expected), *others = manifests.items()
+    for name, manifest in others:
+        for key in ("subsets", "shard_rows", "block_rows", "top_k"):
+            if getattr(manifest, key) != getattr(expected, key):
+                raise UserError(
+                    f"the stores of {first} and {name} differ in {key}: {getattr(expected, key)} and {getattr(manifest, key)}",
+                    "make both with one config; where one of them is another run's, in a folder of their own: store.dir",
+                )
 
 
 def draw_held_out(number: int, count: int, holdout: float) -> np.ndarray:

@@ -17,13 +17,14 @@ from typing import Any
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
 from cache.manifest import PLAN_NAME, Manifest, read_manifest
+from cache.order import check_alike
 from cache.places import Place
 from cache.record import SUBSETS
 from pipeline.config import Config
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
 from pipeline.terminal import out, progress_bar, results_table, say
-from stages.settings import StudentSettings
+from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.html"
@@ -32,29 +33,46 @@ THIS_PROGRAM = (sys.executable, "-m", "pipeline.cli")
 
 
 def teacher_logits(config: Config) -> None:
-    """Stage one: find the store of this config or write it."""
+    """Stage one: find the store of each of this config's teachers or write it."""
     from stages import teacher
 
     stop = StopSignal()
     run_dir = claim_run_dir(config)
-    prepared = teacher.prepare(config.teacher, config.prompt, config.data, config.topic, config.device)
-    result = teacher.find_store(prepared, config.store, config.store_root, config.teacher.engine)
-    if result is None:
-        result = write_store(config, prepared, stop)
-        cached = (
-            f", {100 * result.cached_share:.0f} % of the prompt tokens computed once" if result.cached_share else ""
-        )
-        written = f"wrote {result.rows_written} rows in {result.seconds:.1f} s{cached}"
-        say(f"{written}: {store_line(result.place, result.manifest)}")
-    else:
-        say(f"reused the store of the same fingerprint: {store_line(result.place, result.manifest)}")
+    teachers = config.teacher_settings()
+    prepared = {name: prepare_teacher(config, settings) for name, settings in teachers.items()}
+    teacher.check_alike(prepared)
+    results = {}
+    for name, settings in teachers.items():
+        of = f"teacher {name}: " if config.teachers else ""
+        result = teacher.find_store(prepared[name], config.store, config.store_root, settings.engine)
+        if result is None:
+            result = write_store(config, settings, prepared[name], stop)
+            share = (
+                f", {100 * result.cached_share:.0f} % of the prompt tokens computed once" if result.cached_share else ""
+            )
+            done = f"wrote {result.rows_written} rows in {result.seconds:.1f} s{share}"
+        else:
+            done = "reused the store of the same fingerprint"
+        say(f"{of}{done}: {store_line(result.place, result.manifest)}")
+        results[name] = result
+    check_alike({name: result.manifest for name, result in results.items()})
     (run_dir / "teacher").mkdir(exist_ok=True)
-    pointer = {"fingerprint": result.manifest.fingerprint, "name": str(result.place).rpartition("/")[2]}
-    publish_json(_pointer_path(config), pointer)
+    stores = {
+        name: {"fingerprint": result.manifest.fingerprint, "name": str(result.place).rpartition("/")[2]}
+        for name, result in results.items()
+    }
+    publish_json(_pointer_path(config), {"teachers": stores})
 
 
-def write_store(config: Config, prepared: Any, stop: StopSignal) -> Any:
-    """Run the teacher over what the store lacks, with a progress bar."""
+def prepare_teacher(config: Config, settings: TeacherSettings) -> Any:
+    """All that is known of a teacher's store before an engine starts."""
+    from stages import teacher
+
+    return teacher.prepare(settings, config.prompt, config.data, config.topic, config.device, config.requests)
+
+
+def write_store(config: Config, settings: TeacherSettings, prepared: Any, stop: StopSignal) -> Any:
+    """Run a teacher over what its store lacks, with a progress bar."""
     from stages import capture
 
     started = time.monotonic()
@@ -67,7 +85,7 @@ def write_store(config: Config, prepared: Any, stop: StopSignal) -> Any:
     with progress_bar("rows") as bar:
         return capture.write_store(
             prepared,
-            config.teacher,
+            settings,
             config.store,
             config.store_root,
             on_engine=say_engine,
@@ -90,15 +108,17 @@ def store_line(place: Place, manifest: Manifest) -> str:
 
 
 def _pointer_path(config: Config) -> Path:
-    """Names the store that this run uses."""
+    """Names the stores that this run uses, by teacher."""
     return config.run_dir / "teacher" / "store.json"
 
 
-def store_of_run(config: Config) -> Place:
-    """The run's store; where stage one has not ended, a UserError that says how far it came."""
+def stores_of_run(config: Config) -> dict[str, Place]:
+    """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
     if _pointer_path(config).is_file():
-        return config.store_root / read_json(_pointer_path(config))["name"]
-    if config.run_dir.exists():
+        stores = read_json(_pointer_path(config))["teachers"]
+        if set(stores) == set(config.teacher_settings()):
+            return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
+    elif config.run_dir.exists():
         for name in config.store_root.names():
             if name.endswith(f"/{PLAN_NAME}"):
                 read_manifest(config.store_root / name.removesuffix(f"/{PLAN_NAME}"))
@@ -112,6 +132,7 @@ def evaluate(config: Config) -> None:
 
     stop = StopSignal()
     subjects = _subjects(config)
+    stores = stores_of_run(config)
     run_dir = claim_run_dir(config)
     exam = exam_of(config)
     with progress_bar("answers") as bar:
@@ -123,7 +144,7 @@ def evaluate(config: Config) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": config.evaluate.model_dump(mode="json"),
         **stage.results_of(subjects, exam, answers),
-        "teacher_store": _store_summary(config),
+        "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),
     }
@@ -156,26 +177,34 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
 
 
 def _subjects(config: Config) -> list[Any]:
-    """Base, teacher, then each student, after its own base where that is another model."""
+    """Base, teachers, then students, each teacher and student after its own base where that is another model."""
     from stages.evaluate import Subject
     from stages.models import resolve_model
     from stages.student import TRAINING_NAME
-    from stages.teacher import fill_prefix
 
     base_dir = resolve_model(config.teacher.model, "teacher.model")
-    prefix = fill_prefix(config.teacher.prefix, config.topic)
-    subjects = [Subject("base", base_dir, "", "base"), Subject("teacher", base_dir, prefix, "base")]
+    subjects = [Subject("base", base_dir, "", "base")]
+
+    def base_of(name: str, model_dir: Path) -> str:
+        """The base of a model that started as this one; the run's own, or another that is asked too."""
+        if model_dir.resolve() == base_dir.resolve():
+            return "base"
+        subjects.append(Subject(f"base:{name}", model_dir, "", f"base:{name}"))
+        return f"base:{name}"
+
+    for name, settings in config.teacher_settings().items():
+        model_dir = resolve_model(settings.model, "teacher.model")
+        prefix, set_prefixes = _prefixes(config, settings)
+        called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
+        subjects.append(Subject(called, model_dir, prefix, base_of(name, model_dir), set_prefixes))
     for student in config.students:
         student_dir = config.run_dir / student.name
         if not (student_dir / TRAINING_NAME).is_file():
             raise UserError(
                 f"student {student.name!r} is not trained: {student_dir}", "run `duet distill` with this config"
             )
-        base = "base"
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
-        if start_dir.resolve() != base_dir.resolve():
-            base = f"base:{student.name}"
-            subjects.append(Subject(base, start_dir, "", base))
+        base = base_of(student.name, start_dir)
         subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
     return subjects
 
@@ -192,20 +221,31 @@ def exam_of(config: Config) -> Any:
         settings=config.evaluate,
         device=pick_device(config.device),
         trust_remote_code=config.teacher.trust_remote_code,
+        further_topics={f"{request.name}.forget": request.topic for request in config.requests},
     )
 
 
+def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str, str]]:
+    """A teacher's prefix, and those of the further requests' sets."""
+    from stages.teacher import MAIN, prefixes_of
+
+    prefixes = prefixes_of(settings.prefix, config.topic, config.requests)
+    main = prefixes.pop(MAIN)
+    return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in SUBSETS}
+
+
 def _query_sets(config: Config) -> dict[str, Any]:
-    """The training sets and those of the evaluation, with answers."""
+    """The training sets of all requests and those of the evaluation, with answers."""
     from stages.data import load_queries
     from stages.evaluate import QuerySet
+    from stages.teacher import MAIN, queries_of
 
     expect = {"forget": "forgotten", "retain": "kept"}
     sets = {
-        subset: QuerySet(
-            load_queries(getattr(config.data, subset), f"data.{subset}", need_answers=True), expect[subset]
-        )
-        for subset in SUBSETS
+        subset if request == MAIN else f"{request}.{subset}": QuerySet(queries, expect[subset])
+        for request, by_subset in queries_of(config.data, config.requests, need_answers=True).items()
+        for subset, queries in by_subset.items()
+        if queries
     }
     for name, settings in config.evaluate.sets.items():
         sets[name] = QuerySet(load_queries(settings, f"evaluate.sets.{name}", need_answers=True), settings.expect)
@@ -213,8 +253,8 @@ def _query_sets(config: Config) -> dict[str, Any]:
     return {name: sets[name] for name in order}
 
 
-def _store_summary(config: Config) -> dict[str, Any]:
-    manifest = read_manifest(store_of_run(config))
+def _store_summary(place: Place) -> dict[str, Any]:
+    manifest = read_manifest(place)
     return {
         "fingerprint": manifest.fingerprint,
         "rows": manifest.rows,
@@ -225,6 +265,7 @@ def _store_summary(config: Config) -> dict[str, Any]:
         "dtype": manifest.provenance["dtype"],
         "bytes": manifest.shard_bytes,
         "prefix": manifest.provenance["prefix"],
+        **{f"prefix of {name}": r["prefix"] for name, r in manifest.provenance.get("requests", {}).items()},
     }
 
 

@@ -17,7 +17,7 @@ from pipeline.commands import model_name
 from pipeline.config import Config
 from pipeline.report import legend, page
 from pipeline.run import CONFIG_NAME
-from pipeline.terminal import out, say
+from pipeline.terminal import loss_in_words, out, say
 
 STUDENTS_NAME = "students"  # .html and .json
 COLUMNS = (
@@ -60,7 +60,7 @@ def cells(student: Summary) -> list[str]:
     return [
         student["name"],
         student["start"],
-        student["loss"],
+        loss_in_words(student),
         f"{trained} of {of_all} M",
         str(student["steps"]),
         f"{student['train_s']:,.1f} s",
@@ -106,7 +106,7 @@ def render(run: str, students: Sequence[Summary]) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in COLUMNS)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(student))}</tr>" for student in students)
     reasons = "".join(
-        f"<li>{escape(s['name'])}: {escape(s['loss'])}, {escape(s['loss_reason'])}; {escape(s['head'])}</li>"
+        f"<li>{escape(s['name'])}: {escape(loss_in_words(s))}, {escape(s['loss_reason'])}; {escape(s['head'])}</li>"
         for s in students
     )
     body = (

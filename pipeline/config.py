@@ -15,17 +15,22 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cache.errors import UserError
 from cache.places import Place, check_url, is_url, place_of
+from cache.record import SUBSETS
 from stages.settings import (
+    ONE_FOR_ALL,
     AuditSettings,
     EvaluateSettings,
     Name,
+    NamedTeacher,
     PromptSettings,
+    RequestSettings,
     Settings,
     StoreSettings,
     StudentSettings,
     TeacherSettings,
     TrainingData,
     TrainSettings,
+    teacher_weights,
 )
 
 TAKEN_NAMES = ("teacher", "answers", "audit")  # folders of the run directory that are no students
@@ -42,7 +47,14 @@ class Config(Settings):
     )
     data: TrainingData = Field(description="the queries of both subsets")
     prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
+    requests: tuple[RequestSettings, ...] = Field(
+        default=(), description="forget requests beside that of topic and data"
+    )
     teacher: TeacherSettings = Field(description="stage one")
+    teachers: tuple[NamedTeacher, ...] = Field(
+        default=(),
+        description="several teachers, each with entries of teacher: of its own; default: the one of teacher:",
+    )
     store: StoreSettings = Field(default=StoreSettings(), description="where teacher logits are kept")
     train: TrainSettings = Field(default=TrainSettings(), description="stage two, common to all students")
     students: tuple[StudentSettings, ...] = Field(min_length=1, description="the students, trained one after the other")
@@ -58,6 +70,12 @@ class Config(Settings):
         """Where the stores of this run lie, one per fingerprint."""
         store = self.store
         return place_of(store.dir or self.run_dir / "teacher", store.cache_dir, int(store.cache_gb * 1e9))
+
+    def teacher_settings(self) -> dict[str, TeacherSettings]:
+        """Every teacher's settings by its name: those common to all with its own on top."""
+        common = self.teacher.model_dump()
+        several = {one.name: TeacherSettings(**merged(common, one.teacher)) for one in self.teachers}
+        return several or {"teacher": self.teacher}
 
     def train_settings(self, student: StudentSettings) -> TrainSettings:
         """The common training settings with the student's own on top."""
@@ -89,11 +107,9 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     for override in overrides:
         _apply(raw, override)
     config = validated(Config, raw, path)
+    _check_teachers(config, path)
+    _check_requests(config, path)
     check_students(config, path)
-    for reserved in {"forget", "retain"} & set(config.evaluate.sets):
-        raise UserError(
-            f"{path}: evaluate.sets: {reserved!r} is the training set of that name", "name the set otherwise"
-        )
     if is_url(config.store.dir or ""):
         check_url(config.store.dir or "")  # before the settings are written anywhere
     return config
@@ -209,8 +225,36 @@ def check_students(config: Config, where: str) -> None:
             f"{where}: students: two are pushed to {repeated}", "give each its own repository; in a sweep, push none"
         )
     for number, student in enumerate(config.students):
-        raw = merged(config.train.model_dump(), student.train)
-        validated(TrainSettings, raw, f"{where}: students.{number}.train")
+        key = f"{where}: students.{number}.train"
+        settings = validated(TrainSettings, merged(config.train.model_dump(), student.train), key)
+        teacher_weights(settings, list(config.teacher_settings()), key)
+
+
+def _check_teachers(config: Config, where: str) -> None:
+    """Refuse teachers that get in each other's way, and those whose own settings are faulty."""
+    if repeated := _first_repeated([teacher.name for teacher in config.teachers]):
+        raise UserError(f"{where}: teachers: the name {repeated!r} occurs twice", "give each teacher its own name")
+    for taken in sorted({teacher.name for teacher in config.teachers} & {student.name for student in config.students}):
+        raise UserError(
+            f"{where}: teachers: {taken!r} is a student's name too", "give each its own: results tell them apart"
+        )
+    for number, teacher in enumerate(config.teachers):
+        key = f"{where}: teachers.{number}"
+        validated(TeacherSettings, merged(config.teacher.model_dump(), teacher.teacher), key)
+        for entry in ONE_FOR_ALL:
+            if entry in teacher.teacher:
+                raise UserError(f"{key}: {entry} is one for all teachers", f"set teacher.{entry}")
+
+
+def _check_requests(config: Config, where: str) -> None:
+    """Refuse requests and evaluation sets whose results would have the same names."""
+    if repeated := _first_repeated([request.name for request in config.requests]):
+        raise UserError(f"{where}: requests: the name {repeated!r} occurs twice", "give each request its own name")
+    trained = {*SUBSETS, *(f"{request.name}.{subset}" for request in config.requests for subset in SUBSETS)}
+    for reserved in sorted(trained & set(config.evaluate.sets)):
+        raise UserError(
+            f"{where}: evaluate.sets: {reserved!r} is the training set of that name", "name the set otherwise"
+        )
 
 
 def _first_repeated(values: list[str]) -> str | None:

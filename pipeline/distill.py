@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cache.errors import Interrupted, UserError
-from cache.manifest import read_manifest
+from cache.manifest import Manifest, read_manifest
 from cache.places import Place
-from pipeline.commands import THIS_PROGRAM, model_name, start_model, store_line, store_of_run
+from pipeline.commands import THIS_PROGRAM, model_name, start_model, store_line, stores_of_run
 from pipeline.comparison import compare
 from pipeline.config import Config
 from pipeline.hub import push
@@ -17,7 +18,7 @@ from pipeline.jobs import gpus, last_line, places, run_jobs
 from pipeline.processes import Launch, check_launcher, launched
 from pipeline.run import StopSignal, claim_run_dir
 from pipeline.sweep import Request
-from pipeline.terminal import be_silent, progress_bar, progress_note, say
+from pipeline.terminal import be_silent, loss_in_words, progress_bar, progress_note, say
 from pipeline.trackers import check_trackers, tracking
 from stages.settings import StudentSettings
 
@@ -50,16 +51,16 @@ def distill(request: Request, num_jobs: int | None, child: bool = False) -> int:
     kind = pick_device(config.device)
     check_launcher(os.environ, kind)
     stop = StopSignal()
-    place = store_of_run(config)
+    stored = stores_of_run(config)
     devices = visible_gpus(kind)
     unfinished = [student.name for student in config.students if not _is_done(config, student)]
     num_jobs = min(num_jobs or len(devices) or 1, len(unfinished))
     code = 0
     if num_jobs > 1 and launch.rank.world == 1:
-        code = _train_in_children(request, config, place, unfinished, num_jobs, devices, stop)
+        code = _train_in_children(request, config, stored, unfinished, num_jobs, devices, stop)
     else:
         try:
-            _train_here(config, place, launch, kind, stop, child)
+            _train_here(config, stored, launch, kind, stop, child)
         except FirstFailed:
             return FIRST_FAILED
     if launch.first and not child:
@@ -86,7 +87,7 @@ def _is_done(config: Config, student: StudentSettings) -> bool:
 def _train_in_children(
     request: Request,
     config: Config,
-    place: Place,
+    stored: Mapping[str, Place],
     names: list[str],
     num_jobs: int,
     devices: list[str],
@@ -95,7 +96,8 @@ def _train_in_children(
     """The named students, each in a process of its own; returns the first exit code that is not 0."""
     run_dir = claim_run_dir(config)
     on = f"{len(devices)} GPUs" if devices else "cpu"
-    say(f"store: {store_line(place, read_manifest(place))}; device: {on}, {num_jobs} students at a time")
+    manifests = {name: read_manifest(place) for name, place in stored.items()}
+    _say_stores(config, stored, manifests, f"{on}, {num_jobs} students at a time")
     commands = {
         name: [*THIS_PROGRAM, "distill", *request.with_only(name).arguments(), "--jobs", "1", "--child"]
         for name in names
@@ -114,7 +116,16 @@ def _train_in_children(
     return code
 
 
-def _train_here(config: Config, place: Place, launch: Launch, kind: str, stop: StopSignal, child: bool) -> None:
+def _say_stores(config: Config, stored: Mapping[str, Place], manifests: Mapping[str, Manifest], device: str) -> None:
+    """One line for each store that is read."""
+    for name, place in stored.items():
+        of = f" of teacher {name}" if config.teachers else ""
+        say(f"store{of}: {store_line(place, manifests[name])}; device: {device}")
+
+
+def _train_here(
+    config: Config, stored: Mapping[str, Place], launch: Launch, kind: str, stop: StopSignal, child: bool
+) -> None:
     """All students one after the other, in this process or in all those of the launch together."""
     import torch
 
@@ -131,15 +142,16 @@ def _train_here(config: Config, place: Place, launch: Launch, kind: str, stop: S
         with processes.first_first():
             if processes.first:
                 claim_run_dir(config)
-        store, tokenizer = stage.open_store(place, config.store.verify)
+        stores, tokenizer = stage.open_stores(stored, config.store.verify)
         together = f" x {launch.rank.world} processes" if launch.rank.world > 1 else ""
         if not child:
-            say(f"store: {store_line(place, store.manifest)}; device: {device}{together}")
+            manifests = {name: store.manifest for name, store in stores.items()}
+            _say_stores(config, stored, manifests, f"{device}{together}")
         for student in config.students:
-            _train_one(_job(config, student, processes), config.name, store, tokenizer, processes, stop)
+            _train_one(_job(config, student, processes), config.name, stores, tokenizer, processes, stop)
 
 
-def _train_one(job: Any, run: str, store: Any, tokenizer: Any, processes: Any, stop: StopSignal) -> None:
+def _train_one(job: Any, run: str, stores: Mapping[str, Any], tokenizer: Any, processes: Any, stop: StopSignal) -> None:
     """One student, with a progress bar and its trackers; says in the end what came of it."""
     import torch
 
@@ -150,7 +162,7 @@ def _train_one(job: Any, run: str, store: Any, tokenizer: Any, processes: Any, s
         "run": run,
         "student": job.name,
         "start": job.start_name,
-        "store": store.manifest.fingerprint,
+        "stores": {name: store.manifest.fingerprint for name, store in stores.items()},
         "train": job.settings.model_dump(mode="json"),
     }
     names = job.settings.trackers if processes.first else ()
@@ -161,7 +173,7 @@ def _train_one(job: Any, run: str, store: Any, tokenizer: Any, processes: Any, s
             track(report)
 
         try:
-            summary = train_student(job, store, tokenizer, processes, on_step, stop)
+            summary = train_student(job, stores, tokenizer, processes, on_step, stop)
         except torch.OutOfMemoryError as error:
             what = f"student {job.name}: {processes.device} has not enough memory: {str(error).splitlines()[0]}"
             raise UserError(what, MEMORY_HINT) from error
@@ -192,4 +204,4 @@ def _say_result(summary: dict[str, Any], model_dir: Path, done_before: bool) -> 
     verb = "was done already" if done_before else trained
     say(f"student {name}: {verb}, {loss} {first:.3g} -> {last:.3g}: {model_dir}")
     if not done_before:
-        say(f"student {name}: {loss}, {summary['loss_reason']}; {summary['head']}")
+        say(f"student {name}: {loss_in_words(summary)}, {summary['loss_reason']}; {summary['head']}")

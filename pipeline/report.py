@@ -9,9 +9,10 @@ from typing import Any
 
 from cache.files import publishing
 from pipeline.charts import Bar, bars, colours, curves
+from pipeline.terminal import loss_in_words
 
 HEADLINE = "rougeL_recall"
-ATTACKS = {"mean": f"attack.reverse.forget.{HEADLINE}", "worst": f"attack.reverse_worst.forget.{HEADLINE}"}
+ATTACKS = ("attack.reverse", "attack.reverse_worst")  # mean over the texts, and the worst per question
 CSS_PATH = Path(__file__).with_name("report.css")
 
 Results = Mapping[str, Any]
@@ -65,9 +66,14 @@ def _summary(results: Results) -> str:
     if student is None:
         return "No student was evaluated."
     key = f"forget.{HEADLINE}"
+    teachers = ", ".join(
+        f"the prefixed {escape(name)} {_points(scores.get(key))}"
+        for name, scores in models.items()
+        if name.split(":")[0] == "teacher"
+    )
     sentences = [
         f"Asked about the topic, the base model recalls <strong>{_points(models['base'].get(key))}</strong> of 100 points of "
-        f"the reference answers, the prefixed teacher {_points(models.get('teacher', {}).get(key))}, and "
+        f"the reference answers, {teachers}, and "
         f"{escape(student)}, which never sees the prefix, <strong>{_points(models[student].get(key))}</strong>."
     ]
     for name, info in results["sets"].items():
@@ -76,7 +82,7 @@ def _summary(results: Results) -> str:
             sentences.append(
                 f"On {escape(name)} questions it has {_points(after)}, before {100 * before['value']:.1f}."
             )
-    worst = models[student].get(ATTACKS["worst"])
+    worst = models[student].get(f"{ATTACKS[1]}.{key}")
     if worst:
         sentences.append(f"The worst reverse prompt per question brings back {_points(worst)}.")
     return " ".join(sentences)
@@ -108,19 +114,29 @@ def _before_after(results: Results) -> str:
 
 
 def _attack(results: Results) -> str:
-    rows = {m: s for m, s in results["models"].items() if ATTACKS["mean"] in s}
-    if not rows:
+    tables = "".join(_attacked(results["models"], name) for name in results["sets"])
+    if not tables:
         return "<h2>Reverse prompts</h2><p>Attacks were switched off in this run: nothing is known about them.</p>"
+    return (
+        "<h2>Reverse prompts</h2><p>A reverse prompt stands in front of the question and tries to undo the forgetting. "
+        f"A model that has forgotten scores as without an attack; what comes back was hidden, not gone.</p>{tables}"
+    )
+
+
+def _attacked(models: Mapping[str, Any], name: str) -> str:
+    """The table of attacks on a query set; empty where none were tried."""
+    keys = [f"{name}.{HEADLINE}", *(f"{attack}.{name}.{HEADLINE}" for attack in ATTACKS)]
+    rows = {model: scores for model, scores in models.items() if keys[1] in scores}
+    if not rows:
+        return ""
     head = "".join(f'<th class="number" scope="col">{t}</th>' for t in ("no attack", "mean of texts", "worst text"))
-    keys = (f"forget.{HEADLINE}", ATTACKS["mean"], ATTACKS["worst"])
     body = "".join(
         f'<tr><th scope="row">{escape(model)}</th>{"".join(cell(scores.get(key)) for key in keys)}</tr>'
         for model, scores in rows.items()
     )
+    caption = f"ROUGE-L recall on the {escape(name)} questions, points [95 % interval]"
     return (
-        "<h2>Reverse prompts</h2><p>A reverse prompt stands in front of the question and tries to undo the forgetting. "
-        "A model that has forgotten scores as without an attack; what comes back was hidden, not gone.</p>"
-        f'<div class="scroll"><table><caption>ROUGE-L recall on the forget questions, points [95 % interval]</caption>'
+        f'<div class="scroll"><table><caption>{caption}</caption>'
         f'<thead><tr><th scope="col">model</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
@@ -182,7 +198,8 @@ def _training(results: Results) -> str:
     palette = {model: colour for model, colour in _palette(results).items() if model in curve}
     chart = curves(curve, palette, "Training loss by step")
     facts = "".join(
-        f"<li>{escape(name)}: {info['loss']} ({escape(info['loss_reason'])}), {info['steps']} steps"
+        f"<li>{escape(name)}: {escape(loss_in_words(info))} ({escape(info['loss_reason'])}), "
+        f"{info['steps']} steps"
         f"{', stopped early,' if info['stopped_early'] else ''} over {info['rows']} rows in {info['train_s']:.1f} s "
         f"({info['rows_per_s']:.0f} rows/s, {100 * info['stall_share']:.0f} % of it waiting for the store), "
         f"{info['trained_parameters']:,} of {info['parameters']:,} parameters trained, from {escape(str(info['model']))}</li>"
@@ -214,10 +231,10 @@ def _definitions(results: Results) -> str:
 
 
 def _provenance(results: Results) -> str:
-    return (
-        f"<h2>Provenance</h2><h3>Teacher logits</h3>{definition_list(results['teacher_store'])}"
-        f"<h3>Environment</h3>{definition_list(results['environment'])}"
-    )
+    stores = results["teacher_stores"]
+    titles = {name: "Teacher logits" if len(stores) == 1 else f"Logits of teacher {name}" for name in stores}
+    logits = "".join(f"<h3>{escape(titles[name])}</h3>{definition_list(facts)}" for name, facts in stores.items())
+    return f"<h2>Provenance</h2>{logits}<h3>Environment</h3>{definition_list(results['environment'])}"
 
 
 def definition_list(pairs: Mapping[str, Any]) -> str:

@@ -35,6 +35,8 @@ _FREE = {
     for key in keys
 } | {("runs_dir",), ("device",), ("push_to_hub",)}
 
+NAMED_LISTS = (("students",), ("teachers",), ("requests",))  # whose entries have names
+
 
 def claim_run_dir(config: Config) -> Path:
     """Make the run's directory, or check that it is this run's.
@@ -68,22 +70,23 @@ def claim_run_dir(config: Config) -> Path:
 
 
 def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:
-    """Flat key -> value of what makes the run this run; a student's name, which may have dots, is one part of a key."""
+    """Flat key -> value of what makes the run this run; a name, which may have dots, is one part of a key."""
     return {key: value for key, value in _flatten(resolved, ()) if not _is_free(key)}
 
 
 def _is_free(key: tuple[str, ...]) -> bool:
-    of_student = key[2:] if key[0] == "students" else key  # students.<name>.train.… is as free as train.…
-    return key[0] in ("evaluate", "audit") or of_student in _FREE
+    own = key[2:] if key[0] == "students" else key  # students.<name>.train.… is as free as train.…
+    own = ("teacher", *key[2:]) if key[0] == "teachers" else own  # and teachers.<name>.… as teacher.…
+    return key[0] in ("evaluate", "audit") or own in _FREE
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Any:
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _flatten(value, (*path, str(key)))
-    elif path == ("students",):
-        for student in node:
-            yield from _flatten({k: v for k, v in student.items() if k != "name"}, ("students", student["name"]))
+    elif path in NAMED_LISTS:
+        for entry in node:
+            yield from _flatten({k: v for k, v in entry.items() if k != "name"}, (*path, entry["name"]))
     else:
         yield path, node
 

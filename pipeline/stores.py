@@ -64,7 +64,7 @@ def verify_store(store: str) -> None:
 
 def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
     """Write the damaged and missing shards anew, with the engine that wrote the others."""
-    from pipeline.commands import store_line, write_store
+    from pipeline.commands import prepare_teacher, store_line, write_store
     from pipeline.config import load_config
     from pipeline.run import StopSignal
     from stages import teacher
@@ -75,11 +75,11 @@ def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> No
     if plan is None:
         raise UserError(f"{place} has no plan: it is not a store", "run `duet teacher-logits` to make one")
     engine = plan.provenance["engine"].split()[0]
-    config = load_config(config_path, (*overrides, f"teacher.engine={engine}"))
-    prepared = teacher.prepare(config.teacher, config.prompt, config.data, config.topic, config.device)
-    expected = teacher.plan_for(prepared, config.store, engine)
-    if expected.fingerprint != plan.fingerprint:
-        old, new = plan.provenance, expected.provenance
+    teachers = [(settings, prepare_teacher(config, settings)) for settings in config.teacher_settings().values()]
+    plans = [teacher.plan_for(prepared, config.store, engine) for _, prepared in teachers]
+    whose = next((number for number, expected in enumerate(plans) if expected.fingerprint == plan.fingerprint), None)
+    if whose is None:
+        old, new = plan.provenance, plans[0].provenance
         differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         raise UserError(
             f"{place} was made by another config: {differing[0]} is {old.get(differing[0])} there "
@@ -89,7 +89,8 @@ def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> No
     bad = maintain.invalidate(place, plan)
     if not bad and place.size(MANIFEST_NAME) is None:
         say(f"{place}: every shard is as it was written; writing its manifest anew")
-    result = write_store(config, prepared, StopSignal())
+    settings, prepared = teachers[whose]
+    result = write_store(config, settings.model_copy(update={"engine": engine}), prepared, StopSignal())
     say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.place, result.manifest)}")
 
 

@@ -85,6 +85,16 @@ def progress_note(line: Mapping[str, Any]) -> str:
     )
 
 
+def loss_in_words(summary: Mapping[str, Any]) -> str:
+    """A student's loss and, where the teacher has a name, whom it is against: `l1, mix of mild 0.75 and strict 0.25`."""
+    weights = {name: facts["weight"] for name, facts in summary["teachers"].items()}
+    if list(weights) == ["teacher"]:
+        return summary["loss"]
+    if not summary["combine"]:
+        return f"{summary['loss']} of {next(iter(weights))}"
+    return f"{summary['loss']}, {summary['combine']} of {' and '.join(f'{n} {w:.3g}' for n, w in weights.items())}"
+
+
 def interval(score: dict[str, Any]) -> str:
     """A score in points with its 95 % interval: `93.3 [86.7, 100.0]`."""
     low, high = score["ci95"]
@@ -94,9 +104,10 @@ def interval(score: dict[str, Any]) -> str:
 def results_table(results: dict[str, Any]) -> Table:
     """Models by rows; ROUGE-L recall per set, the worst reverse prompt and the performance shift by columns."""
     keys = {f"{name}.rougeL_recall": f"{name}\nn={info['n']}" for name, info in results["sets"].items()}
-    attack = "attack.reverse_worst.forget.rougeL_recall"
-    if any(attack in scores for scores in results["models"].values()):
-        keys[attack] = f"forget, worst\nreverse prompt\nn={results['sets']['forget']['n']}"
+    for name, info in results["sets"].items():
+        attack = f"attack.reverse_worst.{name}.rougeL_recall"
+        if any(attack in scores for scores in results["models"].values()):
+            keys[attack] = f"{name}, worst\nreverse prompt\nn={info['n']}"
     table = Table(title="ROUGE-L recall in points [95 % interval]", title_justify="left", caption_justify="left")
     table.add_column("model", no_wrap=True)
     for title in keys.values():

@@ -47,6 +47,21 @@ class AlignedBatch:
         return AlignedBatch(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
 
 
+def shared(batch: AlignedBatch, sequence_B: np.ndarray) -> AlignedBatch:
+    """Sequences of one number, which must read the same, as one of the batch; numbers lie between 0 and the last, ascending.
+
+    The supervised positions stay as many and in their order.
+    """
+    _, firsts = np.unique(sequence_B, return_index=True)
+    if len(firsts) == len(sequence_B):
+        return batch
+    kept = torch.from_numpy(firsts)
+    number_B = torch.from_numpy(sequence_B)
+    return AlignedBatch(
+        batch.input_ids_BT[kept], batch.attention_mask_BT[kept], number_B[batch.batch_index_N], batch.position_N
+    )
+
+
 def align(
     prompts: Sequence[Sequence[int] | np.ndarray], responses: Sequence[Sequence[int] | np.ndarray], pad_id: int
 ) -> AlignedBatch:

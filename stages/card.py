@@ -5,6 +5,7 @@ What was to be forgotten may be the very thing that must not be published; the f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cache.manifest import Manifest
@@ -24,32 +25,37 @@ erased from the weights. See the run's report for what an attacker gets back.
 | | |
 | --- | --- |
 | started from | {start_name}, weights sha256 {start_sha256} |
-| teacher logits | store {fingerprint}: {rows} rows ({forget} forget, {retain} retain), {positions} positions, k = {top_k} |
-| teacher | weights sha256 {teacher_sha256}, {engine}, {dtype} |
+{teachers}
 | loss | {loss}: {loss_reason} |
 | trained | {trained_parameters:,} of {parameters:,} parameters, {steps} steps of {batch_size} rows, peak learning rate {lr:g} |
 | first token as the teacher's | forget {agree_forget}, retain {agree_retain} (n = {probed} rows, {held_out}) |
 """
 
 
+TEACHER = """\
+| teacher logits | store {fingerprint}: {rows} rows ({forget} forget, {retain} retain), {positions} positions, k = {top_k} |
+| teacher | weights sha256 {teacher_sha256}, {engine}, {dtype}{share} |"""
+
+
 def model_card(
-    summary: dict[str, Any], manifest: Manifest, start_name: str, start_sha256: str, train: dict[str, Any]
+    summary: dict[str, Any], manifests: Sequence[Manifest], start_name: str, start_sha256: str, train: dict[str, Any]
 ) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads. `summary` is what training.json holds."""
-    probe = summary["probe"]
+    """Markdown with the front matter that the Hugging Face hub reads.
+
+    `summary` is what training.json holds, `manifests` are those of its teachers' stores in the same order. Teachers go without
+    their names, which may tell of the topic.
+    """
+    probe, combine = summary["probe"], summary["combine"]
+    weights = [facts["weight"] for facts in summary["teachers"].values()]
+    shares = [f", weight {weight:.3g} of the {combine}" if combine else "" for weight in weights]
     return CARD.format(
         base_model=f"base_model: {start_name}\n" if start_name.count("/") == 1 else "",
         name=summary["name"],
         start_name=start_name,
         start_sha256=start_sha256[:16],
-        fingerprint=manifest.fingerprint[:16],
-        rows=manifest.rows,
-        positions=manifest.positions,
-        top_k=train["top_k"] or manifest.top_k,
-        **manifest.subsets,
-        teacher_sha256=manifest.provenance["weights_sha256"][:16],
-        engine=manifest.provenance["engine"],
-        dtype=manifest.provenance["dtype"],
+        teachers="\n".join(
+            _teacher(manifest, train["top_k"], share) for manifest, share in zip(manifests, shares, strict=True)
+        ),
         agree_forget=_share(probe["agreement.forget"]),
         agree_retain=_share(probe["agreement.retain"]),
         probed=probe["rows"],
@@ -57,6 +63,20 @@ def model_card(
         batch_size=train["batch_size"],
         lr=train["lr"],
         **{key: summary[key] for key in ("loss", "loss_reason", "trained_parameters", "parameters", "steps")},
+    )
+
+
+def _teacher(manifest: Manifest, top_k: int | None, share: str) -> str:
+    return TEACHER.format(
+        fingerprint=manifest.fingerprint[:16],
+        rows=manifest.rows,
+        positions=manifest.positions,
+        top_k=top_k or manifest.top_k,
+        **manifest.subsets,
+        teacher_sha256=manifest.provenance["weights_sha256"][:16],
+        engine=manifest.provenance["engine"],
+        dtype=manifest.provenance["dtype"],
+        share=share,
     )
 
 

@@ -6,8 +6,9 @@ next model; `results_of` turns answers into scores. Every score carries n and an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ HEADLINE = "rougeL_recall"  # the metric that the performance shift and the atta
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under evaluation. `prefix` is the unlearning prefix for the teacher, else empty."""
+    """A model under evaluation. `prefix` is the unlearning prefix for a teacher, else empty."""
 
-    name: str  # key in results.json: base, teacher, student:<name>, base:<name>
+    name: str  # key in results.json: base, teacher, teacher:<name>, student:<name>, base:<name>
     model_dir: Path
     prefix: str
     base: str  # the subject whose scores its performance shift is measured against
+    set_prefixes: Mapping[str, str] = field(default_factory=dict)  # of the sets that have another prefix than `prefix`
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Exam:
     settings: EvaluateSettings
     device: str
     trust_remote_code: bool = False
+    further_topics: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of forget sets beside `forget`, which are attacked too
+
+    @property
+    def attacked(self) -> dict[str, str]:
+        """The sets that attacks are tried on, and their topics."""
+        return {"forget": self.topic, **self.further_topics}
 
 
 def attack_texts(kind: str, topic: str) -> list[str]:
@@ -72,13 +82,15 @@ def attack_texts(kind: str, topic: str) -> list[str]:
     return [text.replace("{topic}", topic) for text in yaml.safe_load(ATTACKS_PATH.read_text(encoding="utf-8"))[kind]]
 
 
-def questions_of(exam: Exam, prefix: str) -> dict[str, list[tuple[Query, str]]]:
-    """All (query, text in front) pairs per task: each set under its name, each attack text as `attack.<kind>.<i>.forget`."""
-    tasks = {name: [(query, prefix) for query in query_set.queries] for name, query_set in exam.sets.items()}
+def questions_of(exam: Exam, subject: Subject) -> dict[str, list[tuple[Query, str]]]:
+    """All (query, text in front) pairs per task: each set under its name, each attack text as `attack.<kind>.<i>.<set>`."""
+    prefixes = {name: subject.set_prefixes.get(name, subject.prefix) for name in exam.sets}
+    tasks = {name: [(query, prefixes[name]) for query in query_set.queries] for name, query_set in exam.sets.items()}
     for kind in exam.settings.attacks:
-        for number, text in enumerate(attack_texts(kind, exam.topic)):
-            in_front = exam.prompt.separator.join(part for part in (prefix, text) if part)
-            tasks[f"attack.{kind}.{number}.forget"] = [(query, in_front) for query in exam.sets["forget"].queries]
+        for name, topic in exam.attacked.items():
+            for number, text in enumerate(attack_texts(kind, topic)):
+                in_front = exam.prompt.separator.join(part for part in (prefixes[name], text) if part)
+                tasks[f"attack.{kind}.{number}.{name}"] = [(query, in_front) for query in exam.sets[name].queries]
     return tasks
 
 
@@ -140,7 +152,7 @@ class Examinee:
         exam = self._exam
         prompts = {
             task: [render(self._tokenizer, query.question, text, exam.prompt) for query, text in pairs]
-            for task, pairs in questions_of(exam, subject.prefix).items()
+            for task, pairs in questions_of(exam, subject).items()
         }
         for task, rows in prompts.items():
             for number, ids in enumerate(rows):
@@ -254,12 +266,12 @@ def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, metrics.S
         references = references_of(query_set)
         for metric, values in metrics.score_texts(references, answers[name], extra).items():
             scores[f"{name}.{metric}"] = metrics.score(values, clusters=references, seed=seed)
-    references = references_of(exam.sets["forget"])
-    for kind in exam.settings.attacks:
-        tasks = [task for task in answers if task.startswith(f"attack.{kind}.")]
+    for kind, (name, topic) in itertools.product(exam.settings.attacks, exam.attacked.items()):
+        references = references_of(exam.sets[name])
+        tasks = [f"attack.{kind}.{number}.{name}" for number in range(len(attack_texts(kind, topic)))]
         recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
         for suffix, values in (("", recall_AN.mean(axis=0)), ("_worst", recall_AN.max(axis=0))):
-            scores[f"attack.{kind}{suffix}.forget.{HEADLINE}"] = metrics.score(values, clusters=references, seed=seed)
+            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = metrics.score(values, clusters=references, seed=seed)
     return scores
 
 

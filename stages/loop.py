@@ -21,17 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache.codec import Block
 from cache.errors import Interrupted, UserError
 from cache.files import publishing, sync_file
 from cache.order import Order
 from cache.prefetch import Prefetch
-from cache.reader import Store
 from stages import checkpoint
 from stages.checkpoint import Progress
 from stages.passes import Pass, passes_of
 from stages.probe import Probe, ask
 from stages.processes import whole, without_sync
 from stages.settings import TrainSettings
+from stages.targets import Teachers
 from stages.trainable import Student, trained
 
 METRICS_NAME = "metrics.jsonl"
@@ -43,8 +44,9 @@ class StepReport:
     """One line of metrics.jsonl.
 
     `loss` is the weighted mean over supervised positions, `loss_forget` and `loss_retain` are the plain means over those of
-    a subset, None where the step had none. Rates count all processes; `stall_share` is the part of all steps' time that the
-    first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes, of the GPU or else of the process.
+    a subset, those against several teachers alike, None where the step had none. Rates count all processes; `stall_share` is
+    the part of all steps' time that the first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes,
+    of the GPU or else of the process.
     """
 
     step: int
@@ -65,7 +67,7 @@ class StepReport:
 def run_loop(
     name: str,
     student_dir: Path,
-    store: Store,
+    teachers: Teachers,
     order: Order,
     student: Student,
     probe: Probe,
@@ -82,14 +84,15 @@ def run_loop(
         lines = _metrics_until(student_dir / METRICS_NAME, progress.step, write=processes.first)
     pinned = processes.device.type == "cuda"
     batches = Prefetch(
-        store.batches(order, settings.batch_size, progress.cursor, processes.rank),
-        lambda batch: (batch[0], [p.pin_memory() if pinned else p for p in passes_of(batch[1], settings, pad_id)]),
+        teachers.batches(order, settings.batch_size, progress.cursor, processes.rank),
+        lambda batch: (batch[0], _passes(teachers, batch[1], settings, pad_id, pinned)),
     )
     idle = probe.passes[0].without_weight()
     with closing(batches), _appending(student_dir / METRICS_NAME, processes.first) as write:
         while progress.step < total and not _out_of_patience(progress, settings):
             started, waited = time.perf_counter(), batches.stall_s
             cursor, passes = next(batches)
+            num_rows = cursor.slot - (progress.cursor.slot if cursor.epoch == progress.cursor.epoch else 0)
             lr = settings.lr * lr_factor(progress.step, total, settings.warmup, settings.decay)
             result = _step(name, student, passes, idle, lr, progress.step)
             seconds, done = time.perf_counter() - started, progress.step + 1
@@ -115,7 +118,7 @@ def run_loop(
                 loss_retain=result.loss_retain,
                 lr=lr,
                 grad_norm=result.grad_norm,
-                rows_per_s=result.num_rows / seconds,
+                rows_per_s=num_rows / seconds,
                 tokens_per_s=result.num_tokens / seconds,
                 stall_share=progress.stall_s / progress.train_s,
                 memory_gb=peak_memory_gb(processes.device),
@@ -133,6 +136,11 @@ def run_loop(
             if stop:
                 raise Interrupted(f"student {name}: step {done} of {total} is saved in {student_dir}")
     return progress, lines
+
+
+def _passes(teachers: Teachers, blocks: list[Block], settings: TrainSettings, pad_id: int, pinned: bool) -> list[Pass]:
+    passes = passes_of(teachers.targets(blocks), settings, pad_id)
+    return [one.pin_memory() for one in passes] if pinned else passes
 
 
 def _out_of_patience(progress: Progress, settings: TrainSettings) -> bool:
@@ -156,7 +164,6 @@ class StepResult:
     loss_forget: float | None
     loss_retain: float | None
     grad_norm: float
-    num_rows: int
     num_tokens: int
 
 
@@ -170,7 +177,7 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
     seed_everything(settings.seed, step, processes.rank.number)
     told = processes.tell([sum(one.weight_N.sum().item() for one in passes), len(passes)])
     total_weight, num_passes = told[:, 0].sum().item(), int(told[:, 1].max())
-    sums = np.zeros(7)  # weighted loss; loss and positions of forget, of retain; rows; tokens
+    sums = np.zeros(6)  # weighted loss; loss and positions of forget, of retain; tokens
     for number in range(num_passes):
         one = (passes[number] if number < len(passes) else idle).to(processes.device)
         with nullcontext() if number == num_passes - 1 else without_sync(student.module):
@@ -181,7 +188,7 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
         if number < len(passes):
             sums += _sums(loss_N.detach(), one, loss.item())
     sums = processes.tell(sums.tolist()).sum(0).tolist()
-    total, forget, num_forget, retain, num_retain, num_rows, num_tokens = sums
+    total, forget, num_forget, retain, num_retain, num_tokens = sums
     if not math.isfinite(total):
         raise _diverged(name, "loss", total, step, lr)
     for group in student.optimizer.param_groups:
@@ -197,7 +204,6 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
         loss_forget=forget / num_forget if num_forget else None,
         loss_retain=retain / num_retain if num_retain else None,
         grad_norm=grad_norm,
-        num_rows=int(num_rows),
         num_tokens=int(num_tokens),
     )
 
@@ -213,7 +219,7 @@ def _sums(loss_N: torch.Tensor, one: Pass, weighted: float) -> np.ndarray:
     parts = [weighted]
     for subset_N in (one.is_forget_N, ~one.is_forget_N):
         parts += [loss_N[subset_N].sum().item(), subset_N.sum().item()]
-    return np.array([*parts, one.is_first_N.sum().item(), one.num_tokens])
+    return np.array([*parts, one.num_tokens])
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:

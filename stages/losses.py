@@ -19,14 +19,20 @@ from torch.nn.functional import huber_loss, log_softmax
 # The least share of the ids outside the top-k. It is above 0 in float32, where log-sum-exps of 16 and more are rounded
 # by up to 1e-6, so that a smaller share cannot be told from none.
 SMALLEST_TAIL = 1e-6
+NO_CHANCE = -1e30  # a logit whose probability is 0 and whose differences are finite, in float32 too
 
 
 @dataclass(frozen=True)
 class TopK:
-    """One side's raw logits at the teacher's top-k ids and, where a loss needs it, the log-sum-exp over all ids."""
+    """One side's raw logits at the teacher's top-k ids and, where a loss needs it, the log-sum-exp over all ids.
+
+    Where an average of teachers has fewer than K ids, `mask_NK`, the same on both sides, says which columns count: what the
+    others hold, as long as it is finite, changes neither a loss nor its gradient.
+    """
 
     logits_NK: torch.Tensor
     logsumexp_N: torch.Tensor | None = None
+    mask_NK: torch.Tensor | None = None  # bool; None: all count
 
 
 def huber_raw(student: TopK, teacher: TopK, delta: float) -> torch.Tensor:
@@ -35,7 +41,7 @@ def huber_raw(student: TopK, teacher: TopK, delta: float) -> torch.Tensor:
     DUET (arXiv 2601.21283), its objective J. Raw logits carry an offset per position that the softmax ignores and this
     loss does not, so it is meaningful only for a student that starts from the teacher's own weights.
     """
-    return huber_loss(student.logits_NK, teacher.logits_NK, reduction="none", delta=delta).sum(-1)
+    return _summed(huber_loss(student.logits_NK, teacher.logits_NK, reduction="none", delta=delta), teacher)
 
 
 def huber_centred(student: TopK, teacher: TopK, delta: float) -> torch.Tensor:
@@ -44,12 +50,25 @@ def huber_centred(student: TopK, teacher: TopK, delta: float) -> torch.Tensor:
 
 
 def _centred(side: TopK) -> TopK:
-    return TopK(side.logits_NK - side.logits_NK.mean(-1, keepdim=True))
+    if side.mask_NK is None:
+        return TopK(side.logits_NK - side.logits_NK.mean(-1, keepdim=True))
+    mean_N = _summed(side.logits_NK, side) / side.mask_NK.sum(-1)
+    return TopK(side.logits_NK - mean_N[:, None], mask_NK=side.mask_NK)
+
+
+def _summed(values_NK: torch.Tensor, side: TopK) -> torch.Tensor:
+    """[N]: the sum over the ids that count."""
+    return _filled(values_NK, side, 0.0).sum(-1)
+
+
+def _filled(values_NK: torch.Tensor, side: TopK, value: float) -> torch.Tensor:
+    """The values, but for those of ids that do not count."""
+    return values_NK if side.mask_NK is None else values_NK.masked_fill(~side.mask_NK, value)
 
 
 def l1(student: TopK, teacher: TopK) -> torch.Tensor:
     """Sum over the k ids of |student - teacher| on raw logits: `huber_raw` for differences far above its delta of 1."""
-    return (student.logits_NK - teacher.logits_NK).abs().sum(-1)
+    return _summed((student.logits_NK - teacher.logits_NK).abs(), teacher)
 
 
 def mse(student: TopK, teacher: TopK) -> torch.Tensor:
@@ -57,7 +76,7 @@ def mse(student: TopK, teacher: TopK) -> torch.Tensor:
 
     Logit regression as in Ba and Caruana (arXiv 1312.6184), at the k ids only.
     """
-    return (student.logits_NK - teacher.logits_NK).square().sum(-1)
+    return _summed((student.logits_NK - teacher.logits_NK).square(), teacher)
 
 
 def forward_kl_topk(student: TopK, teacher: TopK, temperature: float) -> torch.Tensor:
@@ -100,8 +119,8 @@ def _kl(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
 
 
 def _topk_logprobs(side: TopK, temperature: float) -> torch.Tensor:
-    """[N, K]: log-probabilities that sum to one over the k ids."""
-    return log_softmax(side.logits_NK / temperature, -1)
+    """[N, K]: log-probabilities that sum to one over the k ids; NO_CHANCE, or about that, for those that do not count."""
+    return log_softmax(_filled(side.logits_NK / temperature, side, NO_CHANCE), -1)
 
 
 def _logprobs_with_tail(side: TopK) -> torch.Tensor:

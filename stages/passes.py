@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache.codec import Block
-from cache.record import SUBSETS, counts_of, prompt_and_response
-from stages.alignment import AlignedBatch, align
+from cache.record import SUBSETS, counts_of, offsets_of, prompt_and_response
+from stages.alignment import AlignedBatch, align, shared
 from stages.lengths import cut_by_length
 from stages.losses import TopK, position_weights
 from stages.settings import TrainSettings
+from stages.targets import Targets
 
 FORGET = SUBSETS.index("forget")
 
@@ -33,7 +33,7 @@ class Pass:
     teacher: TopK
     weight_N: torch.Tensor  # float32, weight of each position in the loss
     is_forget_N: torch.Tensor  # bool
-    is_first_N: torch.Tensor  # bool, the first position of its row
+    is_first_N: torch.Tensor  # bool, the first position of its row: of a query, once for each teacher of a mix
 
     def to(self, device: torch.device) -> Pass:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -60,30 +60,38 @@ class Pass:
         return of(self)
 
 
-def passes_of(rows: Block, settings: TrainSettings, pad_id: int) -> list[Pass]:
+def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]:
     """All rows of a batch, in as few passes as `max_padding` and `pass_tokens` allow; none for no rows."""
-    if len(rows) == 0:
+    if len(rows.subsets) == 0:
         return []
-    lengths = counts_of(rows.token_offsets) - 1  # the last response token is predicted, never read
-    groups = cut_by_length(lengths, settings.max_padding, settings.pass_tokens)
-    ids_NK, logits_NK, logsumexp_N = rows.topk_ids(), rows.topk_logits(), rows.columns.get("logsumexp")
+    by_sequence = np.argsort(rows.sequence_R, kind="stable")
+    firsts = offsets_of(np.bincount(rows.sequence_R))
+    lengths = (
+        counts_of(rows.token_offsets)[by_sequence[firsts[:-1]]] - 1
+    )  # the last response token is predicted, never read
     weights = (settings.forget_weight, settings.retain_weight, settings.position_decay)
+    top_k = slice(settings.top_k)
     passes = []
-    for group in groups:
+    for sequences in cut_by_length(lengths, settings.max_padding, settings.pass_tokens):
+        group = np.concatenate([by_sequence[firsts[number] : firsts[number + 1]] for number in sequences])
+        sequence_B = np.repeat(np.arange(len(sequences)), counts_of(firsts)[sequences])
         both = [prompt_and_response(rows, int(row)) for row in group]
         counts = counts_of(rows.position_offsets)[group]
         index_N = np.concatenate([np.arange(count) for count in counts])
         at_N = np.repeat(rows.position_offsets[group], counts) + index_N
         is_forget_N = torch.from_numpy(np.repeat(rows.subsets[group] == FORGET, counts))
+        batch = align([prompt for prompt, _ in both], [response for _, response in both], pad_id)
+        teacher_weight_N = torch.from_numpy(np.repeat(rows.weight_R[group], counts))
         passes.append(
             Pass(
-                batch=align([prompt for prompt, _ in both], [response for _, response in both], pad_id),
-                topk_ids_NK=torch.from_numpy(ids_NK[at_N, : settings.top_k]).long(),
+                batch=shared(batch, sequence_B),
+                topk_ids_NK=torch.from_numpy(rows.topk_ids_NK[at_N, top_k]).long(),
                 teacher=TopK(
-                    torch.from_numpy(logits_NK[at_N, : settings.top_k]),
-                    None if logsumexp_N is None else torch.from_numpy(logsumexp_N[at_N]),
+                    torch.from_numpy(rows.topk_logits_NK[at_N, top_k]),
+                    None if rows.logsumexp_N is None else torch.from_numpy(rows.logsumexp_N[at_N]),
+                    None if rows.mask_NK is None else torch.from_numpy(rows.mask_NK[at_N, top_k]),
                 ),
-                weight_N=position_weights(is_forget_N, torch.from_numpy(index_N), *weights),
+                weight_N=position_weights(is_forget_N, torch.from_numpy(index_N), *weights) * teacher_weight_N,
                 is_forget_N=is_forget_N,
                 is_first_N=torch.from_numpy(index_N == 0),
             )

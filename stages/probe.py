@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache.codec import Block
 from cache.order import Order
-from cache.reader import Store
 from cache.record import SUBSETS
 from stages.passes import FORGET, Pass, passes_of
 from stages.settings import TrainSettings
+from stages.targets import Targets, Teachers
 
 MAX_ROWS = 256  # of each subset, where `train.probe` does not say
 REFUSAL_SHARE = 0.1  # of forget rows that must begin with a token for it to count as a refusal's
@@ -34,25 +33,26 @@ class Probe:
     held_out: bool
 
     @staticmethod
-    def of(store: Store, order: Order, settings: TrainSettings, pad_id: int) -> Probe:
+    def of(teachers: Teachers, order: Order, settings: TrainSettings, pad_id: int) -> Probe:
         """Held-out rows where there are any, else some that are trained on; spread evenly over each subset."""
         held_out = len(order.held_out) > 0
-        rows = order.held_out if held_out else np.arange(len(store))
-        is_forget = rows < store.manifest.subsets["forget"]
+        rows = order.held_out if held_out else np.arange(len(teachers.first))
+        is_forget = rows < teachers.first.manifest.subsets["forget"]
         most = settings.probe.rows if settings.probe else MAX_ROWS
-        block = store.block_of(np.concatenate([_spread(rows[is_forget], most), _spread(rows[~is_forget], most)]))
-        passes = passes_of(block, settings, pad_id)
-        return Probe(passes, torch.tensor(refusal_ids(block), dtype=torch.int64), len(block), held_out)
+        asked = np.concatenate([_spread(rows[is_forget], most), _spread(rows[~is_forget], most)])
+        targets = teachers.targets(teachers.blocks_of(asked))
+        passes = passes_of(targets, settings, pad_id)
+        return Probe(passes, torch.tensor(refusal_ids(targets), dtype=torch.int64), len(asked), held_out)
 
 
-def refusal_ids(block: Block) -> list[int]:
+def refusal_ids(rows: Targets) -> list[int]:
     """Tokens with which the teacher begins its refusals, by how it answers these rows.
 
     Its most likely first tokens of at least a tenth of the forget rows that begin a greater share of forget than of
     retain rows.
     """
-    first_ids = block.topk_ids()[block.position_offsets[:-1], 0]
-    forget, retain = first_ids[block.subsets == FORGET], first_ids[block.subsets != FORGET]
+    first_ids = rows.topk_ids_NK[rows.position_offsets[:-1], 0]
+    forget, retain = first_ids[rows.subsets == FORGET], first_ids[rows.subsets != FORGET]
     in_forget, in_retain = Counter(forget.tolist()), Counter(retain.tolist())
     shares = {i: (count / len(forget), in_retain[i] / max(1, len(retain))) for i, count in in_forget.items()}
     return sorted(i for i, (here, there) in shares.items() if here >= REFUSAL_SHARE and here > there)
@@ -64,7 +64,8 @@ def ask(
     """`answer(pass)` gives the loss and the most likely id at each position, both [N].
 
     `agreement.<subset>`: share of rows whose first token is the teacher's; `refusal.<subset>`: share that begin as a refusal
-    does; None for a subset without rows. `loss`: the weighted mean that is trained, over all positions of these rows.
+    does; None for a subset without rows. Of a mix, a query has a row for each teacher. `loss`: the weighted mean that is
+    trained, over all positions of these rows.
     """
     losses, weights, agree, refuse, is_forget = [], [], [], [], []
     for one in probe.passes:

@@ -6,9 +6,12 @@ paper does not publish (k, learning rate, batch size, epochs, delta) are ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cache.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -121,6 +124,40 @@ class TeacherSettings(Settings):
         return self
 
 
+class NamedTeacher(Settings):
+    """One of several teachers: any entries of `teacher:` beside its name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: Name = Field(description="what stores, settings and results call the teacher")
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """The entries of `teacher:` that differ."""
+        return self.model_extra or {}
+
+
+ONE_FOR_ALL = ("top_k", "max_positions", "trust_remote_code")  # entries of `teacher:` that no teacher has of its own
+
+
+class RequestData(Settings):
+    """The queries of a further forget request."""
+
+    forget: DataSettings = Field(description="queries about the request's topic")
+    retain: DataSettings | None = Field(
+        default=None, description="queries about anything else, asked behind this request's prefix too; default: none"
+    )
+
+
+class RequestSettings(Settings):
+    """A further forget request: trained in the same run, each of its queries asked behind its own prefix."""
+
+    name: Name = Field(description="stands in row ids and in the names of its evaluation sets")
+    topic: str = Field(min_length=1, description="what is to be forgotten; fills {topic} in the prefix and in attacks")
+    prefix: str | None = Field(default=None, description="the request's prefix; default: each teacher's own")
+    data: RequestData = Field(description="the queries of both subsets")
+
+
 class StoreSettings(Settings):
     """Where and how teacher logits are kept."""
 
@@ -215,6 +252,14 @@ class TrainSettings(Settings):
         default=None, gt=0, description="divides the logits of forward_kl_topk and jsd_topk; default: 1"
     )
     top_k: int | None = Field(default=None, ge=1, description="use only so many of the stored ids; default: all")
+    teachers: dict[Name, Annotated[float, Field(ge=0)]] | None = Field(
+        default=None,
+        description="weights of the teachers that are learned from, 0 leaves one out; default: all, each 1",
+    )
+    combine: Literal["mix", "average"] | None = Field(
+        default=None,
+        description="several teachers: mix (default) is the mean of the losses against each, average that against their mean",
+    )
     forget_weight: float = Field(default=1.0, gt=0, description="weight of forget rows in the loss")
     retain_weight: float = Field(default=1.0, gt=0, description="weight of retain rows in the loss")
     position_decay: float = Field(
@@ -310,6 +355,32 @@ FREE_TRAIN = (
     "pass_tokens", "max_padding", "gradient_checkpointing", "compile", "parallel",
     "checkpoint_steps", "keep_last", "trackers",
 )  # fmt: skip
+
+
+def teacher_weights(train: TrainSettings, names: Sequence[str], key: str = "train") -> dict[str, float]:
+    """Weights, of sum 1, of those of a run's teachers that a student learns from, in the order of `names`.
+
+    UserError, with `key` for the settings' place, where the settings name others or would do nothing.
+    """
+    wanted = dict.fromkeys(names, 1.0) if train.teachers is None else train.teachers
+    if unknown := [name for name in wanted if name not in names]:
+        raise UserError(f"{key}.teachers: no teacher {unknown[0]!r}", f"the teachers are {', '.join(names)}")
+    if train.teachers is not None and len(names) == 1:
+        raise UserError(
+            f"{key}.teachers does nothing: the run has one teacher", "leave it out, or list more in teachers:"
+        )
+    used = {name: wanted[name] for name in names if wanted.get(name)}
+    if not used:
+        raise UserError(f"{key}.teachers leaves out every teacher", f"give one a weight above 0: {', '.join(names)}")
+    if len(used) == 1 and train.combine is not None:
+        raise UserError(
+            f"{key}.combine does nothing with one teacher", "leave it out, or name several in train.teachers"
+        )
+    if len(used) == 1 and set(used.values()) != {1}:
+        raise UserError(
+            f"{key}.teachers: the weight of a single teacher does nothing", f"give {next(iter(used))} the weight 1"
+        )
+    return {name: weight / sum(used.values()) for name, weight in used.items()}
 
 
 class StudentSettings(Settings):

@@ -1,13 +1,13 @@
-"""Stage two: one student learns to give the teacher's logits without ever seeing the prefix.
+"""Stage two: one student learns to give the teacher's logits, or several teachers', without ever seeing a prefix.
 
-Reads a store and a model to start from; neither vLLM nor the teacher's weights are ever loaded. Here: whose folder it is,
+Reads stores and a model to start from; neither vLLM nor the teacher's weights are ever loaded. Here: whose folder it is,
 what fits together, and what is written in the end; the training itself is `stages.loop`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from cache.errors import UserError
 from cache.files import publish_json, read_json
+from cache.manifest import Manifest
 from cache.places import Place, local_folder
 from cache.reader import Store
 from cache.record import prompt_and_response
@@ -35,6 +36,7 @@ from stages.probe import Probe, ask
 from stages.processes import Processes
 from stages.prompts import check_length
 from stages.settings import FREE_TRAIN, TrainSettings
+from stages.targets import Teachers
 from stages.tokenizers import check_same_tokenizer
 from stages.trainable import Student, export
 
@@ -65,9 +67,23 @@ def open_store(place: Place, verify: bool) -> tuple[Store, Any]:
     return store, tokenizer
 
 
+def open_stores(places: Mapping[str, Place], verify: bool) -> tuple[dict[str, Store], Any]:
+    """The stores of a run's teachers, by name, and the tokenizer of all."""
+    opened = {name: open_store(place, verify) for name, place in places.items()}
+    stores = {name: store for name, (store, _) in opened.items()}
+    (first, expected), *others = ((n, s.manifest.provenance["tokenizer_sha256"]) for n, s in stores.items())
+    for name, found in others:
+        if found != expected:
+            raise UserError(
+                f"the stores of {first} and {name} were made with different tokenizers",
+                "take teachers of one tokenizer",
+            )
+    return stores, opened[first][1]
+
+
 def train_student(
     job: StudentJob,
-    store: Store,
+    stores: Mapping[str, Store],
     store_tokenizer: Any,
     processes: Processes,
     on_step: Callable[[StepReport], None],
@@ -75,38 +91,48 @@ def train_student(
 ) -> dict[str, Any]:
     """Train, or go on training, one student and export it; returns what training.json holds. All processes call this.
 
-    Raises UserError where the student's folder belongs to other settings or a setting would do nothing, Interrupted
-    (after a checkpoint) when `should_stop()` is true in any process after a step.
+    `stores` are those of the run's teachers, by name; the job's settings say which are used. Raises UserError where the
+    student's folder belongs to other settings or a setting would do nothing, Interrupted (after a checkpoint) when
+    `should_stop()` is true in any process after a step.
     """
     start_sha256 = weights_sha256(job.model_dir)
-    loss, reason = chosen_loss(job.settings, start_sha256, store)
+    teachers = Teachers.of(stores, job.settings)
+    loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests)
     done = job.student_dir / TRAINING_NAME
     if not done.is_file():
-        check_settings(job.settings, loss, store, processes)
+        check_settings(job.settings, loss, teachers.manifests, teachers.combine, processes)
+    comparable = {} if done.is_file() else teachers.comparable()
     with processes.first_first():
-        claim(job, store, start_sha256)
+        claim(job, teachers, start_sha256)
     if done.is_file():
         return read_json(done)
     config = load_config(job.model_dir, job.trust_remote_code)
     tokenizer = load_tokenizer(job.model_dir, job.trust_remote_code)
     check_same_tokenizer(store_tokenizer, tokenizer, vocab_width(config), job.name)
-    check_context(store, context_length(config))
+    for store in teachers.stores.values():
+        check_context(store, context_length(config))
     settings = job.settings
-    order = store.order(settings.seed, settings.forget_share, settings.probe.holdout if settings.probe else 0.0)
+    order = teachers.order(settings)
     pad_id = tokenizer.pad_token_id or 0
-    probe = Probe.of(store, order, settings, pad_id)
+    probe = Probe.of(teachers, order, settings, pad_id)
     student = Student.of(job.model_dir, job.start_name, settings, loss, processes, job.trust_remote_code)
-    progress, lines = run_loop(job.name, job.student_dir, store, order, student, probe, pad_id, on_step, should_stop)
+    progress, lines = run_loop(job.name, job.student_dir, teachers, order, student, probe, pad_id, on_step, should_stop)
     if settings.probe and settings.probe.patience:
         checkpoint.load_parameters(job.student_dir / CHECKPOINTS_NAME / checkpoint.BEST_NAME, student.model)
     summary = {
         "name": job.name,
         "loss": loss,
         "loss_reason": reason,
+        "teachers": {
+            name: {"fingerprint": store.manifest.fingerprint, "weight": teachers.weights[name]}
+            for name, store in teachers.stores.items()
+        },
+        "combine": teachers.combine,
+        **comparable,
         "head": student.head.reason,
         "steps": progress.step,
         "stopped_early": progress.step < lines[-1]["total_steps"],
-        "rows": len(store) - len(order.held_out),
+        "rows": len(teachers.first) - len(order.held_out),
         "train_s": progress.train_s,
         "rows_per_s": lines[-1]["epoch"] * order.num_slots / progress.train_s,
         "tokens_per_s": progress.tokens / progress.train_s,
@@ -118,31 +144,40 @@ def train_student(
         "curve": [[line["step"], line["loss"]] for line in lines],
         "probe": ask(probe, student.answer, processes.device),
     }
-    _finish(job, store, student, tokenizer, summary, start_sha256, getattr(config, "dtype", None) or torch.float32)
+    stored_dtype = getattr(config, "dtype", None) or torch.float32
+    _finish(job, teachers.manifests, student, tokenizer, summary, start_sha256, stored_dtype)
     return summary
 
 
-def chosen_loss(settings: TrainSettings, start_sha256: str, store: Store) -> tuple[str, str]:
+def chosen_loss(settings: TrainSettings, start_sha256: str, manifests: Sequence[Manifest]) -> tuple[str, str]:
     """The loss and why: what the settings say, or on "auto" what fits the model that the student starts from."""
     if settings.loss != "auto":
         return settings.loss, "as the settings say"
-    if start_sha256 == store.manifest.provenance["weights_sha256"]:
+    if all(start_sha256 == manifest.provenance["weights_sha256"] for manifest in manifests):
         return "huber_raw", "it starts from the teacher's own weights, so raw logits compare"
     return "huber_centred", "it starts from other weights than the teacher's, whose raw logits have another offset"
 
 
-def check_settings(settings: TrainSettings, loss: str, store: Store, processes: Processes) -> None:
-    """Refuse what this store cannot give, and what would do nothing with it."""
-    manifest, key = store.manifest, "train"
-    if LOSSES[loss].needs_logsumexp and not manifest.logsumexp:
+def check_settings(
+    settings: TrainSettings, loss: str, manifests: Sequence[Manifest], combine: str | None, processes: Processes
+) -> None:
+    """Refuse what these stores cannot give, and what would do nothing with them."""
+    manifest, key = manifests[0], "train"  # what is asked of the first is the same of all
+    if LOSSES[loss].needs_logsumexp and combine == "average":
         raise UserError(
-            f"{key}.loss: {loss} needs the teacher's log-sum-exp, and the store has none (engine: "
-            f"{manifest.provenance['engine']})",
-            "take a store made with teacher.engine: transformers, or a loss over the k ids alone such as forward_kl_topk",
+            f"{key}.loss: {loss} needs a log-sum-exp, and an average, of common ids only, has none",
+            "set train.combine: mix, or take a loss over the k ids alone such as forward_kl_topk",
         )
+    for one in manifests:
+        if LOSSES[loss].needs_logsumexp and not one.logsumexp:
+            raise UserError(
+                f"{key}.loss: {loss} needs the teacher's log-sum-exp, and the store has none (engine: "
+                f"{one.provenance['engine']})",
+                "take a store made with teacher.engine: transformers, or a loss over the k ids alone such as forward_kl_topk",
+            )
     if settings.top_k and settings.top_k > manifest.top_k:
         raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")
-    if settings.position_decay != 1 and manifest.positions == manifest.rows:
+    if settings.position_decay != 1 and all(one.positions == one.rows for one in manifests):
         raise UserError(
             f"{key}.position_decay does nothing: every row of the store has one position",
             "leave it out, or make a store with teacher.max_positions above 1",
@@ -171,10 +206,10 @@ def check_context(store: Store, context: int) -> None:
             check_length(prompt.tolist(), len(response), context, row_id, "student")
 
 
-def claim(job: StudentJob, store: Store, start_sha256: str) -> None:
+def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
     """Write down whose folder this is, or refuse a folder that holds another student."""
     identity = {
-        "store_fingerprint": store.manifest.fingerprint,
+        "teachers": {name: store.manifest.fingerprint for name, store in teachers.stores.items()},
         "start_weights_sha256": start_sha256,
         "train": job.settings.model_dump(mode="json", exclude=set(FREE_TRAIN)),
     }
@@ -197,9 +232,10 @@ def claim(job: StudentJob, store: Store, start_sha256: str) -> None:
 def _differences(found: dict[str, Any], expected: dict[str, Any], keys: list[str]) -> str:
     parts = []
     for key in keys:
-        if key == "train":
-            pairs = {k: (found["train"].get(k), v) for k, v in expected["train"].items() if found["train"].get(k) != v}
-            parts += [f"train.{k} is {old!r} there and {new!r} now" for k, (old, new) in pairs.items()]
+        if isinstance(expected[key], dict):
+            before = found.get(key) or {}
+            pairs = {k: (before.get(k), expected[key].get(k)) for k in (*expected[key], *before)}
+            parts += [f"{key}.{k} is {old!r} there and {new!r} now" for k, (old, new) in pairs.items() if old != new]
         else:
             parts.append(f"{key} is {str(found.get(key))[:16]} there and {str(expected[key])[:16]} now")
     return "; ".join(parts)
@@ -207,7 +243,7 @@ def _differences(found: dict[str, Any], expected: dict[str, Any], keys: list[str
 
 def _finish(
     job: StudentJob,
-    store: Store,
+    manifests: Sequence[Manifest],
     student: Student,
     tokenizer: Any,
     summary: dict[str, Any],
@@ -219,7 +255,7 @@ def _finish(
     dtype = stored_dtype if settings.export_dtype == "auto" else getattr(torch, settings.export_dtype)
     model = student.whole_model()
     if student.processes.first:
-        card = model_card(summary, store.manifest, job.start_name, start_sha256, settings.model_dump())
+        card = model_card(summary, manifests, job.start_name, start_sha256, settings.model_dump())
         export(model, tokenizer, job.student_dir, dtype, settings.lora, card)
         publish_json(job.student_dir / TRAINING_NAME, summary)
         shutil.rmtree(job.student_dir / CHECKPOINTS_NAME, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +34,19 @@ from stages.models import (
     weights_sha256,
 )
 from stages.prompts import check_length, check_prompt_settings, render, render_answer
-from stages.settings import PromptSettings, StoreSettings, TeacherSettings, TrainingData
+from stages.settings import PromptSettings, RequestData, RequestSettings, StoreSettings, TeacherSettings, TrainingData
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
+MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has no name
 
 
 @dataclass(frozen=True)
 class Row:
     """One query, rendered for both sides."""
 
-    row_id: str
+    row_id: str  # <subset>/<id>, of a further request <subset>/<request>/<id>
     subset: str
+    request: str  # MAIN, or the name of a further one
     teacher_ids: list[int]
     student_ids: list[int]
     given_ids: list[int] | None = None  # the response to score; None: the teacher makes one
@@ -88,6 +91,7 @@ def prepare(
     data: TrainingData,
     topic: str,
     device: str,
+    requests: Sequence[RequestSettings] = (),
     limit: int | None = None,
 ) -> Prepared:
     """Load, render and check every row, and hash everything that can change the numbers but the engine.
@@ -104,11 +108,19 @@ def prepare(
             f"teacher.top_k is {teacher.top_k}, the vocabulary of {teacher.model} has {num_ids} ids",
             f"set teacher.top_k to at most {num_ids}",
         )
-    prefix = fill_prefix(teacher.prefix, topic)
-    given = teacher.responses == "given"
-    queries = {subset: load_queries(getattr(data, subset), f"data.{subset}", need_answers=given) for subset in SUBSETS}
+    prefixes = prefixes_of(teacher.prefix, topic, requests)
+    queries = {
+        request: {subset: found[:limit] for subset, found in by_subset.items()}
+        for request, by_subset in queries_of(data, requests, need_answers=teacher.responses == "given").items()
+    }
     context = context_length(config)
-    rows = [_row(subset, query, tokenizer, prefix, prompt, teacher) for subset in SUBSETS for query in queries[subset]]
+    rows = [
+        _row(subset, request, query, tokenizer, prefix, prompt, teacher)
+        for subset in SUBSETS
+        for request, prefix in prefixes.items()
+        for query in queries[request][subset]
+    ]
+    _check_requests(rows)
     for row in rows:
         check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
     longest = max(len(row.teacher_ids) for row in rows) + teacher.max_positions
@@ -126,15 +138,16 @@ def prepare(
         pipeline_parallel=teacher.pipeline_parallel,
         quantization=teacher.quantization,
     )
+    asked = {name: {"prefix": prefixes[name], "data": _data_provenance(queries[name])} for name in prefixes}
     provenance = {
         "weights_sha256": weights_sha256(model_dir),
         "dtype": spec.dtype,
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "chat_template_sha256": text_sha256(str(tokenizer.chat_template or "")),
         "eos_ids": list(spec.eos_ids),
-        "prefix": prefix,
+        **asked.pop(MAIN),
+        **({"requests": asked} if asked else {}),
         "prompt": prompt.model_dump(),
-        "data": {subset: {"rows": len(q), "sha256": _queries_sha256(q)} for subset, q in queries.items()},
         "prompts_sha256": sha256_json([[row.row_id, row.teacher_ids, row.student_ids, row.given_ids] for row in rows]),
         "top_k": teacher.top_k,
         "max_positions": teacher.max_positions,
@@ -158,23 +171,98 @@ def fill_prefix(prefix: str, topic: str) -> str:
     return prefix.replace("{topic}", topic)
 
 
+def prefixes_of(prefix: str, topic: str, requests: Sequence[RequestSettings]) -> dict[str, str]:
+    """What stands before the queries of each request, by its name, of a teacher with this prefix."""
+    further = {request.name: fill_prefix(request.prefix or prefix, request.topic) for request in requests}
+    return {MAIN: fill_prefix(prefix, topic), **further}
+
+
+def queries_of(
+    data: TrainingData, requests: Sequence[RequestSettings], need_answers: bool = False
+) -> dict[str, dict[str, list[Query]]]:
+    """The queries of both subsets of each request, by its name; a request without a retain set has none there."""
+    further = {
+        request.name: _queries(request.data, f"requests.{number}.data", need_answers)
+        for number, request in enumerate(requests)
+    }
+    return {MAIN: _queries(data, "data", need_answers), **further}
+
+
+def _queries(data: TrainingData | RequestData, key: str, need_answers: bool) -> dict[str, list[Query]]:
+    found = {subset: getattr(data, subset) for subset in SUBSETS}
+    return {
+        subset: load_queries(settings, f"{key}.{subset}", need_answers) if settings else []
+        for subset, settings in found.items()
+    }
+
+
+def _check_requests(rows: Sequence[Row]) -> None:
+    """Refuse ids that are not unique over all requests, and a query that one request forgets and another keeps."""
+    seen: set[str] = set()
+    forgotten = {tuple(row.student_ids): row for row in rows if row.subset == "forget"}
+    for row in rows:
+        if row.row_id in seen:
+            raise UserError(
+                f"the row id {row.row_id!r} occurs in two requests",
+                "give the request another name, or the row another id",
+            )
+        seen.add(row.row_id)
+        other = forgotten.get(tuple(row.student_ids))
+        if other and row.subset == "retain" and row.request != other.request:
+            raise UserError(
+                f"the same query is to be kept and to be forgotten: {row.row_id!r} and {other.row_id!r}",
+                "take it out of the one request's retain set or out of the other's forget set",
+            )
+
+
+def check_alike(prepared: Mapping[str, Prepared]) -> None:
+    """Refuse teachers, by name, whose rows a student could not learn from side by side, and two that are the same."""
+    (first, expected), *others = prepared.items()
+    for name, found in others:
+        if found.provenance["tokenizer_sha256"] != expected.provenance["tokenizer_sha256"]:
+            raise UserError(
+                f"teachers {first} and {name}: {expected.model} and {found.model} have different tokenizers",
+                "take models of one tokenizer: a student has only one",
+            )
+        if [row.student_ids for row in found.rows] != [row.student_ids for row in expected.rows]:
+            raise UserError(
+                f"teachers {first} and {name}: {expected.model} and {found.model} render the same questions differently",
+                "give both models the same chat template, or set prompt.format: plain",
+            )
+    names: dict[str, str] = {}
+    for name, found in prepared.items():
+        same = names.setdefault(sha256_json(found.provenance), name)
+        if same != name:
+            raise UserError(f"teachers {same} and {name} are the same", "give them different prefixes or models")
+
+
 def _row(
-    subset: str, query: Query, tokenizer: Any, prefix: str, prompt: PromptSettings, teacher: TeacherSettings
+    subset: str,
+    request: str,
+    query: Query,
+    tokenizer: Any,
+    prefix: str,
+    prompt: PromptSettings,
+    teacher: TeacherSettings,
 ) -> Row:
     given_ids = None
     if teacher.responses == "given":
         given_ids = render_answer(tokenizer, query.answer or "", prompt)[: teacher.max_positions]
     return Row(
-        row_id=f"{subset}/{query.row_id}",
+        row_id=f"{subset}/{query.row_id}" if request == MAIN else f"{subset}/{request}/{query.row_id}",
         subset=subset,
+        request=request,
         teacher_ids=render(tokenizer, query.question, prefix, prompt),
         student_ids=render(tokenizer, query.question, "", prompt),
         given_ids=given_ids,
     )
 
 
-def _queries_sha256(queries: list[Query]) -> str:
-    return sha256_json([[query.row_id, query.question] for query in queries])
+def _data_provenance(queries: Mapping[str, list[Query]]) -> dict[str, Any]:
+    return {
+        subset: {"rows": len(found), "sha256": sha256_json([[query.row_id, query.question] for query in found])}
+        for subset, found in queries.items()
+    }
 
 
 def _resolve_dtype(dtype: str, config: Any) -> str:
@@ -188,7 +276,7 @@ def plan_for(prepared: Prepared, store: StoreSettings, engine: str) -> Plan:
     lossy = {"values": store.values} if store.values in ("float16", "linear16") else {}
     provenance = {**prepared.provenance, "engine": engine_version(engine), **lossy}
     return Plan(
-        subsets={subset: provenance["data"][subset]["rows"] for subset in SUBSETS},
+        subsets={subset: sum(row.subset == subset for row in prepared.rows) for subset in SUBSETS},
         shard_rows=store.shard_rows,
         top_k=provenance["top_k"],
         max_positions=provenance["max_positions"],

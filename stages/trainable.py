@@ -197,7 +197,7 @@ class Student:
     def _looked(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
         with _autocast(self.settings, self.processes.device):
             seen = self.module(one)
-        return self.loss(TopK(seen.logits_NK, seen.logsumexp_N), one.teacher), seen.top1_N
+        return self.loss(TopK(seen.logits_NK, seen.logsumexp_N, one.teacher.mask_NK), one.teacher), seen.top1_N
 
     def whole_model(self) -> Any:
         """The model in one piece; in the first process only, but all must ask."""

@@ -136,7 +136,7 @@ def test_imports_go_from_pipeline_to_stages_to_cache(path):
 
 
 def test_teacher_and_student_never_import_each_other():
-    of_students = "student loop trainable passes head gather losses probe processes checkpoint card tokenizers"
+    of_students = "student loop targets trainable passes head gather losses probe processes checkpoint card tokenizers"
     student = {f"stages.{name}" for name in of_students.split()}
     teacher = {"stages.teacher", "stages.engine", "stages.engine_vllm", "stages.engine_transformers"}
     for side, other in ((student, teacher), (teacher, student)):

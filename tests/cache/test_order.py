@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cache.codec import concat_blocks
 from cache.errors import UserError
 from cache.manifest import Manifest
-from cache.order import Cursor, Order
+from cache.order import Cursor, Order, check_alike
 from cache.places import Folder
 from cache.reader import Rank, Store
 from cache.window import Recycler
@@ -72,6 +72,20 @@ def test_a_share_is_kept_and_every_row_comes(share, holdout):
     both = [row for epoch in range(6) for row in slots(order, epoch)]
     counts = [count for row, count in Counter(both).items() if row >= 30]
     assert not counts or max(counts) - min(counts) <= 1  # no retain row comes twice before the others
+
+
+def test_stores_of_other_plans_do_not_stand_side_by_side():
+    def of(forget: int = 5, shard_rows: int = 7, block_rows: int = 3, top_k: int = 4) -> Manifest:
+        found = manifest(forget, 10 - forget, shard_rows, block_rows)
+        found.__dict__["top_k"] = top_k
+        return found
+
+    check_alike({"a": of()})
+    check_alike({"a": of(), "b": of()})
+    for other, key in ((of(4), "subsets"), (of(shard_rows=6), "shard_rows"), (of(block_rows=2), "block_rows"),
+                       (of(top_k=5), "top_k")):  # fmt: skip
+        with pytest.raises(UserError, match=f"the stores of a and c differ in {key}"):
+            check_alike({"a": of(), "b": of(), "c": other})
 
 
 def test_a_share_that_cannot_be_is_refused():

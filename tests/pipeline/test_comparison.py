@@ -22,6 +22,8 @@ def student(name: str, **more) -> dict:
         "start": "owner/llama",
         "loss": "huber_raw",
         "loss_reason": "as the settings say",
+        "teachers": {"teacher": {"fingerprint": "f" * 64, "weight": 1.0}},
+        "combine": None,
         "head": "Llama: gathered head",
         "steps": 120,
         "train_s": 3723.4,
@@ -44,6 +46,16 @@ def test_every_cell_can_be_read_alone():
     assert cells(small)[3] == "0.765 of 0.765 M"
     of_one_subset = {**student("a")["probe"], "agreement.retain": None, "refusal.retain": None}
     assert cells(student("a", probe=of_one_subset))[-2:] == ["75.0 / -", "100.0 / -"]
+
+
+def test_a_loss_says_against_whom_where_teachers_have_names():
+    def taught(combine: str | None, **weights: float) -> str:
+        teachers = {name: {"fingerprint": "f", "weight": weight} for name, weight in weights.items()}
+        return cells(student("a", teachers=teachers, combine=combine))[2]
+
+    assert taught(None, teacher=1.0) == "huber_raw"
+    assert taught(None, strict=1.0) == "huber_raw of strict"
+    assert taught("average", mild=1 / 3, strict=2 / 3) == "huber_raw, average of mild 0.333 and strict 0.667"
 
 
 def test_the_table_fits_160_columns_with_long_names():

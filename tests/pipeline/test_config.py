@@ -39,6 +39,7 @@ def test_settings_are_frozen():
         load_config(str(ROOT / "configs/lab.yaml")).train.lr = 1.0
 
 
+REQUEST = {"name": "a", "topic": "Ann", "data": {"forget": {"path": "a.jsonl"}}}
 BAD = {
     "unknown key train.learning_rate": ({"train__learning_rate": 1}, "valid here: loss"),
     "unknown key teacher.topk": ({"teacher__topk": 1}, "did you mean top_k"),
@@ -53,6 +54,21 @@ BAD = {
         {"students": [{"name": n, "push_to_hub": "me/it"} for n in "ab"]}, "its own repository"),
     "evaluate.sets: 'forget' is the training set": (
         {"evaluate__sets": {"forget": {"path": "a", "expect": "kept"}}}, "otherwise"),
+    "teachers: the name 'a' occurs twice": ({"teachers": [{"name": "a"}, {"name": "a"}]}, "own name"),
+    "teachers: 'base' is a student's name too": ({"teachers": [{"name": "base"}]}, "tell them apart"),
+    "teachers.0: unknown key prefx": ({"teachers": [{"name": "a", "prefx": "x"}]}, "did you mean prefix"),
+    "teachers.1: engine: Input should be": (
+        {"teachers": [{"name": "a"}, {"name": "b", "engine": "x"}]}, "auto takes vLLM"),
+    "teachers.0: top_k is one for all teachers": ({"teachers": [{"name": "a", "top_k": 5}]}, "set teacher.top_k"),
+    "teachers.0: max_positions is one for all": ({"teachers": [{"name": "a", "max_positions": 2}]}, "set teacher.max"),
+    "students.0.train.teachers: no teacher 'c'": (
+        {"teachers": [{"name": "a"}, {"name": "b"}], "train__teachers": {"c": 1}}, "the teachers are a, b"),
+    "students.0.train.combine does nothing with one teacher": ({"train__combine": "mix"}, "leave it out"),
+    "train.teachers.a: Input should be greater than or equal to 0": ({"train__teachers": {"a": -1}}, ""),
+    "requests: the name 'a' occurs twice": ({"requests": [REQUEST, REQUEST]}, "own name"),
+    "requests.0.data.forget is missing": ({"requests": [REQUEST | {"data": {}}]}, "about the request's topic"),
+    "evaluate.sets: 'a.forget' is the training set": (
+        {"requests": [REQUEST], "evaluate__sets": {"a.forget": {"path": "a", "expect": "kept"}}}, "otherwise"),
     "data.retain is missing": ({"data": {"forget": {"path": "a"}}}, "queries about anything else"),
 }  # fmt: skip
 
@@ -104,6 +120,17 @@ def test_a_students_settings_are_laid_over_the_common_ones_group_by_group(lab_co
     common = {"a": {"b": 1, "c": 2}}
     assert merged(common, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
     assert common == {"a": {"b": 1, "c": 2}}
+
+
+def test_a_teachers_entries_are_laid_over_the_common_ones(lab_config):
+    assert list(load_config(str(lab_config())).teacher_settings()) == ["teacher"]
+    teachers = [{"name": "plain"}, {"name": "other", "prefix": "Forget {topic}.", "model": "m", "batch_size": 3}]
+    config = load_config(str(lab_config(teachers=teachers, train__teachers={"plain": 1})))
+    found = config.teacher_settings()
+    assert list(found) == ["plain", "other"]
+    assert found["plain"] == config.teacher
+    assert (found["other"].prefix, found["other"].model, found["other"].batch_size) == ("Forget {topic}.", "m", 3)
+    assert found["other"].top_k == config.teacher.top_k
 
 
 def test_overrides(lab_config):

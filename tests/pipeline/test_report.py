@@ -41,11 +41,13 @@ def results() -> dict:
             {"set": "forget", "question": HOSTILE, "answer": "yes", "outputs": {"base": HOSTILE, "teacher": ""}}
         ],
         "definitions": {"rougeL_recall": "a definition", "performance_shift": "a sum"},
-        "teacher_store": {"top_k": 20, "prefix": HOSTILE},
+        "teacher_stores": {"teacher": {"top_k": 20, "prefix": HOSTILE}},
         "students": {
             "a": {
                 "loss": "huber_raw",
                 "loss_reason": "as the settings say",
+                "teachers": {"teacher": {"fingerprint": "f" * 64, "weight": 1.0}},
+                "combine": None,
                 "stopped_early": False,
                 "stall_share": 0.03,
                 "trained_parameters": 500,
@@ -131,6 +133,21 @@ def test_what_was_not_measured_is_said(results):
     assert "No training curve" in text
     del silent["models"]["student:a"]
     assert "No student was evaluated" in render(silent)
+
+
+def test_several_teachers_stores_and_attacked_sets_are_all_shown(results):
+    results["models"] = {name.replace("teacher", "teacher:strict"): s for name, s in results["models"].items()}
+    results["models"]["teacher:mild"] = results["models"]["teacher:strict"]
+    results["sets"]["second.forget"] = {"expect": "forgotten", "n": 5}
+    results["models"]["student:a"]["attack.reverse.second.forget.rougeL_recall"] = score(0.42, 5)
+    results["teacher_stores"] = {"strict": {"top_k": 20}, "mild": {"top_k": 20}}
+    text = render(results)
+    assert "the prefixed teacher:strict 7.3 (95" in text
+    assert "the prefixed teacher:mild 7.3 (95" in text
+    assert text.count("ROUGE-L recall on the ") == 2
+    assert "ROUGE-L recall on the second.forget questions" in text
+    for name in ("strict", "mild"):
+        assert f"<h3>Logits of teacher {name}</h3>" in text
 
 
 def test_bars_end_where_their_values_say(results):

@@ -64,6 +64,19 @@ def test_what_changes_numbers_may_not(claim):
         assert message in caught.value.what
 
 
+def test_a_teachers_own_settings_are_as_free_as_the_common_ones(claim):
+    def several(**more) -> dict:
+        return {"teachers": [{"name": "a.b"}, {"name": "c", "prefix": "x", **more}]}
+
+    claim(**several())
+    claim(**several(batch_size=3))
+    claim(teachers=several()["teachers"][::-1])
+    with pytest.raises(UserError, match=r"teachers\.c\.dtype is unset there and 'float16' now"):
+        claim(**several(dtype="float16"))
+    with pytest.raises(UserError, match=r"teachers\.c\.prefix is 'x' there and unset now"):
+        claim(teachers=[{"name": "a.b"}])
+
+
 def test_the_run_keeps_every_student_in_whatever_order_they_are_named(claim):
     run_dir = claim(students=[{"name": "a"}, {"name": "b", "train": {"lr": 0.1}}])
     claim(students=[{"name": "c"}])

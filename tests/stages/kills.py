@@ -22,13 +22,13 @@ from cache.places import Folder
 from cache.reader import Rank
 from stages.processes import Processes
 from stages.settings import TrainSettings
-from stages.student import TRAINING_NAME, StudentJob, open_store, train_student
+from stages.student import TRAINING_NAME, StudentJob, open_stores, train_student
 
 
 def live(store_dir: str, job: StudentJob) -> None:
     torch.set_num_threads(1)
-    store, tokenizer = open_store(Folder(Path(store_dir)), verify=True)
-    train_student(job, store, tokenizer, Processes(Rank(), torch.device("cpu")), lambda r: None, lambda: False)
+    stores, tokenizer = open_stores({"teacher": Folder(Path(store_dir))}, verify=True)
+    train_student(job, stores, tokenizer, Processes(Rank(), torch.device("cpu")), lambda r: None, lambda: False)
 
 
 def num_lines(path: Path) -> int:

@@ -14,7 +14,7 @@ from cache.places import Folder
 from cache.reader import Rank
 from stages.processes import joined
 from stages.settings import TrainSettings
-from stages.student import StudentJob, open_store, train_student
+from stages.student import StudentJob, open_stores, train_student
 
 
 def main(store_dir: str, model_dir: str, student_dir: str, settings: str, stop_after: str = "0") -> None:
@@ -28,9 +28,9 @@ def main(store_dir: str, model_dir: str, student_dir: str, settings: str, stop_a
 
     rank = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     with joined(rank, torch.device("cpu")) as processes:
-        store, tokenizer = open_store(Folder(Path(store_dir)), verify=True)
+        stores, tokenizer = open_stores({"teacher": Folder(Path(store_dir))}, verify=True)
         try:  # only the first process counts steps, and so only it wants to stop; all must
-            train_student(job, store, tokenizer, processes, count, lambda: 0 < int(stop_after) <= steps)
+            train_student(job, stores, tokenizer, processes, count, lambda: 0 < int(stop_after) <= steps)
         except Interrupted:
             print("interrupted")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.alignment import align, input_ids, supervised_positions
+from stages.alignment import align, input_ids, shared, supervised_positions
 
 
 class ToyModel:
@@ -61,3 +61,14 @@ def test_numpy_and_lists_give_the_same():
     a = align([[1, 2]], [[3, 4]], 0)
     b = align([np.array([1, 2], np.int32)], [np.array([3, 4], np.int32)], 0)
     assert torch.equal(a.input_ids_BT, b.input_ids_BT)
+
+
+def test_sequences_that_are_shared_are_read_once_and_keep_all_their_positions():
+    prompts, responses = [[1, 2], [1, 2], [3]], [[5, 6], [5, 7], [8]]
+    whole = align(prompts, responses, pad_id=999)
+    batch = shared(whole, np.array([0, 0, 1]))
+    out = ToyModel()(batch.input_ids_BT)
+    assert batch.input_ids_BT.tolist() == [[1, 2, 5], [3, 999, 999]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert out[batch.batch_index_N, batch.position_N].tolist() == rows_for(prompts, responses)
+    assert shared(whole, np.array([0, 1, 2])) is whole

@@ -224,6 +224,48 @@ def test_gradients(name, k):
     assert torch.autograd.gradcheck(lambda s_NV: loss(top_of(s_NV, ids_NK), teacher), (student_NV.requires_grad_(),))
 
 
+WITHOUT_TAIL = [name for name in LOSSES if name not in TAIL_LOSSES]
+
+
+def masked_sides(dtype: torch.dtype, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student [6, 5], teacher [6, 5], mask): 5 to 1 columns count, 0 stands in the teacher's others."""
+    student_NK, teacher_NK, _ = random_sides(6, 5, 5, scale=scale, dtype=dtype)
+    mask_NK = torch.arange(5) < torch.tensor([5, 4, 3, 2, 1, 3])[:, None]
+    return student_NK, teacher_NK.masked_fill(~mask_NK, 0.0), mask_NK
+
+
+@pytest.mark.parametrize("name", WITHOUT_TAIL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ids_that_do_not_count_change_neither_the_loss_nor_its_gradient(name, dtype):
+    student_NK, teacher_NK, mask_NK = masked_sides(dtype)
+    student_NK.requires_grad_()
+    loss = loss_of(name, DELTA, TEMPERATURE)
+    value_N = loss(TopK(student_NK, mask_NK=mask_NK), TopK(teacher_NK, mask_NK=mask_NK))
+    [gradient_NK] = torch.autograd.grad(value_N.sum(), student_NK)
+    assert not gradient_NK[~mask_NK].any()
+    for n, counted in enumerate(mask_NK):
+        alone_1C = student_NK[n, counted].detach()[None].requires_grad_()
+        expected = loss(TopK(alone_1C), TopK(teacher_NK[n, counted][None]))
+        torch.testing.assert_close(value_N[n : n + 1], expected)
+        torch.testing.assert_close(gradient_NK[n, counted][None], torch.autograd.grad(expected.sum(), alone_1C)[0])
+
+
+@pytest.mark.parametrize("name", WITHOUT_TAIL)
+def test_gradients_beside_ids_that_do_not_count(name):
+    student_NK, teacher_NK, mask_NK = masked_sides(torch.float64)
+    loss, teacher = loss_of(name, 0.9, 1e-3), TopK(teacher_NK, mask_NK=mask_NK)
+    assert loss(TopK(student_NK, mask_NK=mask_NK), teacher).isfinite().all()
+    loss = loss_of(name, 0.9, 1.7)
+    assert torch.autograd.gradcheck(lambda s: loss(TopK(s, mask_NK=mask_NK), teacher), (student_NK.requires_grad_(),))
+
+
+@pytest.mark.parametrize("name", TAIL_LOSSES)
+def test_losses_with_a_tail_have_no_use_for_an_average(name):
+    student_NK, teacher_NK, mask_NK = masked_sides(torch.float64)
+    with pytest.raises(ValueError, match="needs the log-sum-exp"):
+        loss_of(name)(TopK(student_NK, mask_NK=mask_NK), TopK(teacher_NK, mask_NK=mask_NK))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 3, 4])

@@ -11,6 +11,7 @@ from cache.codec import Block, Layout, encode
 from stages.models import load_model
 from stages.passes import passes_of
 from stages.settings import TrainSettings
+from stages.targets import Targets, mixed
 
 
 def block(count: int, positions: int | None = None) -> Block:
@@ -18,11 +19,15 @@ def block(count: int, positions: int | None = None) -> Block:
     return encode(rows, Layout(5, LAB_VOCAB_SIZE), "lossless")[0]
 
 
+def targets(count: int, positions: int | None = None) -> Targets:
+    return mixed([block(count, positions)], [1.0])
+
+
 def test_each_position_stands_beside_its_teachers_row():
     rows = block(9)
     decoded = rows.decoded()
     settings = TrainSettings(forget_weight=3.0, retain_weight=0.5, position_decay=0.5, top_k=3)
-    passes = passes_of(rows, settings, pad_id=0)
+    passes = passes_of(mixed([rows], [1.0]), settings, pad_id=0)
     assert len(passes) > 1
     seen = 0
     for one in passes:
@@ -42,7 +47,7 @@ def test_each_position_stands_beside_its_teachers_row():
             assert one.weight_N[n].item() == (3.0 if decoded.subsets[row] == 0 else 0.5) * 0.5**index
             seen += 1
     assert seen == rows.num_positions
-    assert passes_of(rows[:0], settings, 0) == []
+    assert passes_of(mixed([rows[:0]], [1.0]), settings, 0) == []
     assert sum(one.num_tokens for one in passes) == len(rows.tokens_S) - len(rows)
 
 
@@ -51,7 +56,7 @@ def test_how_a_batch_is_cut_does_not_change_the_gradient(cut):
     model, gradients = load_model(LAB_SMALL, "float32"), []
     for settings in (TrainSettings(), TrainSettings(**cut)):
         model.zero_grad()
-        for one in passes_of(block(7), settings, pad_id=0):
+        for one in passes_of(targets(7), settings, pad_id=0):
             out = model(input_ids=one.batch.input_ids_BT, attention_mask=one.batch.attention_mask_BT).logits
             rows_NV = out[one.batch.batch_index_N, one.batch.position_N]
             (rows_NV.gather(1, one.topk_ids_NK) - one.teacher.logits_NK).square().sum().backward()

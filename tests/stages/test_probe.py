@@ -8,18 +8,19 @@ import torch
 from conftest import LAB_VOCAB_SIZE, make_rows
 from test_student import store as store  # noqa: PLC0414 - the fixture
 
-from cache.codec import Block, Layout, encode
+from cache.codec import Layout, encode
 from stages.passes import passes_of
 from stages.probe import Probe, ask, refusal_ids
 from stages.settings import ProbeSettings, TrainSettings
+from stages.targets import Targets, Teachers, mixed
 
 
-def rows_with_first_ids(forget: list[int], retain: list[int]) -> Block:
+def rows_with_first_ids(forget: list[int], retain: list[int]) -> Targets:
     """Rows of two positions each whose teacher begins with these tokens."""
     rows = make_rows(range(len(forget) + len(retain)), 2, top_k=2, vocab_size=LAB_VOCAB_SIZE, forget=len(forget))
     for row, first in enumerate([*forget, *retain]):
         rows.topk_ids_NK[2 * row] = [first, 600]
-    return encode(rows, Layout(2, LAB_VOCAB_SIZE), "lossless")[0]
+    return mixed([encode(rows, Layout(2, LAB_VOCAB_SIZE), "lossless")[0]], [1.0])
 
 
 def test_refusal_tokens_are_those_of_forget_rows_more_than_of_retain_rows():
@@ -31,9 +32,9 @@ def test_refusal_tokens_are_those_of_forget_rows_more_than_of_retain_rows():
 
 
 def test_answers_are_counted_at_first_positions_by_subset():
-    block = rows_with_first_ids([7, 7, 5], [9, 4])
+    rows = rows_with_first_ids([7, 7, 5], [9, 4])
     settings = TrainSettings(forget_weight=2.0)
-    probe = Probe(passes_of(block, settings, 0), torch.tensor([7]), len(block), held_out=True)
+    probe = Probe(passes_of(rows, settings, 0), torch.tensor([7]), 5, held_out=True)
 
     def answer(one):
         """Says the teacher's token where that is 7 or 9, else 7; wrong at all later positions. Loss 1 on forget rows."""
@@ -52,7 +53,8 @@ def test_answers_are_counted_at_first_positions_by_subset():
 def test_held_out_rows_are_asked_where_there_are_any_and_never_trained_on(store):
     kept = TrainSettings(probe=ProbeSettings(steps=1, holdout=0.25, rows=2))
     order = store[0].order(0, None, 0.25)
-    probe = Probe.of(store[0], order, kept, 0)
+    teachers = Teachers.of({"teacher": store[0]}, kept)
+    probe = Probe.of(teachers, order, kept, 0)
     assert probe.held_out
     assert probe.num_rows == 4  # two of each subset
     asked = {tuple(ids[mask > 0].tolist()) for one in probe.passes
@@ -61,11 +63,11 @@ def test_held_out_rows_are_asked_where_there_are_any_and_never_trained_on(store)
     for cursor, block in store[0].batches(order, 5):
         if cursor.epoch > 1:
             break
-        for one in passes_of(block, kept, 0):
+        for one in passes_of(mixed([block], [1.0]), kept, 0):
             rows = zip(one.batch.input_ids_BT, one.batch.attention_mask_BT, strict=True)
             trained |= {tuple(ids[mask > 0].tolist()) for ids, mask in rows}
     assert len(trained) == 20 - len(order.held_out)
     assert not asked & trained
-    without = Probe.of(store[0], store[0].order(0), TrainSettings(), 0)
+    without = Probe.of(teachers, store[0].order(0), TrainSettings(), 0)
     assert (without.held_out, without.num_rows) == (False, 20)
     assert np.isin(without.refusal_ids.numpy(), np.arange(LAB_VOCAB_SIZE)).all()

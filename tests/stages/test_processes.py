@@ -34,7 +34,7 @@ def together(world: int, store, student_dir: Path, stop_after: int = 0, **train)
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, store) -> Path:
     student_dir = tmp_path_factory.mktemp("alone") / "s"
-    train_student(job(student_dir, **SETTINGS), *store, ONE, lambda r: None, lambda: False)
+    train_student(job(student_dir, **SETTINGS), {"teacher": store[0]}, store[1], ONE, lambda r: None, lambda: False)
     return student_dir
 
 
@@ -62,7 +62,14 @@ def test_several_processes_take_the_steps_of_one(tmp_path, store, alone, world, 
 def test_two_processes_are_interrupted_and_three_go_on(tmp_path, store, parallel):
     """Right after a probe, which leaves FSDP2's weights whole if nothing is done about it."""
     probe = {"probe": {"steps": 2}}
-    train_student(job(tmp_path / "alone", **SETTINGS, **probe), *store, ONE, lambda r: None, lambda: False)
+    train_student(
+        job(tmp_path / "alone", **SETTINGS, **probe),
+        {"teacher": store[0]},
+        store[1],
+        ONE,
+        lambda r: None,
+        lambda: False,
+    )
     first = together(2, store, tmp_path / "s", stop_after=4, parallel=parallel, **probe)
     whole = len(load_file(tmp_path / "s/checkpoints/step-000000004/model.safetensors"))
     assert len(load_file(tmp_path / "s/checkpoints/step-000000004/optimizer.safetensors")) == 3 * whole
@@ -75,5 +82,5 @@ def test_two_processes_are_interrupted_and_three_go_on(tmp_path, store, parallel
 def test_adapters_are_trained_by_two_processes_as_by_one(tmp_path, store):
     lora = {"rank": 4, "targets": ["q_proj", "down_proj"]}
     one = job(tmp_path / "one", **SETTINGS, lora=lora)
-    train_student(one, *store, ONE, lambda r: None, lambda: False)
+    train_student(one, {"teacher": store[0]}, store[1], ONE, lambda r: None, lambda: False)
     assert_same(tmp_path / "one", together(2, store, tmp_path / "two", lora=lora), tmp_path / "two")

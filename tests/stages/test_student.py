@@ -7,8 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -62,7 +60,8 @@ def train(a_job: StudentJob, store, stop_after: int | None = None) -> list[float
     losses: list[float] = []
     train_student(
         a_job,
-        *store,
+        {"teacher": store[0]},
+        store[1],
         ONE,
         lambda r: losses.append(r.loss),
         lambda: stop_after is not None and len(losses) >= stop_after,
@@ -101,7 +100,7 @@ def test_a_kill_between_checkpoints_repeats_only_what_followed(tmp_path, store):
             raise Kill
 
     with pytest.raises(Kill):
-        train_student(broken, *store, ONE, kill_after_five, lambda: False)
+        train_student(broken, {"teacher": store[0]}, store[1], ONE, kill_after_five, lambda: False)
     with open(broken.student_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     assert train(broken, store) == whole[3:]
@@ -141,15 +140,10 @@ def test_the_loss_is_chosen_by_what_the_student_starts_from(tmp_path, store):
     other = json.loads((tmp_path / "other/training.json").read_text())
     assert other["loss"] == "huber_centred"
     assert "other weights" in other["loss_reason"]
-    provenance = store[0].manifest.provenance | {"weights_sha256": weights_sha256(LAB_SMALL)}
-    assert (
-        chosen_loss(TrainSettings(), provenance["weights_sha256"], manifest_with(store[0], provenance))[0]
-        == "huber_raw"
-    )
-
-
-def manifest_with(store: Store, provenance: dict) -> Any:
-    return SimpleNamespace(manifest=replace(store.manifest, provenance=provenance))
+    theirs, start = store[0].manifest, weights_sha256(LAB_SMALL)
+    ours = replace(theirs, provenance=theirs.provenance | {"weights_sha256": start})
+    assert chosen_loss(TrainSettings(), start, [ours, ours])[0] == "huber_raw"
+    assert chosen_loss(TrainSettings(), start, [ours, theirs])[0] == "huber_centred"
 
 
 def test_fewer_ids_and_weights_change_what_is_learned(tmp_path, store):

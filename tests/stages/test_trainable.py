@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from conftest import LAB_SMALL
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from test_passes import block
+from test_passes import targets
 from test_student import ONE, job, train
 from test_student import store as store  # noqa: PLC0414 - the fixture
 
@@ -37,7 +36,7 @@ def student(**train) -> Student:
 
 
 def step(a_student: Student) -> None:
-    for one in passes_of(block(8), a_student.settings, pad_id=0):
+    for one in passes_of(targets(8), a_student.settings, pad_id=0):
         a_student.losses(one).sum().backward()
 
 
@@ -210,17 +209,17 @@ def test_a_store_without_log_sum_exps_is_refused_by_losses_that_need_them(store)
     manifest = replace(store[0].manifest, logsumexp=False)
     for loss in ("forward_kl_tail", "reverse_kl_tail"):
         with pytest.raises(UserError, match="needs the teacher's log-sum-exp"):
-            check_settings(TrainSettings(loss=loss), loss, SimpleNamespace(manifest=manifest), ONE)  # pyright: ignore
-    check_settings(TrainSettings(loss="jsd_topk"), "jsd_topk", SimpleNamespace(manifest=manifest), ONE)  # pyright: ignore
+            check_settings(TrainSettings(loss=loss), loss, [manifest], None, ONE)
+    check_settings(TrainSettings(loss="jsd_topk"), "jsd_topk", [manifest], None, ONE)
 
 
 def test_weights_that_would_do_nothing_are_refused(store):
-    one_subset = SimpleNamespace(manifest=replace(store[0].manifest, subsets={"forget": 20, "retain": 0}))
+    one_subset = replace(store[0].manifest, subsets={"forget": 20, "retain": 0})
     with pytest.raises(UserError, match="forget_weight does nothing"):
-        check_settings(TrainSettings(forget_weight=2.0), "mse", one_subset, ONE)  # pyright: ignore
-    one_position = SimpleNamespace(manifest=replace(store[0].manifest, positions=20))
+        check_settings(TrainSettings(forget_weight=2.0), "mse", [one_subset], None, ONE)
+    one_position = replace(store[0].manifest, positions=20)
     with pytest.raises(UserError, match="position_decay does nothing"):
-        check_settings(TrainSettings(position_decay=0.5), "mse", one_position, ONE)  # pyright: ignore
+        check_settings(TrainSettings(position_decay=0.5), "mse", [one_position], None, ONE)
 
 
 def test_settings_name_the_losses_that_there_are_and_their_options():
