@@ -19,11 +19,11 @@ from rich.table import Table
 from cache.errors import UserError
 from cache.files import publish_json, publishing, read_json
 from pipeline.charts import Dot, scatter
-from pipeline.commands import exam_of, say_engine, set_aside
+from pipeline.commands import exam_of, set_aside
 from pipeline.config import Config
 from pipeline.report import cell, definition_list, legend, page
 from pipeline.run import AUDIT_DIR, LOG_NAME, StopSignal, environment
-from pipeline.terminal import interval, log_to, out, progress_bar, say
+from pipeline.terminal import interval, log_to, out, progress_bar, say, say_engine
 
 AUDIT_NAME, PAGE_NAME, VERDICTS_NAME = "audit.json", "audit.html", "verdicts.json"
 VERDICT_COLOURS = {"passes": "#009e73", "unclear": "#e69f00", "fails": "#d55e00"}  # Okabe and Ito's, as in charts.py
@@ -67,10 +67,11 @@ def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Any:
     from stages.models import resolve_model
     from stages.prefixes import candidates
 
+    exam = exam_of(config.model_copy(update={"requests": ()}))  # further requests have prefixes of their own
     return Audit(
         candidates=candidates(config.teacher.prefix, prefixes, config.topic),
         model_dir=resolve_model(config.teacher.model, "teacher.model"),
-        exam=audit_exam(exam_of(config), config.audit, config.teacher.dtype),
+        exam=audit_exam(exam, config.audit, config.teacher.dtype),
         top_k=config.teacher.top_k,
         settings=config.audit,
         search=search,

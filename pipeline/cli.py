@@ -44,14 +44,17 @@ def _students(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @duet.command("teacher-logits")
 @_experiment
-def teacher_logits(config_path: str, overrides: tuple[str, ...]) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what it would cost, and start nothing.")
+@click.option("--limit", type=click.IntRange(min=1), help="A trial: the first so many queries of each subset.")
+@click.option("--child", is_flag=True, hidden=True)
+def teacher_logits(limit: int | None, dry_run: bool, child: bool, **asked: Any) -> int:
     """Stage one: run the prefixed teacher once and store its top-k logits."""
-    from pipeline import commands
-    from pipeline.config import load_config
+    from pipeline import capture
     from pipeline.processes import check_alone
+    from pipeline.sweep import Request
 
     check_alone("teacher-logits", os.environ)
-    commands.teacher_logits(load_config(config_path, overrides))
+    return capture.teacher_logits(Request(**asked), limit, dry_run, child)
 
 
 @duet.command()

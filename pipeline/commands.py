@@ -1,5 +1,5 @@
-"""The stages as a user calls them: settings in, files in the run directory and lines in the terminal out. Stage two is
-`distill.py`.
+"""Stage three, and all stages, as a user calls them: settings in, files in the run directory and lines in the terminal out.
+Stage one is `capture.py`, stage two `distill.py`.
 
 Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
 """
@@ -8,121 +8,26 @@ from __future__ import annotations
 
 import functools
 import subprocess
-import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
-from cache.manifest import PLAN_NAME, Manifest, read_manifest
-from cache.order import check_alike
+from cache.manifest import read_manifest
 from cache.places import Place
 from cache.record import SUBSETS
+from pipeline.capture import stores_of_run
 from pipeline.config import Config
+from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import out, progress_bar, results_table, say
+from pipeline.terminal import out, progress_bar, results_table, say, say_engine
 from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.html"
 STAGES = ("teacher-logits", "distill", "evaluate")
-THIS_PROGRAM = (sys.executable, "-m", "pipeline.cli")
-
-
-def teacher_logits(config: Config) -> None:
-    """Stage one: find the store of each of this config's teachers or write it."""
-    from stages import teacher
-
-    stop = StopSignal()
-    run_dir = claim_run_dir(config)
-    teachers = config.teacher_settings()
-    prepared = {name: prepare_teacher(config, settings) for name, settings in teachers.items()}
-    teacher.check_alike(prepared)
-    results = {}
-    for name, settings in teachers.items():
-        of = f"teacher {name}: " if config.teachers else ""
-        result = teacher.find_store(prepared[name], config.store, config.store_root, settings.engine)
-        if result is None:
-            result = write_store(config, settings, prepared[name], stop)
-            share = (
-                f", {100 * result.cached_share:.0f} % of the prompt tokens computed once" if result.cached_share else ""
-            )
-            done = f"wrote {result.rows_written} rows in {result.seconds:.1f} s{share}"
-        else:
-            done = "reused the store of the same fingerprint"
-        say(f"{of}{done}: {store_line(result.place, result.manifest)}")
-        results[name] = result
-    check_alike({name: result.manifest for name, result in results.items()})
-    (run_dir / "teacher").mkdir(exist_ok=True)
-    stores = {
-        name: {"fingerprint": result.manifest.fingerprint, "name": str(result.place).rpartition("/")[2]}
-        for name, result in results.items()
-    }
-    publish_json(_pointer_path(config), {"teachers": stores})
-
-
-def prepare_teacher(config: Config, settings: TeacherSettings) -> Any:
-    """All that is known of a teacher's store before an engine starts."""
-    from stages import teacher
-
-    return teacher.prepare(settings, config.prompt, config.data, config.topic, config.device, config.requests)
-
-
-def write_store(config: Config, settings: TeacherSettings, prepared: Any, stop: StopSignal) -> Any:
-    """Run a teacher over what its store lacks, with a progress bar."""
-    from stages import capture
-
-    started = time.monotonic()
-
-    def show(progress: Any) -> None:
-        rate = progress.positions / (time.monotonic() - started)
-        note = f"{rate:,.0f} positions/s  {100 * progress.cached_share:.0f} % of prompt tokens cached"
-        bar.update("teacher logits", progress.rows, progress.total, note)
-
-    with progress_bar("rows") as bar:
-        return capture.write_store(
-            prepared,
-            settings,
-            config.store,
-            config.store_root,
-            on_engine=say_engine,
-            on_progress=show,
-            should_stop=stop,
-        )
-
-
-def say_engine(name: str, reason: str) -> None:
-    """Which engine runs, and why this one."""
-    say(f"engine: {name} ({reason})")
-
-
-def store_line(place: Place, manifest: Manifest) -> str:
-    """A store in one line."""
-    return (
-        f"{place} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
-        f"{manifest.shard_bytes / 1e6:.2f} MB)"
-    )
-
-
-def _pointer_path(config: Config) -> Path:
-    """Names the stores that this run uses, by teacher."""
-    return config.run_dir / "teacher" / "store.json"
-
-
-def stores_of_run(config: Config) -> dict[str, Place]:
-    """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
-    if _pointer_path(config).is_file():
-        stores = read_json(_pointer_path(config))["teachers"]
-        if set(stores) == set(config.teacher_settings()):
-            return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
-    elif config.run_dir.exists():
-        for name in config.store_root.names():
-            if name.endswith(f"/{PLAN_NAME}"):
-                read_manifest(config.store_root / name.removesuffix(f"/{PLAN_NAME}"))
-    raise UserError(f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first")
 
 
 def evaluate(config: Config) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 from cache.errors import Interrupted, UserError
 from cache.manifest import Manifest, read_manifest
 from cache.places import Place
-from pipeline.commands import THIS_PROGRAM, model_name, start_model, store_line, stores_of_run
+from pipeline.capture import store_line, stores_of_run
+from pipeline.commands import model_name, start_model
 from pipeline.comparison import compare
 from pipeline.config import Config
 from pipeline.hub import push
-from pipeline.jobs import gpus, last_line, places, run_jobs
+from pipeline.jobs import THIS_PROGRAM, last_line, places, run_jobs, visible_gpus
 from pipeline.processes import Launch, check_launcher, launched
 from pipeline.run import StopSignal, claim_run_dir
 from pipeline.sweep import Request
@@ -69,13 +70,6 @@ def distill(request: Request, num_jobs: int | None, child: bool = False) -> int:
             if student.push_to_hub and _is_done(config, student):
                 push(student.name, config.run_dir / student.name, student.push_to_hub)
     return code
-
-
-def visible_gpus(kind: str) -> list[str]:
-    """As CUDA_VISIBLE_DEVICES calls them; none on a CPU."""
-    import torch
-
-    return [] if kind == "cpu" else gpus(torch.cuda.device_count(), os.environ)
 
 
 def _is_done(config: Config, student: StudentSettings) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import click
 
 from pipeline.run import StopSignal
 
+THIS_PROGRAM = (sys.executable, "-m", "pipeline.cli")
 POLL_S = 0.2
 KILLED = 75  # exit code of what can be gone on with
 
@@ -39,6 +41,13 @@ def places(
         wanted = {"OMP_NUM_THREADS": str(share), "VLLM_CPU_OMP_THREADS_BIND": "|".join(ranks)}
         found.append({name: environment.get(name, value) for name, value in wanted.items()})
     return found
+
+
+def visible_gpus(kind: str) -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES calls them; none where the device is a CPU."""
+    import torch
+
+    return [] if kind == "cpu" else gpus(torch.cuda.device_count(), os.environ)
 
 
 def gpus(count: int, environment: Mapping[str, str]) -> list[str]:

@@ -64,7 +64,7 @@ def verify_store(store: str) -> None:
 
 def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
     """Write the damaged and missing shards anew, with the engine that wrote the others."""
-    from pipeline.commands import prepare_teacher, store_line, write_store
+    from pipeline.capture import prepare_teacher, store_line, write_stores
     from pipeline.config import load_config
     from pipeline.run import StopSignal
     from stages import teacher
@@ -89,8 +89,8 @@ def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> No
     bad = maintain.invalidate(place, plan)
     if not bad and place.size(MANIFEST_NAME) is None:
         say(f"{place}: every shard is as it was written; writing its manifest anew")
-    settings, prepared = teachers[whose]
-    result = write_store(config, settings.model_copy(update={"engine": engine}), prepared, StopSignal())
+    _, prepared = teachers[whose]
+    [result] = write_stores(config, engine, [prepared], StopSignal())
     say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.place, result.manifest)}")
 
 

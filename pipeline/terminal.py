@@ -40,6 +40,11 @@ def say(text: str) -> None:
     log.info(text)
 
 
+def say_engine(name: str, reason: str) -> None:
+    """Which engine runs, and why this one."""
+    say(f"engine: {name} ({reason})")
+
+
 def be_silent() -> None:
     """Say nothing from now on: another process of the same launch does. Errors are still told."""
     out.quiet = err.quiet = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from cache.record import SUBSETS, Rows, check_distinct, offsets_of
 from cache.writer import ShardWriter, StoreWriter
 from stages.engine import Engine, Request, Scored, open_engine, self_test
 from stages.models import tokenizer_files
-from stages.settings import StoreSettings, TeacherSettings
+from stages.settings import StoreSettings
 from stages.teacher import SELF_TEST_TOKENS, Prepared, Row, StoreResult, plan_for
 
 WAIT_S = 0.5  # between looks at what other writers have finished
@@ -41,25 +41,27 @@ class Progress:
     cached_share: float = 0.0  # of the prompt tokens
 
 
-def write_store(
-    prepared: Prepared,
-    teacher: TeacherSettings,
+def write_stores(
+    prepared: Sequence[Prepared],
+    engine_name: str,
     store: StoreSettings,
     root: Place,
     on_engine: Callable[[str, str], None],
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
-) -> StoreResult:
-    """Fill the shards that nobody has written and publish the manifest; any number of processes can do this at once.
+) -> list[StoreResult]:
+    """Have one model fill the stores, which differ in prefixes and queries; any number of processes can do this at once.
 
     `on_engine(name, reason)` is told once which engine runs. Raises Interrupted when `should_stop()` is true or the engine
     has died: complete shards stay, the next call goes on after them.
     """
-    engine, reason = open_engine(prepared.spec, teacher.engine)
+    longest = max(prepared, key=lambda one: one.spec.context)
+    engine, reason = open_engine(longest.spec, engine_name)
     on_engine(engine.name, reason)
     try:
-        self_test(engine, _tried(prepared), prepared.ask, prepared.spec.num_ids)
-        return fill_store(engine, reason, prepared, store, root, on_progress, should_stop)
+        for one in prepared:
+            self_test(engine, _tried(one), one.ask, one.spec.num_ids)
+        return [fill_store(engine, reason, one, store, root, on_progress, should_stop) for one in prepared]
     finally:
         engine.close()
 
@@ -89,7 +91,7 @@ def fill_store(
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
 ) -> StoreResult:
-    """`write_store` with an engine that is open and tested."""
+    """Fill the shards of one store that nobody has written, and publish the manifest, with an engine that is tested."""
     plan = plan_for(prepared, store, engine.name.split()[0])
     place = root / store_name(plan.fingerprint, plan.format)
     started, progress, before = time.monotonic(), Progress(0, plan.rows), replace(engine.usage)

@@ -317,3 +317,11 @@ def find_store(prepared: Prepared, store: StoreSettings, root: Place, engine: st
             raise UserError(fault, f"run: duet cache repair {place} --config FILE, with this config")
         return StoreResult(place, manifest, plan.provenance["engine"], "", 0, 0.0)
     return None
+
+
+def rows_there(prepared: Prepared, store: StoreSettings, root: Place, engine: str) -> int:
+    """Rows in complete shards of the store under an engine, whether it is complete or not."""
+    plan = plan_for(prepared, store, engine)
+    place = root / store_name(plan.fingerprint, plan.format)
+    names = set(place.names())
+    return sum(len(plan.shard_range(i)) for i in range(plan.num_shards) if plan.side_name(i) in names)

@@ -1,0 +1,233 @@
+"""Stage one as a user calls it: each teacher's store is found or written, here or by several processes; what it would cost.
+
+Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cache.errors import Interrupted, UserError
+from cache.files import publish_json, read_json
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_manifest, store_name
+from cache.order import check_alike
+from cache.places import Place
+from pipeline.config import Config
+from pipeline.jobs import THIS_PROGRAM, places, run_jobs, visible_gpus
+from pipeline.run import LOG_NAME, StopSignal, claim_run_dir
+from pipeline.sweep import Request
+from pipeline.terminal import log_to, progress_bar, say, say_engine
+from stages.settings import TeacherSettings
+
+
+def teacher_logits(request: Request, limit: int | None = None, dry_run: bool = False, child: bool = False) -> int:
+    """Find the store of each of the config's teachers or write it; returns an exit code.
+
+    A trial (`limit`, queries of each subset) has stores of its own, which the run does not use. A `child` of ours leaves it to
+    its parent to say which stores the run uses.
+    """
+    from stages import teacher
+
+    config = request.load()
+    teachers = config.teacher_settings()
+    prepared = {name: prepare_teacher(config, settings, limit) for name, settings in teachers.items()}
+    teacher.check_alike(prepared)
+    if dry_run:
+        for name, of_teacher in prepared.items():
+            _say_estimate(config, teachers[name], of_teacher, _of(config, name))
+        return 0
+    stop = StopSignal()
+    if child:
+        log_to(config.run_dir / LOG_NAME)
+    else:
+        claim_run_dir(config)
+    found = {name: _find(config, settings, prepared[name]) for name, settings in teachers.items()}
+    missing = {name: prepared[name] for name, result in found.items() if result is None}
+    for name in found.keys() - missing.keys():
+        say(f"{_of(config, name)}reused the store of the same fingerprint: {_line(found[name])}")
+    number = config.teacher.data_parallel
+    if missing and number > 1 and not child:
+        if code := _in_processes(config, request, limit, number, teachers, missing, stop):
+            return code
+    else:
+        _write(config, teachers, missing, stop)
+    results = {name: _find(config, settings, prepared[name]) for name, settings in teachers.items()}
+    check_alike({name: result.manifest for name, result in results.items()})
+    if limit is not None:
+        say(f"this was a trial of {limit} queries of each subset; the run has no teacher logits from it")
+    elif not child:
+        _point_to(config, results)
+    return 0
+
+
+def prepare_teacher(config: Config, settings: TeacherSettings, limit: int | None = None) -> Any:
+    """All that is known of a teacher's store before an engine starts."""
+    from stages import teacher
+
+    return teacher.prepare(settings, config.prompt, config.data, config.topic, config.device, config.requests, limit)
+
+
+def _find(config: Config, settings: TeacherSettings, prepared: Any) -> Any:
+    from stages import teacher
+
+    return teacher.find_store(prepared, config.store, config.store_root, settings.engine)
+
+
+def _write(
+    config: Config, teachers: Mapping[str, TeacherSettings], missing: Mapping[str, Any], stop: StopSignal
+) -> None:
+    """The missing stores, those of one model with one start of its engine."""
+    waiting = dict(missing)
+    while waiting:
+        engine = _engine_of(teachers, waiting, next(iter(waiting)))
+        together = [name for name in waiting if _engine_of(teachers, waiting, name) == engine]
+        results = write_stores(config, engine[0], [waiting.pop(name) for name in together], stop)
+        for name, result in zip(together, results, strict=True):
+            share = f", {100 * result.cached_share:.0f} % of prompt tokens computed once" if result.cached_share else ""
+            say(
+                f"{_of(config, name)}wrote {result.rows_written} rows in {result.seconds:.1f} s{share}: {_line(result)}"
+            )
+
+
+def _engine_of(teachers: Mapping[str, TeacherSettings], prepared: Mapping[str, Any], name: str) -> tuple[str, Any]:
+    """Teachers for which this is equal can be asked of one engine."""
+    return teachers[name].engine, replace(prepared[name].spec, context=0)
+
+
+def write_stores(config: Config, engine: str, prepared: Sequence[Any], stop: StopSignal) -> list[Any]:
+    """Run one model over what these stores lack, one after the other, with a progress bar."""
+    from stages import capture
+
+    started = time.monotonic()
+
+    def show(progress: Any) -> None:
+        rate = progress.positions / (time.monotonic() - started)
+        note = f"{rate:,.0f} positions/s  {100 * progress.cached_share:.0f} % of prompt tokens cached"
+        bar.update("teacher logits", progress.rows, progress.total, note)
+
+    with progress_bar("rows") as bar:
+        return capture.write_stores(prepared, engine, config.store, config.store_root, say_engine, show, stop)
+
+
+def _in_processes(
+    config: Config,
+    request: Request,
+    limit: int | None,
+    number: int,
+    teachers: Mapping[str, TeacherSettings],
+    missing: Mapping[str, Any],
+    stop: StopSignal,
+) -> int:
+    """`number` processes of ours write the missing stores together, each with an engine of its own; an exit code.
+
+    What one that dies has not finished, the others take over.
+    """
+    devices = visible_gpus(next(iter(missing.values())).spec.device)
+    each = config.teacher.tensor_parallel * config.teacher.pipeline_parallel
+    if devices and number * each > len(devices):
+        raise UserError(
+            f"teacher.data_parallel {number} x {each} GPUs each is more than the {len(devices)} that are here",
+            f"set teacher.data_parallel to at most {len(devices) // each}",
+        )
+    trial = [] if limit is None else ["--limit", str(limit)]
+    command = [*THIS_PROGRAM, "teacher-logits", *request.arguments(students=False), *trial, "--child"]
+    total = sum(len(prepared.rows) for prepared in missing.values())
+    with progress_bar("rows") as bar:
+
+        def watch(running: list[str]) -> None:
+            done = sum(_rows_there(config, teachers[name], prepared) for name, prepared in missing.items())
+            bar.update("teacher logits", done, total, f"{len(running)} processes")
+
+        commands = {f"teacher {at + 1} of {number}": command for at in range(number)}
+        code = run_jobs(commands, places(number, devices, os.environ, each), stop, watch)
+    there = sum(_rows_there(config, teachers[name], prepared) for name, prepared in missing.items())
+    if any(_find(config, teachers[name], prepared) is None for name, prepared in missing.items()):
+        if code:
+            say(f"{there} of {total} rows are in complete shards")
+            return code
+        raise Interrupted(f"{there} of {total} rows are in complete shards")
+    return 0
+
+
+def _rows_there(config: Config, settings: TeacherSettings, prepared: Any) -> int:
+    from stages import teacher
+
+    return max(
+        teacher.rows_there(prepared, config.store, config.store_root, engine)
+        for engine in teacher.engine_order(settings.engine)
+    )
+
+
+def _say_estimate(config: Config, settings: TeacherSettings, prepared: Any, of: str) -> None:
+    """What stage one would do for a teacher."""
+    from stages import teacher
+    from stages.estimate import FLOP_PER_S, estimate
+
+    engine = teacher.engine_order(settings.engine)[0]
+    plan = teacher.plan_for(prepared, config.store, engine)
+    cost = estimate(prepared, plan)
+    place = config.store_root / store_name(plan.fingerprint, plan.format)
+    there = teacher.rows_there(prepared, config.store, config.store_root, engine)
+    state = "complete" if place.size(MANIFEST_NAME) is not None else f"{there} of {plan.rows} rows are there"
+    rows = ", ".join(f"{subset} {count}" for subset, count in cost.rows.items())
+    say(f"{of}rows: {rows}; engine {plan.provenance['engine']}")
+    say(
+        f"{of}prompts: {cost.tokens_prefixed:,} tokens with the prefix, {cost.tokens_bare:,} without; "
+        f"{cost.tokens_computed:,} to compute where all that they share is computed once"
+    )
+    say(f"{of}responses: at most {cost.positions:,} positions, {plan.top_k} ids each")
+    say(f"{of}store: at most {cost.store_bytes:,} bytes and file headers, {place} ({state})")
+    say(
+        f"{of}cost: 2 x {cost.parameters / 1e6:,.1f} M parameters x {cost.tokens_computed + cost.positions:,} tokens = "
+        f"{cost.flop / 1e12:.3g} TFLOP: {cost.seconds:,.1f} s on a GPU that does {FLOP_PER_S / 1e12:.0f} TFLOP/s (assumed)"
+    )
+
+
+def _of(config: Config, name: str) -> str:
+    return f"teacher {name}: " if config.teachers else ""
+
+
+def _line(result: Any) -> str:
+    return store_line(result.place, result.manifest)
+
+
+def _point_to(config: Config, results: Mapping[str, Any]) -> None:
+    """Say which stores this run uses."""
+    path = _pointer_path(config)
+    path.parent.mkdir(exist_ok=True)
+    stores = {
+        name: {"fingerprint": result.manifest.fingerprint, "name": str(result.place).rpartition("/")[2]}
+        for name, result in results.items()
+    }
+    publish_json(path, {"teachers": stores})
+
+
+def store_line(place: Place, manifest: Manifest) -> str:
+    """A store in one line."""
+    return (
+        f"{place} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
+        f"{manifest.shard_bytes / 1e6:.2f} MB)"
+    )
+
+
+def _pointer_path(config: Config) -> Path:
+    """Names the stores that this run uses, by teacher."""
+    return config.run_dir / "teacher" / "store.json"
+
+
+def stores_of_run(config: Config) -> dict[str, Place]:
+    """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
+    if _pointer_path(config).is_file():
+        stores = read_json(_pointer_path(config))["teachers"]
+        if set(stores) == set(config.teacher_settings()):
+            return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
+    elif config.run_dir.exists():
+        for name in config.store_root.names():
+            if name.endswith(f"/{PLAN_NAME}"):
+                read_manifest(config.store_root / name.removesuffix(f"/{PLAN_NAME}"))
+    raise UserError(f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first")
