@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # its sampler cannot be hooked, and it knows no logits processors of this kind
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, read on the CPU only
 }
 
@@ -50,9 +51,7 @@ class VllmEngine(Engine):
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)  # its own use
-        logging.getLogger("vllm").setLevel(
-            os.environ["VLLM_LOGGING_LEVEL"]
-        )  # it speaks before it reads its own setting
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads its setting
         self._spec = spec
         self._padding = max(vocab_width(load_config(spec.model_dir, spec.trust_remote_code)) - spec.num_ids, 0)
         on_cpu = spec.device == "cpu"
