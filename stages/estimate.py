@@ -63,10 +63,10 @@ def _value_dtype(values: str, dtype: str) -> str:
     return values
 
 
-def _not_shared(prompts: Sequence[list[int]]) -> int:
+def _not_shared(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens left when whatever a prompt begins with in common with another is counted once."""
     left, before = 0, []
-    for prompt in sorted(prompts):
+    for prompt in sorted(prompts, key=list):
         shared = next(
             (i for i, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), min(len(before), len(prompt))
         )

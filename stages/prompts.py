@@ -5,6 +5,7 @@ The teacher's and the student's prompt differ in the prefix and in nothing else,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cache.errors import UserError
@@ -79,7 +80,7 @@ def render_answer(tokenizer: Any, answer: str, settings: PromptSettings) -> list
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
-def check_length(prompt_ids: list[int], new_tokens: int, context: int, row_id: str, who: str) -> None:
+def check_length(prompt_ids: Sequence[int], new_tokens: int, context: int, row_id: str, who: str) -> None:
     """Refuse a prompt that, with the tokens to come, does not fit the model's context: nothing is ever truncated."""
     if len(prompt_ids) + new_tokens > context:
         raise UserError(

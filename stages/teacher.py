@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,9 @@ class Row:
     row_id: str  # <subset>/<id>, of a further request <subset>/<request>/<id>
     subset: str
     request: str  # MAIN, or the name of a further one
-    teacher_ids: list[int]
-    student_ids: list[int]
-    given_ids: list[int] | None = None  # the response to score; None: the teacher makes one
+    teacher_ids: array[int]  # 4 bytes a token: all rows are held while a teacher is asked
+    student_ids: array[int]
+    given_ids: array[int] | None = None  # the response to score; None: the teacher makes one
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def prepare(
         **asked.pop(MAIN),
         **({"requests": asked} if asked else {}),
         "prompt": prompt.model_dump(),
-        "prompts_sha256": sha256_json([[row.row_id, row.teacher_ids, row.student_ids, row.given_ids] for row in rows]),
+        "prompts_sha256": _prompts_sha256(rows),
         "top_k": teacher.top_k,
         "max_positions": teacher.max_positions,
         "responses": _responses(teacher),
@@ -247,13 +248,13 @@ def _row(
 ) -> Row:
     given_ids = None
     if teacher.responses == "given":
-        given_ids = render_answer(tokenizer, query.answer or "", prompt)[: teacher.max_positions]
+        given_ids = array("i", render_answer(tokenizer, query.answer or "", prompt)[: teacher.max_positions])
     return Row(
         row_id=f"{subset}/{query.row_id}" if request == MAIN else f"{subset}/{request}/{query.row_id}",
         subset=subset,
         request=request,
-        teacher_ids=render(tokenizer, query.question, prefix, prompt),
-        student_ids=render(tokenizer, query.question, "", prompt),
+        teacher_ids=array("i", render(tokenizer, query.question, prefix, prompt)),
+        student_ids=array("i", render(tokenizer, query.question, "", prompt)),
         given_ids=given_ids,
     )
 
@@ -263,6 +264,14 @@ def _data_provenance(queries: Mapping[str, list[Query]]) -> dict[str, Any]:
         subset: {"rows": len(found), "sha256": sha256_json([[query.row_id, query.question] for query in found])}
         for subset, found in queries.items()
     }
+
+
+def _prompts_sha256(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        ids = (row.teacher_ids, row.student_ids, row.given_ids or ())
+        digest.update(sha256_json([row.row_id, *map(list, ids)]).encode())
+    return digest.hexdigest()
 
 
 def _resolve_dtype(dtype: str, config: Any) -> str:

@@ -126,6 +126,6 @@ def test_given_responses_are_the_data_s(config, tmp_path):
     assert "It is In town 0.".startswith(text)
     for number, row in enumerate(prepared.rows):
         own = found[number : number + 1]
-        assert own.tokens_S.tolist() == row.student_ids + row.given_ids
+        assert own.tokens_S.tolist() == [*row.student_ids, *row.given_ids]
         assert len(row.given_ids) <= 4
     assert plan_for(prepared, loaded.store, "transformers").provenance["responses"] == "given"
