@@ -35,6 +35,11 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
     from stages.audit import run_audit
 
     stop = StopSignal()
+    if config.teachers:
+        raise UserError(
+            "the audit asks one model, and this config has several teachers",
+            "add --set teachers=[] and name their prefixes with --prefix; another model is another --set teacher.model",
+        )
     plan = _plan(config, prefixes, search)
     audit_dir = config.run_dir / AUDIT_DIR
     audit_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +86,7 @@ def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Any:
 def refuse_failing(config: Config) -> None:
     """Raise UserError where this run's directory holds a failing verdict on the config's own prefix, as things are now."""
     path = config.run_dir / AUDIT_DIR / VERDICTS_NAME
-    if not path.is_file():
+    if config.teachers or not path.is_file():
         return
     from stages.audit import verdict_keys
     from stages.prefixes import CONFIGS_OWN

@@ -33,6 +33,7 @@ def teacher_logits(request: Request, limit: int | None = None, dry_run: bool = F
     """
     from stages import teacher
 
+    stop = StopSignal()
     config = request.load()
     teachers = config.teacher_settings()
     prepared = {name: prepare_teacher(config, settings, limit) for name, settings in teachers.items()}
@@ -41,15 +42,16 @@ def teacher_logits(request: Request, limit: int | None = None, dry_run: bool = F
         for name, of_teacher in prepared.items():
             _say_estimate(config, teachers[name], of_teacher, _of(config, name))
         return 0
-    stop = StopSignal()
     if child:
         log_to(config.run_dir / LOG_NAME)
-    else:
+    elif limit is None:
         claim_run_dir(config)
     found = {name: _find(config, settings, prepared[name]) for name, settings in teachers.items()}
     missing = {name: prepared[name] for name, result in found.items() if result is None}
     for name in found.keys() - missing.keys():
         say(f"{_of(config, name)}reused the store of the same fingerprint: {_line(found[name])}")
+    if missing and stop():
+        raise Interrupted("before the teacher was asked")
     number = config.teacher.data_parallel
     if missing and number > 1 and not child:
         if code := _in_processes(config, request, limit, number, teachers, missing, stop):
@@ -128,11 +130,19 @@ def _in_processes(
     What one that dies has not finished, the others take over.
     """
     devices = visible_gpus(next(iter(missing.values())).spec.device)
-    each = config.teacher.tensor_parallel * config.teacher.pipeline_parallel
+    each = max(teachers[name].tensor_parallel * teachers[name].pipeline_parallel for name in missing)
+    shards = sum(-(-len(prepared.rows) // config.store.shard_rows) for prepared in missing.values())
+    if number > shards:
+        raise UserError(
+            f"teacher.data_parallel is {number}, but there are {shards} shards to share",
+            "lower it, or set a smaller store.shard_rows",
+        )
     if devices and number * each > len(devices):
         raise UserError(
             f"teacher.data_parallel {number} x {each} GPUs each is more than the {len(devices)} that are here",
-            f"set teacher.data_parallel to at most {len(devices) // each}",
+            f"set teacher.data_parallel to at most {len(devices) // each}"
+            if each <= len(devices)
+            else f"set teacher.tensor_parallel x pipeline_parallel to at most {len(devices)}",
         )
     trial = [] if limit is None else ["--limit", str(limit)]
     command = [*THIS_PROGRAM, "teacher-logits", *request.arguments(students=False), *trial, "--child"]
@@ -223,7 +233,7 @@ def _pointer_path(config: Config) -> Path:
 def stores_of_run(config: Config) -> dict[str, Place]:
     """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
     if _pointer_path(config).is_file():
-        stores = read_json(_pointer_path(config))["teachers"]
+        stores = read_json(_pointer_path(config)).get("teachers", {})
         if set(stores) == set(config.teacher_settings()):
             return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
     elif config.run_dir.exists():

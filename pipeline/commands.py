@@ -19,7 +19,7 @@ from cache.places import Place
 from cache.record import SUBSETS
 from pipeline.capture import stores_of_run
 from pipeline.config import Config
-from pipeline.jobs import THIS_PROGRAM
+from pipeline.jobs import KILLED, THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
 from pipeline.terminal import out, progress_bar, results_table, say, say_engine
@@ -75,7 +75,7 @@ def _keep_earlier(run_dir: Path, results: dict[str, Any]) -> None:
 def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
     """Give earlier files the first free number: `results.json` becomes `results-1.json`."""
     number = 1 + len(list(folder.glob(names[0].replace(".", "-*."))))
-    for name in names:
+    for name in filter(lambda name: (folder / name).is_file(), names):
         kept = folder / name.replace(".", f"-{number}.")
         (folder / name).rename(kept)
         say(f"kept the earlier {what}: {kept}")
@@ -206,5 +206,5 @@ def run_all(request: Request) -> int:
         child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
         stop.forward_to(child)
         if code := child.wait():
-            return code
+            return code if code > 0 else KILLED
     return 0

@@ -23,7 +23,11 @@ from stages.settings import FREE_TEACHER, FREE_TRAIN
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 LOG_NAME = "log.txt"
-AUDIT_DIR = "audit"  # may be there before the run is: prefixes are audited to choose the run's
+AUDIT_DIR, TEACHER_DIR = "audit", "teacher"
+EARLY = (
+    AUDIT_DIR,
+    TEACHER_DIR,
+)  # may be there before the run is: prefixes are audited, and trials made, to choose the run's
 # Settings that can differ between two calls of one run: they change speed or place, no number.
 _FREE = {
     (group, key)
@@ -59,7 +63,7 @@ def claim_run_dir(config: Config) -> Path:
             )
         by_name = {student["name"]: student for student in (*found["students"], *resolved["students"])}
         resolved["students"] = list(by_name.values())
-    elif run_dir.exists() and any(entry.name != AUDIT_DIR for entry in run_dir.iterdir()):
+    elif run_dir.exists() and any(entry.name not in EARLY for entry in run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and is no run of ours", "choose another run with --set name=NEW_NAME")
     run_dir.mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:
@@ -86,6 +90,7 @@ def _flatten(node: Any, path: tuple[str, ...]) -> Any:
             yield from _flatten(value, (*path, str(key)))
     elif path in NAMED_LISTS:
         for entry in node:
+            yield (*path, entry["name"], "name"), entry["name"]
             yield from _flatten({k: v for k, v in entry.items() if k != "name"}, (*path, entry["name"]))
     else:
         yield path, node

@@ -26,6 +26,7 @@ from stages.engine import Engine, Request, Scored, open_engine, self_test
 from stages.models import tokenizer_files
 from stages.settings import StoreSettings
 from stages.teacher import SELF_TEST_TOKENS, Prepared, Row, StoreResult, plan_for
+from stages.topk import order_ties
 
 WAIT_S = 0.5  # between looks at what other writers have finished
 
@@ -180,6 +181,7 @@ def _columns(rows: list[Row], scored: list[Scored]) -> Rows:
         topk_logits_NK=np.concatenate([result.topk_logits_PK for result in scored]),
         logsumexp_N=np.concatenate(sums) if sums else None,
     )
+    order_ties(batch.topk_ids_NK, batch.topk_logits_NK)
     check_distinct(batch)
     return batch
 

@@ -163,8 +163,10 @@ def self_test(engine: Engine, requests: Sequence[Request], ask: Ask, num_ids: in
     continued = engine.score_all(longer, replace(ask, max_positions=1, temperature=None))
     everything = engine.score_all([Request(0, requests[0].prompt_ids)], Ask(num_ids, 1, logsumexp=ask.logsumexp))[0]
     rows = zip(requests, first, again, continued, strict=True)
-    fault = _raw_fault(everything, num_ids) or next(
-        filter(None, (_row_fault(engine, ask, *row, num_ids) for row in rows)), None
+    fault = (
+        _raw_fault(everything, num_ids)
+        or next(filter(None, (_row_fault(engine, ask, *row, num_ids) for row in rows)), None)
+        or _alone_fault(engine, first[0], everything, ask.top_k)
     )
     if fault:
         raise UserError(
@@ -183,6 +185,13 @@ def _raw_fault(everything: Scored, num_ids: int) -> str | None:
     # Rows of head padding count in the model's softmax and are not among the ids, so it may be larger.
     if everything.logsumexp_P is not None and everything.logsumexp_P[0] < logsumexp - 1e-3:
         return f"its log-sum-exp is {everything.logsumexp_P[0]:.6g}, that of its logits {logsumexp:.6g}"
+    return None
+
+
+def _alone_fault(engine: Engine, together: Scored, alone: Scored, top_k: int) -> str | None:
+    difference = float(np.abs(together.topk_logits_PK[0] - alone.topk_logits_PK[0, :top_k]).max())
+    if difference > ROUNDING[engine.dtype]:
+        return f"a prompt has other logits among others than alone (by {difference:.3g})"
     return None
 
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 import transformers
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cache.errors import UserError
 from stages.engine import Ask, Engine, EngineSpec, Request, Scored, Usage
 from stages.lengths import cut_by_length
 from stages.models import load_model, text_config
-from stages.topk import top_k
+from stages.topk import drawn, top_k
 
 WINDOW_BATCHES = 16  # so many batches of requests are sorted at a time
 MAX_PADDING = 0.05  # share of a window's tokens
@@ -56,6 +57,9 @@ class TransformersEngine(Engine):
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.usage = Usage()
         self._takes = set(inspect.signature(self._model.forward).parameters)
+        # Keys and values only: what recurrent layers remember can neither be repeated nor left out row by row.
+        layers = DynamicCache(config=self._model.config).layers
+        self._only_attention = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         self._beginning: _Beginning | None = None
 
     def stream(self, requests: Iterable[Request], ask: Ask) -> Generator[tuple[int, Scored], None, None]:
@@ -101,12 +105,13 @@ class TransformersEngine(Engine):
             padding = MAX_PADDING if self._can_pad(begins_with + int(lengths.max()) + new_tokens) else 0.0
             budget = self._spec.batch_size * int(lengths.max())
             for part in cut_by_length(lengths, padding, budget):
-                yield begins_with, group[part]
+                for rows in np.array_split(part, -(-len(part) // self._spec.batch_size)):
+                    yield begins_with, group[rows]
 
     def _in_common(self, ascending: Sequence[Sequence[int]]) -> int:
         """Tokens that all prompts begin with, but for each one's last; 0 where sharing them saves nothing."""
         first, last = ascending[0], ascending[-1]
-        if len(ascending) == 1 or not self._spec.share_prefix or "past_key_values" not in self._takes:
+        if len(ascending) == 1 or not (self._spec.share_prefix and self._only_attention):
             return 0
         most = min(map(len, ascending)) - 1
         return next((i for i in range(most) if first[i] != last[i]), most)
@@ -132,7 +137,8 @@ class TransformersEngine(Engine):
     ) -> None:
         """Decode until each row has its most tokens or one of `ends`; every step is handed to `collect`.
 
-        `rows` says which requests these are, to `choose` and `collect`. Rows that have ended are left out of what follows.
+        `rows` says which requests these are, to `choose` and `collect`. Rows that have ended are left out of what
+        follows, where a cache lets them be.
         """
         device = self._spec.device
         cache = self._cache_of(prompts[0][:begins_with], len(prompts))
@@ -142,19 +148,22 @@ class TransformersEngine(Engine):
         mask_BT = torch.cat([torch.ones(len(prompts), begins_with, dtype=torch.long), mask_BT], dim=1).to(device)
         position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, begins_with:]
         ids_BT, step = ids_BT.to(device), 0
+        live = np.ones(len(rows), bool)
         while True:
             logits_BV, cache = self._forward(ids_BT, mask_BT, position_BT, cache)
             tokens_B = choose(logits_BV, step, rows)
-            collect(rows, tokens_B, logits_BV)
+            at = torch.from_numpy(np.flatnonzero(live)).to(device)
+            collect(rows[live], tokens_B[at], logits_BV[at])
             step += 1
-            ended = (most <= step) | np.isin(tokens_B.cpu().numpy(), ends)
-            if ended.all():
+            live &= (step < most) & ~np.isin(tokens_B.cpu().numpy(), ends)
+            if not live.any():
                 return
-            if ended.any():
-                left = torch.from_numpy(np.flatnonzero(~ended)).to(device)
-                rows, most, tokens_B = rows[~ended], most[~ended], tokens_B[left]
+            if not live.all() and self._only_attention:
+                left = torch.from_numpy(np.flatnonzero(live)).to(device)
+                rows, most, tokens_B = rows[live], most[live], tokens_B[left]
                 mask_BT, position_BT = mask_BT[left], position_BT[left]
                 cache.batch_select_indices(left)
+                live = np.ones(len(rows), bool)
             ids_BT, position_BT = tokens_B[:, None], position_BT[:, -1:] + 1
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
 
@@ -214,14 +223,12 @@ def _chooser(window: Sequence[Request], ask: Ask, num_ids: int) -> Choose:
     """How the next token of each row comes about: the given one, a sampled one, or the most likely one."""
 
     def given(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:
-        return torch.tensor([(window[row].given_ids or ())[step] for row in rows], device=logits_BV.device)
+        given_ids = [window[row].given_ids or () for row in rows]
+        return torch.tensor([ids[min(step, len(ids) - 1)] for ids in given_ids], device=logits_BV.device)
 
     def sampled(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:
-        shares_BV = (logits_BV[:, :num_ids].float() / (ask.temperature or 1)).softmax(-1).cpu()
-        drawn = [
-            torch.multinomial(shares, 1, generator=generators[row]) for shares, row in zip(shares_BV, rows, strict=True)
-        ]
-        return torch.cat(drawn).to(logits_BV.device)
+        seeds = [window[row].seed or 0 for row in rows]
+        return drawn(logits_BV[:, :num_ids], ask.temperature or 1, seeds, [step] * len(rows))
 
     def greedy(logits_BV: torch.Tensor, step: int, rows: np.ndarray) -> torch.Tensor:
         return logits_BV[:, :num_ids].argmax(-1)
@@ -229,7 +236,6 @@ def _chooser(window: Sequence[Request], ask: Ask, num_ids: int) -> Choose:
     if window and window[0].given_ids is not None:
         return given
     if ask.temperature:
-        generators = [torch.Generator().manual_seed(request.seed or 0) for request in window]
         return sampled
     return greedy
 

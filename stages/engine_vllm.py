@@ -81,7 +81,7 @@ class VllmEngine(Engine):
             "use_tqdm_on_load": False,
             "seed": 0,
             "worker_extension_cls": "stages.vllm_worker.Capture",
-            "logits_processors": ["stages.vllm_worker:GivenTokens"],
+            "logits_processors": ["stages.vllm_worker:ChosenTokens"],
             **({"block_size": CPU_BLOCK_TOKENS} if on_cpu else {}),
         }
         try:
@@ -139,14 +139,16 @@ class VllmEngine(Engine):
         del self._engine, self.llm
 
     def _params(self, request: Request, ask: Ask, logprobs: int) -> Any:
-        given = request.given_ids
+        given, chosen = request.given_ids, None
+        if given is not None:
+            chosen = {"given_ids": [int(i) for i in given]}
+        elif ask.temperature:
+            chosen = {"seed": request.seed or 0, "temperature": ask.temperature}
         return self._sampling(
             max_tokens=ask.max_positions if given is None else len(given),
-            temperature=ask.temperature or 0,
-            seed=request.seed,
             logprobs=logprobs,
             flat_logprobs=True,
-            extra_args=None if given is None else {"given_ids": [int(i) for i in given]},
+            extra_args=chosen,
             ignore_eos=given is not None,
             stop_token_ids=list(self._spec.eos_ids) if given is None else None,
         )
@@ -197,7 +199,7 @@ class VllmEngine(Engine):
                     codes.append(worker.exitcode or 0)
             code = min(codes, key=lambda code: code == -signal.SIGTERM)  # which vLLM sends to those that are left
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            raise Interrupted(f"a worker process of {self.name} {how}; rows in complete shards are safe") from error
+            raise Interrupted(f"a worker process of {self.name} {how}; what was complete is kept") from error
 
     def _add(self, prompt_ids: Sequence[int], params: Any) -> str:
         from vllm.inputs import TokensPrompt
@@ -225,7 +227,6 @@ class VllmEngine(Engine):
                 f"{self.name} returned {len(ids_NK)} rows of logits for {offsets[-1]} tokens",
                 "use another release of it, or set teacher.engine: transformers",
             )
-        _sort_ties(ids_NK, logits_NK)
         for key, output, first, count in zip(keys, outputs, offsets[:-1], counts_of(offsets), strict=True):
             own = slice(int(first), int(first + count))
             yield (
@@ -280,11 +281,3 @@ def _rows_processor() -> Any:
             rows.append((logprobs_lists.logprob_token_ids, logprobs_lists.logprobs))
 
     return Rows(None, rows, None, None, None, None)
-
-
-def _sort_ties(ids_NK: np.ndarray, logits_NK: np.ndarray) -> None:
-    """Order equal logits by id, in place: 16-bit heads have many, and engines should not differ in them."""
-    tied = np.flatnonzero((logits_NK[:, 1:] == logits_NK[:, :-1]).any(axis=1))
-    if len(tied):
-        order = np.lexsort((ids_NK[tied], -logits_NK[tied]), axis=1)
-        ids_NK[tied] = np.take_along_axis(ids_NK[tied], order, axis=1)

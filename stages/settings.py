@@ -118,7 +118,7 @@ class TeacherSettings(Settings):
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> TeacherSettings:
         if self.responses == "given" and self.temperature is not None:
-            raise ValueError("temperature does nothing with responses: given: leave it out")
+            raise ValueError("temperature does nothing with given responses: leave it out")
         if self.seed is not None and self.temperature is None:
             raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
         return self
@@ -137,7 +137,12 @@ class NamedTeacher(Settings):
         return self.model_extra or {}
 
 
-ONE_FOR_ALL = ("top_k", "max_positions", "trust_remote_code")  # entries of `teacher:` that no teacher has of its own
+ONE_FOR_ALL = (
+    "top_k",
+    "max_positions",
+    "data_parallel",
+    "trust_remote_code",
+)  # entries of `teacher:` that no teacher has of its own
 
 
 class RequestData(Settings):
@@ -174,7 +179,9 @@ class StoreSettings(Settings):
         "float16 and linear16 (steps of 1/65535 of a position's range) is measured and stands in the manifest",
     )
     shard_rows: int = Field(
-        default=4096, ge=1, description="queries per shard: at most this much work is lost by a crash"
+        default=4096,
+        ge=1,
+        description="queries per shard; a crash loses the shards that the engine's requests belong to",
     )
     lease_s: float = Field(
         default=120.0, ge=1, description="seconds after which a shard is taken over from a writer that shows no life"

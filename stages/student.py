@@ -173,7 +173,7 @@ def check_settings(
             raise UserError(
                 f"{key}.loss: {loss} needs the teacher's log-sum-exp, and the store has none (engine: "
                 f"{one.provenance['engine']})",
-                "take a store made with teacher.engine: transformers, or a loss over the k ids alone such as forward_kl_topk",
+                "make one with teacher.logsumexp: true, or take a loss over the k ids alone such as forward_kl_topk",
             )
     if settings.top_k and settings.top_k > manifest.top_k:
         raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")

@@ -109,6 +109,10 @@ def prepare(
             f"teacher.top_k is {teacher.top_k}, the vocabulary of {teacher.model} has {num_ids} ids",
             f"set teacher.top_k to at most {num_ids}",
         )
+    if prompt.answer is not None and teacher.responses != "given":
+        raise UserError(
+            "prompt.answer does nothing with generated responses", "leave it out, or set teacher.responses: given"
+        )
     prefixes = prefixes_of(teacher.prefix, topic, requests)
     queries = {
         request: {subset: found[:limit] for subset, found in by_subset.items()}

@@ -1,10 +1,13 @@
-"""The k largest logits and the log-sum-exp of each row, at the same price for any vocabulary: what every engine keeps.
+"""What every engine does with a row of logits: the k largest, at the same price for any vocabulary, and a draw.
 
 Shapes: N rows, V vocabulary, K kept ids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 ROWS = 32  # at once: what is computed stays near the processor, and a GPU holds no second copy of all logits
@@ -29,6 +32,26 @@ def top_k(
         if logsumexp:
             sums.append(part_NV.logsumexp(-1))
     return torch.cat(ids), torch.cat(values), torch.cat(sums) if logsumexp else None
+
+
+def drawn(logits_NV: torch.Tensor, temperature: float, seeds: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+    """One id per row from softmax(logits / temperature), int64 [N], by the Gumbel-max trick (Gumbel 1954).
+
+    What is drawn depends on the row's logits, its seed and its step alone: not on its company, nor on the engine.
+    """
+    draws = (
+        np.random.default_rng(of).standard_exponential(logits_NV.shape[1]) for of in zip(seeds, steps, strict=True)
+    )
+    noise_NV = torch.from_numpy(np.log(np.stack(list(draws)))).to(logits_NV.device)
+    return (logits_NV.double() / temperature - noise_NV).argmax(-1)
+
+
+def order_ties(ids_NK: np.ndarray, logits_NK: np.ndarray) -> None:
+    """Order equal logits by id, in place: 16-bit heads have many, and engines should not differ in them."""
+    tied = np.flatnonzero((logits_NK[:, 1:] == logits_NK[:, :-1]).any(axis=1))
+    if len(tied):
+        order = np.lexsort((ids_NK[tied], -logits_NK[tied]), axis=1)
+        ids_NK[tied] = np.take_along_axis(ids_NK[tied], order, axis=1)
 
 
 def _largest(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

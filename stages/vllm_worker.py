@@ -1,8 +1,8 @@
 """What runs inside vLLM's workers, through its own two doors: a worker extension and a logits processor.
 
 `Capture` has the sampler hand out what `topk.py` finds in the head's raw logits, instead of what vLLM would look for;
-`GivenTokens` has a response that the request names "sampled". Both are named to vLLM as text and loaded by it, in this
-process or in another; neither changes a file or a class of vLLM's, and the self-test proves what they do.
+`ChosenTokens` has vLLM "sample" a response that is given, or that we draw. Both are named to vLLM as text and loaded by it, in
+this process or in another; neither changes a file or a class of vLLM's, and the self-test proves what they do.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from stages.topk import top_k
+from stages.topk import drawn, top_k
 
-GIVEN = "given_ids"  # key in a request's extra_args
+GIVEN, SEED, TEMPERATURE = "given_ids", "seed", "temperature"  # keys in a request's extra_args
 
 
 class Capture:
@@ -68,14 +68,15 @@ class Capture:
         return True
 
 
-class GivenTokens(LogitsProcessor):
-    """Leaves, at each position of a request that names its response, only the token of that position.
+class ChosenTokens(LogitsProcessor):
+    """Leaves, at each position of a request that has a say in it, one token: the given one, or one that we draw.
 
-    vLLM copies the raw logits before it asks logits processors, so what is captured is the model's own.
+    What is captured is the model's own: logits are looked at, or copied by vLLM, before they are processed. vLLM's own draws
+    need a generator per request, which fails on a CPU where a long prompt is computed in parts.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._rows: dict[int, tuple[list[int], list[int]]] = {}  # row of the batch: given tokens, tokens so far
+        self._rows: dict[int, tuple[dict[str, Any], list[int]]] = {}  # row of the batch: what to choose, tokens so far
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -88,8 +89,8 @@ class GivenTokens(LogitsProcessor):
             rows.pop(row, None)
         for row, params, _, tokens in batch_update.added:
             rows.pop(row, None)
-            if params.extra_args and GIVEN in params.extra_args:
-                rows[row] = params.extra_args[GIVEN], tokens
+            if params.extra_args and params.extra_args.keys() & {GIVEN, SEED}:
+                rows[row] = params.extra_args, tokens
         for source, target, direction in batch_update.moved:
             moved, replaced = rows.pop(source, None), rows.pop(target, None)
             if moved is not None:
@@ -98,9 +99,24 @@ class GivenTokens(LogitsProcessor):
                 rows[source] = replaced
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        forced = [(row, given[len(done)]) for row, (given, done) in self._rows.items() if len(done) < len(given)]
-        if forced:
-            rows, tokens = (torch.tensor(column, device=logits.device) for column in zip(*forced, strict=True))
-            logits[rows] = -torch.inf
-            logits[rows, tokens] = 0
+        given = [
+            (row, how[GIVEN][len(done)])
+            for row, (how, done) in self._rows.items()
+            if len(done) < len(how.get(GIVEN, ()))
+        ]
+        sampled = [(row, how, len(done)) for row, (how, done) in self._rows.items() if SEED in how]
+        if given:
+            rows, tokens = (torch.tensor(column, device=logits.device) for column in zip(*given, strict=True))
+            _leave(logits, rows, tokens)
+        if sampled:
+            rows, ways, steps = zip(*sampled, strict=True)
+            at = torch.tensor(rows, device=logits.device)
+            seeds = [how[SEED] for how in ways]
+            _leave(logits, at, drawn(logits[at], ways[0][TEMPERATURE], seeds, steps))
         return logits
+
+
+def _leave(logits_NV: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Take every id but one away from these rows."""
+    logits_NV[rows] = -torch.inf
+    logits_NV[rows, tokens] = 0

@@ -73,7 +73,7 @@ def test_a_teachers_own_settings_are_as_free_as_the_common_ones(claim):
     claim(teachers=several()["teachers"][::-1])
     with pytest.raises(UserError, match=r"teachers\.c\.dtype is unset there and 'float16' now"):
         claim(**several(dtype="float16"))
-    with pytest.raises(UserError, match=r"teachers\.c\.prefix is 'x' there and unset now"):
+    with pytest.raises(UserError, match=r"teachers\.c\.name is 'c' there and unset now"):
         claim(teachers=[{"name": "a.b"}])
 
 

@@ -153,7 +153,7 @@ def test_a_run_of_other_teachers_is_another_run(lab_config, tmp_path, capsys):
     assert main(["teacher-logits", "--config", config]) == EXIT_DONE
     several = ("--config", config, "--set", "teachers=[{name: plain}, {name: gone, prefix: x}]")
     assert "has no teacher logits yet" in refused(capsys, "distill", *several)[0]
-    assert "holds another run: teachers.gone.prefix is unset there" in refused(capsys, "teacher-logits", *several)[0]
+    assert "holds another run: teachers.gone.name is unset there" in refused(capsys, "teacher-logits", *several)[0]
 
 
 @pytest.mark.parametrize("stage", ["distill", "run"])

@@ -10,16 +10,20 @@ import torch
 from conftest import LAB_SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cache.errors import UserError
 from stages.alignment import align
 from stages.engine import Ask, EngineSpec, Request, Scored, open_engine, self_test
 from stages.engine_transformers import TransformersEngine
 from stages.models import eos_ids, load_config, load_model, load_tokenizer
-from stages.topk import LARGE_VOCABULARY, top_k
+from stages.topk import LARGE_VOCABULARY, drawn, top_k
 
 TOP_K = 7
+HYBRIDS = {
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +150,46 @@ def test_batch_composition_does_not_change_a_row(engine, prompts):
     for a, b in zip(together, alone, strict=True):
         assert np.array_equal(a.topk_ids_PK, b.topk_ids_PK)
         assert np.abs(a.topk_logits_PK - b.topk_logits_PK).max() < 1e-3
+
+
+def test_draws_follow_the_softmax():
+    """Chi-square of 20,000 draws from five ids, at a temperature; and the same seed and step give the same draw."""
+    logits, temperature = torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5]), 1.5
+    seeds = list(range(20_000))
+    ids = drawn(logits.expand(20_000, -1), temperature, seeds, [3] * 20_000)
+    assert torch.equal(ids[:50], drawn(logits.expand(50, -1), temperature, seeds[:50], [3] * 50))
+    expected = (logits / temperature).softmax(-1) * 20_000
+    counts = torch.bincount(ids, minlength=5)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 18.5  # 0.1 % of a chi-square with 4 degrees of freedom
+
+
+@pytest.mark.parametrize("architecture", ["falcon_h1", "lfm2"])
+def test_models_that_remember_more_than_keys_and_values(tmp_path, architecture):
+    """Hybrids of attention and recurrence: nothing is shared and no row left out, and the numbers are those of alone."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, eos_token_id=2, pad_token_id=0, **HYBRIDS[architecture],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    engine = TransformersEngine(EngineSpec(tmp_path, "float32", 300, 64, (2,), "cpu", batch_size=4))
+    prefix = list(range(10, 40))
+    asked = [Request(n, [*prefix, 50 + n, 60], given_ids=[70, 71, 72][: 1 + n % 3]) for n in range(4)]
+    ask = Ask(TOP_K, 3)
+    for request, scored in zip(asked, engine.score_all(asked, ask), strict=True):
+        [alone] = engine.score_all([request], ask)
+        assert scored.response_ids.tolist() == list(request.given_ids)
+        assert np.array_equal(scored.topk_ids_PK, alone.topk_ids_PK)
+        assert np.abs(scored.topk_logits_PK - alone.topk_logits_PK).max() < 1e-4
+    assert engine.usage.cached_tokens == 0
+
+
+def test_no_batch_has_more_rows_than_asked_for(spec):
+    engine = TransformersEngine(replace(spec, batch_size=4))
+    prompts = [[5] * 20 + [6 + n] for n in range(30)] + [[5] * 20 + list(range(6, 106))]
+    batches = list(engine._batches(prompts, 1))
+    assert max(len(rows) for _, rows in batches) == 4
+    assert sorted(np.concatenate([rows for _, rows in batches])) == list(range(31))
 
 
 @settings(max_examples=20)

@@ -31,6 +31,9 @@ def main(model_dir: Path, folder: Path) -> None:
             results[name] = engine.score_all(requests, ask), replace(engine.usage)
         prompts = [list(request.prompt_ids) for request in asked["rows"]["greedy"][0]]
         found[route] = results, engine.generate(prompts, 6)
+        if route == "rows":  # more than is scheduled at once: prompts are computed in parts
+            many = [replace(request, key=n, seed=n) for n, request in enumerate(asked["rows"]["sampled"][0] * 60)]
+            assert len(engine.score_all(many, asked["rows"]["sampled"][1])) == len(many)
         engine.close()
     (folder / "found.pickle").write_bytes(pickle.dumps(found))
 
