@@ -197,7 +197,8 @@ class VllmEngine(Engine):
                 if worker.sentinel in ended:
                     worker.join(DEATH_S)
                     codes.append(worker.exitcode or 0)
-            code = min(codes, key=lambda code: code == -signal.SIGTERM)  # which vLLM sends to those that are left
+            # Those that are left end too, by an error of their own or by vLLM's SIGTERM: what came first is another signal.
+            code = min(codes, key=lambda code: (code >= 0, code == -signal.SIGTERM))
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             raise Interrupted(f"a worker process of {self.name} {how}; what was complete is kept") from error
 

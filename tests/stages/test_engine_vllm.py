@@ -132,7 +132,7 @@ def test_a_killed_worker_of_vllm_is_an_interruption_and_costs_the_shards_in_flig
     assert run.returncode == EXIT_INTERRUPTED, err
     assert "was killed by SIGKILL; what was complete is kept" in err
     assert "hint: run the same command again" in err
-    assert "Traceback" not in err
+    assert "a bug in Duet" not in err  # of the other worker's last words vLLM decides
     [store] = tmp_path.glob("runs/lab/teacher/*")
     written = {path: path.stat().st_mtime_ns for path in store.glob("shard-*.arrow")}
     assert 1 < len(written) < 60
