@@ -99,9 +99,9 @@ def test_sampled_responses_depend_on_their_seeds_alone(engine, model, prompts):
     assert [s.response_ids.tolist() for s in together] != [s.response_ids.tolist() for s in others]
 
 
-@pytest.mark.parametrize("shared", [0, 1, 100])
+@pytest.mark.parametrize("shared", [0, 1, 300])
 def test_what_prompts_begin_with_changes_nothing(engine, spec, model, prompts, shared):
-    """A prefix of 0, 1 and 100 tokens (the lab's context is 192), computed once and for each row anew."""
+    """A prefix of 0, 1 and 300 tokens, computed once and for each row anew."""
     prefix = np.random.default_rng(0).integers(5, spec.num_ids, shared).tolist()
     prompts = [[*prefix, *prompt] for prompt in prompts]
     alone = TransformersEngine(replace(spec, share_prefix=False))

@@ -1,4 +1,4 @@
-"""What real vLLM returns by both of the engine's routes, for every kind of request: `vllm_routes.py MODEL_DIR FOLDER`.
+"""What real vLLM returns by both of the engine's routes, for every kind of request: `vllm_routes.py MODEL_DIR FOLDER CONTEXT`.
 
 Reads `FOLDER/asked.pickle`, a dictionary of (requests, ask), and writes `FOLDER/found.pickle`: per route the results of
 each, what was computed once, and greedy continuations.
@@ -16,10 +16,10 @@ from stages.engine_vllm import VllmEngine
 from stages.models import load_tokenizer
 
 
-def main(model_dir: Path, folder: Path) -> None:
+def main(model_dir: Path, folder: Path, context: int) -> None:
     asked = pickle.loads((folder / "asked.pickle").read_bytes())
     tokenizer = load_tokenizer(model_dir)
-    spec = EngineSpec(model_dir, "float32", len(tokenizer), 192, (tokenizer.eos_token_id,), "cpu")
+    spec = EngineSpec(model_dir, "float32", len(tokenizer), context, (tokenizer.eos_token_id,), "cpu")
     found = {}
     for route in ("rows", "lists"):
         engine = VllmEngine(spec, hook=route == "rows")
@@ -39,4 +39,4 @@ def main(model_dir: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
