@@ -185,13 +185,13 @@ def free_bytes(disk: Path) -> int:
 
 
 def test_a_full_disk_is_told_in_two_lines_and_the_next_run_goes_on(tmp_path, lab_config):
-    """The real command; the disk is full from the start, or as soon as the tokenizer and a shard are written."""
+    """The real command; the disk is full from the start, or when the tokenizer and some shards are written."""
     rows = [{"question": f"Where was person {i} born?"} for i in range(200)]
     data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
     with small_disk(tmp_path / "disk", 2048) as disk:
         config = lab_config(data=data, store__dir=str(disk / "stores"), store__shard_rows=100)
         command = ["teacher-logits", "--config", str(config)]
-        for free in (0, 135_000):
+        for free in (0, 175_000):
             filler = fill(disk, free)
             done = run_duet(*command)
             assert done.returncode == 2, done.stderr
