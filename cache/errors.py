@@ -6,6 +6,8 @@ read as "run the same command again". Both live in the lowest package because al
 
 from __future__ import annotations
 
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 75
+
 
 class UserError(Exception):
     """Something the user can mend: `what` is wrong (found, expected, where) and a `hint` what to do."""

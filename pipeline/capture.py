@@ -48,22 +48,25 @@ def teacher_logits(request: Request, limit: int | None = None, dry_run: bool = F
         claim_run_dir(config)
     found = {name: _find(config, settings, prepared[name]) for name, settings in teachers.items()}
     missing = {name: prepared[name] for name, result in found.items() if result is None}
-    for name in found.keys() - missing.keys():
-        say(f"{_of(config, name)}reused the store of the same fingerprint: {_line(found[name])}")
+    for name, result in found.items():
+        if result is not None:
+            say(f"{_of(config, name)}reused the store of the same fingerprint: {_line(result)}")
     if missing and stop():
         raise Interrupted("before the teacher was asked")
     number = config.teacher.data_parallel
     if missing and number > 1 and not child:
-        if code := _in_processes(config, request, limit, number, teachers, missing, stop):
+        code = _in_processes(config, request, limit, number, teachers, missing, stop)
+        found |= {name: _find(config, teachers[name], prepared[name]) for name in missing}
+        if None in found.values():
+            _say_how_far(config, teachers, missing, code)
             return code
     else:
-        _write(config, teachers, missing, stop)
-    results = {name: _find(config, settings, prepared[name]) for name, settings in teachers.items()}
-    check_alike({name: result.manifest for name, result in results.items()})
+        found |= _write(config, teachers, missing, stop)
+    check_alike({name: result.manifest for name, result in found.items()})
     if limit is not None:
         say(f"this was a trial of {limit} queries of each subset; the run has no teacher logits from it")
     elif not child:
-        _point_to(config, results)
+        _point_to(config, found)
     return 0
 
 
@@ -82,18 +85,20 @@ def _find(config: Config, settings: TeacherSettings, prepared: Any) -> Any:
 
 def _write(
     config: Config, teachers: Mapping[str, TeacherSettings], missing: Mapping[str, Any], stop: StopSignal
-) -> None:
-    """The missing stores, those of one model with one start of its engine."""
-    waiting = dict(missing)
+) -> dict[str, Any]:
+    """The missing stores, those of one model with one start of its engine; what came of each."""
+    waiting, written = dict(missing), {}
     while waiting:
         engine = _engine_of(teachers, waiting, next(iter(waiting)))
         together = [name for name in waiting if _engine_of(teachers, waiting, name) == engine]
         results = write_stores(config, engine[0], [waiting.pop(name) for name in together], stop)
+        written |= dict(zip(together, results, strict=True))
         for name, result in zip(together, results, strict=True):
             share = f", {100 * result.cached_share:.0f} % of prompt tokens computed once" if result.cached_share else ""
             say(
                 f"{_of(config, name)}wrote {result.rows_written} rows in {result.seconds:.1f} s{share}: {_line(result)}"
             )
+    return written
 
 
 def _engine_of(teachers: Mapping[str, TeacherSettings], prepared: Mapping[str, Any], name: str) -> tuple[str, Any]:
@@ -125,9 +130,10 @@ def _in_processes(
     missing: Mapping[str, Any],
     stop: StopSignal,
 ) -> int:
-    """`number` processes of ours write the missing stores together, each with an engine of its own; an exit code.
+    """`number` processes of ours write the missing stores together, each with an engine of its own.
 
-    What one that dies has not finished, the others take over.
+    Returns the first exit code that is not 0, though the stores may be whole: what
+    one that dies has not finished, the others take over.
     """
     devices = visible_gpus(next(iter(missing.values())).spec.device)
     each = max(teachers[name].tensor_parallel * teachers[name].pipeline_parallel for name in missing)
@@ -154,14 +160,18 @@ def _in_processes(
             bar.update("teacher logits", done, total, f"{len(running)} processes")
 
         commands = {f"teacher {at + 1} of {number}": command for at in range(number)}
-        code = run_jobs(commands, places(number, devices, os.environ, each), stop, watch)
+        return run_jobs(commands, places(number, devices, os.environ, each), stop, watch)
+
+
+def _say_how_far(
+    config: Config, teachers: Mapping[str, TeacherSettings], missing: Mapping[str, Any], code: int
+) -> None:
+    """Of stores that several processes left unfinished: with an exit code, which says why, or raise Interrupted."""
     there = sum(_rows_there(config, teachers[name], prepared) for name, prepared in missing.items())
-    if any(_find(config, teachers[name], prepared) is None for name, prepared in missing.items()):
-        if code:
-            say(f"{there} of {total} rows are in complete shards")
-            return code
-        raise Interrupted(f"{there} of {total} rows are in complete shards")
-    return 0
+    text = f"{there} of {sum(len(prepared.rows) for prepared in missing.values())} rows are in complete shards"
+    if not code:
+        raise Interrupted(text)
+    say(text)
 
 
 def _rows_there(config: Config, settings: TeacherSettings, prepared: Any) -> int:

@@ -11,10 +11,9 @@ from typing import Any
 
 import click
 
-from cache.errors import Interrupted, UserError
+from cache.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
 
 log = logging.getLogger("duet")
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 75
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cache.errors import Interrupted, UserError
+from cache.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from cache.files import publish_json, read_json
 from cache.manifest import read_manifest
 from cache.places import Place
 from cache.record import SUBSETS
 from pipeline.capture import stores_of_run
 from pipeline.config import Config
-from pipeline.jobs import KILLED, THIS_PROGRAM
+from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
 from pipeline.terminal import out, progress_bar, results_table, say, say_engine
@@ -206,5 +206,5 @@ def run_all(request: Request) -> int:
         child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
         stop.forward_to(child)
         if code := child.wait():
-            return code if code > 0 else KILLED
+            return code if code > 0 else EXIT_INTERRUPTED
     return 0

@@ -15,11 +15,11 @@ from typing import IO, Any
 
 import click
 
+from cache.errors import EXIT_INTERRUPTED
 from pipeline.run import StopSignal
 
 THIS_PROGRAM = (sys.executable, "-m", "pipeline.cli")
 POLL_S = 0.2
-KILLED = 75  # exit code of what can be gone on with
 
 
 def places(
@@ -76,7 +76,7 @@ class Job:
         code = self.process.wait()
         if code < 0:
             click.echo(f"error: the process of {self.name} was killed by {signal.Signals(-code).name}", err=True)
-            return KILLED
+            return EXIT_INTERRUPTED
         return code
 
 

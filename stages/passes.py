@@ -66,9 +66,8 @@ def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]
         return []
     by_sequence = np.argsort(rows.sequence_R, kind="stable")
     firsts = offsets_of(np.bincount(rows.sequence_R))
-    lengths = (
-        counts_of(rows.token_offsets)[by_sequence[firsts[:-1]]] - 1
-    )  # the last response token is predicted, never read
+    # The last response token is predicted, never read.
+    lengths = counts_of(rows.token_offsets)[by_sequence[firsts[:-1]]] - 1
     weights = (settings.forget_weight, settings.retain_weight, settings.position_decay)
     top_k = slice(settings.top_k)
     passes = []

@@ -29,8 +29,7 @@ class Capture:
         """Hook the sampler: every row that wants logprobs gets the k largest raw logits, and the log-sum-exp as the last.
 
         Before the sampler runs: logits are as the head (and its soft-cap) left them. With `k` 0 the hook is taken away.
-        False where this release's sampler
-        cannot be hooked; vLLM then does what it always does.
+        False where this release's sampler cannot be hooked; vLLM then does what it always does.
         """
         sampler = getattr(self.model_runner, "sampler", None)
         if not isinstance(sampler, torch.nn.Module):
