@@ -83,7 +83,7 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
 
 def _subjects(config: Config) -> list[Any]:
     """Base, teachers, then students, each teacher and student after its own base where that is another model."""
-    from stages.evaluate import Subject
+    from stages.exam import Subject
     from stages.models import resolve_model
     from stages.student import TRAINING_NAME
 
@@ -116,7 +116,7 @@ def _subjects(config: Config) -> list[Any]:
 
 def exam_of(config: Config) -> Any:
     """What every model of the run is asked."""
-    from stages.evaluate import Exam
+    from stages.exam import Exam
     from stages.models import pick_device
 
     return Exam(
@@ -142,7 +142,7 @@ def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str,
 def _query_sets(config: Config) -> dict[str, Any]:
     """The training sets of all requests and those of the evaluation, with answers."""
     from stages.data import load_queries
-    from stages.evaluate import QuerySet
+    from stages.exam import QuerySet
     from stages.teacher import MAIN, queries_of
 
     expect = {"forget": "forgotten", "retain": "kept"}

@@ -16,10 +16,9 @@ from pydantic import BaseModel, Field, ValidationError
 from cache.errors import UserError
 from cache.places import Place, check_url, is_url, place_of
 from cache.record import SUBSETS
+from stages.exam_settings import AuditSettings, EvaluateSettings
 from stages.settings import (
     ONE_FOR_ALL,
-    AuditSettings,
-    EvaluateSettings,
     Name,
     NamedTeacher,
     PromptSettings,

@@ -17,9 +17,10 @@ import numpy as np
 from cache.errors import Interrupted, UserError
 from cache.files import sha256_json
 from stages import metrics
-from stages.evaluate import HEADLINE, Exam, Examinee, QuerySet, Subject, recalled, references_of
+from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of
+from stages.exam_settings import AuditSettings
+from stages.examinee import Examinee, recalled
 from stages.prefixes import NO_PREFIX, Candidate, variations
-from stages.settings import AuditSettings
 from stages.verdict import DEFINITIONS, FIRST_OF, Part, Said, judge
 
 

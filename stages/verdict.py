@@ -15,8 +15,8 @@ import numpy as np
 
 from cache.errors import UserError
 from stages import metrics
-from stages.evaluate import HEADLINE, Exam, references_of
-from stages.settings import AuditSettings
+from stages.exam import HEADLINE, Exam, references_of
+from stages.exam_settings import AuditSettings
 
 FIRST_OF = "retain"  # the set whose first response position is compared
 PASSES, UNCLEAR, FAILS = "passes", "unclear", "fails"

@@ -10,9 +10,10 @@ import pytest
 from cache.errors import UserError
 from stages.audit import audit_exam, split
 from stages.data import Query
-from stages.evaluate import Exam, QuerySet, references_of
+from stages.exam import Exam, QuerySet, references_of
+from stages.exam_settings import AuditSettings, EvaluateSettings
 from stages.prefixes import NO_PREFIX, candidates, variations
-from stages.settings import AuditSettings, EvaluateSettings, PromptSettings
+from stages.settings import PromptSettings
 from stages.verdict import FAILS, PASSES, UNCLEAR, Said, first_position, judge
 
 TOPIC = "Ann Lee, Mr. Bo. Dee"
