@@ -125,24 +125,39 @@ def _linear_ticks(high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Dot:
-    """Two shares, 0..1."""
+    """Two shares, 0..1, and where they are known their 95 % intervals."""
 
     x: float
     y: float
+    x_ci95: tuple[float, float] | None = None
+    y_ci95: tuple[float, float] | None = None
+
+    @property
+    def lowest(self) -> float:
+        return min(self.x, self.y, *(self.x_ci95 or ()), *(self.y_ci95 or ()))
 
 
 def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str, str], title: str) -> str:
-    """Labelled dots; both axes end at 100 % and begin at the same round number below all of them."""
+    """Labelled dots; both axes end at 100 % and begin at the same round number below all of them; whiskers are
+    intervals."""
     if not dots:
         return "<p>Nothing was measured on both subsets.</p>"
     left, top, side, line_height = 56, 12, 300, 18
-    lowest = math.floor(min(min(dot.x, dot.y) for dot in dots.values()) * 10) / 10
+    lowest = math.floor(min(dot.lowest for dot in dots.values()) * 10) / 10
     lowest = min(lowest, 0.9)
     label_x, height = left + side + 60, max(top + side + 44, top + len(dots) * line_height)
 
     def place(dot: Dot) -> tuple[float, float]:
         x, y = ((share - lowest) / (1 - lowest) for share in (dot.x, dot.y))
         return left + x * side, top + (1 - y) * side
+
+    def whiskers(dot: Dot) -> str:
+        if not (dot.x_ci95 or dot.y_ci95):
+            return ""
+        (x_low, _), (x_high, _) = (place(Dot(end, dot.y)) for end in dot.x_ci95 or (dot.x, dot.x))
+        (_, y_low), (_, y_high) = (place(Dot(dot.x, end)) for end in dot.y_ci95 or (dot.y, dot.y))
+        x, y = place(dot)
+        return f'<path class="whisker" d="M{x_low:.1f} {y:.1f}H{x_high:.1f}M{x:.1f} {y_low:.1f}V{y_high:.1f}"/>'
 
     parts = []
     for tick in (lowest + (1 - lowest) * i / 5 for i in range(6)):
@@ -163,7 +178,7 @@ def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str
         (x, y), label_y = place(dot), top + line_height * (number + 0.5)
         parts.append(
             f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x - 6} {label_y:.1f}"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{palette[name]}"/>'
+            f'{whiskers(dot)}<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{palette[name]}"/>'
             f'<text x="{label_x}" y="{label_y + 4:.1f}">{escape(name)}: {100 * dot.x:.1f} / {100 * dot.y:.1f}</text>'
         )
     return _svg(WIDTH, height, title, f"{axes[0]} to the right, {axes[1]} upwards.", "".join(parts))

@@ -117,6 +117,18 @@ def run(force: bool, **asked: Any) -> int:
     return commands.run_all(request)
 
 
+@duet.command()
+@_experiment
+def compare(**asked: Any) -> int:
+    """DUET against other unlearning methods: same data, same budget, one table."""
+    from pipeline.compare import compare as compare_methods
+    from pipeline.processes import check_alone
+    from pipeline.sweep import Request
+
+    check_alone("compare", os.environ)
+    return compare_methods(Request(**asked))
+
+
 @duet.group("cache")
 def cache_group() -> None:
     """Look into stores of teacher logits, and after them."""

@@ -36,7 +36,7 @@ def evaluate(config: Config) -> None:
     from stages import evaluate as stage
 
     stop = StopSignal()
-    subjects = _subjects(config)
+    subjects = subjects_of(config)
     stores = stores_of_run(config)
     run_dir = claim_run_dir(config)
     exam = exam_of(config)
@@ -49,7 +49,7 @@ def evaluate(config: Config) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": config.evaluate.model_dump(mode="json"),
         **stage.results_of(subjects, exam, answers),
-        "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
+        "teacher_stores": {name: store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),
     }
@@ -81,7 +81,7 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
         say(f"kept the earlier {what}: {kept}")
 
 
-def _subjects(config: Config) -> list[Any]:
+def subjects_of(config: Config) -> list[Any]:
     """Base, teachers, then students, each teacher and student after its own base where that is another model."""
     from stages.exam import Subject
     from stages.models import resolve_model
@@ -158,7 +158,7 @@ def _query_sets(config: Config) -> dict[str, Any]:
     return {name: sets[name] for name in order}
 
 
-def _store_summary(place: Place) -> dict[str, Any]:
+def store_summary(place: Place) -> dict[str, Any]:
     manifest = read_manifest(place)
     return {
         "fingerprint": manifest.fingerprint,
