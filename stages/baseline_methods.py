@@ -183,7 +183,6 @@ class Method:
     reference: bool = False  # needs the frozen model
     constant: str | None = None  # the name of what is tried beside the learning rate
     constants: tuple[float, ...] = ()  # values to try
-    lr_factors: tuple[float, ...] = ()  # learning rates to try, as multiples of train.lr; empty: those of the settings
     layers_only: bool = False  # trains RMU's layers only
 
 
@@ -201,7 +200,7 @@ METHODS: dict[str, Method] = {
         _rmu_retain,
         reference=True,
         constant="steering",
-        constants=(2.0, 5.0),
+        constants=(1.0, 2.0),
         layers_only=True,
     ),
     "undial": Method("UNDIAL", "2402.10052", _undial, reference=True, constant="gamma", constants=(3.0, 10.0)),

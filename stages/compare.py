@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cache.files import publish_json, read_json, sha256_json
 from cache.reader import Rank, Store
-from stages import metrics
+from stages import evaluate, metrics
 from stages.baseline_methods import METHODS
 from stages.baseline_settings import CompareSettings
 from stages.baselines import BaselineJob, Lessons, store_order, train_baseline
-from stages.evaluate import answer_all
-from stages.evaluate import results_of as evaluate_results
 from stages.exam import HEADLINE, Exam, Subject, references_of
 from stages.models import weights_sha256
-from stages.paired import weighted_sum
+from stages.paired import compare_sums, weighted_sum
 from stages.processes import Processes
 from stages.settings import FREE_TRAIN, TrainSettings
 from stages.student import StudentJob, train_student
@@ -93,8 +92,7 @@ def candidates(plan: Comparison, method: str) -> list[Candidate]:
     """The method's grid: every learning rate with every value of its constant."""
     known = METHODS.get(method)
     grid = plan.settings.grid.get(method)  # pyright: ignore[reportArgumentType]
-    factors = known.lr_factors if known and known.lr_factors else plan.settings.lr_factors
-    lrs = (grid and grid.lr) or tuple(plan.train.lr * factor for factor in factors)
+    lrs = (grid and grid.lr) or tuple(plan.train.lr * factor for factor in plan.settings.lr_factors)
     constants = ((grid and grid.constant) or known.constants if known else ()) or (None,)
     return [_candidate(plan, method, lr, constant) for constant in constants for lr in lrs]
 
@@ -217,7 +215,7 @@ def _asked(exam: Exam) -> list[Any]:
 
 def ask(exam: Exam, subjects: Sequence[Subject], folder: Path, report: Report) -> dict[str, dict[str, list[str]]]:
     """As `evaluate.answer_all`, which keeps the answers in `folder`."""
-    return answer_all(subjects, exam, folder, report.on_progress, report.on_engine, report.should_stop)
+    return evaluate.answer_all(subjects, exam, folder, report.on_progress, report.on_engine, report.should_stop)
 
 
 def forgotten(exam: Exam) -> set[str]:
@@ -225,7 +223,7 @@ def forgotten(exam: Exam) -> set[str]:
     return {name for name, query_set in exam.sets.items() if query_set.expect == "forgotten"}
 
 
-def recalls(exam: Exam, answers: Mapping[str, list[str]]) -> dict[str, Any]:
+def recalls(exam: Exam, answers: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
     """ROUGE-L recall of every question, by set, float64 [n] each."""
     return {name: metrics.score_texts(references_of(s), answers[name])[HEADLINE] for name, s in exam.sets.items()}
 
@@ -240,56 +238,34 @@ def results_of(
     """The parts of compare.json that come from answers: those of results.json, and how the subjects differ.
 
     Each performance shift gets its interval; `trade_off` has the mean recall over the sets to be kept, and what is missing to
-    1 on those to be forgotten; `comparisons` every subject's recall, set by set, and shift less DUET's, on the same items.
+    1 on those to be forgotten; `comparisons` every subject's scores and shift, less DUET's on the same items.
     """
-    found = evaluate_results(subjects, exam, answers)
-    recall = {subject.name: recalls(exam, dict(answers[subject.name])) for subject in subjects}
+    found = evaluate.results_of(subjects, exam, answers)
+    against_duet = evaluate.results_of([replace(subject, base=DUET) for subject in subjects], exam, answers)
+    recall = {subject.name: recalls(exam, answers[subject.name]) for subject in subjects}
     clusters = {name: references_of(query_set) for name, query_set in exam.sets.items()}
     gone, seed = forgotten(exam), exam.settings.seed
-    signs = {name: -1.0 if name in gone else 1.0 for name in exam.sets}
-    kept_sets = [name for name in exam.sets if name not in gone]
+    signs = {name: -100.0 if name in gone else 100.0 for name in exam.sets}  # points; a fall is good where it is wanted
+    base = recall[subjects[0].name]
+    for name, shift in found["performance_shift"].items():
+        shift["ci95"] = compare_sums(recall[name], base, clusters, signs, seed)["ci95"]
+    for name, of_model in against_duet["comparisons"].items():
+        shift = compare_sums(recall[name], recall[DUET], clusters, signs, seed)
+        of_model["performance_shift"] = {"against": DUET, **shift}
+    trade_off = {name: _trade_off(values, clusters, gone, seed) for name, values in recall.items()}
+    return found | {"trade_off": trade_off, "comparisons": against_duet["comparisons"]}
 
-    def shift(model: str, against: str) -> dict[str, Any]:
-        points = {name: 100 * (recall[model][name] - recall[against][name]) for name in exam.sets}
-        value, ci95 = weighted_sum(points, clusters, signs, seed)
-        return {"value": value, "ci95": list(ci95)}
 
-    for name, of_model in found["performance_shift"].items():
-        of_model["ci95"] = shift(name, subjects[0].name)["ci95"]
-    trade_off = {}
-    for subject in subjects:
-        left = {name: 1 - recall[subject.name][name] for name in gone}
-        kept = {name: recall[subject.name][name] for name in kept_sets}
-        trade_off[subject.name] = {
-            what: dict(
-                zip(
-                    ("value", "ci95"),
-                    weighted_sum(values, clusters, dict.fromkeys(values, 1 / len(values)), seed),
-                    strict=True,
-                )
-            )
-            for what, values in (("forgotten", left), ("kept", kept))
-        }
-    comparisons = {
-        subject.name: {
-            f"{name}.{HEADLINE}": _difference(recall[subject.name][name] - recall[DUET][name], clusters[name], seed)
-            for name in exam.sets
-        }
-        | {"performance_shift": _told(shift(subject.name, DUET), sum(map(len, clusters.values())))}
-        for subject in subjects
-        if subject.name != DUET
+def _trade_off(
+    recall: Mapping[str, np.ndarray], clusters: Mapping[str, Sequence[str]], gone: set[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Means over the sets of either kind, 0..1, with intervals."""
+    sides = {
+        "forgotten": {name: 1 - values for name, values in recall.items() if name in gone},
+        "kept": {name: values for name, values in recall.items() if name not in gone},
     }
-    return found | {"trade_off": trade_off, "comparisons": comparisons}
-
-
-def _difference(values: Any, clusters: Sequence[str], seed: int) -> dict[str, Any]:
-    score = metrics.score(values, clusters=clusters, seed=seed)
-    return _told({"value": score.value, "ci95": list(score.ci95)}, score.n)
-
-
-def _told(found: dict[str, Any], n: int) -> dict[str, Any]:
-    low, high = found["ci95"]
-    return {
-        "against": DUET, "difference": found["value"], "ci95": found["ci95"], "n": n,
-        "distinguishable": not low <= 0 <= high,
-    }  # fmt: skip
+    found = {}
+    for side, values in sides.items():
+        value, ci95 = weighted_sum(values, clusters, dict.fromkeys(values, 1 / len(values)), seed)
+        found[side] = {"value": value, "ci95": list(ci95)}
+    return found
