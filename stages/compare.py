@@ -32,6 +32,7 @@ from stages.targets import Teachers
 
 DUET = "duet"
 DONE_NAME, VALIDATION_NAME = "candidate.json", "validation.json"
+ANSWERS_TO_CHOOSE = "answers/validation"  # of base, in the comparison's folder
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _validated(plan: Comparison, candidate: Candidate, report: Report) -> float:
         return kept["shift"]
     train_candidate(plan, candidate, report)
     base = plan.references[0]
-    before = ask(exam, [base], plan.folder / "answers" / "validation", report)[base.name]
+    before = ask(exam, [base], plan.folder / ANSWERS_TO_CHOOSE, report)[base.name]
     subject = Subject(candidate.label, candidate.folder / "model", "", base.name)
     after = ask(exam, [subject], candidate.folder / "answers", report)[subject.name]
     shift, _ = metrics.performance_shift(_points(exam, before), _points(exam, after), forgotten(exam))
