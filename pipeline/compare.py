@@ -40,9 +40,13 @@ def compare(request: Request, num_jobs: int | None = None, part: str | None = No
     A part is one method, the oracle, or base and teacher together. With `part`, a child of ours, that one only: what it leaves
     on disk the parent finds.
     """
+    from stages.models import resolve_model
+
     config = request.load()
     stop = StopSignal()
     student = _student(config)
+    if isinstance(config.compare.oracle, str):
+        resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not wait for the methods to say so
     if part is None and (code := _stage_one(config, request, stop)):
         return code
     run_dir, started = claim_run_dir(config), time.perf_counter()

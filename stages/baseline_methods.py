@@ -16,6 +16,7 @@ import torch
 
 from stages import baseline_losses as losses
 from stages.alignment import AlignedBatch, align
+from stages.baseline_settings import CONSTANTS
 from stages.head import logits_at
 from stages.trainable import decoder_layers
 
@@ -190,7 +191,7 @@ METHODS: dict[str, Method] = {
     "ga": Method("gradient ascent", "2401.06121", _ga),
     "grad_diff": Method("GradDiff", "2401.06121", _ga, retain_nll),
     "npo": Method("NPO", "2404.05868", _npo, retain_nll, reference=True),
-    "simnpo": Method("SimNPO", "2410.07163", _simnpo, retain_nll, constant="beta", constants=(2.5,)),
+    "simnpo": Method("SimNPO", "2410.07163", _simnpo, retain_nll, constant=CONSTANTS["simnpo"], constants=(2.5,)),
     "refusal": Method("refusal training", "2401.06121", _refusal, retain_nll),
     "dpo": Method("DPO-IDK", "2305.18290", _dpo, retain_nll, reference=True),
     "rmu": Method(
@@ -199,11 +200,13 @@ METHODS: dict[str, Method] = {
         _rmu_forget,
         _rmu_retain,
         reference=True,
-        constant="steering",
+        constant=CONSTANTS["rmu"],
         constants=(1.0, 2.0),
         layers_only=True,
     ),
-    "undial": Method("UNDIAL", "2402.10052", _undial, reference=True, constant="gamma", constants=(3.0, 10.0)),
+    "undial": Method(
+        "UNDIAL", "2402.10052", _undial, reference=True, constant=CONSTANTS["undial"], constants=(3.0, 10.0)
+    ),
     "flat": Method("FLAT", "2410.11143", _flat),
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.settings import DataSettings, Settings
 
+CONSTANTS = {"simnpo": "beta", "rmu": "steering", "undial": "gamma"}  # of the methods that have one to try
 Method = Literal["ga", "grad_diff", "npo", "simnpo", "refusal", "dpo", "rmu", "undial", "flat"]
 
 
@@ -38,7 +39,7 @@ class CompareSettings(Settings):
     """`duet compare`: DUET against other unlearning methods, on the same data and budget."""
 
     methods: tuple[Method, ...] = Field(
-        default=Method.__args__, description="the methods beside DUET; see stages/baselines.py"
+        default=Method.__args__, description="the methods beside DUET; see docs/baselines.md"
     )
     lr_factors: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.03, 0.1, 0.3, 1.0), min_length=1, description="learning rates to try, as multiples of train.lr"
@@ -59,3 +60,14 @@ class CompareSettings(Settings):
         default=None, description="a model that never saw the forget set: its directory or hub id, or how to train it"
     )
     seed: int = Field(default=0, ge=0, description="seed of the split, of drawn refusals and of RMU's direction")
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> CompareSettings:
+        for name, grid in self.grid.items():
+            if grid.constant is not None and name not in CONSTANTS:
+                raise ValueError(f"{name} has no constant: leave it out; {', '.join(CONSTANTS)} have one")
+            if name not in ("duet", *self.methods):
+                raise ValueError(f"grid.{name} does nothing: add {name} to compare.methods, or leave it out")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods names one twice: leave one out")
+        return self

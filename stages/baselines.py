@@ -160,11 +160,12 @@ def train_baseline(
             checkpoint.save(checkpoints, model, optimizer, progress, alone, settings.keep_last)
         if stop:
             raise Interrupted(f"{job.name}: step {progress.step} of {total} is saved in {job.folder}")
+    steps = progress.step - (diverged_at is not None)
     stored = getattr(model.config, "dtype", None) or torch.float32
     export_dtype = stored if settings.export_dtype == "auto" else getattr(torch, settings.export_dtype)
-    export(model, tokenizer, job.folder, export_dtype, settings.lora, _card(job, progress.step))
+    export(model, tokenizer, job.folder, export_dtype, settings.lora, _card(job, steps))
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return {"steps": progress.step, "train_s": progress.train_s, "diverged_at": diverged_at, "curve": curve}
+    return {"steps": steps, "train_s": progress.train_s, "diverged_at": diverged_at, "curve": curve}
 
 
 def lr_at(step: int, total: int, settings: TrainSettings) -> float:

@@ -91,7 +91,9 @@ def _untrained(plan: Comparison, folder: Path, tokenizer: Any, train: TrainSetti
     The usual 0.02 is for widths of thousands: see lab/README.md.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # progress is the pipeline's to show
     if not folder.is_dir():
         config = load_config(plan.model_dir, plan.trust_remote_code)
         config.initializer_range = config.get_text_config().hidden_size ** -0.5
