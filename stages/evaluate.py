@@ -13,9 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from stages import metrics
+from cache.errors import UserError
+from stages import metrics, uncertainty
+from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
 from stages.examinee import Examinee, recalled
+from stages.given import Given, score_given
+from stages.tofu_run import Reference, tofu_results
+from stages.uncertainty import Score
 
 NUM_SAMPLES = 10
 
@@ -52,35 +57,71 @@ def answer_all(
 
 
 def results_of(
-    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, list[str]]],
+    given: Mapping[str, Mapping[str, Given]],
+    reference: Reference | None = None,
 ) -> dict[str, Any]:
-    """The parts of results.json that come from answers: models, sets, floors, performance_shift, samples, definitions."""
-    models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
+    """The parts of results.json that come from answers: scores, comparisons, floors, samples, and what the numbers mean.
+
+    `given` is empty where likelihoods are not asked for; `reference` is that of TOFU's forget quality.
+    """
+    models = {
+        subject.name: _scores(subject.name, answers[subject.name], given.get(subject.name, {}), exam)
+        for subject in subjects
+    }
+    aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
-        "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
+        "models": {
+            name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
+            for name, scores in models.items()
+        },
+        **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": _floors(exam),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
-        "definitions": metrics.DEFINITIONS,
+        "comparisons": _comparisons(subjects, exam, models),
+        "definitions": definitions(all_metrics()),
+        "versions": versions(all_metrics()),
     }
 
 
-def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, metrics.Score]:
+def _scores(model: str, answers: Mapping[str, list[str]], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then per attack the mean over its texts and the worst per question."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
-    scores: dict[str, metrics.Score] = {}
+    scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
-        for metric, values in metrics.score_texts(references, answers[name], extra).items():
-            scores[f"{name}.{metric}"] = metrics.score(values, clusters=references, seed=seed)
+        items = metrics.score_texts(references, answers[name], extra)
+        if name in given:
+            items |= _finite(score_given(given[name], query_set.expect), f"{model}, {name}")
+        for metric, values in items.items():
+            scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
     for kind, (name, topic) in itertools.product(exam.settings.attacks, exam.attacked.items()):
         references = references_of(exam.sets[name])
         tasks = [f"attack.{kind}.{number}.{name}" for number in range(len(attack_texts(kind, topic)))]
         recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
-        for suffix, values in (("", recall_AN.mean(axis=0)), ("_worst", recall_AN.max(axis=0))):
-            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = metrics.score(values, clusters=references, seed=seed)
+        for suffix, values in (
+            ("", metrics.mean_over_texts(recall_AN)),
+            ("_worst", metrics.worst_over_texts(recall_AN)),
+        ):
+            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = uncertainty.score(
+                values, clusters=references, seed=seed
+            )
     return scores
+
+
+def _finite(items: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """The scores as they are; refused where one is not a number."""
+    for metric, values in items.items():
+        if bad := int((~np.isfinite(values)).sum()):
+            raise UserError(
+                f"{where}: {metric} is not a number for {bad} answers: the model's logits are not finite",
+                "its training has diverged: train it with a lower learning rate, or leave it out of the config",
+            )
+    return items
 
 
 def _floors(exam: Exam) -> dict[str, dict[str, float]]:
@@ -93,7 +134,7 @@ def _floors(exam: Exam) -> dict[str, dict[str, float]]:
 
 
 def _shifts(
-    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, metrics.Score]]
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, Any]]:
     """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
     keys = {name: f"{name}.{HEADLINE}" for name in exam.sets}
@@ -105,6 +146,21 @@ def _shifts(
             total, terms = metrics.performance_shift(points[subject.base], points[subject.name], forgotten)
             shifts[subject.name] = {"value": total, "terms": terms}
     return shifts
+
+
+def _comparisons(
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of every subject that has a base, each score against the base's on the same items."""
+    return {
+        subject.name: {
+            key: {"against": subject.base, **uncertainty.compare(found, models[subject.base][key], exam.settings.seed)}
+            for key, found in models[subject.name].items()
+            if key in models[subject.base]
+        }
+        for subject in subjects
+        if subject.base != subject.name
+    }
 
 
 def _samples(
