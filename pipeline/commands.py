@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import out, progress_bar, results_table, say, say_engine
+from pipeline.terminal import out, outcome_lines, progress_bar, results_table, say, say_engine
 from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
@@ -34,6 +34,7 @@ def evaluate(config: Config) -> None:
     """Stage three: results.json, the table and the report."""
     from pipeline.report import write_report
     from stages import evaluate as stage
+    from stages.reading import read_all
 
     stop = StopSignal()
     subjects = _subjects(config)
@@ -42,13 +43,14 @@ def evaluate(config: Config) -> None:
     exam = exam_of(config)
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
+        readings = read_all(subjects, exam, run_dir / "answers", bar.update, stop)
     results = {
         "format_version": 1,
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": config.evaluate.model_dump(mode="json"),
-        **stage.results_of(subjects, exam, answers),
+        **stage.results_of(subjects, exam, answers, readings),
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),
@@ -57,6 +59,8 @@ def evaluate(config: Config) -> None:
     publish_json(run_dir / RESULTS_NAME, results)
     write_report(results, run_dir / REPORT_NAME)
     out.print(results_table(results))
+    for line in outcome_lines(results):
+        say(line)
     say(f"results: {run_dir / RESULTS_NAME}")
     say(f"report: {run_dir / REPORT_NAME}")
 
@@ -143,6 +147,7 @@ def _query_sets(config: Config) -> dict[str, Any]:
     """The training sets of all requests and those of the evaluation, with answers."""
     from stages.data import load_queries
     from stages.exam import QuerySet
+    from stages.knowmem import load_shots
     from stages.teacher import MAIN, queries_of
 
     expect = {"forget": "forgotten", "retain": "kept"}
@@ -153,7 +158,10 @@ def _query_sets(config: Config) -> dict[str, Any]:
         if queries
     }
     for name, settings in config.evaluate.sets.items():
-        sets[name] = QuerySet(load_queries(settings, f"evaluate.sets.{name}", need_answers=True), settings.expect)
+        where = f"evaluate.sets.{name}"
+        sets[name] = QuerySet(
+            load_queries(settings, where, need_answers=True), settings.expect, load_shots(settings, where)
+        )
     order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
     return {name: sets[name] for name in order}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stages import metrics
+from stages import knowmem, metrics, outcome, reading
 from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
 from stages.examinee import Examinee, recalled
 
@@ -52,14 +52,21 @@ def answer_all(
 
 
 def results_of(
-    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, list[str]]],
+    readings: Mapping[str, reading.Readings],
 ) -> dict[str, Any]:
-    """The parts of results.json that come from answers: models, sets, floors, performance_shift, samples, definitions."""
+    """The parts of results.json that come from what models said and made of texts."""
     models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
+    for name in models:
+        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of(readings[name], exam)
+    floors = _floors(exam) | knowmem.floors_of(exam) | reading.floors_of(exam)
     return {
         "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
-        "floors": _floors(exam),
+        "floors": floors,
+        "outcomes": outcome.outcomes_of(subjects, exam, _evidence(exam, answers, readings, models), floors),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "definitions": metrics.DEFINITIONS,
@@ -81,6 +88,22 @@ def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, metrics.S
         for suffix, values in (("", recall_AN.mean(axis=0)), ("_worst", recall_AN.max(axis=0))):
             scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = metrics.score(values, clusters=references, seed=seed)
     return scores
+
+
+def _evidence(
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, list[str]]],
+    readings: Mapping[str, reading.Readings],
+    models: Mapping[str, Mapping[str, metrics.Score]],
+) -> dict[str, outcome.Evidence]:
+    found = {}
+    for model, scores in models.items():
+        recalls = {
+            f"{name}.{HEADLINE}": metrics.rouge_l(references_of(query_set), answers[model][name])[0]
+            for name, query_set in exam.sets.items()
+        }
+        found[model] = outcome.Evidence(answers[model], recalls | reading.items_of(readings[model]), scores)
+    return found
 
 
 def _floors(exam: Exam) -> dict[str, dict[str, float]]:

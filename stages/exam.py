@@ -36,6 +36,7 @@ class QuerySet:
 
     queries: list[Query]
     expect: str  # "forgotten" or "kept"
+    shots: tuple[Query, ...] = ()  # shown in front of the questions, for MUSE's KnowMem
 
 
 @dataclass(frozen=True)
