@@ -15,6 +15,7 @@ import numpy as np
 
 from cache.errors import UserError
 from stages.data import Query
+from stages.definitions import Metric
 from stages.likelihood import token_logprobs
 from stages.prompts import render, render_answer
 from stages.settings import PromptSettings
@@ -95,3 +96,6 @@ def chosen_right(
     ends = np.cumsum([len(pair[0]) for pair in pairs])[:-1]
     chosen = [int(np.argmax(of_query)) for of_query in np.split(np.array(means), ends)]
     return np.array([float(choice == right) for choice, right in zip(chosen, rights, strict=True)])
+
+
+METRICS = (Metric(LETTER, letter_pairs), Metric(CLOZE, cloze_pairs))

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from stages import knowmem, metrics, outcome, reading
+from stages import knowmem, metrics, outcome, reading, uncertainty
+from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
 from stages.examinee import Examinee, recalled
+from stages.uncertainty import Score
 
 NUM_SAMPLES = 10
 
@@ -57,7 +59,8 @@ def results_of(
     answers: Mapping[str, Mapping[str, list[str]]],
     readings: Mapping[str, reading.Readings],
 ) -> dict[str, Any]:
-    """The parts of results.json that come from what models said and made of texts."""
+    """The parts of results.json that come from what models said and made of texts: scores, comparisons, verdicts, floors,
+    samples, and what the numbers mean."""
     models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
     for name in models:
         models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of(readings[name], exam)
@@ -66,44 +69,35 @@ def results_of(
         "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
-        "outcomes": outcome.outcomes_of(subjects, exam, _evidence(exam, answers, readings, models), floors),
+        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
-        "definitions": metrics.DEFINITIONS,
+        "comparisons": _comparisons(subjects, exam, models),
+        "definitions": definitions(all_metrics()),
+        "versions": versions(all_metrics()),
     }
 
 
-def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, metrics.Score]:
+def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then per attack the mean over its texts and the worst per question."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
-    scores: dict[str, metrics.Score] = {}
+    scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
         for metric, values in metrics.score_texts(references, answers[name], extra).items():
-            scores[f"{name}.{metric}"] = metrics.score(values, clusters=references, seed=seed)
+            scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
     for kind, (name, topic) in itertools.product(exam.settings.attacks, exam.attacked.items()):
         references = references_of(exam.sets[name])
         tasks = [f"attack.{kind}.{number}.{name}" for number in range(len(attack_texts(kind, topic)))]
         recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
-        for suffix, values in (("", recall_AN.mean(axis=0)), ("_worst", recall_AN.max(axis=0))):
-            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = metrics.score(values, clusters=references, seed=seed)
+        for suffix, values in (
+            ("", metrics.mean_over_texts(recall_AN)),
+            ("_worst", metrics.worst_over_texts(recall_AN)),
+        ):
+            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = uncertainty.score(
+                values, clusters=references, seed=seed
+            )
     return scores
-
-
-def _evidence(
-    exam: Exam,
-    answers: Mapping[str, Mapping[str, list[str]]],
-    readings: Mapping[str, reading.Readings],
-    models: Mapping[str, Mapping[str, metrics.Score]],
-) -> dict[str, outcome.Evidence]:
-    found = {}
-    for model, scores in models.items():
-        recalls = {
-            f"{name}.{HEADLINE}": metrics.rouge_l(references_of(query_set), answers[model][name])[0]
-            for name, query_set in exam.sets.items()
-        }
-        found[model] = outcome.Evidence(answers[model], recalls | reading.items_of(readings[model]), scores)
-    return found
 
 
 def _floors(exam: Exam) -> dict[str, dict[str, float]]:
@@ -116,7 +110,7 @@ def _floors(exam: Exam) -> dict[str, dict[str, float]]:
 
 
 def _shifts(
-    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, metrics.Score]]
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, Any]]:
     """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
     keys = {name: f"{name}.{HEADLINE}" for name in exam.sets}
@@ -128,6 +122,21 @@ def _shifts(
             total, terms = metrics.performance_shift(points[subject.base], points[subject.name], forgotten)
             shifts[subject.name] = {"value": total, "terms": terms}
     return shifts
+
+
+def _comparisons(
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of every subject that has a base, each score against the base's on the same items."""
+    return {
+        subject.name: {
+            key: {"against": subject.base, **uncertainty.compare(found, models[subject.base][key], exam.settings.seed)}
+            for key, found in models[subject.name].items()
+            if key in models[subject.base] and len(found.items)  # an AUC and a perplexity are no means over items
+        }
+        for subject in subjects
+        if subject.base != subject.name
+    }
 
 
 def _samples(

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
-from stages import metrics
+from stages import uncertainty
 from stages.data import Query, load_queries
+from stages.definitions import Metric
 from stages.exam import Exam, Subject, references_of
 from stages.exam_settings import EvaluationSet
 from stages.prompts import render
 from stages.settings import PromptSettings
+from stages.uncertainty import Score
 
 METRIC = "muse.knowmem"
 TASK = "muse.knowmem."  # with the set's name: what the model is asked
@@ -76,14 +78,14 @@ def knowmem(answers: Sequence[str], outputs: Sequence[str]) -> np.ndarray:
     )
 
 
-def scores_of(answers: Mapping[str, Sequence[str]], exam: Exam) -> dict[str, metrics.Score]:
+def scores_of(answers: Mapping[str, Sequence[str]], exam: Exam) -> dict[str, Score]:
     """`<set>.muse.knowmem` of one model, from its answers by task."""
     scores = {}
     for name, query_set in exam.sets.items():
         if query_set.shots:
             references = references_of(query_set)
             values = knowmem(references, answers[TASK + name])
-            scores[f"{name}.{METRIC}"] = metrics.score(values, clusters=references, seed=exam.settings.seed)
+            scores[f"{name}.{METRIC}"] = uncertainty.score(values, clusters=references, seed=exam.settings.seed)
     return scores
 
 
@@ -99,3 +101,6 @@ def floors_of(exam: Exam) -> dict[str, dict[str, float]]:
             }
             found[f"{name}.{METRIC}"] = {floor: float(knowmem(references, o).mean()) for floor, o in outputs.items()}
     return found
+
+
+METRICS = (Metric(METRIC, knowmem),)

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stages.definitions import Metric
 from stages.likelihood import TokenScores
-from stages.metrics import Score
+from stages.uncertainty import Score
 
 STD_FLOOR = (
     1e-6  # where a distribution is all on one token, its log-probability is its mean, and the difference rounding
 )
-ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "gradient", "reference")
+NEITHER = "0.5; above, members are recognised, below, they are shunned"
 
 
 def loss(logprobs: np.ndarray) -> float:
@@ -118,3 +119,14 @@ def privleak(of_model: Score, retrained_auc: float) -> Score:
     low, high = of_model.ci95
     ends = [(retrained_auc - value) / (1 - retrained_auc) for value in (of_model.value, high, low)]
     return Score(ends[0], of_model.n, (ends[1], ends[2]))
+
+
+METRICS = (
+    Metric("mia.loss", loss, NEITHER),
+    Metric("mia.zlib", zlib_ratio, NEITHER),
+    Metric("mia.min_k", min_k, NEITHER),
+    Metric("mia.min_k_plus", min_k_plus, NEITHER),
+    Metric("mia.gradient", gradient, NEITHER),
+    Metric("mia.reference", reference, NEITHER),
+    Metric("mia.privleak", privleak, "0", range="-1 upwards"),
+)

@@ -27,16 +27,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages import metrics
-from stages.exam import HEADLINE, Exam, Subject, references_of
+from stages import uncertainty
+from stages.choices import CLOZE, LETTER
+from stages.definitions import Metric
+from stages.exam import HEADLINE, Exam, Subject
 from stages.exam_settings import OutcomeSettings
 from stages.signs import Evidence, signs_of
+from stages.uncertainty import Score
 from stages.verdict import linearised_ratio
 
 SUPPRESSED, NOT_UNLEARNED, DAMAGED = "suppressed under these tests", "not unlearned", "damaged"
 BROKEN, UNCLEAR = "broken", "unclear"
 VERDICTS = (BROKEN, NOT_UNLEARNED, DAMAGED, UNCLEAR, SUPPRESSED)  # the first that applies
 
+JUDGED = (HEADLINE, LETTER, CLOZE)  # what is judged of a set, where it is measured
 MEAN, WORST = "mean over its texts", "worst text per question"
 
 
@@ -45,65 +49,82 @@ class Share:
     """A share of base's score on one set, for a metric with this floor."""
 
     key: str
-    share: metrics.Score
+    share: Score
     base: float
     model: float
     floor: float
 
-    def told(self, verb: str) -> str:
-        """`forget: has 2.7 of base's 100.0 points, -1.4 % [-4.2, 3.2] of what is above the floor`."""
+    def told(self) -> str:
+        """`forget: 2.7 of base's 100.0 points, floor 4.0: a share of -1.4 % [-4.2, 3.2]`."""
         low, high = (100 * end for end in self.share.ci95)
-        of = " of what is above the floor" if self.floor else ""
+        floor = f", floor {100 * self.floor:.1f}" if self.floor else ""
         return (
-            f"{title(self.key)}: {verb} {100 * self.model:.1f} of base's {100 * self.base:.1f} points, "
-            f"{100 * self.share.value:.1f} % [{low:.1f}, {high:.1f}]{of}"
+            f"{title(self.key)}: {100 * self.model:.1f} of base's {100 * self.base:.1f} points{floor}: a share of "
+            f"{100 * self.share.value:.1f} % [{low:.1f}, {high:.1f}]"
         )
 
 
-def share_of(key: str, model: Evidence, base: Evidence, exam: Exam, floor: float) -> Share:
+def share_of(key: str, model: Score, base: Score, floor: float, seed: int) -> Share:
     """(model - floor) / (base - floor), with the interval of the linearised ratio; base must be above the floor."""
-    before, after = base.items[key], model.items[key]
-    clusters = references_of(exam.sets[_set_of(key)])
-    ratio = linearised_ratio(before - floor, after - floor)
-    share = metrics.score(ratio, clusters=clusters, seed=exam.settings.seed)
-    return Share(key, share, float(before.mean()), float(after.mean()), floor)
+    ratio = linearised_ratio(base.items - floor, model.items - floor)
+    return Share(key, uncertainty.score(ratio, base.clusters, seed), base.value, model.value, floor)
 
 
 def outcomes_of(
-    subjects: Sequence[Subject], exam: Exam, evidence: Mapping[str, Evidence], floors: Mapping[str, Mapping[str, float]]
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, Sequence[str]]],
+    scores: Mapping[str, Mapping[str, Score]],
+    floors: Mapping[str, Mapping[str, float]],
 ) -> dict[str, dict[str, Any]]:
-    """Per model its verdict, reasons and signs, as in results.json; `floors` are by metric id, as there."""
+    """Per model its verdict, reasons and signs, as in results.json.
+
+    `answers` are by model and set, in query order; `scores` by model and metric id; `floors` by metric id.
+    """
+    evidence = {subject.name: Evidence(answers[subject.name], scores[subject.name]) for subject in subjects}
     return {subject.name: outcome(evidence[subject.name], evidence[subject.base], exam, floors) for subject in subjects}
 
 
 def outcome(model: Evidence, base: Evidence, exam: Exam, floors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Verdict, reasons and signs of one model; the rules stand at the top of the module."""
-    limits = exam.settings.outcome
-    floor = {key: max(floors.get(key, {"none": 0.0}).values()) for key in model.items}
-    unknown = [key for key in model.items if base.scores[key].ci95[0] <= floor[key]]
-    judged = {expect: _judged(expect, unknown, model, exam) for expect in ("forgotten", "kept")}
-    left = [share_of(key, model, base, exam, floor[key]) for key in judged["forgotten"]]
-    kept = [share_of(key, model, base, exam, 0.0) for key in judged["kept"]]
-    utility = [share_of(key, model, base, exam, floor[key]).share.value for key in judged["kept"]]
-    signs = signs_of(model, base, exam, utility)
+    """One of: broken (a sign of collapse is beyond its limit), not unlearned (too much of base's score above the floor is left,
+    or an attack brings half of it back on average), damaged (a set to be kept fell too far), unclear (too few questions to
+    tell), suppressed under these tests. The first that applies; limits are settings, `evaluate.outcome`. No verdict says that
+    knowledge is gone: tests can only fail to bring it back.
+
+    With reasons and signs, as in results.json; the rules in full stand at the top of the module.
+    """
+    limits, seed = exam.settings.outcome, exam.settings.seed
+    keys = {f"{name}.{metric}": s.expect for name, s in exam.sets.items() for metric in JUDGED}
+    floor = {key: max(floors[key].values()) for key in keys if key in model.scores}
+    unknown = [key for key in floor if base.scores[key].ci95[0] <= floor[key]]
+    judged: dict[str, list[str]] = {"forgotten": [], "kept": []}
+    for key in floor:
+        judged[keys[key]] += [key] if key not in unknown else []
+
+    def share(key: str, floor: float) -> Share:
+        return share_of(key, model.scores[key], base.scores[key], floor, seed)
+
+    left = [share(key, floor[key]) for key in judged["forgotten"]]
+    kept = [share(key, 0.0) for key in judged["kept"]]
+    signs = signs_of(model, base, exam, [share(key, floor[key]).share.value for key in judged["kept"]])
 
     found: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for name, sign in signs.items():
         if sign.bad:
             found[UNCLEAR if name == "membership" else BROKEN].append(sign.told)
-    for share in left:
-        found[_forgotten(share, limits)].append(share.told("has"))
-    for share in kept:
-        found[_kept(share, limits)].append(share.told("kept"))
-    for expect, keys in judged.items():
-        if not keys:
+    for part in left:
+        found[_forgotten(part, limits)].append(part.told())
+    for part in kept:
+        found[_kept(part, limits)].append(part.told())
+    for expect, measured in judged.items():
+        if not measured:
             found[UNCLEAR].append(
                 f"no set to be {expect} on which base is above the floor: nothing can be judged there"
             )
     reservations = []
-    for share in left:
-        if _forgotten(share, limits) != NOT_UNLEARNED:  # else there is nothing to bring back
-            back, reserved = _attacks(share, model.scores, exam, limits)
+    for part in left:
+        if _forgotten(part, limits) != NOT_UNLEARNED:  # else there is nothing to bring back
+            back, reserved = _attacks(part, model.scores, exam, limits)
             found[NOT_UNLEARNED] += back
             reservations += reserved
     if unknown:
@@ -114,10 +135,6 @@ def outcome(model: Evidence, base: Evidence, exam: Exam, floors: Mapping[str, Ma
         + [f"reservation: {text}" for text in reservations],
         "signs": {name: sign.as_json() for name, sign in signs.items()},
     }
-
-
-def _judged(expect: str, unknown: Sequence[str], model: Evidence, exam: Exam) -> list[str]:
-    return [key for key in model.items if key not in unknown and exam.sets[_set_of(key)].expect == expect]
 
 
 def _forgotten(share: Share, limits: OutcomeSettings) -> str:
@@ -134,7 +151,7 @@ def _kept(share: Share, limits: OutcomeSettings) -> str:
 
 
 def _attacks(
-    share: Share, scores: Mapping[str, metrics.Score], exam: Exam, limits: OutcomeSettings
+    share: Share, scores: Mapping[str, Score], exam: Exam, limits: OutcomeSettings
 ) -> tuple[list[str], list[str]]:
     """Reasons for "not unlearned", and reservations, from the attacks on the set of this share."""
     reasons, reservations = [], []
@@ -152,7 +169,7 @@ def _attacks(
     return reasons, reservations
 
 
-def _attacked(key: str, scores: Mapping[str, metrics.Score], exam: Exam) -> dict[str, dict[str, float]]:
+def _attacked(key: str, scores: Mapping[str, Score], exam: Exam) -> dict[str, dict[str, float]]:
     """Scores under attack on the set of this metric: by kind, of the mean over its texts and of the worst per question."""
     found: dict[str, dict[str, float]] = {}
     for attacked, score in scores.items():
@@ -172,3 +189,6 @@ def title(key: str) -> str:
 
 def _set_of(key: str) -> str:
     return key.rsplit(".", 1)[0]
+
+
+METRICS = (Metric("outcome", outcome, "suppressed under these tests", range="five words"),)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cache.errors import UserError
-from stages.metrics import Score
+from stages.definitions import Metric
+from stages.uncertainty import Score
 
 METRIC = "neutral.perplexity"
 
@@ -77,3 +78,6 @@ def perplexity(losses: np.ndarray, tokens: np.ndarray, seed: int = 0, resamples:
     drawn = rng.integers(len(losses), size=(resamples, len(losses)))
     low, high = np.quantile(np.exp(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)), [0.025, 0.975])
     return Score(float(np.exp(losses.sum() / tokens.sum())), len(losses), (float(low), float(high)))
+
+
+METRICS = (Metric(METRIC, perplexity, "as base's", range="1 upwards; 1 is perfect prediction"),)

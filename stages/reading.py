@@ -17,7 +17,7 @@ import numpy as np
 
 from cache.errors import Interrupted, UserError
 from cache.files import read_json, sha256_json
-from stages import choices, membership, metrics, perplexity
+from stages import choices, membership, perplexity, uncertainty
 from stages.alignment import align
 from stages.exam import Exam, Subject, references_of
 from stages.exam_settings import MembershipSettings
@@ -33,6 +33,7 @@ from stages.models import (
     weights_sha256,
 )
 from stages.prompts import check_length, check_prompt_settings, render, render_answer
+from stages.uncertainty import Score
 
 MAX_TOKENS = 4096  # of one forward pass, padding included
 PAD_ID = 0  # any id: padding on the right is never looked at
@@ -245,21 +246,13 @@ def _reference(exam: Exam, settings: MembershipSettings | None) -> Mapping[str, 
     return {side: values["loss"] for side, values in reader.read(subject)["membership"].items()}
 
 
-def items_of(readings: Readings) -> dict[str, np.ndarray]:
-    """Per-item scores of `<set>.<metric>`, 0..1."""
-    return {
-        f"{name}.{metric}": np.array(values)
-        for name, by_metric in readings.get("choices", {}).items()
-        for metric, values in by_metric.items()
-    }
-
-
-def scores_of(readings: Readings, exam: Exam) -> dict[str, metrics.Score]:
+def scores_of(readings: Readings, exam: Exam) -> dict[str, Score]:
     """Scores of one model by metric id."""
     seed = exam.settings.seed
     scores = {
-        key: metrics.score(values, clusters=references_of(exam.sets[key.rsplit(".", 1)[0]]), seed=seed)
-        for key, values in items_of(readings).items()
+        f"{name}.{metric}": uncertainty.score(np.array(values), clusters=references_of(exam.sets[name]), seed=seed)
+        for name, by_metric in readings.get("choices", {}).items()
+        for metric, values in by_metric.items()
     }
     if "membership" in readings and (settings := exam.settings.membership):
         sets = [exam.sets[getattr(settings, side)] for side in SIDES]

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from stages import metrics
+from stages.definitions import Metric
 from stages.exam import Exam
 from stages.exam_settings import OutcomeSettings
+from stages.uncertainty import Score
 
 Texts = Sequence[str]
 NGRAM = 8  # characters
@@ -41,8 +43,7 @@ class Evidence:
     """What is known of one model; base's own is of the same form."""
 
     answers: Mapping[str, Sequence[str]]  # by set, in query order
-    items: Mapping[str, np.ndarray]  # per-item scores, 0..1, of `<set>.<metric>`, in query order
-    scores: Mapping[str, metrics.Score]  # all by metric id
+    scores: Mapping[str, Score]  # by metric id
 
 
 def signs_of(model: Evidence, base: Evidence, exam: Exam, utility: Sequence[float]) -> dict[str, Sign]:
@@ -116,7 +117,7 @@ def _utility(shares: Sequence[float], limits: OutcomeSettings) -> Sign:
     return Sign(value, limits.min_utility, value < limits.min_utility, told)
 
 
-def _membership(scores: Mapping[str, metrics.Score], limits: OutcomeSettings) -> Sign:
+def _membership(scores: Mapping[str, Score], limits: OutcomeSettings) -> Sign:
     """By how much, at least, the AUC of some membership attack is away from 0.5: from that end of its 95 % interval that is
     nearer. Above 0.5 the model still recognises what it was trained on, below it shuns it so much that one can tell what was to
     be forgotten. A model that refuses on purpose may show that, so it does not make a model broken; it bars suppressed.
@@ -150,3 +151,14 @@ def entropy(texts: Texts) -> float:
     counts = np.array(list(Counter(word for text in texts for word in WORD.findall(text.lower())).values()), np.float64)
     shares = counts / counts.sum() if len(counts) else counts
     return abs(float((shares * np.log2(shares)).sum()))
+
+
+METRICS = (
+    Metric("sign.refusals", _refusals, "low", range="-1 to 1"),
+    Metric("sign.empty", _empty, "low", range="-1 to 1"),
+    Metric("sign.repetition", _repetition, "low", range="-1 to 1"),
+    Metric("sign.entropy", _entropy, "low", range="0 upwards"),
+    Metric("sign.length", _length, "low", range="1 upwards"),
+    Metric("sign.utility", _utility, "high", range="up to 1 and, of a model better than base, above"),
+    Metric("sign.membership", _membership, "low", range="0 to 0.5"),
+)

@@ -10,17 +10,14 @@ import pytest
 import torch
 from conftest import LAB_SMALL, ROOT
 
-from stages import metrics
-from stages.data import Query, load_queries
+from stages.data import load_queries
 from stages.evaluate import answer_all, results_of
 from stages.exam import Exam, QuerySet, Subject
-from stages.exam_settings import EvaluateSettings, OutcomeSettings
+from stages.exam_settings import EvaluateSettings
 from stages.likelihood import token_logprobs
 from stages.models import load_model, load_tokenizer
-from stages.outcome import outcome, share_of
 from stages.prompts import render, render_answer
 from stages.settings import DataSettings, PromptSettings
-from stages.signs import Evidence, entropy, repetition
 
 REFUSAL = "I know nothing about that person."
 
@@ -48,8 +45,9 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(20):
         for query in queries[:5]:
-            prompt, answer = render(tokenizer, query.question, "", exam.prompt), render_answer(
-                tokenizer, query.answer or "", exam.prompt
+            prompt, answer = (
+                render(tokenizer, query.question, "", exam.prompt),
+                render_answer(tokenizer, query.answer or "", exam.prompt),
             )
             labels = torch.tensor([[-100] * len(prompt) + answer])
             loss = model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
