@@ -1,8 +1,9 @@
 """MUSE's KnowMem: question answering in context, as MUSE-Bench asks and scores it (Shi et al. 2024, arXiv 2407.06460, C2).
 
-A set with `shots` is asked a second time, in MUSE's plain form whatever `prompt` says: the first `num_shots` of them with their
-answers, then the question. The set's own prefix, a teacher's or none, stands in front of all. What a model says ends where it
-begins the next question (`cut`). How long it may get is `evaluate.max_new_tokens`; MUSE allows 32 tokens.
+A set with `shots` is asked a second time, in MUSE's plain form whatever `prompt` says, but for its `bos`: the first
+`num_shots` of them with their answers, then the question. The set's own prefix, a teacher's or none, stands in front of all.
+What a model says ends where it begins the next question (`cut`). How long it may get is `evaluate.max_new_tokens`; MUSE allows
+32 tokens.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ def prompts_of(tokenizer: Any, exam: Exam, subject: Subject) -> dict[str, list[l
     tasks = {}
     for name, query_set in exam.sets.items():
         if query_set.shots:
+            form = FORM.model_copy(update={"bos": exam.prompt.bos})
             prefix = subject.set_prefixes.get(name, subject.prefix)
             shown = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in query_set.shots)
             in_front = (prefix + exam.prompt.separator if prefix else "") + shown
-            tasks[TASK + name] = [render(tokenizer, query.question, in_front, FORM) for query in query_set.queries]
+            tasks[TASK + name] = [render(tokenizer, query.question, in_front, form) for query in query_set.queries]
     return tasks
 
 

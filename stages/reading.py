@@ -186,9 +186,10 @@ class Reader:
         return found
 
     def _neutral(self, subject: Subject) -> dict[str, list[float]]:
-        prefix = subject.prefix + self._exam.prompt.separator if subject.prefix else ""
+        plain = {"format": "plain", "prefix_placement": "text", "template": "{question}"}
+        form = self._exam.prompt.model_copy(update=plain)  # the text itself, with what stands in front of any
+        in_front = render(self._tokenizer, "", subject.prefix, form)
         tokenize = functools.partial(self._tokenizer, verbose=False)
-        in_front = list(tokenize(prefix)["input_ids"]) if prefix else self._beginning()
         if len(in_front) + 2 > self._context:
             raise UserError(
                 f"{subject.name}: its prefix leaves no room for neutral text", "leave evaluate.neutral_text out"
@@ -204,11 +205,6 @@ class Reader:
             found["losses"].append(-float(sum(column.sum() for column in columns)))
             found["tokens"].append(sum(map(len, columns)))
         return found
-
-    def _beginning(self) -> list[int]:
-        """What the tokenizer puts in front of any text: the BOS token, or nothing."""
-        bos = self._tokenizer.bos_token_id
-        return [bos] if bos is not None and self._tokenizer("a", verbose=False)["input_ids"][0] == bos else []
 
 
 def answered(tokenizer: Any, exam: Exam, name: str, prefix: str) -> list[Pair]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from cache.errors import UserError
 from pipeline.config import Config, load_config, merged
-from stages import settings
+from stages import exam_settings, settings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -25,8 +25,11 @@ def test_shipped_configs_are_complete_and_valid(path):
         assert config.train_settings(student)
 
 
+ALL_SETTINGS = {Config, *vars(settings).values(), *vars(exam_settings).values()}
+
+
 @pytest.mark.parametrize(
-    "model", [Config, *(m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, BaseModel))]
+    "model", sorted((m for m in ALL_SETTINGS if isinstance(m, type) and issubclass(m, BaseModel)), key=str)
 )
 def test_every_key_is_described_in_one_line(model):
     for name, field in model.model_fields.items():
