@@ -113,7 +113,7 @@ def _shifts(
     subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, Any]]:
     """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
-    keys = {name: f"{name}.{HEADLINE}" for name in exam.sets}
+    keys = {name: f"{name}.{HEADLINE}" for name in exam.judged}
     forgotten = {key for name, key in keys.items() if exam.sets[name].expect == "forgotten"}
     points = {model: {key: 100 * scores[key].value for key in keys.values()} for model, scores in models.items()}
     shifts = {}

@@ -54,6 +54,12 @@ class Exam:
     )  # of forget sets beside `forget`, which are attacked too
 
     @property
+    def judged(self) -> dict[str, QuerySet]:
+        """The sets that count for or against a model: all but the membership attacks' non-members, whom no model knows."""
+        membership = self.settings.membership
+        return {name: s for name, s in self.sets.items() if not membership or name != membership.nonmembers}
+
+    @property
     def attacked(self) -> dict[str, str]:
         """The sets that attacks are tried on, and their topics."""
         return {"forget": self.topic, **self.further_topics}

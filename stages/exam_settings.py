@@ -25,7 +25,9 @@ class MembershipSettings(Settings):
     """Can one tell from likelihoods what the model was trained on? Both sets are query sets of this run."""
 
     members: str = Field(description="query set that base was trained on, such as forget")
-    nonmembers: str = Field(description="query set of the same kind that no model was trained on")
+    nonmembers: str = Field(
+        description="query set of the same kind that no model was trained on; it counts for nothing else"
+    )
     min_k: float = Field(
         default=0.2,
         gt=0,

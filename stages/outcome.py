@@ -94,12 +94,12 @@ def outcome(model: Evidence, base: Evidence, exam: Exam, floors: Mapping[str, Ma
     With reasons and signs, as in results.json; the rules in full stand at the top of the module.
     """
     limits, seed = exam.settings.outcome, exam.settings.seed
-    keys = {f"{name}.{metric}": s.expect for name, s in exam.sets.items() for metric in JUDGED}
-    floor = {key: max(floors[key].values()) for key in keys if key in model.scores}
+    expected = {f"{name}.{metric}": s.expect for name, s in exam.judged.items() for metric in JUDGED}
+    floor = {key: max(floors[key].values()) for key in expected if key in model.scores}
     unknown = [key for key in floor if base.scores[key].ci95[0] <= floor[key]]
     judged: dict[str, list[str]] = {"forgotten": [], "kept": []}
     for key in floor:
-        judged[keys[key]] += [key] if key not in unknown else []
+        judged[expected[key]] += [key] if key not in unknown else []
 
     def share(key: str, floor: float) -> Share:
         return share_of(key, model.scores[key], base.scores[key], floor, seed)

@@ -52,7 +52,7 @@ def signs_of(model: Evidence, base: Evidence, exam: Exam, utility: Sequence[floa
     All but utility and membership compare the answers to all questions to be kept with base's to the same.
     """
     limits = exam.settings.outcome
-    names = [name for name, query_set in exam.sets.items() if query_set.expect == "kept"]
+    names = [name for name, query_set in exam.judged.items() if query_set.expect == "kept"]
     mine, theirs = ([text for name in names for text in who.answers[name]] for who in (model, base))
     signs: dict[str, Sign] = {}
     if mine:
