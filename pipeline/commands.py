@@ -34,23 +34,29 @@ def evaluate(config: Config) -> None:
     """Stage three: results.json, the table and the report."""
     from pipeline.report import write_report
     from stages import evaluate as stage
-    from stages.reading import read_all
+    from stages import given as of_given
+    from stages import reading
+    from stages.tofu_run import read_reference
 
     stop = StopSignal()
+    reference = read_reference(config.evaluate.tofu)
     subjects = _subjects(config)
     stores = stores_of_run(config)
     run_dir = claim_run_dir(config)
     exam = exam_of(config)
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
-        readings = read_all(subjects, exam, run_dir / "answers", bar.update, stop)
+        readings = reading.read_all(subjects, exam, run_dir / "answers", bar.update, stop)
+        given = {}
+        if config.evaluate.likelihood:
+            given = of_given.read_all(subjects, exam, run_dir / "likelihoods", bar.update, stop)
     results = {
         "format_version": 1,
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": config.evaluate.model_dump(mode="json"),
-        **stage.results_of(subjects, exam, answers, readings),
+        **stage.results_of(subjects, exam, answers, given, reference, readings),
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from cache.errors import UserError
 from stages import knowmem, metrics, outcome, reading, uncertainty
 from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
 from stages.examinee import Examinee, recalled
+from stages.given import Given, score_given
+from stages.tofu_run import Reference, tofu_results
 from stages.uncertainty import Score
 
 NUM_SAMPLES = 10
@@ -57,16 +60,29 @@ def results_of(
     subjects: Sequence[Subject],
     exam: Exam,
     answers: Mapping[str, Mapping[str, list[str]]],
-    readings: Mapping[str, reading.Readings],
+    given: Mapping[str, Mapping[str, Given]],
+    reference: Reference | None = None,
+    readings: Mapping[str, reading.Readings] | None = None,
 ) -> dict[str, Any]:
-    """The parts of results.json that come from what models said and made of texts: scores, comparisons, verdicts, floors,
-    samples, and what the numbers mean."""
+    """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
+    samples, and what the numbers mean.
+
+    `given` is empty where likelihoods are not asked for; `reference` is that of TOFU's forget quality; `readings` are those
+    of `reading.py`, by subject.
+    """
     models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
+    for name, of_sets in given.items():
+        models[name] |= _given_scores(name, of_sets, exam)
     for name in models:
-        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of(readings[name], exam)
+        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
     floors = _floors(exam) | knowmem.floors_of(exam) | reading.floors_of(exam)
+    aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
-        "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
+        "models": {
+            name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
+            for name, scores in models.items()
+        },
+        **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
         "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors),
@@ -97,6 +113,22 @@ def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, Score]:
             scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = uncertainty.score(
                 values, clusters=references, seed=seed
             )
+    return scores
+
+
+def _given_scores(model: str, given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
+    """Scores of one model from the likelihoods of given answers, `<set>.<metric>`."""
+    scores = {}
+    for name, of_set in given.items():
+        references = references_of(exam.sets[name])
+        for metric, values in score_given(of_set, exam.sets[name].expect).items():
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{model}: {metric} on {name} is not a number for {int((~np.isfinite(values)).sum())} answers: the "
+                    "model's logits are not finite",
+                    "its training has diverged: train it with a lower learning rate, or leave it out of the config",
+                )
+            scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=exam.settings.seed)
     return scores
 
 

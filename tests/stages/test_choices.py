@@ -34,7 +34,9 @@ def lab_queries(count: int = 24) -> list[Query]:
         texts = {fact.answer.format(value=value) for value in fact.values} - {world.answer(name, fact)}
         choices = rng.sample(sorted(texts), 3)
         choices.insert(right := rng.randrange(4), world.answer(name, fact))
-        queries.append(Query(name, fact.questions[0].format(name=name), choices[right], tuple(choices), right))
+        queries.append(
+            Query(name, fact.questions[0].format(name=name), choices[right], choices=tuple(choices), right=right)
+        )
     return queries
 
 
@@ -63,7 +65,7 @@ def test_both_forms_agree_with_a_plain_forward_pass(settings):
 
 
 def test_the_letter_form_shows_the_choices_and_the_cloze_form_does_not():
-    query = Query("0", "Which?", "b", ("a", "b", "c"), 1)
+    query = Query("0", "Which?", "b", choices=("a", "b", "c"), right=1)
     assert letter_question(query, PLAIN) == "Which?\nA. a\nB. b\nC. c"
     assert letter_question(query, CHAT).endswith("\nC. c\nAnswer:")
     tokenizer = load_tokenizer(LAB_BASE)
@@ -71,7 +73,7 @@ def test_the_letter_form_shows_the_choices_and_the_cloze_form_does_not():
     assert tokenizer.decode(prompts[0]).endswith("Q: Which?\nA:")
     assert [tokenizer.decode(ids) for ids in answers] == [" a", " b", " c"]
     with pytest.raises(UserError, match="27 choices"):
-        letter_pairs(tokenizer, Query("0", "Which?", "b", ("x",) * 27, 1), "", PLAIN)
+        letter_pairs(tokenizer, Query("0", "Which?", "b", choices=("x",) * 27, right=1), "", PLAIN)
 
 
 def test_the_lab_knows_its_people_in_cloze_form_though_it_never_saw_a_letter():

@@ -36,7 +36,7 @@ def lab_exam(**settings) -> Exam:
 
 
 def results(subjects: list[Subject], exam: Exam, answers: dict) -> dict:
-    return results_of(subjects, exam, answers, {subject.name: {} for subject in subjects})
+    return results_of(subjects, exam, answers, {})
 
 
 @pytest.fixture(scope="module")
