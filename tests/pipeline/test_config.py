@@ -109,7 +109,8 @@ RULES = {
     "evaluate.tofu: forget quality needs two things": ({"evaluate__tofu": {"forget": "forget"}}, "or reference_model"),
     "evaluate.tofu: it names no set": ({"evaluate__tofu": {}}, "or leave it out"),
     "evaluate: tofu is made of likelihoods": (
-        {"evaluate__likelihood": False, "evaluate__tofu": {"forget": "forget", "reference": "a"}}, "set evaluate.likelihood: true"),
+        {"evaluate__likelihood": False, "evaluate__tofu": {"forget": "forget", "reference": "a"}},
+        "set evaluate.likelihood: true"),
     "train: freeze_embeddings does nothing with last_layers": (
         {"train__last_layers": 1, "train__freeze_embeddings": True}, "leave one out"),
 }  # fmt: skip
