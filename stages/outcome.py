@@ -55,12 +55,12 @@ class Share:
     floor: float
 
     def told(self) -> str:
-        """`forget: 2.7 of base's 100.0 points, floor 4.0: a share of -1.4 % [-4.2, 3.2]`."""
+        """`forget: 2.7 of base's 100.0 points, -1.4 % [-4.2, 3.3] of what is above the floor of 4.0`."""
         low, high = (100 * end for end in self.share.ci95)
-        floor = f", floor {100 * self.floor:.1f}" if self.floor else ""
+        above = f" of what is above the floor of {100 * self.floor:.1f}" if self.floor else ""
         return (
-            f"{title(self.key)}: {100 * self.model:.1f} of base's {100 * self.base:.1f} points{floor}: a share of "
-            f"{100 * self.share.value:.1f} % [{low:.1f}, {high:.1f}]"
+            f"{title(self.key)}: {100 * self.model:.1f} of base's {100 * self.base:.1f} points, "
+            f"{100 * self.share.value:.1f} % [{low:.1f}, {high:.1f}]{above}"
         )
 
 

@@ -176,7 +176,7 @@ def test_choices_count_and_a_letter_is_not_enough():
         FLOORS | {key: {"chance": 0.25} for key in base},
     )
     assert found["verdict"] == "not unlearned"
-    assert found["reasons"][0].startswith("forget (choice_cloze): 100.0 of base's 100.0 points, floor 25.0")
+    assert found["reasons"][0].startswith("forget (choice_cloze): 100.0 of base's 100.0 points, 100.0 % [")
 
 
 def test_entropy_and_repetition_by_hand():
