@@ -138,5 +138,5 @@ def test_a_model_whose_logits_are_not_finite_is_named(tmp_path):
     broken = given["teacher"]["forget"]
     given["teacher"]["forget"] = replace(broken, paraphrased=np.array([np.nan, -1.0]))
     answers = {subject.name: {"forget": ["a", "b"], "facts": ["c"]} for subject in SUBJECTS}
-    with pytest.raises(UserError, match=r"teacher: tofu.truth_ratio/geo on forget is not a number for 1 answers"):
+    with pytest.raises(UserError, match=r"teacher, forget: tofu.truth_ratio/geo is not a number for 1 answers"):
         results_of(SUBJECTS, exam(), answers, given)
