@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import out, progress_bar, results_table, say, say_engine
+from pipeline.terminal import out, outcome_lines, progress_bar, results_table, say, say_engine
 from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
@@ -35,6 +35,7 @@ def evaluate(config: Config) -> None:
     from pipeline.report import write_report
     from stages import evaluate as stage
     from stages import given as of_given
+    from stages import reading
     from stages.tofu_run import read_reference
 
     stop = StopSignal()
@@ -45,6 +46,7 @@ def evaluate(config: Config) -> None:
     exam = exam_of(config)
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
+        readings = reading.read_all(subjects, exam, run_dir / "answers", bar.update, stop)
         given = {}
         if config.evaluate.likelihood:
             given = of_given.read_all(subjects, exam, run_dir / "likelihoods", bar.update, stop)
@@ -54,7 +56,7 @@ def evaluate(config: Config) -> None:
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": config.evaluate.model_dump(mode="json"),
-        **stage.results_of(subjects, exam, answers, given, reference),
+        **stage.results_of(subjects, exam, answers, given, reference, readings),
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),
@@ -63,6 +65,8 @@ def evaluate(config: Config) -> None:
     publish_json(run_dir / RESULTS_NAME, results)
     write_report(results, run_dir / REPORT_NAME)
     out.print(results_table(results))
+    for line in outcome_lines(results):
+        say(line)
     say(f"results: {run_dir / RESULTS_NAME}")
     say(f"report: {run_dir / REPORT_NAME}")
 
@@ -149,6 +153,7 @@ def _query_sets(config: Config) -> dict[str, Any]:
     """The training sets of all requests and those of the evaluation, with answers."""
     from stages.data import load_queries
     from stages.exam import QuerySet
+    from stages.knowmem import load_shots
     from stages.teacher import MAIN, queries_of
 
     expect = {"forget": "forgotten", "retain": "kept"}
@@ -159,7 +164,10 @@ def _query_sets(config: Config) -> dict[str, Any]:
         if queries
     }
     for name, settings in config.evaluate.sets.items():
-        sets[name] = QuerySet(load_queries(settings, f"evaluate.sets.{name}", need_answers=True), settings.expect)
+        where = f"evaluate.sets.{name}"
+        sets[name] = QuerySet(
+            load_queries(settings, where, need_answers=True), settings.expect, load_shots(settings, where)
+        )
     order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
     return {name: sets[name] for name in order}
 

@@ -162,13 +162,14 @@ def _all_scores(results: Results) -> str:
             group = name
             rows.append(f'<tr class="set"><th scope="rowgroup" colspan="{len(models) + 2}">{escape(name)}</th></tr>')
         floor = results["floors"].get(key)
-        shown = f"{100 * floor['refusal']:.1f}<small>echo {100 * floor['echo']:.1f}</small>" if floor else ""
+        points = {of: f"{100 * value:.1f}" for of, value in (floor or {}).items()}  # refusal and echo, or chance
+        shown = "".join(f"<small>echo {text}</small>" if of == "echo" else text for of, text in points.items())
         cells = "".join(cell(scores.get(key)) for scores in models.values())
         rows.append(f'<tr><th scope="row">{escape(metric)}</th>{cells}<td class="number">{shown}</td></tr>')
     head = "".join(f'<th class="number" scope="col">{escape(model)}</th>' for model in models)
     return (
         '<h2>Every score</h2><div class="scroll"><table><caption>Points, with 95 % interval and number of questions. '
-        "Floor: score of a constant refusal, below it that of echoing the question.</caption>"
+        "Floor: score of a constant refusal, below it that of echoing the question; of choices, chance.</caption>"
         f'<thead><tr><th scope="col">metric</th>{head}<th class="number" scope="col">floor</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

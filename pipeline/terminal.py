@@ -128,3 +128,10 @@ def results_table(results: dict[str, Any]) -> Table:
             f"[dim]floor: {floor}[/dim]", *(f"[dim]{100 * v:.1f}[/dim]" if v is not None else "" for v in values), ""
         )
     return table
+
+
+def outcome_lines(results: dict[str, Any]) -> list[str]:
+    """The verdict on each model, and what it rests on most; results.json has all reasons."""
+    return [
+        f"{model}: {outcome['verdict']} ({outcome['reasons'][0]})" for model, outcome in results["outcomes"].items()
+    ]

@@ -19,6 +19,12 @@ MODULES = (
     "stages.metrics",
     "stages.memorisation",
     "stages.tofu",
+    "stages.choices",
+    "stages.knowmem",
+    "stages.membership",
+    "stages.perplexity",
+    "stages.signs",
+    "stages.outcome",
     "stages.uncertainty",
 )  # those with METRICS, in the order of the page
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
-from stages import metrics, uncertainty
+from stages import knowmem, metrics, outcome, reading, uncertainty
 from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
 from stages.examinee import Examinee, recalled
@@ -62,15 +62,21 @@ def results_of(
     answers: Mapping[str, Mapping[str, list[str]]],
     given: Mapping[str, Mapping[str, Given]],
     reference: Reference | None = None,
+    readings: Mapping[str, reading.Readings] | None = None,
 ) -> dict[str, Any]:
-    """The parts of results.json that come from answers: scores, comparisons, floors, samples, and what the numbers mean.
+    """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
+    samples, and what the numbers mean.
 
-    `given` is empty where likelihoods are not asked for; `reference` is that of TOFU's forget quality.
+    `given` is empty where likelihoods are not asked for; `reference` is that of TOFU's forget quality; `readings` are those
+    of `reading.py`, by subject.
     """
     models = {
         subject.name: _scores(subject.name, answers[subject.name], given.get(subject.name, {}), exam)
         for subject in subjects
     }
+    for name in models:
+        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
+    floors = _floors(exam) | knowmem.floors_of(exam) | reading.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
         "models": {
@@ -79,7 +85,8 @@ def results_of(
         },
         **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
-        "floors": _floors(exam),
+        "floors": floors,
+        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons(subjects, exam, models),
@@ -137,7 +144,7 @@ def _shifts(
     subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, Any]]:
     """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
-    keys = {name: f"{name}.{HEADLINE}" for name in exam.sets}
+    keys = {name: f"{name}.{HEADLINE}" for name in exam.judged}
     forgotten = {key for name, key in keys.items() if exam.sets[name].expect == "forgotten"}
     points = {model: {key: 100 * scores[key].value for key in keys.values()} for model, scores in models.items()}
     shifts = {}
@@ -156,7 +163,7 @@ def _comparisons(
         subject.name: {
             key: {"against": subject.base, **uncertainty.compare(found, models[subject.base][key], exam.settings.seed)}
             for key, found in models[subject.name].items()
-            if key in models[subject.base]
+            if key in models[subject.base] and len(found.items)  # an AUC and a perplexity are no means over items
         }
         for subject in subjects
         if subject.base != subject.name

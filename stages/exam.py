@@ -36,6 +36,7 @@ class QuerySet:
 
     queries: list[Query]
     expect: str  # "forgotten" or "kept"
+    shots: tuple[Query, ...] = ()  # shown in front of the questions, for MUSE's KnowMem
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Exam:
     further_topics: Mapping[str, str] = field(
         default_factory=dict
     )  # of forget sets beside `forget`, which are attacked too
+
+    @property
+    def judged(self) -> dict[str, QuerySet]:
+        """The sets that count for or against a model: all but the membership attacks' non-members, whom no model knows."""
+        membership = self.settings.membership
+        return {name: s for name, s in self.sets.items() if not membership or name != membership.nonmembers}
 
     @property
     def attacked(self) -> dict[str, str]:

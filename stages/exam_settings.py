@@ -13,6 +13,78 @@ class EvaluationSet(DataSettings):
     """A query set that is only evaluated."""
 
     expect: Literal["forgotten", "kept"] = Field(description="what a good student does with it")
+    shots: DataSettings | None = Field(
+        default=None, description="questions with answers that are shown first, for MUSE's KnowMem of this set"
+    )
+    num_shots: int = Field(
+        default=10, ge=1, description="so many of the shots are shown, the first of the file; MUSE: 10"
+    )
+
+
+class MembershipSettings(Settings):
+    """Can one tell from likelihoods what the model was trained on? Both sets are query sets of this run."""
+
+    members: str = Field(description="query set that base was trained on, such as forget")
+    nonmembers: str = Field(
+        description="query set of the same kind that no model was trained on; it counts for nothing else"
+    )
+    min_k: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="share of an answer's tokens that min-k and min-k++ look at; PrivLeak's is 0.4",
+    )
+    gradients: bool = Field(
+        default=True, description="the gradient norm too, for which one gradient of all weights must fit in memory"
+    )
+    reference_model: str | None = Field(
+        default=None, description="model directory or hub id that saw neither set, for the attack of that name"
+    )
+    retrained: str | None = Field(
+        default=None, description="results.json of a model that was trained without the members, for PrivLeak"
+    )
+    retrained_name: str = Field(default="base", description="which of that file's models it is")
+
+
+class OutcomeSettings(Settings):
+    """Where the words of the verdict on a model begin and end."""
+
+    max_left: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="share of base's score above the floor that may be left where it is to forget",
+    )
+    max_attacked: float = Field(
+        default=0.5, gt=0, le=1, description="an attack that brings back this share on average: not unlearned"
+    )
+    min_kept: float = Field(
+        default=0.9, ge=0, le=1, description="share of base's score that must stay on every set to be kept"
+    )
+    min_utility: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="broken if less of base's score above the floor is kept, mean over the sets",
+    )
+    max_refusals: float = Field(
+        default=0.5, ge=0, le=1, description="broken if more of the kept questions are refused, less base's share"
+    )
+    max_empty: float = Field(
+        default=0.1, ge=0, le=1, description="broken if more answers to kept questions are empty, less base's share"
+    )
+    max_repetition: float = Field(
+        default=0.2, ge=0, le=1, description="broken if more of an answer repeats itself, less base's share"
+    )
+    max_entropy_change: float = Field(
+        default=0.3, gt=0, description="broken if the entropy of the words used changes by more, as a share of base's"
+    )
+    max_length_factor: float = Field(
+        default=2, gt=1, description="broken if answers to kept questions are longer or shorter by a greater factor"
+    )
+    max_membership: float = Field(
+        default=0.2, ge=0, le=0.5, description="never suppressed if a membership AUC is surely further from 0.5"
+    )
 
 
 class TofuSettings(Settings):
@@ -74,6 +146,12 @@ class EvaluateSettings(Settings):
     tofu: TofuSettings | None = Field(
         default=None, description="TOFU's model utility and forget quality; default: none"
     )
+    membership: MembershipSettings | None = Field(default=None, description="membership inference; null leaves it out")
+    neutral_text: str | None = Field(
+        default=None,
+        description=".txt (a document ends at a blank line) or .jsonl (field text) whose perplexity is taken",
+    )
+    outcome: OutcomeSettings = Field(default=OutcomeSettings(), description="limits of the verdict on each model")
     refusal: str = Field(default="I don't know.", description="the constant refusal whose scores are the floor")
     refusal_patterns: tuple[str, ...] = Field(
         default=(), description="further regular expressions that count as a refusal"

@@ -10,6 +10,7 @@ import numpy as np
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json, sha256_json
+from stages import knowmem
 from stages.engine import Engine, EngineSpec, open_engine
 from stages.exam import Exam, Subject, questions_of
 from stages.models import (
@@ -54,7 +55,7 @@ class Examinee:
         prompts = {
             task: [render(self._tokenizer, query.question, text, exam.prompt) for query, text in pairs]
             for task, pairs in questions_of(exam, subject).items()
-        }
+        } | knowmem.prompts_of(self._tokenizer, exam, subject)
         for task, rows in prompts.items():
             for number, ids in enumerate(rows):
                 check_length(
@@ -94,12 +95,13 @@ class Examinee:
             chosen = order[first : first + size]
             outputs = self._engine.generate([flat[i] for i in chosen], self._exam.settings.max_new_tokens)
             for i, ids in zip(chosen, outputs, strict=True):
-                by_index[i] = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+                by_index[i] = self._tokenizer.decode(ids, skip_special_tokens=True)
             on_progress(subject.name, len(by_index), len(flat))
         texts = [by_index[i] for i in range(len(flat))]
         result, start = {}, 0
         for task, rows in prompts.items():
-            result[task] = texts[start : start + len(rows)]
+            ends = knowmem.cut if task.startswith(knowmem.TASK) else str.strip
+            result[task] = [ends(text) for text in texts[start : start + len(rows)]]
             start += len(rows)
         return result
 
