@@ -72,9 +72,8 @@ def _layers_table(numbers: Numbers, found: Mapping[str, Any]) -> str:
 
 def relearning_section(numbers: Numbers) -> str:
     """How quickly a model learns again what it was to forget, a panel for each kind of data."""
-    models = dict.fromkeys(
-        [*by_interest(numbers), *(numbers.at("relearning") or {})]
-    )  # a control is no model of the run
+    models = by_interest(numbers)
+    models += [m for m in numbers.at("relearning") or {} if m not in models]  # a control is no model of the run
     found = {m: numbers.at("relearning", m) for m in models if numbers.at("relearning", m)}
     title = "Relearning"
     if not found:
@@ -170,7 +169,7 @@ def _in_words(comparison: Mapping[str, Any]) -> str:
 
 def samples_section(numbers: Numbers) -> str:
     """Questions with every model's answer side by side, and a field to search them."""
-    samples = [_sample(numbers, number) for number in range(len(numbers.data["samples"]))]
+    samples = [_sample(numbers, number) for number in range(len(numbers.at("samples") or []))]
     search = (
         '<p class="search" hidden><label for="search">Search in questions and answers</label> '
         '<input id="search" type="search" autocomplete="off"> <output id="found" for="search"></output></p>'

@@ -41,7 +41,7 @@ NEVER_TRIED = (
 
 def training_section(numbers: Numbers) -> str:
     """The students' losses by step, and what training took."""
-    students = numbers.data["students"]
+    students = numbers.at("students") or {}
     title = "Training"
     if not students:
         return section("training", title, note("No student was trained in this run."))
@@ -64,13 +64,14 @@ def _trained(numbers: Numbers, name: str) -> str:
         f"<li>{escape(name)}: {escape(loss_in_words(info))} ({escape(info['loss_reason'])}), {said('count', 'steps')} "
         f"steps{early} over {said('count', 'rows')} rows in {said('plain', 'train_s')} s "
         f"({said('plain', 'rows_per_s')} rows/s, {said('points', 'stall_share')} % of it waiting for the store), "
-        f"{said('count', 'trained_parameters')} of {said('count', 'parameters')} parameters trained, from {said('text', 'model')}</li>"
+        f"{said('count', 'trained_parameters')} of {said('count', 'parameters')} parameters trained, "
+        f"from {said('text', 'model')}</li>"
     )
 
 
 def run_section(numbers: Numbers) -> str:
     """Hashes, versions, seeds and settings: what it takes to know that a run is this run, and to repeat it."""
-    stores = numbers.data["teacher_stores"]
+    stores = numbers.at("teacher_stores") or {}
     titles = {name: "Teacher logits" if len(stores) == 1 else f"Logits of teacher {name}" for name in stores}
     body = _data_table(numbers) + _weights_table(numbers)
     body += "".join(f"<h3>{escape(titles[name])}</h3>{numbers.facts('teacher_stores', name)}" for name in stores)
@@ -168,7 +169,7 @@ def _not_tried(numbers: Numbers) -> list[str]:
 def definitions_section(numbers: Numbers) -> str:
     """Every metric's definition, with its version where it has one."""
     parts = []
-    for metric in numbers.data["definitions"]:
+    for metric in numbers.at("definitions") or {}:
         version = numbers.at("versions", metric)
         name = escape(metric) + (f"@{numbers.show('text', 'versions', metric)}" if version is not None else "")
         parts.append(f"<dt>{name}</dt>{numbers.show('text', 'definitions', metric, tag='dd')}")

@@ -156,7 +156,7 @@ def main_table(numbers: Numbers) -> str:
 
 
 def _shift_terms(numbers: Numbers) -> str:
-    shifts = numbers.data["performance_shift"]
+    shifts = numbers.at("performance_shift") or {}
     terms = list(dict.fromkeys(term for shift in shifts.values() for term in shift["terms"]))
     rows = [
         row(model, [numbers.cell("signed-points", "performance_shift", model, "terms", term) for term in terms])
