@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -68,13 +68,15 @@ def legend(palette: Mapping[str, str]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def table(caption: str, heads: Sequence[str], rows: Sequence[str], kind: str = "number") -> str:
+def table(caption: str, heads: Sequence[str], rows: Sequence[str], texts: Collection[str] = ()) -> str:
     """A table that scrolls by itself where it is too wide; heads and rows are HTML, the rows `<tr>` and all.
 
-    The first column is text, the others are of a `kind`, `number` or `text`.
+    Columns hold numbers, but for the first and those that `texts` names by their heads.
     """
     first, *others = heads
-    head = f'<th scope="col">{first}</th>' + "".join(f'<th class="{kind}" scope="col">{other}</th>' for other in others)
+    head = f'<th scope="col">{first}</th>' + "".join(
+        f'<th class="{"text" if other in texts else "number"}" scope="col">{other}</th>' for other in others
+    )
     titled = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
         f'<div class="scroll" tabindex="0"><table>{titled}'

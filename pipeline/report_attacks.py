@@ -59,7 +59,7 @@ def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> s
         "Points [95 % interval]. On a teacher: whether the attack undoes the prefix, so that the interval lies above that "
         "without an attack. One that does not has not been shown to work here, and withstanding it says little."
     )
-    return table(caption, heads, rows)
+    return table(caption, heads, rows, ("on a teacher",))
 
 
 def _shown_to_work(numbers: Numbers, attack: Attacked) -> str:

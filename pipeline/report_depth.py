@@ -158,7 +158,7 @@ def _comparison_table(numbers: Numbers, model: str, metric_ids: list[str]) -> st
             )
         )
     heads = ["metric", "against", "difference", "95 % interval", "p", "n", "in words"]
-    return table("Model less the one it is compared with; shares in points", heads, rows)
+    return table("Model less the one it is compared with; shares in points", heads, rows, ("against", "in words"))
 
 
 def _in_words(comparison: Mapping[str, Any]) -> str:

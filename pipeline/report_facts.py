@@ -92,9 +92,8 @@ def _data_table(numbers: Numbers) -> str:
         for name in numbers.at("provenance", "data") or {}
     ]
     caption = "Questions: sha256 over id, question and answer of each row, as asked"
-    return (
-        table(caption, ["set", "rows", "sha256"], rows) if rows else note("These results hold no hashes of the data.")
-    )
+    lack = note("These results hold no hashes of the data.")
+    return table(caption, ["set", "rows", "sha256"], rows, ("sha256",)) if rows else lack
 
 
 def _weights_table(numbers: Numbers) -> str:
@@ -105,9 +104,8 @@ def _weights_table(numbers: Numbers) -> str:
         rows.append(row(model, [_hash(numbers, "models", model, "weights_sha256"), f"<td>{''.join(shown)}</td>"]))
     if not rows:
         return note("These results hold no hashes of the weights.")
-    return table(
-        "Models: sha256 of config and weights, and of the prefix", ["model", "weights", "prefix"], rows, "text"
-    )
+    caption = "Models: sha256 of config and weights, and of the prefix"
+    return table(caption, ["model", "weights", "prefix"], rows, ("weights", "prefix"))
 
 
 def _hash(numbers: Numbers, *path: str, tag: str = "td") -> str:

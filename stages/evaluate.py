@@ -17,7 +17,7 @@ from stages import metrics
 from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
 from stages.examinee import Examinee, recalled
 
-NUM_SAMPLES = 10
+NUM_SAMPLES = 40
 
 
 def answer_all(
@@ -110,7 +110,7 @@ def _shifts(
 def _samples(
     subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
 ) -> list[dict[str, Any]]:
-    """Ten questions drawn evenly from the sets, by seed and not by how they turned out."""
+    """Up to NUM_SAMPLES questions drawn evenly from the sets, by seed and not by how they turned out."""
     rng = np.random.default_rng(exam.settings.seed)
     shuffled = {name: iter(rng.permutation(len(s.queries)).tolist()) for name, s in exam.sets.items()}
     drawn: list[tuple[str, int]] = []

@@ -78,7 +78,7 @@ def test_results_have_the_documented_shape(demo):
             low, high = scores[key]["ci95"]
             assert 0 <= low <= scores[key]["value"] <= high <= 1
             assert scores[key]["n"] == results["sets"][key.removeprefix("attack.reverse.").split(".")[0]]["n"]
-    assert len(results["samples"]) == 10
+    assert len(results["samples"]) == 40
     assert results["floors"]["forget.rougeL_recall"].keys() == {"refusal", "echo"}
     for name in ("config.yaml", "environment.json", "report.html", "base/metrics.jsonl", "base/model/config.json"):
         assert (run_dir / name).is_file(), name
