@@ -67,7 +67,7 @@ def verdict_section(numbers: Numbers) -> str:
         return section("verdict", "Verdict", lack + f'<div class="cards">{cards}</div>')
     others = "".join(
         f"<dt>{escape(model)}</dt><dd>{numbers.show('text', 'outcomes', model, 'verdict', tag='strong')}"
-        f"{_reasons(numbers, model)}</dd>"
+        f"{_reasons(numbers, model)}{_signs(numbers, model)}</dd>"
         for model in outcomes
         if model not in students
     )
@@ -208,6 +208,6 @@ def all_scores(numbers: Numbers) -> str:
         floors: Any = [numbers.cell("points", "floors", metric_id, floor) for floor in ("refusal", "echo")]
         rows.append(row(metric, [*cells, *(floors if numbers.at("floors", metric_id) else ["<td></td>"] * 2)]))
     heads = ["metric", *map(escape, models), "floor:<br>refusal", "floor:<br>echo"]
-    caption = "Points [95 % interval], n questions; what is no share of 1 stands as it is."
+    caption = "Shares in points [95 % interval], n questions; other numbers as they are."
     body = legend(colours(list(models))) + folded("All metrics of all models", table(caption, heads, rows))
     return section("all-scores", "Every score", body)
