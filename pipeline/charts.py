@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 WIDTH = 360  # of a panel, in CSS pixels where the page is that wide
+FEW = 24  # values of a line that get a mark each
 LETTER = 7  # average width of one at the labels' size
 # Okabe and Ito's colours, told apart by people with any kind of colour vision; base models are grey.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -256,11 +257,12 @@ def _line(name: str, line: Line, colour: str, dashes: str, place: Any) -> str:
     band = f'<polygon points="{edge}" fill="{colour}" fill-opacity="0.15"/>' if edge else ""
     placed = [place(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in placed)
+    spots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in placed)
+    marks = f'<path class="marks" d="{spots}" stroke="{colour}"/>' if len(placed) <= FEW else ""
     return (
         f"<g{keyed(line.key)}><title>{escape(name)}</title>{band}"
         f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}" fill="none" stroke-width="1.8" '
-        f'stroke="{colour}"{dashed}/>{marks if len(placed) <= 24 else ""}</g>'
+        f'stroke="{colour}"{dashed}/>{marks}</g>'
     )
 
 
