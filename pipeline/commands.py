@@ -32,6 +32,7 @@ STAGES = ("teacher-logits", "distill", "evaluate")
 
 def evaluate(config: Config) -> None:
     """Stage three: results.json, the table and the report."""
+    from pipeline.provenance import provenance, without_places
     from pipeline.report import write_report
     from stages import evaluate as stage
     from stages import given as of_given
@@ -55,11 +56,12 @@ def evaluate(config: Config) -> None:
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "evaluate": without_places(config.evaluate.model_dump(mode="json")),
         **stage.results_of(subjects, exam, answers, given, reference, readings),
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),
+        "provenance": provenance(config, subjects, exam),
     }
     _keep_earlier(run_dir, results)
     publish_json(run_dir / RESULTS_NAME, results)

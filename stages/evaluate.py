@@ -22,7 +22,7 @@ from stages.given import Given, score_given
 from stages.tofu_run import Reference, tofu_results
 from stages.uncertainty import Score
 
-NUM_SAMPLES = 10
+NUM_SAMPLES = 40
 
 
 def answer_all(
@@ -173,7 +173,7 @@ def _comparisons(
 def _samples(
     subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
 ) -> list[dict[str, Any]]:
-    """Ten questions drawn evenly from the sets, by seed and not by how they turned out."""
+    """Up to NUM_SAMPLES questions drawn evenly from the sets, by seed and not by how they turned out."""
     rng = np.random.default_rng(exam.settings.seed)
     shuffled = {name: iter(rng.permutation(len(s.queries)).tolist()) for name, s in exam.sets.items()}
     drawn: list[tuple[str, int]] = []

@@ -86,7 +86,7 @@ def test_results_have_the_documented_shape(demo):
     assert compared["forget.rougeL_recall"]["against"] == "base"
     assert {"forget.exact_memorisation", "attack.reverse.forget.rougeL_recall"} <= set(compared)
     assert results["versions"].keys() == results["definitions"].keys()
-    assert len(results["samples"]) == 10
+    assert len(results["samples"]) == 40
     assert results["floors"]["forget.rougeL_recall"].keys() == {"refusal", "echo"}
     for name in ("config.yaml", "environment.json", "report.html", "base/metrics.jsonl", "base/model/config.json"):
         assert (run_dir / name).is_file(), name

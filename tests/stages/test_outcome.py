@@ -113,6 +113,8 @@ RULES = {
         BASE,
         evidence(forget=0.6),
         evidence(forget=0.6, retain=0.5),
+    ],
+    "suppressed until attacked": [
         evidence(attack__any__forget__rougeL_recall=0.61),
         evidence(attack__any__a__forget__rougeL_recall=0.61),
     ],
