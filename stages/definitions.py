@@ -19,6 +19,7 @@ MODULES = (
     "stages.memorisation",
     "stages.tofu",
     "stages.uncertainty",
+    "stages.harness",
 )  # those with METRICS, in the order of the page
 
 
