@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,24 @@ REPORT_NAME = "report.html"
 STAGES = ("teacher-logits", "distill", "evaluate")
 
 
-def evaluate(config: Config) -> None:
-    """Stage three: results.json, the table and the report."""
+def evaluate(config: Config, only_models: bool = False) -> None:
+    """Stage three: results.json, the table and the report.
+
+    `only_models` leaves out the run's students, and needs no stage before: base, teachers and `evaluate.models` are asked.
+    """
     from pipeline.provenance import provenance, without_places
     from pipeline.report import write_report
     from stages import evaluate as stage
     from stages import given as of_given
     from stages import reading
+    from stages.harness import ask_harness
     from stages.tofu_run import read_reference
 
     stop = StopSignal()
     reference = read_reference(config.evaluate.tofu)
-    subjects = _subjects(config)
-    stores = stores_of_run(config)
+    students = () if only_models else config.students
+    subjects = _subjects(config, students)
+    stores = {} if only_models else stores_of_run(config)
     run_dir = claim_run_dir(config)
     exam = exam_of(config)
     with progress_bar("answers") as bar:
@@ -51,6 +57,9 @@ def evaluate(config: Config) -> None:
         given = {}
         if config.evaluate.likelihood:
             given = of_given.read_all(subjects, exam, run_dir / "likelihoods", bar.update, stop)
+        harness = {}
+        if config.evaluate.lm_eval:
+            harness = ask_harness(subjects, exam, run_dir / "lm_eval", bar.update, stop)
     results = {
         "format_version": 1,
         "run": config.name,
@@ -59,18 +68,34 @@ def evaluate(config: Config) -> None:
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
         **stage.results_of(subjects, exam, answers, given, reference, readings),
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
-        "students": {student.name: _student_summary(config, student) for student in config.students},
+        "students": {student.name: _student_summary(config, student) for student in students},
         "environment": environment(),
         "provenance": provenance(config, subjects, exam),
     }
+    for name, scores in harness.items():
+        results["models"][name] |= scores
     _keep_earlier(run_dir, results)
     publish_json(run_dir / RESULTS_NAME, results)
+    if config.evaluate.tofu:
+        _write_tofu_logs(run_dir / "open-unlearning", exam, given, answers, results)
     write_report(results, run_dir / REPORT_NAME)
     out.print(results_table(results))
     for line in outcome_lines(results):
         say(line)
     say(f"results: {run_dir / RESULTS_NAME}")
     say(f"report: {run_dir / REPORT_NAME}")
+
+
+def _write_tofu_logs(folder: Path, exam: Any, given: Any, answers: Any, results: Mapping[str, Any]) -> None:
+    """Each model's TOFU scores as open-unlearning writes them."""
+    from stages.open_unlearning import tofu_logs
+
+    for model, scores in results["models"].items():
+        logs = tofu_logs(exam, given[model], answers[model], scores)
+        (folder / model.replace(":", "-")).mkdir(parents=True, exist_ok=True)
+        for name, content in zip(("TOFU_EVAL.json", "TOFU_SUMMARY.json"), logs, strict=True):
+            publish_json(folder / model.replace(":", "-") / name, content)
+    say(f"for open-unlearning: {folder}")
 
 
 def _keep_earlier(run_dir: Path, results: dict[str, Any]) -> None:
@@ -93,8 +118,9 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
         say(f"kept the earlier {what}: {kept}")
 
 
-def _subjects(config: Config) -> list[Any]:
-    """Base, teachers, then students, each teacher and student after its own base where that is another model."""
+def _subjects(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
+    """Base, teachers, then students, each teacher and student after its own base where that is another model; then models
+    that were made elsewhere, measured against the run's base."""
     from stages.exam import Subject
     from stages.models import resolve_model
     from stages.student import TRAINING_NAME
@@ -114,7 +140,7 @@ def _subjects(config: Config) -> list[Any]:
         prefix, set_prefixes = _prefixes(config, settings)
         called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
         subjects.append(Subject(called, model_dir, prefix, base_of(name, model_dir), set_prefixes))
-    for student in config.students:
+    for student in students:
         student_dir = config.run_dir / student.name
         if not (student_dir / TRAINING_NAME).is_file():
             raise UserError(
@@ -123,6 +149,8 @@ def _subjects(config: Config) -> list[Any]:
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
         base = base_of(student.name, start_dir)
         subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
+    for name, model in config.evaluate.models.items():
+        subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
     return subjects
 
 

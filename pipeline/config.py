@@ -7,6 +7,7 @@ Validation never edits: what a stage resolves itself (engine, dtype, device) sta
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -79,6 +80,19 @@ class Config(Settings):
     def train_settings(self, student: StudentSettings) -> TrainSettings:
         """The common training settings with the student's own on top."""
         return TrainSettings(**merged(self.train.model_dump(), student.train))
+
+
+def with_models(config: Config, models: Sequence[str]) -> Config:
+    """The config with models of a command line, PATH or NAME=PATH each, among `evaluate.models`."""
+    named = dict(config.evaluate.models)
+    for text in models:
+        name, _, model = text.rpartition("=")
+        name = name or Path(model).name
+        if name in named:
+            raise UserError(f"--model {text}: there is a model {name!r} already", "name it with --model NAME=PATH")
+        named[name] = model
+    raw = config.model_dump() | {"evaluate": config.evaluate.model_dump() | {"models": named}}
+    return validated(Config, raw, "--model")
 
 
 def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ MODULES = (
     "stages.signs",
     "stages.outcome",
     "stages.uncertainty",
+    "stages.harness",
 )  # those with METRICS, in the order of the page
 
 

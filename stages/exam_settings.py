@@ -128,12 +128,29 @@ class TofuSettings(Settings):
         return self
 
 
+class HarnessTask(Settings):
+    """One task of lm-evaluation-harness."""
+
+    task: str = Field(min_length=1, description="name of a task or group, as `lm-eval ls` lists them")
+    num_fewshot: int = Field(
+        ge=0, description="examples in front of each question; no default, because scores depend on it"
+    )
+    limit: int | None = Field(default=None, ge=1, description="at most so many questions per task; default: all")
+
+
 class EvaluateSettings(Settings):
     """Stage three: what is asked of base, teacher and students, and how it is scored."""
 
     sets: dict[Name, EvaluationSet] = Field(
         default={}, description="query sets beside the training's forget and retain"
     )
+    models: dict[Name, str] = Field(
+        default={}, description="further models, made elsewhere, by name: a model directory or hub id each"
+    )
+    lm_eval: tuple[HarnessTask, ...] = Field(
+        default=(), description="tasks of lm-evaluation-harness, which is an extra: pip install 'duet-unlearn[lm-eval]'"
+    )
+    lm_eval_dir: str | None = Field(default=None, description="folder with task files beside the harness's own")
     attacks: tuple[Literal["reverse"], ...] = Field(default=("reverse",), description="attacks on the forget queries")
     max_new_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
     batch_size: int = Field(default=64, ge=1, description="queries per engine call")
@@ -160,6 +177,12 @@ class EvaluateSettings(Settings):
         default=(), description="further regular expressions that count as a refusal"
     )
     seed: int = Field(default=0, ge=0, description="seed of the bootstrap and of the choice of sample answers")
+
+    @model_validator(mode="after")
+    def _harness_has_tasks(self) -> EvaluateSettings:
+        if self.lm_eval_dir is not None and not self.lm_eval:
+            raise ValueError("lm_eval_dir does nothing without tasks: name some in lm_eval, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _tofu_is_made_of_likelihoods(self) -> EvaluateSettings:

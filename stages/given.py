@@ -49,6 +49,10 @@ class Given:
         """Log-probability of what TOFU compares wrong answers with: the paraphrase, or the reference where there is none."""
         return self.answer if self.paraphrased is None else self.paraphrased
 
+    def answer_flags(self) -> list[np.ndarray]:
+        """Per reference answer, bool: is each of its own tokens the most likely one? The end of the sequence is left out."""
+        return [(scores.is_top[:-1] if self.ended else scores.is_top) > 0 for scores in self.tokens]
+
     def as_json(self) -> dict[str, Any]:
         """With rows of numbers as text, which keeps files small and can hold -inf."""
         return {
@@ -110,7 +114,7 @@ def read_all(
 
 def score_given(given: Given, expect: str) -> dict[str, np.ndarray]:
     """All likelihood metrics per item, by metric id; `expect` is the set's, forgotten or kept."""
-    flags = [(scores.is_top[:-1] if given.ended else scores.is_top) > 0 for scores in given.tokens]
+    flags = given.answer_flags()
     found = {
         "exact_memorisation": np.array([exact_memorisation(of_item) for of_item in flags]),
         "extraction_strength": np.array([extraction_strength(of_item) for of_item in flags]),

@@ -87,10 +87,10 @@ def outcomes_of(
 
 
 def outcome(model: Evidence, base: Evidence, exam: Exam, floors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """One of: broken (a sign of collapse is beyond its limit), not unlearned (too much of base's score above the floor is left),
-    damaged (a set to be kept fell too far), suppressed until attacked (an attack brings half of it back on average), unclear
-    (too few questions to tell), suppressed under these tests. The first that applies; limits are settings, `evaluate.outcome`. No verdict says that
-    knowledge is gone: tests can only fail to bring it back.
+    """One of: broken (a sign of collapse is beyond its limit), not unlearned (too much of base's score above the floor is
+    left), damaged (a set to be kept fell too far), suppressed until attacked (an attack brings half of it back on average),
+    unclear (too few questions to tell), suppressed under these tests. The first that applies; limits are settings,
+    `evaluate.outcome`. No verdict says that knowledge is gone: tests can only fail to bring it back.
 
     With reasons and signs, as in results.json; the rules in full stand at the top of the module.
     """

@@ -74,7 +74,9 @@ class Processes:
         if parallel == "ddp":
             return DistributedDataParallel(module)
         # A group of its own: torch keeps a mesh and its group to the end of the process, which `joined` must not wait for.
-        mesh = DeviceMesh.from_group(dist.new_group(), self.device.type)
+        group = dist.new_group()
+        assert isinstance(group, dist.ProcessGroup)  # and not the mark of who is not in it: all are
+        mesh = DeviceMesh.from_group(group, self.device.type)
         for layer in layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
