@@ -72,14 +72,15 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
 @duet.command()
 @_experiment
 @_students
-def evaluate(**asked: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what each attack will cost, and start nothing.")
+def evaluate(dry_run: bool, **asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
     from pipeline import commands
     from pipeline.processes import check_alone
     from pipeline.sweep import Request
 
     check_alone("evaluate", os.environ)
-    commands.evaluate(Request(**asked).load())
+    commands.evaluate(Request(**asked).load(), dry_run)
 
 
 @duet.command("audit-prefix")

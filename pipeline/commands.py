@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import out, progress_bar, results_table, say, say_engine
+from pipeline.terminal import costs_table, out, progress_bar, results_table, say, say_engine
 from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
@@ -30,16 +31,22 @@ REPORT_NAME = "report.html"
 STAGES = ("teacher-logits", "distill", "evaluate")
 
 
-def evaluate(config: Config) -> None:
-    """Stage three: results.json, the table and the report."""
+def evaluate(config: Config, dry_run: bool = False) -> None:
+    """Stage three: results.json, the table and the report. A dry run says what it will cost and starts nothing."""
     from pipeline.report import write_report
+    from stages import battery
     from stages import evaluate as stage
 
     stop = StopSignal()
     subjects = _subjects(config)
     stores = stores_of_run(config)
-    run_dir = claim_run_dir(config)
+    run_dir = None if dry_run else claim_run_dir(config)
     exam = exam_of(config)
+    costs = battery.costs(subjects, exam)
+    if dry_run or len(costs) > 2:  # one attack and the plain questions: not worth a table
+        out.print(costs_table(costs, len(subjects)))
+    if run_dir is None:
+        return
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
     results = {
@@ -49,6 +56,7 @@ def evaluate(config: Config) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": config.evaluate.model_dump(mode="json"),
         **stage.results_of(subjects, exam, answers),
+        "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},
         "environment": environment(),
@@ -117,8 +125,9 @@ def _subjects(config: Config) -> list[Any]:
 def exam_of(config: Config) -> Any:
     """What every model of the run is asked."""
     from stages.exam import Exam
-    from stages.models import pick_device
+    from stages.models import pick_device, resolve_model
 
+    control = config.evaluate.control_model
     return Exam(
         sets=_query_sets(config),
         topic=config.topic,
@@ -127,6 +136,7 @@ def exam_of(config: Config) -> Any:
         device=pick_device(config.device),
         trust_remote_code=config.teacher.trust_remote_code,
         further_topics={f"{request.name}.forget": request.topic for request in config.requests},
+        control=resolve_model(control, "evaluate.control_model") if control else None,
     )
 
 
@@ -153,7 +163,13 @@ def _query_sets(config: Config) -> dict[str, Any]:
         if queries
     }
     for name, settings in config.evaluate.sets.items():
-        sets[name] = QuerySet(load_queries(settings, f"evaluate.sets.{name}", need_answers=True), settings.expect)
+        queries = load_queries(settings, f"evaluate.sets.{name}", need_answers=True)
+        sets[name] = QuerySet(queries, settings.expect, settings.translates)
+    for name, query_set in sets.items():
+        if query_set.translates is not None and query_set.translates not in sets:
+            raise UserError(
+                f"evaluate.sets.{name}.translates: no set {query_set.translates!r}", f"the sets are {', '.join(sets)}"
+            )
     order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
     return {name: sets[name] for name in order}
 

@@ -128,3 +128,17 @@ def results_table(results: dict[str, Any]) -> Table:
             f"[dim]floor: {floor}[/dim]", *(f"[dim]{100 * v:.1f}[/dim]" if v is not None else "" for v in values), ""
         )
     return table
+
+
+def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
+    """What an evaluation will ask, by attack: prompts, tokens and training steps over all models."""
+    table = Table(
+        title=f"What is asked of {num_models} models; what is on disk is not asked again", title_justify="left"
+    )
+    table.add_column("attack", no_wrap=True)
+    for title in ("answers", "prompt tokens", "answer tokens, at most", "training steps"):
+        table.add_column(title, justify="right")
+    for kind, cost in costs.items():
+        counts = (cost.prompts, cost.prompt_tokens, cost.answer_tokens, cost.training_steps)
+        table.add_row(kind, *(f"{count:,}" for count in counts))
+    return table

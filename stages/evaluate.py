@@ -6,16 +6,15 @@ next model; `results_of` turns answers into scores. Every score carries n and an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages import metrics
-from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
-from stages.examinee import Examinee, recalled
+from stages import attack_scores, battery, metrics
+from stages.exam import HEADLINE, Exam, Subject, references_of
+from stages.examinee import Examinee
 
 NUM_SAMPLES = 10
 
@@ -27,34 +26,30 @@ def answer_all(
     on_progress: Callable[[str, int, int], None],
     on_engine: Callable[[str, str], None],
     should_stop: Callable[[], bool],
-) -> dict[str, dict[str, list[str]]]:
-    """Answers per subject and task, in query order. Subjects of one model directory share an engine.
+) -> dict[str, dict[str, Any]]:
+    """Answers per subject and task, in query order, and what attacks on its weights found. Subjects of one model directory share
+    an engine. Of `exam.control`, a model that never knew the topic, what it relearns comes back under CONTROL.
 
     What is on disk from the same model, prefix, questions and settings is not asked again.
     """
-    answers_dir.mkdir(parents=True, exist_ok=True)
-    answers: dict[str, dict[str, list[str]]] = {}
+    answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
+    how = battery.How(answers_dir, on_progress, on_engine, should_stop)
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
         examinee = Examinee(model_dir, exam, asked)
         try:
             for subject in asked:
-                answers[subject.name] = recalled(
-                    answers_dir / f"{subject.name.replace(':', '-')}.json",
-                    examinee.identity(subject),
-                    lambda examinee=examinee, subject=subject: examinee.ask(
-                        subject, on_progress, on_engine, should_stop
-                    ),
-                )
+                answers[subject.name] |= battery.answered(examinee, subject, how)
         finally:
             examinee.close()
-    return {subject.name: answers[subject.name] for subject in subjects}
+        for subject in asked:
+            answers[subject.name] |= battery.weights_attacked(examinee, subject, how)
+    return answers | battery.control_attacked(exam, how)
 
 
-def results_of(
-    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
-) -> dict[str, Any]:
-    """The parts of results.json that come from answers: models, sets, floors, performance_shift, samples, definitions."""
+def results_of(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The parts of results.json that come from answers: models, sets, floors, performance_shift, samples, definitions, and what
+    `attack_scores.results_of` tells about attacks."""
     models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
     return {
         "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
@@ -62,24 +57,20 @@ def results_of(
         "floors": _floors(exam),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
-        "definitions": metrics.DEFINITIONS,
+        "definitions": metrics.DEFINITIONS | attack_scores.DEFINITIONS,
+        **attack_scores.results_of(subjects, exam, answers, models),
     }
 
 
-def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, metrics.Score]:
-    """Scores of one model: `<set>.<metric>`, then per attack the mean over its texts and the worst per question."""
+def _scores(answers: Mapping[str, Any], exam: Exam) -> dict[str, metrics.Score]:
+    """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, metrics.Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
         for metric, values in metrics.score_texts(references, answers[name], extra).items():
             scores[f"{name}.{metric}"] = metrics.score(values, clusters=references, seed=seed)
-    for kind, (name, topic) in itertools.product(exam.settings.attacks, exam.attacked.items()):
-        references = references_of(exam.sets[name])
-        tasks = [f"attack.{kind}.{number}.{name}" for number in range(len(attack_texts(kind, topic)))]
-        recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
-        for suffix, values in (("", recall_AN.mean(axis=0)), ("_worst", recall_AN.max(axis=0))):
-            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = metrics.score(values, clusters=references, seed=seed)
+    scores |= attack_scores.scores_of(answers, exam)
     return scores
 
 
@@ -107,9 +98,7 @@ def _shifts(
     return shifts
 
 
-def _samples(
-    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
-) -> list[dict[str, Any]]:
+def _samples(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Ten questions drawn evenly from the sets, by seed and not by how they turned out."""
     rng = np.random.default_rng(exam.settings.seed)
     shuffled = {name: iter(rng.permutation(len(s.queries)).tolist()) for name, s in exam.sets.items()}

@@ -18,9 +18,6 @@ DEFINITIONS = {
     "exact_match": "Share of answers equal to the reference after Unicode normalisation, case folding and removal of "
     "punctuation.",
     "refusal_rate": "Share of answers that a fixed list of regular expressions takes for a refusal.",
-    "attack.reverse": "ROUGE-L recall on the forget questions with a text in front that tries to undo the forgetting: "
-    "the mean over the texts.",
-    "attack.reverse_worst": "The same, per question the highest recall over the texts: what a persistent attacker gets.",
     "performance_shift": "Plain sum over the query sets of the signed improvement of ROUGE-L recall over the model's own "
     "base, in points: a fall counts as improvement where the set is to be forgotten, a rise elsewhere "
     "(arXiv 2601.21283).",
