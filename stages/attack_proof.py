@@ -121,7 +121,8 @@ def _relearn(relearning: Mapping[str, Mapping[str, Any]], teachers: Sequence[str
     told = []
     for teacher in teachers:
         for lesson, found in relearning.get(teacher, {}).items():
-            text = f"{teacher}, {lesson}: recall {100 * found['recall'][0]:.1f} before, {100 * max(found['recall']):.1f} at best"
+            before, best = (100 * recall for recall in (found["recall"][0], max(found["recall"])))
+            text = f"{teacher}, {lesson}: recall {before:.1f} before, {best:.1f} at best"
             if found["steps_to_half"]:
                 return _verdict(True, teacher, f"{text}; half of base's after {found['steps_to_half']} steps")
             told.append(text)

@@ -22,7 +22,7 @@ from stages.exam_settings import PROMPT_ATTACKS, QUANTIZE_ATTACKS
 from stages.examinee import left_of
 from stages.prompts import Prompt
 from stages.quantize import VARIANTS
-from stages.relearn import lessons, steps_of
+from stages.relearn import Lesson, lessons, steps_of
 from stages.sampling import ks_of, leak_at, leaks_per_question
 
 _ASKED = {
@@ -41,7 +41,7 @@ _ASKED = {
     "format_shift": "as plain text to be continued or filled in, without the chat's form",
     "quantize_int8": "put to the model with its linear weights rounded to 8 bits, a scale per output channel",
     "quantize_int4": "put to the model with its linear weights rounded to 4 bits, a scale per group of 32 or 64 inputs",
-    "relearn": "that a copy was not trained on, after the last step of fine-tuning on others (results.relearning)",
+    "relearn": "that a copy was not trained on, after the last step of fine-tuning on others; the worst is over all steps, too",
 }
 DEFINITIONS = {
     **{f"attack.{kind}": f"ROUGE-L recall on the forget questions, {how}: the mean over the variants of the attack."
@@ -50,8 +50,8 @@ DEFINITIONS = {
        "persistent attacker gets." for kind in _ASKED},
     "picked": "attack.multiple_choice: share of questions where the answer names the letter of the right choice, or recalls "
     "the right choice more than any other. One in as many as there are choices is chance.",
-    "leak@k": "attack.sampling: chance that at least one of k sampled answers reaches evaluate.sampling.leak_recall, without bias "
-    "from n samples of which c do: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1).",
+    "leak@k": "attack.sampling: chance that one of k sampled answers reaches evaluate.sampling.leak_recall, estimated without "
+    "bias from n samples of which c do: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1).",
     "mrr_best": "attack.logit_lens: mean over questions of 1 / rank of the reference's first token, read off a layer through "
     "the final norm and the output head, at the layer where this mean is highest.",
 }  # fmt: skip
@@ -70,8 +70,9 @@ def scores_of(answers: Mapping[str, Any], exam: Exam) -> dict[str, metrics.Score
                 clusters = [references[i] for i in scored]
                 if not clusters:
                     continue
-                for suffix, over in (("", np.nanmean), ("_worst", np.nanmax)):
-                    values = over(values_AN[:, scored], axis=0)
+                mean_N = np.nanmean(values_AN[:, scored], axis=0)
+                worst_N = np.nanmax(_tried(answers, exam, kind, name, values_AN)[:, scored], axis=0)
+                for suffix, values in (("", mean_N), ("_worst", worst_N)):
                     found[f"attack.{kind}{suffix}.{name}.{metric}"] = _score(values, clusters, exam)
         found |= _leaks(answers, exam, name) | _lens(answers, exam, name)
     return found
@@ -83,7 +84,7 @@ def results_of(
     answers: Mapping[str, Mapping[str, Any]],
     models: Mapping[str, Mapping[str, metrics.Score]],
 ) -> dict[str, Any]:
-    """The parts of results.json about attacks beside scores: attack_texts, attacks_skipped, attacks_work, relearning, layers."""
+    """The parts of results.json about attacks beside scores: attack_texts, attacks_skipped and _work, relearning, layers."""
     made, skipped = attacks.chosen(exam)
     skipped = dict(skipped)
     if "relearn" in made:
@@ -150,10 +151,7 @@ def _recalls(answers: Mapping[str, Any], exam: Exam, kind: str, name: str) -> di
         told = {variant: answers[attacks.task(kind, variant, name)] for variant in VARIANTS[kind]}
         return {variant: metrics.rouge_l(references, texts)[0] for variant, texts in told.items()}
     if kind == "relearn":
-        return {
-            lesson.name: _last(answers, lesson.asked, lesson.name, references, name)
-            for lesson in lessons(exam, name)[0]
-        }
+        return {lesson.name: _after(answers, lesson, -1, references, name) for lesson in lessons(exam, name)[0]}
     if kind not in PROMPT_ATTACKS:
         return {}
     found = {}
@@ -174,13 +172,20 @@ def _best_match(prompts: Sequence[Prompt], told: Sequence[str], left: Sequence[s
     return values
 
 
-def _last(
-    answers: Mapping[str, Any], asked: Sequence[int], lesson: str, references: Sequence[str], name: str
-) -> np.ndarray:
-    """Recall after a lesson's last step, NaN for the questions that it does not ask."""
+def _tried(answers: Mapping[str, Any], exam: Exam, kind: str, name: str, values_AN: np.ndarray) -> np.ndarray:
+    """What the worst is taken over: the variants, but of relearn every step, since an attacker stops where it is best."""
+    if kind != "relearn":
+        return values_AN
+    references, steps = references_of(exam.sets[name]), range(1, len(steps_of(exam.settings.relearn)))
+    taught = lessons(exam, name)[0]
+    return np.stack([_after(answers, lesson, step, references, name) for lesson in taught for step in steps])
+
+
+def _after(answers: Mapping[str, Any], lesson: Lesson, asking: int, references: Sequence[str], name: str) -> np.ndarray:
+    """Recall at a lesson's asking of that number, -1 for that after the last step; NaN for questions that it does not ask."""
     values = np.full(len(references), np.nan)
-    texts = answers[f"attack.relearn.{name}"][lesson][-1]
-    values[list(asked)] = metrics.rouge_l([references[i] for i in asked], texts)[0]
+    texts = answers[f"attack.relearn.{name}"][lesson.name][asking]
+    values[list(lesson.asked)] = metrics.rouge_l([references[i] for i in lesson.asked], texts)[0]
     return values
 
 

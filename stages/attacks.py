@@ -70,8 +70,10 @@ def task(kind: str, variant: str, name: str) -> str:
 
 
 def chosen(exam: Exam) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The attacks that are made, in the order of ATTACKS, and of those that `all` leaves out, why. UserError where an attack that
-    is named cannot be made."""
+    """The attacks that are made, in the order of ATTACKS, and of those that `all` leaves out, why.
+
+    UserError where an attack that is named cannot be made.
+    """
     wanted = exam.settings.attacks
     missing = _missing(exam)
     if wanted == ALL:

@@ -1,7 +1,8 @@
 """All attacks on all models: who is attacked how, what is kept on disk, and what it will cost.
 
-One file per subject and attack under the run's `answers/`: an interrupted evaluation goes on with the next, and a further attack
-asks nothing again. Attacks that only ask run on the examinee's engine; those on weights load the model anew, with transformers.
+One file per subject and attack under the run's `answers/`: an interrupted evaluation goes on with the next, and a further
+attack asks nothing again. Attacks that only ask run on the examinee's engine; those on weights load the model anew, with
+transformers.
 """
 
 from __future__ import annotations

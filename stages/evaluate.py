@@ -27,8 +27,9 @@ def answer_all(
     on_engine: Callable[[str, str], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, dict[str, Any]]:
-    """Answers per subject and task, in query order, and what attacks on its weights found. Subjects of one model directory share
-    an engine. Of `exam.control`, a model that never knew the topic, what it relearns comes back under CONTROL.
+    """Answers per subject and task, in query order, and what attacks on its weights found.
+
+    Subjects of one model directory share an engine. Under CONTROL comes back what `exam.control` relearns.
 
     What is on disk from the same model, prefix, questions and settings is not asked again.
     """

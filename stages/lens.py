@@ -1,7 +1,7 @@
 """The attack logit_lens: how early in the model the right answer's first token can be read off.
 
-Each layer's output at the last token of the prompt goes through the model's final norm and output head, as if the layer were the
-last (nostalgebraist 2020, "interpreting GPT: the logit lens"). A low rank somewhere, though not at the end, says that the
+Each layer's output at the last token of the prompt goes through the model's final norm and output head, as if the layer were
+the last (nostalgebraist 2020, "interpreting GPT: the logit lens"). A low rank somewhere, though not at the end, says that the
 knowledge is there and is not said.
 
 Shapes: B batch, T time, D width, V rows of the head, L layers (0 is the embeddings, L-1 the model's own output).
