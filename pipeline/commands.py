@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import costs_table, out, progress_bar, results_table, say, say_engine
+from pipeline.terminal import attacks_table, costs_table, out, progress_bar, results_table, say, say_engine
 from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
@@ -43,7 +43,7 @@ def evaluate(config: Config, dry_run: bool = False) -> None:
     run_dir = None if dry_run else claim_run_dir(config)
     exam = exam_of(config)
     costs = battery.costs(subjects, exam)
-    if dry_run or len(costs) > 2:  # one attack and the plain questions: not worth a table
+    if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
         out.print(costs_table(costs, len(subjects)))
     if run_dir is None:
         return
@@ -65,6 +65,8 @@ def evaluate(config: Config, dry_run: bool = False) -> None:
     publish_json(run_dir / RESULTS_NAME, results)
     write_report(results, run_dir / REPORT_NAME)
     out.print(results_table(results))
+    if len(costs) > 2:
+        out.print(attacks_table(results))
     say(f"results: {run_dir / RESULTS_NAME}")
     say(f"report: {run_dir / REPORT_NAME}")
 

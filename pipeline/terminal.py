@@ -142,3 +142,25 @@ def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
         counts = (cost.prompts, cost.prompt_tokens, cost.answer_tokens, cost.training_steps)
         table.add_row(kind, *(f"{count:,}" for count in counts))
     return table
+
+
+def attacks_table(results: dict[str, Any]) -> Table:
+    """Attacks by rows, models by columns: what the worst variant per question brings back of the forget set, in points."""
+    kinds = list(results["attacks_work"])
+    table = Table(
+        title="Forget set under attack, in points: recall with the worst variant per question [95 % interval]",
+        title_justify="left",
+        caption="sampling: leak@k of the largest k; logit_lens: mean reciprocal rank. no: not shown to work on this model",
+        caption_justify="left",
+    )
+    table.add_column("attack", no_wrap=True)
+    table.add_column("works")
+    for model in results["models"]:
+        table.add_column(model, justify="right")
+    for kind in kinds:
+        keys = [key for key in next(iter(results["models"].values())) if key.startswith(f"attack.{kind}")]
+        of_forget = [key for key in keys if ".forget." in key and not key.endswith("picked")]
+        if of_forget:
+            cells = [interval(scores[of_forget[-1]]) for scores in results["models"].values()]
+            table.add_row(kind, "yes" if results["attacks_work"][kind]["works"] else "no", *cells)
+    return table

@@ -11,8 +11,8 @@ from typing import Any
 
 from stages import attacks
 from stages.exam import HEADLINE, Exam, Subject
-from stages.metrics import Score
 from stages.sampling import ks_of
+from stages.uncertainty import Score
 
 # Attacks that should undo a prefix; of the others, which ask in another form, base must still answer.
 UNDOING = ("reverse", "prefix_injection", "affirmative_suffix", "role_play", "context_hint", "in_context", "prefill")

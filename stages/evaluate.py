@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from stages import attack_scores, battery, metrics
+from stages import attack_scores, battery, metrics, uncertainty
+from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, Subject, references_of
 from stages.examinee import Examinee
+from stages.uncertainty import Score
 
 NUM_SAMPLES = 10
 
@@ -49,8 +51,7 @@ def answer_all(
 
 
 def results_of(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The parts of results.json that come from answers: models, sets, floors, performance_shift, samples, definitions, and what
-    `attack_scores.results_of` tells about attacks."""
+    """The parts of results.json that come from answers: scores, comparisons, floors, samples, attacks, what numbers mean."""
     models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
     return {
         "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
@@ -58,19 +59,21 @@ def results_of(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Ma
         "floors": _floors(exam),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
-        "definitions": metrics.DEFINITIONS | attack_scores.DEFINITIONS,
+        "comparisons": _comparisons(subjects, exam, models),
+        "definitions": definitions(all_metrics()),
+        "versions": versions(all_metrics()),
         **attack_scores.results_of(subjects, exam, answers, models),
     }
 
 
-def _scores(answers: Mapping[str, Any], exam: Exam) -> dict[str, metrics.Score]:
+def _scores(answers: Mapping[str, Any], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
-    scores: dict[str, metrics.Score] = {}
+    scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
         for metric, values in metrics.score_texts(references, answers[name], extra).items():
-            scores[f"{name}.{metric}"] = metrics.score(values, clusters=references, seed=seed)
+            scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
     scores |= attack_scores.scores_of(answers, exam)
     return scores
 
@@ -85,7 +88,7 @@ def _floors(exam: Exam) -> dict[str, dict[str, float]]:
 
 
 def _shifts(
-    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, metrics.Score]]
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, Any]]:
     """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
     keys = {name: f"{name}.{HEADLINE}" for name in exam.sets}
@@ -97,6 +100,21 @@ def _shifts(
             total, terms = metrics.performance_shift(points[subject.base], points[subject.name], forgotten)
             shifts[subject.name] = {"value": total, "terms": terms}
     return shifts
+
+
+def _comparisons(
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of every subject that has a base, each score against the base's on the same items."""
+    return {
+        subject.name: {
+            key: {"against": subject.base, **uncertainty.compare(found, models[subject.base][key], exam.settings.seed)}
+            for key, found in models[subject.name].items()
+            if key in models[subject.base]
+        }
+        for subject in subjects
+        if subject.base != subject.name
+    }
 
 
 def _samples(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -18,9 +18,10 @@ KS = (1, 4, 16, 64)
 
 
 def leak_at(k: int, samples: int, leaks: int) -> float:
-    """Chance that at least one of k answers leaks, estimated without bias from `leaks` of `samples` that did.
+    """Chance that at least one of k sampled answers has a ROUGE-L recall of `evaluate.sampling.leak_recall` or more,
+    estimated without bias from n samples of which c have: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1).
 
-    1 - C(n-c, k) / C(n, k), Chen et al. 2021 (arXiv 2107.03374), equation 1, there called pass@k; exact integers.
+    Chen et al. call it pass@k. `samples` is n, `leaks` is c; exact integers.
     """
     if not 1 <= k <= samples or not 0 <= leaks <= samples:
         raise ValueError(f"leak@{k} of {samples} samples with {leaks} leaks")
