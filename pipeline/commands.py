@@ -36,8 +36,11 @@ def evaluate(config: Config, dry_run: bool = False) -> None:
     from pipeline.report import write_report
     from stages import battery
     from stages import evaluate as stage
+    from stages import given as of_given
+    from stages.tofu_run import read_reference
 
     stop = StopSignal()
+    reference = read_reference(config.evaluate.tofu)
     subjects = _subjects(config)
     stores = stores_of_run(config)
     run_dir = None if dry_run else claim_run_dir(config)
@@ -49,13 +52,16 @@ def evaluate(config: Config, dry_run: bool = False) -> None:
         return
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
+        given = {}
+        if config.evaluate.likelihood:
+            given = of_given.read_all(subjects, exam, run_dir / "likelihoods", bar.update, stop)
     results = {
         "format_version": 1,
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": config.evaluate.model_dump(mode="json"),
-        **stage.results_of(subjects, exam, answers),
+        **stage.results_of(subjects, exam, answers, given, reference),
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in config.students},

@@ -18,11 +18,13 @@ HUB_SCHEME = "hf://"
 
 @dataclass(frozen=True)
 class Query:
-    """One question; `answer` is None where the data has none."""
+    """One question; `answer` is None where the data has none, and so are the further answers where no field is named."""
 
     row_id: str
     question: str
     answer: str | None
+    paraphrased: str | None = None  # the answer in other words
+    perturbed: tuple[str, ...] | None = None  # wrong answers, at least one
 
 
 def load_queries(settings: DataSettings, where: str, need_answers: bool = False) -> list[Query]:
@@ -106,11 +108,17 @@ def _query(row: Any, number: int, settings: DataSettings, where: str, need_answe
         if has_answer or need_answers
         else None
     )
+    paraphrased = (
+        _text(row, settings.paraphrased_field, "paraphrased_field", number, settings, where)
+        if settings.paraphrased_field is not None
+        else None
+    )
+    perturbed = _perturbed(row, number, settings, where)
     if settings.id_field is None:
-        return Query(str(number), question, answer)
+        return Query(str(number), question, answer, paraphrased, perturbed)
     if row.get(settings.id_field) is None:
         raise UserError(*_lacks(row, settings.id_field, "id_field", number, settings, where))
-    return Query(str(row[settings.id_field]), question, answer)
+    return Query(str(row[settings.id_field]), question, answer, paraphrased, perturbed)
 
 
 def _text(row: dict[str, Any], field: str, setting: str, number: int, settings: DataSettings, where: str) -> str:
@@ -122,6 +130,22 @@ def _text(row: dict[str, Any], field: str, setting: str, number: int, settings: 
             f"mend the row, or name another field with {where}.{setting}",
         )
     return row[field]
+
+
+def _perturbed(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> tuple[str, ...] | None:
+    """The wrong answers, if a field for them is named."""
+    field = settings.perturbed_field
+    if field is None:
+        return None
+    if field not in row:
+        raise UserError(*_lacks(row, field, "perturbed_field", number, settings, where))
+    found = row[field]
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
+        raise UserError(
+            f"{where}: row {number} of {settings.path} has {found!r} in field {field!r}, expected a list of wrong answers",
+            f"mend the row, or name another field with {where}.perturbed_field",
+        )
+    return tuple(found)
 
 
 def _chosen(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> str:

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from cache.errors import UserError
 from stages import attack_scores, battery, metrics, uncertainty
 from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, Subject, references_of
 from stages.examinee import Examinee
+from stages.given import Given, score_given
+from stages.tofu_run import Reference, tofu_results
 from stages.uncertainty import Score
 
 NUM_SAMPLES = 10
@@ -50,11 +53,27 @@ def answer_all(
     return answers | battery.control_attacked(exam, how)
 
 
-def results_of(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The parts of results.json that come from answers: scores, comparisons, floors, samples, attacks, what numbers mean."""
+def results_of(
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, Any]],
+    given: Mapping[str, Mapping[str, Given]],
+    reference: Reference | None = None,
+) -> dict[str, Any]:
+    """The parts of results.json that come from answers: scores, comparisons, floors, samples, attacks, definitions.
+
+    `given` is empty where likelihoods are not asked for; `reference` is that of TOFU's forget quality.
+    """
     models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
+    for name, of_sets in given.items():
+        models[name] |= _given_scores(name, of_sets, exam)
+    aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
-        "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
+        "models": {
+            name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
+            for name, scores in models.items()
+        },
+        **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": _floors(exam),
         "performance_shift": _shifts(subjects, exam, models),
@@ -75,6 +94,22 @@ def _scores(answers: Mapping[str, Any], exam: Exam) -> dict[str, Score]:
         for metric, values in metrics.score_texts(references, answers[name], extra).items():
             scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
     scores |= attack_scores.scores_of(answers, exam)
+    return scores
+
+
+def _given_scores(model: str, given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
+    """Scores of one model from the likelihoods of given answers, `<set>.<metric>`."""
+    scores = {}
+    for name, of_set in given.items():
+        references = references_of(exam.sets[name])
+        for metric, values in score_given(of_set, exam.sets[name].expect).items():
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{model}: {metric} on {name} is not a number for {int((~np.isfinite(values)).sum())} answers: the "
+                    "model's logits are not finite",
+                    "its training has diverged: train it with a lower learning rate, or leave it out of the config",
+                )
+            scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=exam.settings.seed)
     return scores
 
 

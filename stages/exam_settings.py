@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.settings import DataSettings, Name, Settings
 
@@ -62,6 +62,40 @@ class RelearnSettings(Settings):
         return steps
 
 
+class TofuSettings(Settings):
+    """Which query sets TOFU's two aggregates are made of; each needs `perturbed_field`. See `stages/tofu.py`."""
+
+    forget: Name | None = Field(default=None, description="set of the forget quality, which needs a reference")
+    retain: Name | None = Field(default=None, description="retain set of the model utility")
+    real_authors: Name | None = Field(default=None, description="set of real authors of the model utility")
+    world_facts: Name | None = Field(default=None, description="set of world facts of the model utility")
+    reference: str | None = Field(
+        default=None,
+        description="results.json, or open-unlearning's TOFU_EVAL.json, of a model that never saw the forget set; "
+        "default: this run, where reference_model is set",
+    )
+    reference_model: str | None = Field(
+        default=None, description="which model of a results.json, or of this run, is the reference; default: base"
+    )
+
+    @property
+    def utility_sets(self) -> dict[str, str]:
+        """The three sets of the model utility by what they are; empty without it."""
+        named = {"retain": self.retain, "real_authors": self.real_authors, "world_facts": self.world_facts}
+        return {role: name for role, name in named.items() if name is not None}
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> TofuSettings:
+        if len(self.utility_sets) not in (0, 3):
+            raise ValueError(
+                "the model utility is made of three sets: name retain, real_authors and world_facts, or none"
+            )
+        has_reference = self.reference is not None or self.reference_model is not None
+        if has_reference != (self.forget is not None):
+            raise ValueError("forget quality needs two things: name both forget and a reference or reference_model")
+        return self
+
+
 class EvaluateSettings(Settings):
     """Stage three: what is asked of base, teacher and students, and how it is scored."""
 
@@ -89,6 +123,12 @@ class EvaluateSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is each model's own"
     )
+    likelihood: bool = Field(
+        default=True, description="score how likely each model finds the given answers, beside what it says"
+    )
+    tofu: TofuSettings | None = Field(
+        default=None, description="TOFU's model utility and forget quality; default: none"
+    )
     refusal: str = Field(default="I don't know.", description="the constant refusal whose scores are the floor")
     refusal_patterns: tuple[str, ...] = Field(
         default=(), description="further regular expressions that count as a refusal"
@@ -106,6 +146,12 @@ class EvaluateSettings(Settings):
         if len(set(named)) < len(named):
             raise ValueError(f"{named} names an attack twice: once is enough")
         return attacks
+
+    @model_validator(mode="after")
+    def _tofu_is_made_of_likelihoods(self) -> EvaluateSettings:
+        if self.tofu is not None and not self.likelihood:
+            raise ValueError("tofu is made of likelihoods: set evaluate.likelihood: true, or leave evaluate.tofu out")
+        return self
 
 
 class AuditSettings(Settings):

@@ -9,7 +9,7 @@ averages probabilities ("arith").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,15 +73,15 @@ def truth_ratio_score(ratio_N: np.ndarray, expect: str) -> np.ndarray:
     return np.maximum(0, 1 - ratio_N)
 
 
-def model_utility(components: Mapping[str, float]) -> float:
+def model_utility(components: Iterable[float]) -> float:
     """TOFU's model utility: the harmonic mean of nine numbers, which are probability, ROUGE-L recall and truth ratio on the
     retain set, real authors and world facts; on the last two the probability is that of the right choice. 0 where one of
     them is 0. The interval resamples the items of each set. `tofu.model_utility` has the truth ratio `geo`,
     `tofu.model_utility/arith` the other.
 
-    The numbers are not negative.
+    `components` are not negative.
     """
-    values = np.array(list(components.values()), np.float64)
+    values = np.array(list(components), np.float64)
     return float(len(values) / np.sum(1 / values)) if (values > 0).all() else 0.0
 
 
