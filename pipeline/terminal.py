@@ -146,7 +146,6 @@ def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
 
 def attacks_table(results: dict[str, Any]) -> Table:
     """Attacks by rows, models by columns: what the worst variant per question brings back of the forget set, in points."""
-    kinds = list(results["attacks_work"])
     table = Table(
         title="Forget set under attack, in points: recall with the worst variant per question [95 % interval]",
         title_justify="left",
@@ -157,10 +156,14 @@ def attacks_table(results: dict[str, Any]) -> Table:
     table.add_column("works")
     for model in results["models"]:
         table.add_column(model, justify="right")
-    for kind in kinds:
-        keys = [key for key in next(iter(results["models"].values())) if key.startswith(f"attack.{kind}")]
-        of_forget = [key for key in keys if ".forget." in key and not key.endswith("picked")]
-        if of_forget:
-            cells = [interval(scores[of_forget[-1]]) for scores in results["models"].values()]
-            table.add_row(kind, "yes" if results["attacks_work"][kind]["works"] else "no", *cells)
+    first = next(iter(results["models"].values()))
+    for kind, work in results["attacks_work"].items():
+        begins = (
+            f"attack.{kind}.forget.leak@",
+            f"attack.{kind}.forget.mrr",
+            f"attack.{kind}_worst.forget.rougeL_recall",
+        )
+        if found := [key for key in first if key.startswith(begins)]:
+            cells = [interval(scores[found[-1]]) for scores in results["models"].values()]
+            table.add_row(kind, "yes" if work["works"] else "no", *cells)
     return table
