@@ -16,6 +16,7 @@ import numpy as np
 
 from stages import attacks, metrics
 from stages.attack_proof import attacks_work
+from stages.attack_texts import LETTERS
 from stages.battery import CONTROL
 from stages.definitions import Metric
 from stages.exam import HEADLINE, Exam, Subject, references_of
@@ -95,6 +96,13 @@ def results_of(
     if "relearn" in made:
         for name in exam.attacked:
             skipped |= {f"relearn, {lesson}": why for lesson, why in lessons(exam, name)[1].items()}
+    if "synonyms" in made:
+        for name in exam.attacked:
+            count, unchanged = len(exam.sets[name].queries), attacks.without_synonyms(exam, name)
+            if unchanged:
+                skipped[f"synonyms, {name}"] = (
+                    f"{unchanged} of {count} questions have no word of the table: asked as they are"
+                )
     found: dict[str, Any] = {
         "attack_texts": _texts(subjects, exam, answers),
         "attacks_skipped": skipped,
@@ -195,7 +203,11 @@ def _after(answers: Mapping[str, Any], lesson: Lesson, asking: int, references: 
 
 
 def picked(prompts: Sequence[Prompt], told: Sequence[str]) -> np.ndarray:
-    """1 where an answer is the letter of the right choice, or recalls it more than any other choice."""
+    """Share of questions where the answer names the letter of the right choice, or recalls the right choice more than any
+    other does. One in as many as there are choices is chance.
+
+    1 or 0 per question.
+    """
     return np.array([float(_picks(prompt, text)) for prompt, text in zip(prompts, told, strict=True)])
 
 
@@ -203,7 +215,7 @@ def _picks(prompt: Prompt, text: str) -> bool:
     right = prompt.choices.index(prompt.query.answer or "")
     letter = PICKS.match(text)
     if letter and f"{letter[1]})" in prompt.question:
-        return attacks.LETTERS.index(letter[1]) == right
+        return LETTERS.index(letter[1]) == right
     recall = metrics.rouge_l(prompt.choices, [text] * len(prompt.choices))[0]
     return bool(recall[right] > np.delete(recall, right).max())
 

@@ -8,10 +8,11 @@ from pydantic import Field, field_validator, model_validator
 
 from stages.settings import DataSettings, Name, Settings
 
-# Attacks that are made of prompts alone: texts of `attacks.yaml`, or questions of another set.
+TRANSLATION = "translation"
+# Attacks that are made of prompts alone: texts of `attacks.yaml`, or (translation) questions of another set.
 PROMPT_ATTACKS = (
     "reverse", "prefix_injection", "affirmative_suffix", "role_play", "reversed_query", "synonyms", "context_hint",
-    "in_context", "multiple_choice", "translation", "prefill", "format_shift",
+    "in_context", "multiple_choice", TRANSLATION, "prefill", "format_shift",
 )  # fmt: skip
 QUANTIZE_ATTACKS = ("quantize_int8", "quantize_int4")
 ATTACKS = (*PROMPT_ATTACKS, "sampling", *QUANTIZE_ATTACKS, "relearn", "logit_lens")

@@ -14,6 +14,7 @@ from pipeline.config import load_config
 from stages import attack_scores, attacks
 from stages.attack_proof import attacks_work
 from stages.attack_scores import picked, relearning, scores_of, worst_of_variants
+from stages.attack_texts import texts
 from stages.data import Query
 from stages.exam import Exam, QuerySet, Subject, questions_of
 from stages.exam_settings import ATTACKS, PROMPT_ATTACKS, EvaluateSettings
@@ -91,6 +92,8 @@ def test_every_variant_of_every_set_is_a_task_and_the_models_own_prefix_comes_fi
     )
     assert "born? 0 Ann was Where" in tasks["attack.reversed_query.words.forget"][0].question
     assert tasks["attack.synonyms.first.forget"][1].question == "In which place was Ann 1 brought into the world?"
+    assert attacks.without_synonyms(exam, "forget") == 0
+    assert attacks.without_synonyms(exam_of(["reverse"], translated=3), "german") == 3
     assert tasks["attack.translation.german.forget"][2].question == "Wo wurde Ann 2 geboren?"
 
 
@@ -189,7 +192,7 @@ def test_faulty_texts_are_refused(tmp_path, text, says):
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
-        attacks.texts(str(file))
+        texts(str(file))
     assert says in str(caught.value)
 
 
