@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate run bench-store bench-student bench-teacher clean-venv
+.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate run bench-store bench-student bench-teacher docs-metrics clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,9 @@ evaluate: $(STAMP) ## stage three
 
 run: $(STAMP) ## all three stages
 	@$(BIN)/duet run --config $(CONFIG) $(ARGS)
+
+docs-metrics: $(STAMP) ## write docs/metrics.md from the code's docstrings
+	@$(BIN)/python -m pipeline.metrics_page
 
 clean-venv: ## remove .venv
 	@rm -rf $(VENV)

@@ -64,9 +64,10 @@ def results_of(
 
     `given` is empty where likelihoods are not asked for; `reference` is that of TOFU's forget quality.
     """
-    models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
-    for name, of_sets in given.items():
-        models[name] |= _given_scores(name, of_sets, exam)
+    models = {
+        subject.name: _scores(subject.name, answers[subject.name], given.get(subject.name, {}), exam)
+        for subject in subjects
+    }
     aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
         "models": {
@@ -85,32 +86,30 @@ def results_of(
     }
 
 
-def _scores(answers: Mapping[str, Any], exam: Exam) -> dict[str, Score]:
+def _scores(model: str, answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
-        for metric, values in metrics.score_texts(references, answers[name], extra).items():
+        items = metrics.score_texts(references, answers[name], extra)
+        if name in given:
+            items |= _finite(score_given(given[name], query_set.expect), f"{model}, {name}")
+        for metric, values in items.items():
             scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
     scores |= attack_scores.scores_of(answers, exam)
     return scores
 
 
-def _given_scores(model: str, given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
-    """Scores of one model from the likelihoods of given answers, `<set>.<metric>`."""
-    scores = {}
-    for name, of_set in given.items():
-        references = references_of(exam.sets[name])
-        for metric, values in score_given(of_set, exam.sets[name].expect).items():
-            if not np.isfinite(values).all():
-                raise UserError(
-                    f"{model}: {metric} on {name} is not a number for {int((~np.isfinite(values)).sum())} answers: the "
-                    "model's logits are not finite",
-                    "its training has diverged: train it with a lower learning rate, or leave it out of the config",
-                )
-            scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=exam.settings.seed)
-    return scores
+def _finite(items: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """The scores as they are; refused where one is not a number."""
+    for metric, values in items.items():
+        if bad := int((~np.isfinite(values)).sum()):
+            raise UserError(
+                f"{where}: {metric} is not a number for {bad} answers: the model's logits are not finite",
+                "its training has diverged: train it with a lower learning rate, or leave it out of the config",
+            )
+    return items
 
 
 def _floors(exam: Exam) -> dict[str, dict[str, float]]:

@@ -87,6 +87,10 @@ class TofuSettings(Settings):
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> TofuSettings:
+        if self.forget is None and not self.utility_sets:
+            raise ValueError(
+                "it names no set: name those of the model utility or of the forget quality, or leave it out"
+            )
         if len(self.utility_sets) not in (0, 3):
             raise ValueError(
                 "the model utility is made of three sets: name retain, real_authors and world_facts, or none"
