@@ -295,6 +295,9 @@ def test_an_attack_works_only_where_it_brings_something_back():
     knows, hides, forgets, cannot = model(True, True), model(False, True), model(False, False), model(True, False)
     assert works(knows, hides) == {"reverse": True, "format_shift": True}
     assert works(cannot, forgets) == {"reverse": False, "format_shift": False}
+    for share, works_then in ((0.4, False), (0.6, True)):
+        some = hides | {"attack.reverse_worst.forget.rougeL_recall": attack_scores.score(np.full(4, share))}
+        assert works(knows, some)["reverse"] is works_then, "more than nothing, but is it half of what base knows?"
     assert attacks_work([BASE], exam, {"base": knows}, {})["reverse"]["on"] is None, "nobody to show it on"
     assert attacks_work([], exam, {}, {}) == {}
 
