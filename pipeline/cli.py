@@ -76,7 +76,8 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
     "--model", "models", multiple=True, metavar="[NAME=]PATH",
     help="Score this model, made elsewhere, instead of the students; can be repeated. Needs no stage before.",
 )  # fmt: skip
-def evaluate(models: tuple[str, ...], **asked: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Say what each attack will cost, and start nothing.")
+def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
     from pipeline import commands
     from pipeline.config import with_models
@@ -86,13 +87,13 @@ def evaluate(models: tuple[str, ...], **asked: Any) -> None:
     check_alone("evaluate", os.environ)
     request = Request(**asked)
     if not models:
-        commands.evaluate(request.load())
+        commands.evaluate(request.load(), dry_run)
     elif request.only or request.sweeps:
         raise UserError(
             "--model leaves the students out: --only and --sweep do nothing with it", "leave out one of them"
         )
     else:
-        commands.evaluate(with_models(request.load(), models), only_models=True)
+        commands.evaluate(with_models(request.load(), models), dry_run, only_models=True)
 
 
 @duet.command("audit-prefix")

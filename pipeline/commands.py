@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import out, outcome_lines, progress_bar, results_table, say, say_engine
+from pipeline.terminal import (
+    attacks_table,
+    costs_table,
+    out,
+    outcome_lines,
+    progress_bar,
+    results_table,
+    say,
+    say_engine,
+)
 from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
@@ -31,16 +41,17 @@ REPORT_NAME = "report.html"
 STAGES = ("teacher-logits", "distill", "evaluate")
 
 
-def evaluate(config: Config, only_models: bool = False) -> None:
+def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -> None:
     """Stage three: results.json, the table and the report.
 
-    `only_models` leaves out the run's students, and needs no stage before: base, teachers and `evaluate.models` are asked.
+    A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
+    base, teachers and `evaluate.models` are asked.
     """
     from pipeline.provenance import provenance, without_places
     from pipeline.report import write_report
+    from stages import battery, reading
     from stages import evaluate as stage
     from stages import given as of_given
-    from stages import reading
     from stages.harness import ask_harness
     from stages.tofu_run import read_reference
 
@@ -49,8 +60,13 @@ def evaluate(config: Config, only_models: bool = False) -> None:
     students = () if only_models else config.students
     subjects = _subjects(config, students)
     stores = {} if only_models else stores_of_run(config)
-    run_dir = claim_run_dir(config)
+    run_dir = None if dry_run else claim_run_dir(config)
     exam = exam_of(config)
+    costs = battery.costs(subjects, exam)
+    if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
+        out.print(costs_table(costs, len(subjects)))
+    if run_dir is None:
+        return
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
         readings = reading.read_all(subjects, exam, run_dir / "answers", bar.update, stop)
@@ -67,6 +83,7 @@ def evaluate(config: Config, only_models: bool = False) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
         **stage.results_of(subjects, exam, answers, given, reference, readings),
+        "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},
         "environment": environment(),
@@ -80,6 +97,8 @@ def evaluate(config: Config, only_models: bool = False) -> None:
         _write_tofu_logs(run_dir / "open-unlearning", exam, given, answers, results)
     write_report(results, run_dir / REPORT_NAME)
     out.print(results_table(results))
+    if len(costs) > 2:
+        out.print(attacks_table(results))
     for line in outcome_lines(results):
         say(line)
     say(f"results: {run_dir / RESULTS_NAME}")
@@ -157,8 +176,9 @@ def _subjects(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
 def exam_of(config: Config) -> Any:
     """What every model of the run is asked."""
     from stages.exam import Exam
-    from stages.models import pick_device
+    from stages.models import pick_device, resolve_model
 
+    control = config.evaluate.control_model
     return Exam(
         sets=_query_sets(config),
         topic=config.topic,
@@ -167,6 +187,7 @@ def exam_of(config: Config) -> Any:
         device=pick_device(config.device),
         trust_remote_code=config.teacher.trust_remote_code,
         further_topics={f"{request.name}.forget": request.topic for request in config.requests},
+        control=resolve_model(control, "evaluate.control_model") if control else None,
     )
 
 
@@ -196,8 +217,16 @@ def _query_sets(config: Config) -> dict[str, Any]:
     for name, settings in config.evaluate.sets.items():
         where = f"evaluate.sets.{name}"
         sets[name] = QuerySet(
-            load_queries(settings, where, need_answers=True), settings.expect, load_shots(settings, where)
+            load_queries(settings, where, need_answers=True),
+            settings.expect,
+            load_shots(settings, where),
+            settings.translates,
         )
+    for name, query_set in sets.items():
+        if query_set.translates is not None and query_set.translates not in sets:
+            raise UserError(
+                f"evaluate.sets.{name}.translates: no set {query_set.translates!r}", f"the sets are {', '.join(sets)}"
+            )
     order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
     return {name: sets[name] for name in order}
 

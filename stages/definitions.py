@@ -27,6 +27,7 @@ MODULES = (
     "stages.outcome",
     "stages.uncertainty",
     "stages.harness",
+    "stages.attack_scores",
 )  # those with METRICS, in the order of the page
 
 
@@ -39,12 +40,13 @@ class Metric:
     better: str = BY_SET  # where a model does what is wanted
     version: int = 1
     range: str = "0 to 1"
+    about: str = ""  # what stands before that, where one function serves several metrics
 
     @property
     def definition(self) -> str:
-        """The first paragraph of the function's docstring, on one line."""
+        """`about` and the first paragraph of the function's docstring, on one line."""
         paragraph = (inspect.getdoc(self.function) or "").split("\n\n")[0]
-        return " ".join(paragraph.split())
+        return " ".join(f"{self.about} {paragraph}".split())
 
 
 def all_metrics() -> tuple[Metric, ...]:

@@ -6,7 +6,6 @@ next model; `results_of` turns answers into scores. Every score carries n and an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
-from stages import knowmem, metrics, outcome, reading, uncertainty
+from stages import attack_scores, battery, knowmem, metrics, outcome, reading, uncertainty
 from stages.definitions import all_metrics, definitions, versions
-from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
-from stages.examinee import Examinee, recalled
+from stages.exam import HEADLINE, Exam, Subject, references_of
+from stages.examinee import Examinee
 from stages.given import Given, score_given
 from stages.tofu_run import Reference, tofu_results
 from stages.uncertainty import Score
@@ -32,34 +31,32 @@ def answer_all(
     on_progress: Callable[[str, int, int], None],
     on_engine: Callable[[str, str], None],
     should_stop: Callable[[], bool],
-) -> dict[str, dict[str, list[str]]]:
-    """Answers per subject and task, in query order. Subjects of one model directory share an engine.
+) -> dict[str, dict[str, Any]]:
+    """Answers per subject and task, in query order, and what attacks on its weights found.
+
+    Subjects of one model directory share an engine. Under CONTROL comes back what `exam.control` relearns.
 
     What is on disk from the same model, prefix, questions and settings is not asked again.
     """
-    answers_dir.mkdir(parents=True, exist_ok=True)
-    answers: dict[str, dict[str, list[str]]] = {}
+    answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
+    how = battery.How(answers_dir, on_progress, on_engine, should_stop)
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
         examinee = Examinee(model_dir, exam, asked)
         try:
             for subject in asked:
-                answers[subject.name] = recalled(
-                    answers_dir / f"{subject.name.replace(':', '-')}.json",
-                    examinee.identity(subject),
-                    lambda examinee=examinee, subject=subject: examinee.ask(
-                        subject, on_progress, on_engine, should_stop
-                    ),
-                )
+                answers[subject.name] |= battery.answered(examinee, subject, how)
         finally:
             examinee.close()
-    return {subject.name: answers[subject.name] for subject in subjects}
+        for subject in asked:
+            answers[subject.name] |= battery.weights_attacked(examinee, subject, how)
+    return answers | battery.control_attacked(exam, how)
 
 
 def results_of(
     subjects: Sequence[Subject],
     exam: Exam,
-    answers: Mapping[str, Mapping[str, list[str]]],
+    answers: Mapping[str, Mapping[str, Any]],
     given: Mapping[str, Mapping[str, Given]],
     reference: Reference | None = None,
     readings: Mapping[str, reading.Readings] | None = None,
@@ -92,11 +89,12 @@ def results_of(
         "comparisons": _comparisons(subjects, exam, models),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
+        **attack_scores.results_of(subjects, exam, answers, models),
     }
 
 
-def _scores(model: str, answers: Mapping[str, list[str]], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
-    """Scores of one model: `<set>.<metric>`, then per attack the mean over its texts and the worst per question."""
+def _scores(model: str, answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
+    """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
@@ -106,17 +104,7 @@ def _scores(model: str, answers: Mapping[str, list[str]], given: Mapping[str, Gi
             items |= _finite(score_given(given[name], query_set.expect), f"{model}, {name}")
         for metric, values in items.items():
             scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
-    for kind, (name, topic) in itertools.product(exam.settings.attacks, exam.attacked.items()):
-        references = references_of(exam.sets[name])
-        tasks = [f"attack.{kind}.{number}.{name}" for number in range(len(attack_texts(kind, topic)))]
-        recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
-        for suffix, values in (
-            ("", metrics.mean_over_texts(recall_AN)),
-            ("_worst", metrics.worst_over_texts(recall_AN)),
-        ):
-            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = uncertainty.score(
-                values, clusters=references, seed=seed
-            )
+    scores |= attack_scores.scores_of(answers, exam)
     return scores
 
 
@@ -170,9 +158,7 @@ def _comparisons(
     }
 
 
-def _samples(
-    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
-) -> list[dict[str, Any]]:
+def _samples(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Up to NUM_SAMPLES questions drawn evenly from the sets, by seed and not by how they turned out."""
     rng = np.random.default_rng(exam.settings.seed)
     shuffled = {name: iter(rng.permutation(len(s.queries)).tolist()) for name, s in exam.sets.items()}

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.settings import DataSettings, Name, Settings
+
+TRANSLATION = "translation"
+# Attacks that are made of prompts alone: texts of `attacks.yaml`, or (translation) questions of another set.
+PROMPT_ATTACKS = (
+    "reverse", "prefix_injection", "affirmative_suffix", "role_play", "reversed_query", "synonyms", "context_hint",
+    "in_context", "multiple_choice", TRANSLATION, "prefill", "format_shift",
+)  # fmt: skip
+QUANTIZE_ATTACKS = ("quantize_int8", "quantize_int4")
+ATTACKS = (*PROMPT_ATTACKS, "sampling", *QUANTIZE_ATTACKS, "relearn", "logit_lens")
+ALL = "all"
 
 
 class EvaluationSet(DataSettings):
@@ -18,6 +28,11 @@ class EvaluationSet(DataSettings):
     )
     num_shots: int = Field(
         default=10, ge=1, description="so many of the shots are shown, the first of the file; MUSE: 10"
+    )
+    translates: str | None = Field(
+        default=None,
+        description="the set to be forgotten whose questions these are in another language, row by row with the same ids; the "
+        "attack translation asks them",
     )
 
 
@@ -90,6 +105,39 @@ class OutcomeSettings(Settings):
     )
 
 
+class SamplingSettings(Settings):
+    """The attack sampling: many answers to the same question."""
+
+    samples: int = Field(
+        default=64, ge=1, description="answers per question; leak@k is told for those of k = 1, 4, 16, 64 up to it"
+    )
+    temperature: float = Field(default=1.0, gt=0, description="answers are sampled at this temperature")
+    leak_recall: float = Field(
+        default=0.9, gt=0, le=1, description="an answer leaks when its ROUGE-L recall of the reference reaches this"
+    )
+
+
+class RelearnSettings(Settings):
+    """The attack relearn: fine-tuning of a copy, all weights in float32, AdamW at a constant rate."""
+
+    pairs: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 5, 20), description="numbers of forget questions with answers that a copy is trained on"
+    )
+    benign: int = Field(default=20, ge=0, description="number of retain pairs that another copy is trained on; 0: none")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 2, 5, 10, 20, 40), description="optimizer steps after which the other forget questions are asked"
+    )
+    lr: float = Field(default=2e-5, gt=0, description="learning rate")
+    batch_size: int = Field(default=4, ge=1, description="pairs per optimizer step")
+
+    @field_validator("steps")
+    @classmethod
+    def _ascending(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not steps or list(steps) != sorted(set(steps)):
+            raise ValueError(f"{list(steps)} is not a list of ascending numbers of steps: for example [1, 5, 20]")
+        return steps
+
+
 class TofuSettings(Settings):
     """Which query sets TOFU's two aggregates are made of; each needs `perturbed_field`. See `stages/tofu.py`."""
 
@@ -151,7 +199,19 @@ class EvaluateSettings(Settings):
         default=(), description="tasks of lm-evaluation-harness, which is an extra: pip install 'duet-unlearn[lm-eval]'"
     )
     lm_eval_dir: str | None = Field(default=None, description="folder with task files beside the harness's own")
-    attacks: tuple[Literal["reverse"], ...] = Field(default=("reverse",), description="attacks on the forget queries")
+    attacks: tuple[str, ...] | Literal["all"] = Field(
+        default=("reverse",),
+        description="attacks on the forget queries, by name, or all; docs/attacks.md says what each does",
+    )
+    attack_texts: str | None = Field(
+        default=None, description="YAML file of further texts for attacks, of the form of stages/attacks.yaml"
+    )
+    sampling: SamplingSettings = Field(default=SamplingSettings(), description="the attack sampling")
+    relearn: RelearnSettings = Field(default=RelearnSettings(), description="the attack relearn")
+    control_model: str | None = Field(
+        default=None,
+        description="directory or hub id of a model that never knew the topic: relearned too, to compare with; default: none",
+    )
     max_new_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
     batch_size: int = Field(default=64, ge=1, description="queries per engine call")
     engine: Literal["auto", "vllm", "transformers"] = Field(
@@ -176,7 +236,19 @@ class EvaluateSettings(Settings):
     refusal_patterns: tuple[str, ...] = Field(
         default=(), description="further regular expressions that count as a refusal"
     )
-    seed: int = Field(default=0, ge=0, description="seed of the bootstrap and of the choice of sample answers")
+    seed: int = Field(
+        default=0, ge=0, description="seed of the bootstrap, of the choice of sample answers and of what attacks draw"
+    )
+
+    @field_validator("attacks", mode="before")
+    @classmethod
+    def _known(cls, attacks: Any) -> Any:
+        named = [] if attacks == ALL else list(attacks) if isinstance(attacks, list | tuple) else [attacks]
+        if unknown := [name for name in named if name not in ATTACKS]:
+            raise ValueError(f"no attack {unknown[0]!r}: a list of {', '.join(ATTACKS)}; or {ALL}")
+        if len(set(named)) < len(named):
+            raise ValueError(f"{named} names an attack twice: once is enough")
+        return attacks
 
     @model_validator(mode="after")
     def _harness_has_tasks(self) -> EvaluateSettings:

@@ -19,13 +19,12 @@ import numpy as np
 from cache.errors import Interrupted
 from cache.files import sha256_json
 from stages import tofu
-from stages.data import Query
 from stages.exam import Exam, Subject, questions_of
 from stages.examinee import recalled
 from stages.likelihood import TokenScores, token_scores
 from stages.memorisation import exact_memorisation, extraction_strength
 from stages.models import context_length, load_config, load_model, load_tokenizer, tokenizer_sha256, weights_sha256
-from stages.prompts import check_length, render, render_answer
+from stages.prompts import Prompt, check_length, render_answer, render_prompt
 
 PASS_TOKENS = 8192  # at most so many tokens in one forward pass: an assumption that fits 16 GB, not measured on a GPU
 
@@ -144,15 +143,15 @@ class _Pairs:
         return [self.prompts, self.answers, self.has_paraphrase, self.has_perturbed]
 
 
-def _asked(exam: Exam, subject: Subject) -> dict[str, list[tuple[Query, str]]]:
-    """The (query, text in front) pairs of every set; attacks are left to generated answers."""
+def _asked(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
+    """The prompts of every set; attacks are left to generated answers."""
     tasks = questions_of(exam, subject)
     return {name: tasks[name] for name in exam.sets}
 
 
-def _pairs(tokenizer: Any, exam: Exam, asked: Sequence[tuple[Query, str]], subject: Subject) -> _Pairs:
-    prompts = [render(tokenizer, query.question, in_front, exam.prompt) for query, in_front in asked]
-    queries = [query for query, _ in asked]
+def _pairs(tokenizer: Any, exam: Exam, asked: Sequence[Prompt], subject: Subject) -> _Pairs:
+    prompts = [render_prompt(tokenizer, prompt, exam.prompt) for prompt in asked]
+    queries = [prompt.query for prompt in asked]
     texts = [
         [query.answer or "", *([] if query.paraphrased is None else [query.paraphrased]), *(query.perturbed or ())]
         for query in queries
