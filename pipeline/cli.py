@@ -173,6 +173,20 @@ def verify_evidence(out: str) -> None:
     evidence.verify(out)
 
 
+@duet.command()
+@_experiment
+@click.option("--jobs", type=click.IntRange(min=1), help="Methods at a time; default: the number of GPUs, else 2.")
+@click.option("--part", hidden=True)
+def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
+    """DUET against other unlearning methods: same data, same budget, one table."""
+    from pipeline.compare import compare as compare_methods
+    from pipeline.processes import check_alone
+    from pipeline.sweep import Request
+
+    check_alone("compare", os.environ)
+    return compare_methods(Request(**asked), jobs, part)
+
+
 @duet.group("cache")
 def cache_group() -> None:
     """Look into stores of teacher logits, and after them."""

@@ -58,7 +58,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     stop = StopSignal()
     reference = read_reference(config.evaluate.tofu)
     students = () if only_models else config.students
-    subjects = _subjects(config, students)
+    subjects = subjects_of(config, students)
     stores = {} if only_models else stores_of_run(config)
     run_dir = None if dry_run else claim_run_dir(config)
     exam = exam_of(config)
@@ -84,7 +84,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
         **stage.results_of(subjects, exam, answers, given, reference, readings),
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
-        "teacher_stores": {name: _store_summary(place) for name, place in stores.items()},
+        "teacher_stores": {name: store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},
         "environment": environment(),
         "provenance": provenance(config, subjects, exam),
@@ -137,7 +137,7 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
         say(f"kept the earlier {what}: {kept}")
 
 
-def _subjects(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
+def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
     """Base, teachers, then students, each teacher and student after its own base where that is another model; then models
     that were made elsewhere, measured against the run's base."""
     from stages.exam import Subject
@@ -231,7 +231,7 @@ def _query_sets(config: Config) -> dict[str, Any]:
     return {name: sets[name] for name in order}
 
 
-def _store_summary(place: Place) -> dict[str, Any]:
+def store_summary(place: Place) -> dict[str, Any]:
     manifest = read_manifest(place)
     return {
         "fingerprint": manifest.fingerprint,

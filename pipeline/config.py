@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cache.errors import UserError
 from cache.places import Place, check_url, is_url, place_of
 from cache.record import SUBSETS
+from stages.baseline_settings import CompareSettings
 from stages.exam_settings import AuditSettings, EvaluateSettings
 from stages.settings import (
     ONE_FOR_ALL,
@@ -33,7 +34,8 @@ from stages.settings import (
     teacher_weights,
 )
 
-TAKEN_NAMES = ("teacher", "answers", "likelihoods", "audit")  # folders of the run directory that are no students
+# folders of the run directory that are no students
+TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare")
 
 
 class Config(Settings):
@@ -60,6 +62,7 @@ class Config(Settings):
     students: tuple[StudentSettings, ...] = Field(min_length=1, description="the students, trained one after the other")
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="stage three")
     audit: AuditSettings = Field(default=AuditSettings(), description="the audit of prefixes before stage one")
+    compare: CompareSettings = Field(default=CompareSettings(), description="DUET against other methods")
 
     @property
     def run_dir(self) -> Path:

@@ -12,12 +12,12 @@ from cache.manifest import Manifest, read_manifest
 from cache.places import Place
 from pipeline.capture import store_line, stores_of_run
 from pipeline.commands import model_name, start_model
-from pipeline.comparison import compare
 from pipeline.config import Config
 from pipeline.hub import push
 from pipeline.jobs import THIS_PROGRAM, last_line, places, run_jobs, visible_gpus
 from pipeline.processes import Launch, check_launcher, launched
 from pipeline.run import StopSignal, claim_run_dir
+from pipeline.students_page import write_students_page
 from pipeline.sweep import Request
 from pipeline.terminal import be_silent, loss_in_words, progress_bar, progress_note, say
 from pipeline.trackers import check_trackers, tracking
@@ -65,7 +65,7 @@ def distill(request: Request, num_jobs: int | None, child: bool = False) -> int:
         except FirstFailed:
             return FIRST_FAILED
     if launch.first and not child:
-        compare(config)
+        write_students_page(config)
         for student in config.students:
             if student.push_to_hub and _is_done(config, student):
                 push(student.name, config.run_dir / student.name, student.push_to_hub)

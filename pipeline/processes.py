@@ -23,6 +23,7 @@ _WITHOUT_TORCHRUN = {
     "teacher-logits": "start it as often as you like without torchrun: its workers share the store's shards",
     "audit-prefix": "call it once, without torchrun",
     "evaluate": "call it once, without torchrun",
+    "compare": "call it once, without torchrun",
     "run": "call the stages one by one, and only `duet distill` through torchrun",
 }
 

@@ -46,7 +46,7 @@ NAMED_LISTS = (("students",), ("teachers",), ("requests",))  # whose entries hav
 def claim_run_dir(config: Config) -> Path:
     """Make the run's directory, or check that it is this run's.
 
-    Students may be added or not named, and the evaluation may differ (its earlier results are kept); nothing else may.
+    Students may be added or not named, and evaluation and comparison may differ (earlier results are kept); nothing else may.
     config.yaml then holds this config with all students of the run.
     """
     run_dir = config.run_dir
@@ -82,7 +82,7 @@ def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:
 def _is_free(key: tuple[str, ...]) -> bool:
     own = key[2:] if key[0] == "students" else key  # students.<name>.train.… is as free as train.…
     own = ("teacher", *key[2:]) if key[0] == "teachers" else own  # and teachers.<name>.… as teacher.…
-    return key[0] in ("evaluate", "audit") or own in _FREE or key[-1] in _OF_EVALUATION
+    return key[0] in ("evaluate", "audit", "compare") or own in _FREE or key[-1] in _OF_EVALUATION
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Any:

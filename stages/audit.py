@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import Interrupted, UserError
+from cache.errors import Interrupted
 from cache.files import sha256_json
 from stages.definitions import all_metrics, definitions
-from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of
+from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
 from stages.exam_settings import AuditSettings
 from stages.examinee import Examinee, recalled
 from stages.prefixes import NO_PREFIX, Candidate, variations
@@ -143,25 +143,9 @@ def _keys(plan: Audit, examinee: Examinee, subjects: Sequence[Subject]) -> dict[
 
 
 def split(exam: Exam, settings: AuditSettings) -> tuple[Part, Part]:
-    """Numbers of the queries to choose on, and of those held out, by set. Queries with the same answer stay together, in all
-    sets: a paraphrase would otherwise tell of the question that is held out.
-    """
-    rng = np.random.default_rng(settings.seed)
-    chosen: dict[str, bool] = {}
-    for query_set in exam.sets.values():
-        new = [answer for answer in dict.fromkeys(references_of(query_set)) if answer not in chosen]
-        order = rng.permutation(len(new)).tolist()
-        chosen |= {new[i]: rank < round(settings.choosing_share * len(new)) for rank, i in enumerate(order)}
-    parts: list[dict[str, list[int]]] = [{}, {}]
-    for name, query_set in exam.sets.items():
-        for part, wanted in zip(parts, (True, False), strict=True):
-            part[name] = [i for i, answer in enumerate(references_of(query_set)) if chosen[answer] is wanted]
-            if not part[name]:
-                raise UserError(
-                    f"--search: the {len(query_set.queries)} questions of {name} cannot be split in two by their answers",
-                    "ask more (audit.rows), move audit.choosing_share towards 0.5, or audit without --search",
-                )
-    return parts[0], parts[1]
+    """Numbers of the queries to choose on, and of those held out, by set."""
+    hint = "ask more (audit.rows), move audit.choosing_share towards 0.5, or audit without --search"
+    return split_by_answer(exam, settings.choosing_share, settings.seed, "--search", hint)
 
 
 def _results(plan: Audit, ask: _Asking, candidates: list[Candidate], choosing: Part, shown: Part) -> dict[str, Any]:

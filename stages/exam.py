@@ -5,10 +5,13 @@ Data only: `examinee.py` puts the questions to a model, `evaluate.py` scores wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
+from cache.errors import UserError
 from stages import attacks
 from stages.data import Query
 from stages.exam_settings import EvaluateSettings
@@ -84,3 +87,35 @@ def questions_of(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
 def references_of(query_set: QuerySet) -> list[str]:
     """The set's reference answers; a bootstrap draws queries with the same one together."""
     return [query.answer or "" for query in query_set.queries]
+
+
+def split_by_answer(
+    exam: Exam, share: float, seed: int, what: str, hint: str
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Numbers of the queries of a `share` of each set, drawn by the seed, and of the others.
+
+    Queries with the same answer stay together, in all sets: a paraphrase would otherwise tell of the question that is held
+    out. `what` wants the split; where a set cannot be split, a UserError says so with this hint.
+    """
+    rng = np.random.default_rng(seed)
+    chosen: dict[str, bool] = {}
+    for query_set in exam.sets.values():
+        new = [answer for answer in dict.fromkeys(references_of(query_set)) if answer not in chosen]
+        order = rng.permutation(len(new)).tolist()
+        chosen |= {new[i]: rank < round(share * len(new)) for rank, i in enumerate(order)}
+    parts: list[dict[str, list[int]]] = [{}, {}]
+    for name, query_set in exam.sets.items():
+        for part, wanted in zip(parts, (True, False), strict=True):
+            part[name] = [i for i, answer in enumerate(references_of(query_set)) if chosen[answer] is wanted]
+            if not part[name]:
+                count = len(query_set.queries)
+                raise UserError(
+                    f"{what}: the {count} questions of {name} cannot be split in two by their answers", hint
+                )
+    return parts[0], parts[1]
+
+
+def part_of(exam: Exam, part: Mapping[str, Sequence[int]]) -> Exam:
+    """The exam with these queries of each set."""
+    sets = {name: QuerySet([s.queries[i] for i in part[name]], s.expect) for name, s in exam.sets.items()}
+    return replace(exam, sets=sets)

@@ -89,7 +89,7 @@ def student_at(
     is the caller's.
     """
     if not head.gathered:
-        logits_NV = _own_logits(model, batch).float()
+        logits_NV = logits_at(model, batch).float()
         return Seen(
             logits_NV.gather(1, ids_NK),
             logits_NV.logsumexp(-1) if want_logsumexp else None,
@@ -110,7 +110,7 @@ def student_at(
     return Seen(_forward(model, batch, at_rows).float(), logsumexp_N, top1_N)
 
 
-def _own_logits(model: Any, batch: AlignedBatch) -> torch.Tensor:
+def logits_at(model: Any, batch: AlignedBatch) -> torch.Tensor:
     """The model's own logits [N, V] at the supervised rows."""
     own = getattr(model.get_output_embeddings(), "forward", None)
     return _forward(model, batch, lambda _, hidden_ND: own(hidden_ND[None]) if own else hidden_ND)
@@ -177,7 +177,7 @@ def _try_out(model: Any, device: torch.device) -> tuple[float, float]:
     )
     handle = module.register_forward_pre_hook(random_hidden)
     try:
-        own_NV = _own_logits(model, batch).float()
+        own_NV = logits_at(model, batch).float()
         width, num_ids = own_NV.shape[1], math.ceil(own_NV.shape[1] / PROBE_ROWS)
         ids_NK = (torch.randperm(PROBE_ROWS * num_ids, generator=draw) % width).view(PROBE_ROWS, num_ids).to(device)
         ours_NK, logsumexp_N, _ = student_at(model, Head(True, ""), batch, ids_NK, want_logsumexp=True)

@@ -157,7 +157,7 @@ class Student:
     ) -> Student:
         """Load a model that is called `name`, try its head out, and spread it over the processes."""
         spread = processes.rank.world > 1 and settings.parallel == "fsdp"
-        dtype = _forward_dtype(settings, processes.device)
+        dtype = forward_dtype_of(settings, processes.device)
 
         def load() -> Any:
             return load_trainable(model_dir, name, settings, torch.float32, trust_remote_code, uniform=True)
@@ -167,11 +167,11 @@ class Student:
         parameters = list(model.parameters())
         counts = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
         rounded = counts[0] != counts[1] and dtype != torch.float32
-        with _autocast(settings, processes.device):
+        with autocast(settings, processes.device):
             head = Head.of(model)
         forward = Forward(model, head, LOSSES[loss].needs_logsumexp)
         module = processes.spread(forward, list(decoder_layers(model)) if spread else [], settings.parallel)
-        optimizer = _optimizer(list(trained(model).values()), settings)
+        optimizer = optimizer_of(list(trained(model).values()), settings)
         loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)
         return Student(
             settings, processes, model, head, module, optimizer, loss_fn, *counts, load if spread or rounded else None
@@ -195,7 +195,7 @@ class Student:
         return loss_N, top1_N
 
     def _looked(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with _autocast(self.settings, self.processes.device):
+        with autocast(self.settings, self.processes.device):
             seen = self.module(one)
         return self.loss(TopK(seen.logits_NK, seen.logsumexp_N, one.teacher.mask_NK), one.teacher), seen.top1_N
 
@@ -213,19 +213,19 @@ class Student:
         return model
 
 
-def _forward_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+def forward_dtype_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
     """bfloat16 where asked for, or on "auto" where a GPU has it."""
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
     return torch.bfloat16 if wanted else torch.float32
 
 
-def _autocast(settings: TrainSettings, device: torch.device) -> Any:
-    dtype = _forward_dtype(settings, device)
+def autocast(settings: TrainSettings, device: torch.device) -> Any:
+    dtype = forward_dtype_of(settings, device)
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def optimizer_of(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     try:

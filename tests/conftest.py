@@ -180,6 +180,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return Demo(tree, done.stdout, time.monotonic() - started)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What looks at the demo's run comes first, as it takes longest, and in one process; so do the tests of each other file."""
 

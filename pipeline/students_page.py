@@ -28,7 +28,7 @@ COLUMNS = (
 Summary = Mapping[str, Any]  # what training.json holds, and `start`
 
 
-def compare(config: Config) -> None:
+def write_students_page(config: Config) -> None:
     """Print the config's students that are done, and write the page and the numbers of all that are done in the run."""
     students = finished_students(config.run_dir)
     if not students:

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_report import HOSTILE, Page
 
 from pipeline.charts import Dot, colours, scatter
-from pipeline.comparison import cells, render, students_table
+from pipeline.students_page import cells, render, students_table
 from pipeline.terminal import progress_note
 
 
