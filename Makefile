@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate run bench-store bench-student bench-teacher docs-metrics clean-venv
+.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher docs-metrics clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ distill: $(STAMP) ## stage two
 
 evaluate: $(STAMP) ## stage three
 	@$(BIN)/duet evaluate --config $(CONFIG) $(ARGS)
+
+compare: $(STAMP) ## DUET against other unlearning methods; minutes on the lab, under half an hour on TOFU
+	@$(BIN)/duet compare --config $(CONFIG) $(ARGS)
 
 run: $(STAMP) ## all three stages
 	@$(BIN)/duet run --config $(CONFIG) $(ARGS)
