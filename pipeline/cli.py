@@ -72,14 +72,28 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
 @duet.command()
 @_experiment
 @_students
-def evaluate(**asked: Any) -> None:
+@click.option(
+    "--model", "models", multiple=True, metavar="[NAME=]PATH",
+    help="Score this model, made elsewhere, instead of the students; can be repeated. Needs no stage before.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what each attack will cost, and start nothing.")
+def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
     from pipeline import commands
+    from pipeline.config import with_models
     from pipeline.processes import check_alone
     from pipeline.sweep import Request
 
     check_alone("evaluate", os.environ)
-    commands.evaluate(Request(**asked).load())
+    request = Request(**asked)
+    if not models:
+        commands.evaluate(request.load(), dry_run)
+    elif request.only or request.sweeps:
+        raise UserError(
+            "--model leaves the students out: --only and --sweep do nothing with it", "leave out one of them"
+        )
+    else:
+        commands.evaluate(with_models(request.load(), models), dry_run, only_models=True)
 
 
 @duet.command("audit-prefix")

@@ -53,7 +53,9 @@ def _seeds(config: Config) -> dict[str, int]:
 def without_places(settings: Any, key: str = "") -> Any:
     """Settings as plain data in which a place with an absolute path is its last name: where it lies is nobody's business."""
     if isinstance(settings, Mapping):
-        return {name: without_places(value, str(name)) for name, value in settings.items()}
+        return {
+            name: without_places(value, "model" if key == "models" else str(name)) for name, value in settings.items()
+        }
     if isinstance(settings, list | tuple):
         return [without_places(value, key) for value in settings]
     is_place = key in PLACES or key.endswith(("_dir", "_path"))

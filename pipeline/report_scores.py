@@ -19,7 +19,8 @@ from pipeline.results import (
 )
 
 GOOD_VERDICT = "suppressed under these tests"
-BAD_VERDICTS = ("not unlearned", "damaged", "broken")
+FLOORS = ("refusal", "echo", "chance")  # of a text score the first two, of a choice the last
+BAD_VERDICTS = ("not unlearned", "damaged", "suppressed until attacked", "broken")
 
 
 def summary(numbers: Numbers) -> str:
@@ -202,12 +203,16 @@ def all_scores(numbers: Numbers) -> str:
         name, metric = set_and_metric(numbers, metric_id)
         if name != group:
             group = name
-            rows.append(f'<tr class="set"><th scope="rowgroup" colspan="{len(models) + 3}">{escape(name)}</th></tr>')
+            rows.append(
+                f'<tr class="set"><th scope="rowgroup" colspan="{len(models) + 1 + len(FLOORS)}">{escape(name)}</th></tr>'
+            )
         form = "score" if is_share(numbers, metric_id) else "score-plain"
         cells = [numbers.cell(form, "models", model, metric_id) for model in models]
-        floors: Any = [numbers.cell("points", "floors", metric_id, floor) for floor in ("refusal", "echo")]
-        rows.append(row(metric, [*cells, *(floors if numbers.at("floors", metric_id) else ["<td></td>"] * 2)]))
-    heads = ["metric", *map(escape, models), "floor:<br>refusal", "floor:<br>echo"]
+        floors: Any = [numbers.cell("points", "floors", metric_id, floor) for floor in FLOORS]
+        rows.append(
+            row(metric, [*cells, *(floors if numbers.at("floors", metric_id) else ["<td></td>"] * len(FLOORS))])
+        )
+    heads = ["metric", *map(escape, models), *(f"floor:<br>{floor}" for floor in FLOORS)]
     caption = "Shares in points [95 % interval], n questions; other numbers as they are."
     body = legend(colours(list(models))) + folded("All metrics of all models", table(caption, heads, rows))
     return section("all-scores", "Every score", body)

@@ -16,7 +16,7 @@ import numpy as np
 
 from cache.errors import Interrupted, UserError
 from cache.files import sha256_json
-from stages import metrics
+from stages.definitions import all_metrics, definitions
 from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of
 from stages.exam_settings import AuditSettings
 from stages.examinee import Examinee, recalled
@@ -199,7 +199,8 @@ def _results(plan: Audit, ask: _Asking, candidates: list[Candidate], choosing: P
         "sets": {name: {"n": len(shown[name]), "expect": s.expect} for name, s in plan.exam.sets.items()},
         "candidates": [{"rank": rank, **row} for rank, row in enumerate(ranked, start=1)],
         "verdicts": verdicts,
-        "definitions": DEFINITIONS | {name: metrics.DEFINITIONS[name] for name in (HEADLINE, "refusal_rate", "ci95")},
+        "definitions": DEFINITIONS
+        | definitions(m for m in all_metrics() if m.id in (HEADLINE, "refusal_rate", "ci95")),
     }
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
-from stages import metrics
+from stages import metrics, uncertainty
 from stages.exam import HEADLINE, Exam, references_of
 from stages.exam_settings import AuditSettings
+from stages.uncertainty import Score
 
 FIRST_OF = "retain"  # the set whose first response position is compared
 PASSES, UNCLEAR, FAILS = "passes", "unclear", "fails"
@@ -56,7 +57,7 @@ class Said:
 class Judgement:
     """One candidate on one part of the questions."""
 
-    scores: dict[str, metrics.Score]
+    scores: dict[str, Score]
     score: float  # what ranks, 0..2
     verdict: str
     reason: str
@@ -84,7 +85,7 @@ def judge(
             values |= {metric: after[metric] for metric in (HEADLINE, "refusal_rate")}
             values["fall"] = before[HEADLINE] - after[HEADLINE]
         of_set = {
-            metric: metrics.score(items, clusters=refs, seed=exam.settings.seed) for metric, items in values.items()
+            metric: uncertainty.score(items, clusters=refs, seed=exam.settings.seed) for metric, items in values.items()
         }
         scores |= {f"{name}.{metric}": score for metric, score in of_set.items()}
         shares[name] = (of_set[query_set.expect], float(before[HEADLINE].mean()))
@@ -99,20 +100,25 @@ def _pick(items: Sequence[Any], rows: Sequence[int]) -> list[Any]:
 
 
 def _share(before: np.ndarray, after: np.ndarray, expect: str, name: str) -> np.ndarray:
-    """Per question, values whose mean is the share forgotten or kept: r + (after - r * before) / mean(before), with r the
-    ratio of the means, is the linearised ratio (Taylor; Cochran 1977, chapter 6); forgotten is one less that.
-    """
+    """Per question, values whose mean is the share forgotten or kept: the linearised ratio, or one less that."""
     if not before.any():
         raise UserError(
             f"the base model's ROUGE-L recall on {name} is 0: nothing there can be forgotten or kept",
             "check the answers of that set, or leave it out",
         )
-    ratio = after.mean() / before.mean()
-    kept = ratio + (after - ratio * before) / before.mean()
+    kept = linearised_ratio(before, after)
     return kept if expect == "kept" else 1 - kept
 
 
-def _first_position(said: Said, base: Said, exam: Exam, rows: Sequence[int]) -> dict[str, metrics.Score]:
+def linearised_ratio(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Per item, values whose mean is mean(after) / mean(before) and whose spread is that of the ratio: r + (after - r *
+    before) / mean(before), with r the ratio of the means (Taylor; Cochran 1977, chapter 6). `before` must not average 0.
+    """
+    ratio = after.mean() / before.mean()
+    return ratio + (after - ratio * before) / before.mean()
+
+
+def _first_position(said: Said, base: Said, exam: Exam, rows: Sequence[int]) -> dict[str, Score]:
     """Overlap and drift at the first position (see DEFINITIONS); the drift is absent where no row has a common id."""
     refs = references_of(exam.sets[FIRST_OF])
     seed = exam.settings.seed
@@ -121,14 +127,14 @@ def _first_position(said: Said, base: Said, exam: Exam, rows: Sequence[int]) -> 
         for i in rows
     ]
     scores = {
-        f"{FIRST_OF}.topk_overlap": metrics.score(
+        f"{FIRST_OF}.topk_overlap": uncertainty.score(
             np.array([overlap for overlap, _ in pairs]), clusters=_pick(refs, rows), seed=seed
         )
     }
     drifts = [(drift, refs[i]) for (_, drift), i in zip(pairs, rows, strict=True) if drift is not None]
     if drifts:
         values, clusters = zip(*drifts, strict=True)
-        scores[f"{FIRST_OF}.offset_drift"] = metrics.score(np.array(values), clusters=clusters, seed=seed)
+        scores[f"{FIRST_OF}.offset_drift"] = uncertainty.score(np.array(values), clusters=clusters, seed=seed)
     return scores
 
 
@@ -141,14 +147,14 @@ def first_position(
     return overlap, float(np.mean(logits_K[of_other] - base_logits_K[of_base])) if len(of_base) else None
 
 
-def _worst(shares: Mapping[str, tuple[metrics.Score, float]], exam: Exam, expect: str) -> tuple[str, float]:
+def _worst(shares: Mapping[str, tuple[Score, float]], exam: Exam, expect: str) -> tuple[str, float]:
     """The set of that expectation with the lowest lower end of its share, and that end, within 0..1."""
     ends = {name: score.ci95[0] for name, (score, _) in shares.items() if exam.sets[name].expect == expect}
     name = min(ends, key=lambda name: ends[name])
     return name, min(max(ends[name], 0.0), 1.0)
 
 
-def _verdict(shares: Mapping[str, tuple[metrics.Score, float]], exam: Exam, settings: AuditSettings) -> tuple[str, str]:
+def _verdict(shares: Mapping[str, tuple[Score, float]], exam: Exam, settings: AuditSettings) -> tuple[str, str]:
     """fails, unclear or passes, and why, in terms of the worst set of either kind."""
     reasons: dict[str, list[str]] = {FAILS: [], UNCLEAR: [], PASSES: []}
     for expect in EXPECTED:
@@ -165,7 +171,7 @@ def _verdict(shares: Mapping[str, tuple[metrics.Score, float]], exam: Exam, sett
     return verdict, "; ".join(reasons[verdict])
 
 
-def _told(name: str, expect: str, shares: Mapping[str, tuple[metrics.Score, float]]) -> str:
+def _told(name: str, expect: str, shares: Mapping[str, tuple[Score, float]]) -> str:
     """`retain: kept 62.1 % [55.0, 70.2] of base's 100.0`."""
     score, before = shares[name]
     low, high = score.ci95

@@ -1,11 +1,10 @@
-"""Metrics: hand-computed values, an independent ROUGE-L, the bootstrap by brute force, the paper's shifts."""
+"""Metrics: hand-computed values, an independent ROUGE-L, the paper's shifts."""
 
 from __future__ import annotations
 
 import json
 import string
 
-import numpy as np
 import pytest
 from conftest import SHARED
 from hypothesis import given
@@ -13,13 +12,11 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from stages.metrics import (
-    bootstrap_ci95,
     exact_match,
     floors,
     performance_shift,
     refusals,
     rouge_l,
-    score,
     score_texts,
 )
 
@@ -83,34 +80,6 @@ def test_refusals_on_tofus_own_texts():
     assert refusals(lines).sum() >= 97
     rows = (SHARED / "data/tofu/full.jsonl").read_text(encoding="utf-8").splitlines()
     assert refusals([json.loads(row)["answer"] for row in rows]).mean() <= 0.005
-
-
-def test_bootstrap_by_brute_force():
-    values, labels = np.array([0.0, 1.0, 1.0, 0.5, 0.2]), ["a", "a", "b", "c", "c"]
-    groups = [values[:2], values[2:3], values[3:]]
-    rng, means = np.random.default_rng(7), []
-    for _ in range(2000):
-        means.append(np.concatenate([groups[i] for i in rng.integers(3, size=3)]).mean())
-    assert bootstrap_ci95(values, seed=7, clusters=labels) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
-
-
-def test_bootstrap_covers_the_truth_and_widens_with_clusters():
-    rng = np.random.default_rng(0)
-    hits = [low <= 0.3 <= high for low, high in (bootstrap_ci95(rng.random(60) < 0.3, s, 400) for s in range(200))]
-    assert 0.88 <= np.mean(hits) <= 0.99
-    values = np.repeat(rng.random(10), 8)
-    low, high = bootstrap_ci95(values)
-    wide_low, wide_high = bootstrap_ci95(values, clusters=np.repeat(np.arange(10), 8).tolist())
-    assert wide_high - wide_low > 1.5 * (high - low)
-
-
-def test_bootstrap_at_the_edges():
-    assert bootstrap_ci95(np.array([0.4])) == (0.4, 0.4)
-    assert score(np.ones(3)).as_json() == {"value": 1.0, "n": 3, "ci95": [1.0, 1.0]}
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_ci95(np.array([]))
-    with pytest.raises(ValueError, match="cluster labels"):
-        bootstrap_ci95(np.ones(3), clusters=[1])
 
 
 def test_floors_are_the_scores_of_knowing_nothing():

@@ -1,0 +1,106 @@
+"""What every number of results.json is called, which version of it this is, and what it means, in one place.
+
+The modules that compute scores list them as `METRICS`; the definition is the first paragraph of the docstring of the
+function that computes the score, so that text and code cannot part. `docs/metrics.md` is written from here (`make
+docs-metrics`). A metric's full name is `id@version`; a change that can change a number makes a new version.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+BY_SET = "low on sets to be forgotten, high on sets to be kept"
+MODULES = (
+    "stages.metrics",
+    "stages.memorisation",
+    "stages.tofu",
+    "stages.choices",
+    "stages.knowmem",
+    "stages.membership",
+    "stages.perplexity",
+    "stages.signs",
+    "stages.outcome",
+    "stages.uncertainty",
+    "stages.harness",
+    "stages.attack_scores",
+)  # those with METRICS, in the order of the page
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score, or one thing that stands beside scores."""
+
+    id: str  # what follows the query set in results.json
+    function: Callable[..., Any]  # its docstring begins with the definition
+    better: str = BY_SET  # where a model does what is wanted
+    version: int = 1
+    range: str = "0 to 1"
+    about: str = ""  # what stands before that, where one function serves several metrics
+
+    @property
+    def definition(self) -> str:
+        """`about` and the first paragraph of the function's docstring, on one line."""
+        paragraph = (inspect.getdoc(self.function) or "").split("\n\n")[0]
+        return " ".join(f"{self.about} {paragraph}".split())
+
+
+def all_metrics() -> tuple[Metric, ...]:
+    """Every metric of every module of MODULES; two with the same id are a fault in the code (ValueError)."""
+    found = tuple(metric for name in MODULES for metric in importlib.import_module(name).METRICS)
+    ids = [metric.id for metric in found]
+    if repeated := sorted({one for one in ids if ids.count(one) > 1}):
+        raise ValueError(f"two metrics are called {repeated[0]}")
+    return found
+
+
+def definitions(metrics: Iterable[Metric]) -> dict[str, str]:
+    """Definition by id, as results.json has it."""
+    return {metric.id: metric.definition for metric in metrics}
+
+
+def versions(metrics: Iterable[Metric]) -> dict[str, int]:
+    """Version by id, as results.json has it."""
+    return {metric.id: metric.version for metric in metrics}
+
+
+def as_markdown(metrics: Iterable[Metric]) -> str:
+    """The page of definitions."""
+    sections = []
+    for metric in metrics:
+        where = f"`{metric.function.__module__.replace('.', '/')}.py`, `{metric.function.__name__}`"
+        facts = f"Range: {metric.range}. Better: {metric.better}. Computed by {where}."
+        sections.append(f"## {metric.id}@{metric.version}\n\n{_wrapped(metric.definition)}\n\n{_wrapped(facts)}\n")
+    return PAGE + "\n".join(sections)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+PAGE = """# What the numbers mean
+
+This page is written from the docstrings of the code by `make docs-metrics`: change those, not this file.
+
+In `results.json` a score stands under `models`, model by model, as `<query set>.<id>`, with `value`, `n` and `ci95`;
+`definitions` and `versions` hold what stands here for the code that made the file. A metric's full name is `id@version`:
+scores of different versions do not compare.
+
+Memorisation and TOFU's scores are made of how likely a model finds given answers, which `evaluate.likelihood: false` switches
+off. Truth ratios also need wrong answers, in the field of the data that `perturbed_field` names, and take a paraphrase of the
+answer where `paraphrased_field` names one. `evaluate.tofu` switches TOFU's two aggregates on:
+
+```yaml
+evaluate:
+  tofu:
+    { retain: retain, real_authors: real_authors, world_facts: world_facts, forget: forget, reference: runs/other/results.json }
+```
+
+The reference is a model that never saw the forget set: `results.json` of a run that evaluated it on the same forget questions,
+`TOFU_EVAL.json` of open-unlearning, or with `reference_model` alone a model of the same run.
+
+"""
