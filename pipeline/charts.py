@@ -129,8 +129,8 @@ class Dot:
 
     x: float
     y: float
-    x_ci95: Sequence[float] = ()
-    y_ci95: Sequence[float] = ()
+    x_ci95: Sequence[float] | None = None
+    y_ci95: Sequence[float] | None = None
     keys: Sequence[str] = ()  # of x and of y
 
 
@@ -139,7 +139,7 @@ def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str
     if not dots:
         return "<p>Nothing was measured on both subsets.</p>"
     left, top, side, line_height = 44, 8, 216, 16
-    lowest = min(min(dot.x, dot.y, *dot.x_ci95, *dot.y_ci95) for dot in dots.values())
+    lowest = min(min(dot.x, dot.y, *(dot.x_ci95 or ()), *(dot.y_ci95 or ())) for dot in dots.values())
     lowest = min(max(math.floor(lowest * 10) / 10, 0), 0.9)
     label_x = left + side + 22
     width = max(WIDTH, label_x + room_for(list(dots), math.inf))
@@ -153,8 +153,8 @@ def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str
     # Labels stand in a column beside the plot, in the order of their dots: they never cover each other.
     for number, (name, dot) in enumerate(sorted(dots.items(), key=lambda item: place(item[1].x, item[1].y)[1])):
         (x, y), label_y = place(dot.x, dot.y), top + line_height * (number + 0.5)
-        reach_x = [place(share, 0)[0] for share in dot.x_ci95] or [x, x]
-        reach_y = [place(0, share)[1] for share in dot.y_ci95] or [y, y]
+        reach_x = [place(share, 0)[0] for share in dot.x_ci95 or ()] or [x, x]
+        reach_y = [place(0, share)[1] for share in dot.y_ci95 or ()] or [y, y]
         said = f"{name}: {axes[0]} {100 * dot.x:.1f}, {axes[1]} {100 * dot.y:.1f}"
         parts.append(
             f"<g{keyed(' '.join(dot.keys))}><title>{escape(said)}</title>"

@@ -179,6 +179,13 @@ class Numbers:
         shown = "".join(f"<dt>{escape(str(key))}</dt>{self.show('text', *path, key, tag='dd')}" for key in items)
         return f"<dl>{shown}</dl>"
 
+    def texts(self, *path: str | int, last: str) -> str:
+        """The entry `last` of each entry of a mapping, as a list of names and texts."""
+        shown = "".join(
+            f"<dt>{escape(str(key))}</dt>{self.show('text', *path, key, last, tag='dd')}" for key in self.at(*path)
+        )
+        return f"<dl>{shown}</dl>"
+
 
 def pointer(*path: str | int) -> str:
     """A JSON Pointer (RFC 6901)."""

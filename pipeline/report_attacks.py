@@ -29,7 +29,7 @@ def attack_section(numbers: Numbers) -> str:
         panels = [_attack_panel(numbers, model, name, of_set) for model in by_interest(numbers)]
         body += f"<h3>On {escape(name)} questions</h3>" + side_by_side(list(filter(None, panels)))
         body += folded(f"The attacks on {name} in numbers", _attack_table(numbers, name, of_set))
-    return section("attacks", "Attacks", body + _attack_texts(numbers))
+    return section("attacks", "Attacks", body + _works(numbers) + _attack_texts(numbers) + _costs(numbers))
 
 
 def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Attacked]) -> str:
@@ -54,22 +54,24 @@ def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> s
         title = attack.label + (", worst" if attack.worst else "")
         cells = [numbers.cell("score", "models", model, attack.id) for model in models]
         rows.append(row(title, [*cells, f"<td>{_shown_to_work(numbers, attack)}</td>"]))
-    heads = ["attack", *map(escape, models), "on a teacher"]
+    heads = ["attack", *map(escape, models), "does it work"]
     caption = (
-        "Points [95 % interval]. On a teacher: whether the attack undoes the prefix, so that the interval lies above that "
-        "without an attack. One that does not has not been shown to work here, and withstanding it says little."
+        "Points [95 % interval]. Does it work: whether the attack brings something back on a teacher or gets its answer from "
+        "the base. One that does not has not been shown to work here, and withstanding it says little."
     )
-    return table(caption, heads, rows, ("on a teacher",))
+    return table(caption, heads, rows, ("does it work",))
 
 
 def _shown_to_work(numbers: Numbers, attack: Attacked) -> str:
-    """Whether an attack brings back what a teacher's prefix hides."""
+    """Whether an attack works on a model of this run; where the results do not say, whether it undoes a teacher's prefix."""
+    if (told := numbers.at("attacks_work", attack.kind)) is not None:
+        return f"works on {escape(told['on'])}" if told["works"] else "not shown to work"
     found = []
     for model, scores in numbers.data["models"].items():
         plain = scores.get(f"{attack.set}.{attack.metric}")
         if model.split(":")[0] == "teacher" and plain and attack.id in scores:
             found.append(scores[attack.id]["ci95"][0] > plain["ci95"][1])
-    return "" if not found else "works" if any(found) else "not shown to work"
+    return "" if not found else "works on a teacher" if any(found) else "not shown to work"
 
 
 def _attack_texts(numbers: Numbers) -> str:
@@ -81,3 +83,22 @@ def _attack_texts(numbers: Numbers) -> str:
     ]
     heads = ["variant", *map(escape, models)]
     return folded("Which variant did what", table("Mean recall in points", heads, rows)) if rows else ""
+
+
+def _works(numbers: Numbers) -> str:
+    """Which attacks are not shown to work here, and on what that rests."""
+    told = numbers.at("attacks_work") or {}
+    if not told:
+        return ""
+    failing = [kind for kind, facts in told.items() if not facts["works"]]
+    lack = f"Not shown to work here: {', '.join(failing)}. " if failing else "Every attack is shown to work here. "
+    text = lack + "That a student withstands an attack which works on no model says nothing."
+    return note(text) + folded("How each attack is shown to work", numbers.texts("attacks_work", last="text"))
+
+
+def _costs(numbers: Numbers) -> str:
+    costs = numbers.at("attack_costs") or {}
+    columns = list(dict.fromkeys(column for cost in costs.values() for column in cost))
+    rows = [row(kind, [numbers.cell("count", "attack_costs", kind, column) for column in columns]) for kind in costs]
+    heads = ["attack", *(escape(column.replace("_", " ")) for column in columns)]
+    return folded("What each attack cost", table("Over all models", heads, rows)) if rows else ""

@@ -11,22 +11,25 @@ from pipeline.page import Numbers, folded, note, row, section, table
 from pipeline.results import attacks_of
 from pipeline.terminal import loss_in_words
 
-# Families of attacks, and the words by which their kinds are known in results.json.
-ATTACK_FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "reverse prompts": ("reverse",),
-    "prefix injection": ("injection",),
-    "affirmative suffixes": ("affirm", "suffix"),
-    "role play": ("role",),
-    "reversed queries": ("reversed",),
-    "synonyms": ("synonym",),
-    "context hints": ("hint",),
-    "in-context examples": ("in_context", "examples", "few_shot"),
-    "multiple choice": ("choice",),
-    "translation": ("translat",),
-    "answer prefill": ("prefill",),
-    "other formats of the question": ("format", "cloze", "completion"),
-    "sampling many answers": ("sampl", "leak"),
-    "quantised weights": ("int8", "int4", "quant"),
+# What an attack is called in words, by its kind in results.json.
+KNOWN_ATTACKS = {
+    "reverse": "reverse prompts",
+    "prefix_injection": "prefix injection",
+    "affirmative_suffix": "affirmative suffixes",
+    "role_play": "role play",
+    "reversed_query": "reversed queries",
+    "synonyms": "synonyms",
+    "context_hint": "context hints",
+    "in_context": "in-context examples",
+    "multiple_choice": "multiple choice",
+    "translation": "translation",
+    "prefill": "answer prefill",
+    "format_shift": "other formats of the question",
+    "sampling": "sampling many answers",
+    "quantize_int8": "weights rounded to 8 bits",
+    "quantize_int4": "weights rounded to 4 bits",
+    "relearn": "relearning",
+    "logit_lens": "logit lens",
 }
 # What no run of this software tries, whatever its settings.
 NEVER_TRIED = (
@@ -153,14 +156,14 @@ def limits_section(numbers: Numbers) -> str:
 
 def _not_tried(numbers: Numbers) -> list[str]:
     """The attacks that say nothing here because nobody tried them, by name."""
-    kinds = {attack.kind.lower() for attack in attacks_of(numbers)}
-    tried = {family for family, words in ATTACK_FAMILIES.items() if any(w in k for k in kinds for w in words)}
-    if kinds == {"reverse"}:
-        tried = {"reverse prompts"}
-    missing = [family for family in ATTACK_FAMILIES if family not in tried]
-    missing += [] if numbers.at("relearning") else ["relearning"]
-    missing += [] if numbers.at("layers") else ["logit lens"]
+    tried = {attack.kind.partition(".")[0] for attack in attacks_of(numbers)}
+    tried |= {kind for kind, part in (("relearn", "relearning"), ("logit_lens", "layers")) if numbers.at(part)}
+    missing = [words for kind, words in KNOWN_ATTACKS.items() if kind not in tried]
     found = [f"Not tried in this run: {escape(', '.join(missing))}."] if missing else []
+    found += [
+        f"{escape(what)}: {numbers.show('text', 'attacks_skipped', what)}"
+        for what in numbers.at("attacks_skipped") or {}
+    ]
     return [*found, f"Tried in no run of this software: {escape('; '.join(NEVER_TRIED))}."]
 
 

@@ -102,6 +102,12 @@ def full_results() -> dict[str, Any]:
             }
             for name in (*students, "never knew")
         },
+        "attacks_work": {
+            "reverse": {"works": True, "on": "teacher", "text": "teacher: recall 0.1 without it, 66 with it"},
+            "sampling": {"works": False, "on": "teacher", "text": "it does not undo the prefix on this model"},
+        },
+        "attacks_skipped": {"translation": "no query set translates one that is attacked"},
+        "attack_costs": {"reverse": {"prompts": 600 + next(numbers), "answer_tokens": 38000 + next(numbers)}},
         "attack_texts": {"reverse": {"v0": {name: share() for name in MODELS}}},
     }  # fmt: skip
 
@@ -109,7 +115,18 @@ def full_results() -> dict[str, Any]:
 def plain_results() -> dict[str, Any]:
     """What results.json held before there were verdicts, comparisons and deeper attacks."""
     results = full_results()
-    for key in ("provenance", "outcomes", "comparisons", "layers", "relearning", "attack_texts", "versions"):
+    for key in (
+        "provenance",
+        "outcomes",
+        "comparisons",
+        "layers",
+        "relearning",
+        "attack_texts",
+        "versions",
+        "attacks_work",
+        "attacks_skipped",
+        "attack_costs",
+    ):
         del results[key]
     return results
 

@@ -129,7 +129,7 @@ def test_bars_and_dots_say_the_numbers_of_their_keys():
 def test_no_number_stands_on_the_page_that_is_not_marked():
     """But for those of our own sentences, names of the run's things, and the axes."""
     named = {"th", "dt", "h1", "h3", "summary", "figcaption", "title", "style", "script", "tick", "name", "text"}
-    ours = re.compile(r"95 %|points of 100|100 points|sha256|rank 1\b|prefill\.8")
+    ours = re.compile(r"95 %|points of 100|100 points|sha256|rank 1\b|prefill\.8|[48] bits")
     for tag, text in Page(render(full_results())).loose:
         if tag not in named and "Run lab, 2026-01-21T00:00:00+00:00" not in text:
             assert not re.search(r"\d", ours.sub("", text)), (tag, text)
@@ -155,6 +155,7 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         "layers",
         "relearning",
         "attack_texts",
+        "attack_costs",
         "sets",
     ],
 )
@@ -207,7 +208,19 @@ def test_nothing_is_called_erased_and_what_was_not_tried_is_named():
     assert not {"reverse prompts", "answer prefill", "sampling many answers", "relearning", "logit lens"} & set(
         tried.split(", ")
     )
-    assert {"translation", "quantised weights"} <= set(tried.split(", "))
+    assert {"translation", "weights rounded to 8 bits", "reversed queries"} <= set(tried.split(", "))
+    assert "no query set translates one that is attacked" in re.sub("<[^>]+>", "", limits)
+
+
+def test_an_attack_that_is_not_shown_to_work_is_named():
+    text = re.sub("<[^>]+>", "", render(full_results()))
+    assert "Not shown to work here: sampling. That a student" in text
+    assert "works on teacher" in text
+    older = plain_results()  # which do not say: the intervals do
+    attacked = older["models"]["teacher"]["attack.reverse_worst.forget.rougeL_recall"]
+    for interval, works in (([0.95, 1.0], True), ([0.0, 1.0], False)):
+        attacked["ci95"] = interval
+        assert ("works on a teacher" in render(older)) == works
 
 
 def test_the_verdict_comes_first_and_not_distinguishable_is_said():
