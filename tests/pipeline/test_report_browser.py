@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import pytest
 from report_results import full_results, plain_results
 
-from pipeline import comparison
+from pipeline import students_page
 from pipeline.printing import print_pdf
 from pipeline.report import render
 
@@ -123,7 +123,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     texts = {
         "full": render(full_results()),
         "plain": render(plain_results()),
-        "students": comparison.render("lab", students),
+        "students": students_page.render("lab", students),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
