@@ -107,10 +107,11 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
 
 def _write_tofu_logs(folder: Path, exam: Any, given: Any, answers: Any, results: Mapping[str, Any]) -> None:
     """Each model's TOFU scores as open-unlearning writes them."""
+    from stages.given import finite
     from stages.open_unlearning import tofu_logs
 
-    for model, scores in results["models"].items():
-        logs = tofu_logs(exam, given[model], answers[model], scores)
+    for model, of_sets in finite(given)[0].items():
+        logs = tofu_logs(exam, of_sets, answers[model], results["models"][model])
         (folder / model.replace(":", "-")).mkdir(parents=True, exist_ok=True)
         for name, content in zip(("TOFU_EVAL.json", "TOFU_SUMMARY.json"), logs, strict=True):
             publish_json(folder / model.replace(":", "-") / name, content)

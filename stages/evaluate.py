@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import UserError
 from stages import attack_scores, battery, knowmem, metrics, outcome, reading, uncertainty
 from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, Subject, references_of
 from stages.examinee import Examinee
-from stages.given import Given, score_given
+from stages.given import Given, finite, score_given
 from stages.tofu_run import Reference, tofu_results
 from stages.uncertainty import Score
 
@@ -64,13 +63,12 @@ def results_of(
     """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
     samples, and what the numbers mean.
 
-    `given` is empty where likelihoods are not asked for; `reference` is that of TOFU's forget quality; `readings` are those
+    `given` is empty where likelihoods are not asked for, and a model of which some are not finite has no scores of them: it is
+    broken, its verdict says. `reference` is that of TOFU's forget quality; `readings` are those
     of `reading.py`, by subject.
     """
-    models = {
-        subject.name: _scores(subject.name, answers[subject.name], given.get(subject.name, {}), exam)
-        for subject in subjects
-    }
+    given, not_finite = finite(given)
+    models = {subject.name: _scores(answers[subject.name], given.get(subject.name, {}), exam) for subject in subjects}
     for name in models:
         models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
     floors = _floors(exam) | knowmem.floors_of(exam) | reading.floors_of(exam)
@@ -83,7 +81,7 @@ def results_of(
         **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
-        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors),
+        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors, not_finite),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons(subjects, exam, models),
@@ -93,7 +91,7 @@ def results_of(
     }
 
 
-def _scores(model: str, answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
+def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
@@ -101,22 +99,11 @@ def _scores(model: str, answers: Mapping[str, Any], given: Mapping[str, Given], 
         references = references_of(query_set)
         items = metrics.score_texts(references, answers[name], extra)
         if name in given:
-            items |= _finite(score_given(given[name], query_set.expect), f"{model}, {name}")
+            items |= score_given(given[name], query_set.expect)
         for metric, values in items.items():
             scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
     scores |= attack_scores.scores_of(answers, exam)
     return scores
-
-
-def _finite(items: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    """The scores as they are; refused where one is not a number."""
-    for metric, values in items.items():
-        if bad := int((~np.isfinite(values)).sum()):
-            raise UserError(
-                f"{where}: {metric} is not a number for {bad} answers: the model's logits are not finite",
-                "its training has diverged: train it with a lower learning rate, or leave it out of the config",
-            )
-    return items
 
 
 def _floors(exam: Exam) -> dict[str, dict[str, float]]:

@@ -26,6 +26,7 @@ from stages.memorisation import exact_memorisation, extraction_strength
 from stages.models import context_length, load_config, load_model, load_tokenizer, tokenizer_sha256, weights_sha256
 from stages.prompts import Prompt, check_length, render_answer, render_prompt
 
+BySet = Mapping[str, "Given"]
 PASS_TOKENS = 8192  # at most so many tokens in one forward pass: an assumption that fits 16 GB, not measured on a GPU
 
 
@@ -47,6 +48,12 @@ class Given:
     def right(self) -> np.ndarray:
         """Log-probability of what TOFU compares wrong answers with: the paraphrase, or the reference where there is none."""
         return self.answer if self.paraphrased is None else self.paraphrased
+
+    def not_finite(self) -> np.ndarray:
+        """Per question, bool: has any of its answers a log-probability that is not a number, or not finite?"""
+        columns = [self.answer, *([] if self.paraphrased is None else [self.paraphrased])]
+        columns += [] if self.perturbed is None else [np.array([options.sum() for options in self.perturbed])]
+        return np.logical_not(np.all(np.isfinite(np.stack(columns)), axis=0))
 
     def answer_flags(self) -> list[np.ndarray]:
         """Per reference answer, bool: is each of its own tokens the most likely one? The end of the sequence is left out."""
@@ -109,6 +116,12 @@ def read_all(
             )
             found[subject.name] = {name: Given.from_json(of_set) for name, of_set in kept.items()}
     return {subject.name: found[subject.name] for subject in subjects}
+
+
+def finite(given: Mapping[str, BySet]) -> tuple[dict[str, BySet], dict[str, int]]:
+    """The subjects whose log-probabilities are all finite; and of each subject how many questions have one that is not."""
+    bad = {name: sum(int(one.not_finite().sum()) for one in of_sets.values()) for name, of_sets in given.items()}
+    return {name: of_sets for name, of_sets in given.items() if not bad[name]}, bad
 
 
 def score_given(given: Given, expect: str) -> dict[str, np.ndarray]:

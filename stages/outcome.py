@@ -77,12 +77,17 @@ def outcomes_of(
     answers: Mapping[str, Mapping[str, Sequence[str]]],
     scores: Mapping[str, Mapping[str, Score]],
     floors: Mapping[str, Mapping[str, float]],
+    not_finite: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
     """Per model its verdict, reasons and signs, as in results.json.
 
-    `answers` are by model and set, in query order; `scores` by model and metric id; `floors` by metric id.
+    `answers` are by model and set, in query order; `scores` by model and metric id; `floors` by metric id; `not_finite` are
+    numbers of questions by model, where they are known.
     """
-    evidence = {subject.name: Evidence(answers[subject.name], scores[subject.name]) for subject in subjects}
+    evidence = {
+        subject.name: Evidence(answers[subject.name], scores[subject.name], not_finite.get(subject.name))
+        for subject in subjects
+    }
     return {subject.name: outcome(evidence[subject.name], evidence[subject.base], exam, floors) for subject in subjects}
 
 

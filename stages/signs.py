@@ -44,6 +44,7 @@ class Evidence:
 
     answers: Mapping[str, Sequence[str]]  # by set, in query order
     scores: Mapping[str, Score]  # by metric id
+    not_finite: int | None = None  # questions whose answers have a log-probability that is not finite; None: not read
 
 
 def signs_of(model: Evidence, base: Evidence, exam: Exam, utility: Sequence[float]) -> dict[str, Sign]:
@@ -63,6 +64,8 @@ def signs_of(model: Evidence, base: Evidence, exam: Exam, utility: Sequence[floa
         signs["length"] = _length(mine, theirs, limits)
     if utility:
         signs["utility"] = _utility(utility, limits)
+    if model.not_finite is not None:
+        signs["not_finite"] = _not_finite(model.not_finite)
     if away := {key: score for key, score in model.scores.items() if re.match(r"mia\.(?!privleak)", key)}:
         signs["membership"] = _membership(away, limits)
     return signs
@@ -117,6 +120,15 @@ def _utility(shares: Sequence[float], limits: OutcomeSettings) -> Sign:
     return Sign(value, limits.min_utility, value < limits.min_utility, told)
 
 
+def _not_finite(count: int) -> Sign:
+    """Number of questions, of all sets, with an answer whose log-probability is no finite number. Above 0 the weights have
+    diverged.
+    """
+    return _at_most(
+        count, 0, f"finds no finite likelihood for the answers to {count} questions: its weights have diverged"
+    )
+
+
 def _membership(scores: Mapping[str, Score], limits: OutcomeSettings) -> Sign:
     """By how much, at least, the AUC of some membership attack is away from 0.5: from that end of its 95 % interval that is
     nearer. Above 0.5 the model still recognises what it was trained on, below it shuns it so much that one can tell what was to
@@ -160,5 +172,6 @@ METRICS = (
     Metric("sign.entropy", _entropy, "low", range="0 upwards"),
     Metric("sign.length", _length, "low", range="1 upwards"),
     Metric("sign.utility", _utility, "high", range="up to 1 and, of a model better than base, above"),
+    Metric("sign.not_finite", _not_finite, "low", range="0 upwards"),
     Metric("sign.membership", _membership, "low", range="0 to 0.5"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -133,10 +134,16 @@ def test_results_have_likelihoods_comparisons_and_aggregates(tmp_path):
         assert results["versions"][metric] >= 1
 
 
-def test_a_model_whose_logits_are_not_finite_is_named(tmp_path):
+def test_a_model_whose_logits_are_not_finite_is_broken_and_the_others_are_scored(tmp_path):
     given = read(tmp_path, exam())
     broken = given["teacher"]["forget"]
     given["teacher"]["forget"] = replace(broken, paraphrased=np.array([np.nan, -1.0]))
     answers = {subject.name: {"forget": ["a", "b"], "facts": ["c"]} for subject in SUBJECTS}
-    with pytest.raises(UserError, match=r"teacher, forget: tofu.truth_ratio/geo is not a number for 1 answers"):
-        results_of(SUBJECTS, exam(), answers, given)
+    results = results_of(SUBJECTS, exam(), answers, given)
+    outcome = results["outcomes"]["teacher"]
+    assert outcome["verdict"] == "broken"
+    assert outcome["signs"]["not_finite"] == {"value": 1, "limit": 0, "bad": True}
+    assert results["outcomes"]["base"]["signs"]["not_finite"]["bad"] is False
+    assert "forget.tofu.probability" in results["models"]["base"]
+    assert not any("tofu" in key for key in results["models"]["teacher"])
+    json.dumps(results, allow_nan=False)
