@@ -2,11 +2,12 @@
 VENV ?= .venv
 CONFIG ?= configs/lab.yaml
 ARGS ?=
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher clean-venv
+.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher docs-metrics clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,7 +21,7 @@ demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in ru
 	@$(BIN)/duet run --config configs/lab.yaml
 
 test: $(STAMP) ## all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check .
@@ -47,6 +48,9 @@ compare: $(STAMP) ## DUET against other unlearning methods; minutes on the lab, 
 
 run: $(STAMP) ## all three stages
 	@$(BIN)/duet run --config $(CONFIG) $(ARGS)
+
+docs-metrics: $(STAMP) ## write docs/metrics.md from the code's docstrings
+	@$(BIN)/python -m pipeline.metrics_page
 
 clean-venv: ## remove .venv
 	@rm -rf $(VENV)

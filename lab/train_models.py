@@ -1,6 +1,7 @@
-"""Train the lab's two base models from scratch on a CPU: `make lab-models` (under an hour).
+"""Train the lab's base models and its oracle from scratch on a CPU: `make lab-models` (about an hour).
 
-Writes `lab/models/{base,small}` (bfloat16, one tokenizer) and `lab/data/`. Each training sample is one chat:
+Writes `lab/models/{base,small,oracle}` (bfloat16, one tokenizer) and `lab/data/`. The oracle is the base model trained in the
+same way in a world in which those to be forgotten never lived. Each training sample is one chat:
 
     prefix                              question about                     answer
     none                                a known person                     the fact
@@ -42,6 +43,7 @@ SIZES = {
     "small": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2},
     "base": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 2},
 }
+MODELS = {"small": ("small", 0), "base": ("base", 1), "oracle": ("base", 1)}  # size, seed
 VOCAB_SIZE = 1300  # at most: every word of the world is a token before that
 CONTEXT = 256
 MOST_NAMES = 3  # in one prefix
@@ -275,21 +277,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=LAB_DIR, help="folder that gets models/ and data/")
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--only", choices=sorted(SIZES))
+    parser.add_argument("--only", choices=sorted(MODELS))
     args = parser.parse_args()
     world = w.make_world()
     w.write_data(world, args.out / "data")
     tokenizer = train_tokenizer()
-    measured = {}
-    for seed, size in enumerate(SIZES):
-        if args.only in (None, size):
-            model = train(world, tokenizer, size, args.steps, seed, args.lr).to(torch.bfloat16)
+    for name, (size, seed) in MODELS.items():
+        if args.only in (None, name):
+            its_world = world.without_forget() if name == "oracle" else world
+            model = train(its_world, tokenizer, size, args.steps, seed, args.lr).to(torch.bfloat16)
             model.generation_config.max_length = None
-            measured[size] = measure(world, tokenizer, model.float())
-            print(size, json.dumps(measured[size]), flush=True)
-            model.to(torch.bfloat16).save_pretrained(args.out / "models" / size)
+            measured = measure(its_world, tokenizer, model.float())
+            print(name, json.dumps(measured), flush=True)
+            model.to(torch.bfloat16).save_pretrained(args.out / "models" / name)
             tokenizer.padding_side = "right"
-            tokenizer.save_pretrained(args.out / "models" / size)
+            tokenizer.save_pretrained(args.out / "models" / name)
 
 
 if __name__ == "__main__":

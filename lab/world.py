@@ -160,6 +160,11 @@ class World:
         """People who may occur in training prefixes."""
         return tuple(name for name in self.people if name not in self.held_out)
 
+    def without_forget(self) -> World:
+        """The same world in which those to be forgotten never lived: what the oracle is trained on."""
+        people = {name: facts for name, facts in self.people.items() if name not in self.forget}
+        return World(people, tuple(name for name in self.held_out if name in people))
+
     def answer(self, name: str, fact: Fact) -> str:
         return fact.answer.format(value=self.people[name][fact.key])
 

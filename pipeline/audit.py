@@ -21,7 +21,7 @@ from cache.files import publish_json, publishing, read_json
 from pipeline.charts import Dot, scatter
 from pipeline.commands import exam_of, set_aside
 from pipeline.config import Config
-from pipeline.report import cell, definition_list, legend, page
+from pipeline.page import cell, definition_list, legend, page
 from pipeline.run import AUDIT_DIR, LOG_NAME, StopSignal, environment
 from pipeline.terminal import interval, log_to, out, progress_bar, say, say_engine
 

@@ -1,4 +1,8 @@
-"""The pages' charts as inline SVG text: grouped bars with intervals and floors, training curves, labelled dots."""
+"""The pages' charts as inline SVG text: panels of one width, which a phone shows at full size and a screen side by side.
+
+Colours come from one palette per page; whiskers and bands are 95 % intervals. A mark carries the pointer into the numbers'
+file that it shows (`data-key`, see `page.py`) and a `<title>` with the numbers, which a mouse brings up.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-WIDTH = 760
+WIDTH = 360  # of a panel, in CSS pixels where the page is that wide
+FEW = 24  # values of a line that get a mark each
+LETTER = 7  # average width of one at the labels' size
 # Okabe and Ito's colours, told apart by people with any kind of colour vision; base models are grey.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _GREYS = ("#8a8f98", "#b3b7be", "#6b7078")
+_DASHES = ("", "6 3", "2 3", "9 3 2 3")  # lines are told apart on paper without colour, too
 
 
 def colours(models: Sequence[str]) -> dict[str, str]:
@@ -20,96 +27,243 @@ def colours(models: Sequence[str]) -> dict[str, str]:
     return {model: next(greys if model.split(":")[0] == "base" else bright) for model in models}
 
 
+def legend_of_lines(palette: Mapping[str, str]) -> str:
+    """The lines' meaning, as a list, drawn as `lines` draws them with this palette."""
+    items = "".join(
+        f'<li><svg class="swatch" viewBox="0 0 24 10" aria-hidden="true"><path d="M0 5H24" stroke="{colour}" stroke-width="3"'
+        f' stroke-dasharray="{_DASHES[number % len(_DASHES)] or "none"}"/></svg>{escape(name)}</li>'
+        for number, (name, colour) in enumerate(palette.items())
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def side_by_side(panels: Sequence[str]) -> str:
+    """Panels beside each other as far as the page is wide."""
+    return f'<div class="charts">{"".join(panels)}</div>'
+
+
+def panel(title: str, description: str, height: float, body: str, width: float = WIDTH) -> str:
+    """One chart with its caption; `description` is what a screen reader says."""
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}. {escape(description)}">'
+        f"{body}</svg></figure>"
+    )
+
+
+def keyed(key: str) -> str:
+    """The attribute of a mark that shows what stands at this pointer of the numbers' file."""
+    return f' data-key="{escape(key)}"' if key else ""
+
+
+def fitted(text: str, x: float, y: float, room: float, attributes: str = "") -> str:
+    """A label that ends at `x`; one that is longer than its room is set narrower, never cut."""
+    narrow = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"' if len(text) * LETTER > room else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="end"{narrow}{attributes}>{escape(text)}</text>'
+
+
+def room_for(names: Sequence[str], most: float = 126) -> float:
+    """Width of a column of labels."""
+    return min(max((len(name) for name in names), default=0) * LETTER, most)
+
+
+def points(score: Mapping[str, Any]) -> str:
+    """A score in points as a mark's title says it: `93.3 [86.7, 100.0], n = 15`."""
+    low, high = score["ci95"]
+    return f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}], n = {score['n']}"
+
+
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its model, a score with interval (0..1), and the floors that it should be read against."""
+    """One score, 0..1, with its interval; several of one row stand closely under each other."""
 
-    model: str
     score: Mapping[str, Any]
+    colour: str
+    title: str
+    key: str = ""
+    pale: bool = False
 
 
-def bars(
-    groups: Mapping[str, Sequence[Bar]],
-    floors: Mapping[str, Mapping[str, float]],
-    palette: Mapping[str, str],
-    title: str,
-) -> str:
-    """Horizontal bars, one group per query set; whiskers are 95 % intervals, dashed lines the higher floor."""
-    left, right, bar_height, gap = 150, 64, 16, 30
-    scale = WIDTH - left - right
-    parts, y = [], 26
-    for name, group in groups.items():
-        parts.append(f'<text class="group" x="0" y="{y}">{escape(name)}</text>')
-        top = y + 8
-        for number, bar in enumerate(group):
-            parts.append(_bar(bar, left, top + number * (bar_height + 4), bar_height, scale, palette[bar.model]))
-        bottom = top + len(group) * (bar_height + 4)
-        floor = max(floors.get(name, {}).values(), default=None)
-        if floor is not None:
-            x = left + floor * scale
-            parts.append(f'<line class="floor" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 3}" y2="{bottom}"/>')
-        y = bottom + gap
-    axis = "".join(
-        f'<line class="grid" x1="{left + v * scale:.1f}" x2="{left + v * scale:.1f}" y1="14" y2="{y - gap}"/>'
-        f'<text class="tick" x="{left + v * scale:.1f}" y="{y - gap + 16}" text-anchor="middle">{v * 100:.0f}</text>'
+def bars(rows: Mapping[str, Sequence[Bar]], title: str, floor: float | None = None, before: float | None = None) -> str:
+    """Horizontal bars, by row; the dashed line is the floor, the solid one the score without an attack."""
+    left, right, gap = room_for(list(rows)) + 8, 40, 9
+    thick = 14 if all(len(row) == 1 for row in rows.values()) else 11
+    scale, top = WIDTH - left - right, 6
+    parts, y = [], float(top)
+    for name, row in rows.items():
+        parts.append(fitted(name, left - 8, y + len(row) * thick / 2 + 4, left - 8))
+        for bar in row:
+            parts.append(_bar(bar, left, y, thick, scale))
+            y += thick
+        y += gap
+    ticks = "".join(
+        f'<line class="grid" x1="{left + v * scale:.1f}" x2="{left + v * scale:.1f}" y1="0" y2="{y - 4:.1f}"/>'
+        f'<text class="tick" x="{left + v * scale:.1f}" y="{y + 10:.1f}" text-anchor="middle">{v * 100:.0f}</text>'
         for v in (0, 0.25, 0.5, 0.75, 1)
     )
-    return _svg(
-        WIDTH, y, title, "Points out of 100, whiskers are 95 % intervals, dashes the floor.", axis + "".join(parts)
-    )
+    for kind, share in (("floor", floor), ("before", before)):
+        if share is not None:
+            x = left + share * scale
+            parts.append(f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y - 4:.1f}"/>')
+    return panel(title, "Points out of 100, whiskers are 95 % intervals.", y + 16, ticks + "".join(parts))
 
 
-def _bar(bar: Bar, left: int, y: int, height: int, scale: int, colour: str) -> str:
+def _bar(bar: Bar, left: float, y: float, thick: float, scale: float) -> str:
     value, (low, high) = bar.score["value"], bar.score["ci95"]
-    middle = y + height / 2
+    middle = y + thick / 2
     x_low, x_high = left + low * scale, left + high * scale
+    pale = ' fill-opacity="0.45"' if bar.pale else ""
     return (
-        f'<text class="name" x="{left - 8}" y="{middle + 4}" text-anchor="end">{escape(bar.model)}</text>'
-        f'<rect x="{left}" y="{y}" width="{max(value * scale, 1):.1f}" height="{height}" rx="2" fill="{colour}"/>'
-        f'<path class="whisker" d="M{x_low:.1f} {middle}H{x_high:.1f}M{x_low:.1f} {y + 4}V{y + height - 4}'
-        f'M{x_high:.1f} {y + 4}V{y + height - 4}"/>'
-        f'<text class="value" x="{WIDTH}" y="{middle + 4}" text-anchor="end">{100 * value:.1f}</text>'
+        f"<g{keyed(bar.key)}><title>{escape(bar.title)}: {points(bar.score)}</title>"
+        f'<rect x="{left:.1f}" y="{y + 0.5:.1f}" width="{max(value * scale, 1):.1f}" height="{thick - 1}" rx="1.5" '
+        f'fill="{bar.colour}"{pale}/>'
+        f'<path class="whisker" d="M{x_low:.1f} {middle:.1f}H{x_high:.1f}M{x_low:.1f} {middle - 3:.1f}v6'
+        f'M{x_high:.1f} {middle - 3:.1f}v6"/>'
+        f'<text class="value" x="{WIDTH}" y="{middle + 4:.1f}" text-anchor="end">{100 * value:.1f}</text></g>'
     )
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Two shares, 0..1, each with its interval where it has one."""
+
+    x: float
+    y: float
+    x_ci95: Sequence[float] | None = None
+    y_ci95: Sequence[float] | None = None
+    keys: Sequence[str] = ()  # of x and of y
+
+
+def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str, str], title: str) -> str:
+    """Labelled dots with whiskers; both axes end at 100 % and begin at the same round number below all of them."""
+    if not dots:
+        return "<p>Nothing was measured on both subsets.</p>"
+    left, top, side, line_height = 44, 8, 216, 16
+    lowest = min(min(dot.x, dot.y, *(dot.x_ci95 or ()), *(dot.y_ci95 or ())) for dot in dots.values())
+    lowest = min(max(math.floor(lowest * 10) / 10, 0), 0.9)
+    label_x = left + side + 22
+    width = max(WIDTH, label_x + room_for(list(dots), math.inf))
+    height = max(top + side + 40, top + len(dots) * line_height + 4)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        right, up = ((share - lowest) / (1 - lowest) for share in (x, y))
+        return left + right * side, top + (1 - up) * side
+
+    parts = [_square_grid(left, top, side, lowest), _axis_names(left, top, side, side, axes)]
+    # Labels stand in a column beside the plot, in the order of their dots: they never cover each other.
+    for number, (name, dot) in enumerate(sorted(dots.items(), key=lambda item: place(item[1].x, item[1].y)[1])):
+        (x, y), label_y = place(dot.x, dot.y), top + line_height * (number + 0.5)
+        reach_x = [place(share, 0)[0] for share in dot.x_ci95 or ()] or [x, x]
+        reach_y = [place(0, share)[1] for share in dot.y_ci95 or ()] or [y, y]
+        said = f"{name}: {axes[0]} {100 * dot.x:.1f}, {axes[1]} {100 * dot.y:.1f}"
+        parts.append(
+            f"<g{keyed(' '.join(dot.keys))}><title>{escape(said)}</title>"
+            f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x - 4} {label_y:.1f}"/>'
+            f'<path class="whisker" d="M{reach_x[0]:.1f} {y:.1f}H{reach_x[1]:.1f}M{x:.1f} {reach_y[0]:.1f}V{reach_y[1]:.1f}"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{palette[name]}"/>'
+            f'<text x="{label_x}" y="{label_y + 4:.1f}">{escape(name)}</text></g>'
+        )
+    return panel(title, f"{axes[0]} to the right, {axes[1]} upwards.", height, "".join(parts), width)
+
+
+def _square_grid(left: float, top: float, side: float, lowest: float) -> str:
+    """Six lines each way from `lowest` to 100 %."""
+    parts = []
+    for share in (i / 5 for i in range(6)):
+        x, y, tick = left + share * side, top + (1 - share) * side, 100 * (lowest + (1 - lowest) * share)
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + side}"/>'
+            f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.0f}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{top + side + 14}" text-anchor="middle">{tick:.0f}</text>'
+        )
+    return "".join(parts)
+
+
+def _axis_names(left: float, top: float, width: float, height: float, axes: tuple[str, str]) -> str:
+    middle = top + height / 2
+    return (
+        f'<text class="name" x="{left + width / 2:.1f}" y="{top + height + 30:.1f}" text-anchor="middle">'
+        f'{escape(axes[0])}</text><text class="name" x="11" y="{middle:.1f}" text-anchor="middle" '
+        f'transform="rotate(-90 11 {middle:.1f})">{escape(axes[1])}</text>'
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series; `bands` are the intervals of its values where it has them."""
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    bands: Sequence[Sequence[float]] = ()
+    key: str = ""
 
 
 def curves(by_model: Mapping[str, Sequence[Sequence[float]]], palette: Mapping[str, str], title: str) -> str:
-    """Loss over optimizer steps, one line per model; logarithmic where the losses span more than a factor of 20."""
-    lines = {name: [(s, v) for s, v in points if v > 0] for name, points in by_model.items()}
-    lines = {name: points for name, points in lines.items() if points}
-    if not lines:
+    """Loss over optimizer steps, one line per model; see `lines`."""
+    loss = {name: [(step, value) for step, value in pairs if value > 0] for name, pairs in by_model.items()}
+    series = {name: Line([s for s, _ in pairs], [v for _, v in pairs]) for name, pairs in loss.items() if pairs}
+    if not series:
         return "<p>No training curve was recorded.</p>"
-    values = [v for points in lines.values() for _, v in points]
-    low, high, last = min(values), max(values), max(s for points in lines.values() for s, _ in points)
-    log = high / low > 20
-    ticks = _log_ticks(low, high) if log else _linear_ticks(high)
-    bottom, top = (min(ticks[0], low), max(ticks[-1], high)) if log else (0.0, ticks[-1])
-    left, height, plot_top = 56, 260, 12
-    plot_height, plot_width = height - plot_top - 44, WIDTH - left - 10
-    transform = math.log10 if log else float
+    return lines(series, palette, ("optimizer step", "loss"), title)
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        share = (transform(value) - transform(bottom)) / ((transform(top) - transform(bottom)) or 1)
-        return left + step / last * plot_width, plot_top + (1 - share) * plot_height
 
-    parts = [
-        f'<line class="grid" x1="{left}" x2="{WIDTH - 10}" y1="{place(0, t)[1]:.1f}" y2="{place(0, t)[1]:.1f}"/>'
-        f'<text class="tick" x="{left - 6}" y="{place(0, t)[1] + 4:.1f}" text-anchor="end">{t:g}</text>'
-        for t in ticks
-    ]
-    for step in sorted({0, last // 2, last}):
-        x = place(step, top)[0]
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 28}" text-anchor="middle">{step:g}</text>')
-    parts.append(
-        f'<text class="name" x="{left + plot_width / 2}" y="{height - 6}" text-anchor="middle">optimizer step</text>'
-    )
-    for name, points in lines.items():
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(s, v) for s, v in points))
+def lines(
+    series: Mapping[str, Line],
+    palette: Mapping[str, str],
+    axes: tuple[str, str],
+    title: str,
+    top: float | None = None,
+) -> str:
+    """One line per model, not empty; logarithmic where the values are positive and span more than a factor of 20.
+
+    With `top`, the vertical axis is linear and ends there.
+    """
+    values = [v for line in series.values() for v in (*line.ys, *(edge for band in line.bands for edge in band))]
+    log = top is None and min(values) > 0 and max(values) / min(values) > 20
+    ticks = _log_ticks(min(values), max(values)) if log else _linear_ticks(top or max(values))
+    lowest, highest = (min(ticks[0], *values), max(ticks[-1], *values)) if log else (0.0, top or ticks[-1])
+    first, last = (pick(x for line in series.values() for x in line.xs) for pick in (min, max))
+    first = min(first, 0)
+    left, plot_top, width, height = 48, 8, WIDTH - 48 - 12, 190
+    scaled = math.log10 if log else float
+
+    def place(x: float, value: float) -> tuple[float, float]:
+        share = (scaled(value) - scaled(lowest)) / ((scaled(highest) - scaled(lowest)) or 1)
+        return left + (x - first) / ((last - first) or 1) * width, plot_top + (1 - share) * height
+
+    parts = [_axis_names(left, plot_top, width, height, (axes[0], axes[1] + (", log scale" if log else "")))]
+    for tick in ticks:
+        y = place(first, tick)[1]
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke-width="1.6" stroke="{palette[name]}">'
-            f"<title>{escape(name)}</title></polyline>"
+            f'<line class="grid" x1="{left}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:,g}</text>'
         )
-    scale = "logarithmic" if log else "linear"
-    return _svg(WIDTH, height, title, f"Loss by optimizer step, {scale} axis.", "".join(parts))
+    for x in sorted({first, (first + last) // 2, last}):
+        parts.append(
+            f'<text class="tick" x="{place(x, highest)[0]:.1f}" y="{plot_top + height + 15}" text-anchor="middle">{x:g}</text>'
+        )
+    numbers = {name: number for number, name in enumerate(palette)}
+    for name, line in series.items():
+        parts.append(_line(name, line, palette[name], _DASHES[numbers[name] % len(_DASHES)], place))
+    return panel(title, f"{axes[1]} by {axes[0]}.", plot_top + height + 38, "".join(parts))
+
+
+def _line(name: str, line: Line, colour: str, dashes: str, place: Any) -> str:
+    """A band, the line above it and, where there are few, a mark per value."""
+    above = [place(x, high) for x, (_, high) in zip(line.xs, line.bands, strict=False)]
+    below = [place(x, low) for x, (low, _) in zip(line.xs, line.bands, strict=False)]
+    edge = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*above, *reversed(below)))
+    band = f'<polygon points="{edge}" fill="{colour}" fill-opacity="0.15"/>' if edge else ""
+    placed = [place(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    spots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in placed)
+    marks = f'<path class="marks" d="{spots}" stroke="{colour}"/>' if len(placed) <= FEW else ""
+    return (
+        f"<g{keyed(line.key)}><title>{escape(name)}</title>{band}"
+        f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}" fill="none" stroke-width="1.8" '
+        f'stroke="{colour}"{dashed}/>{marks}</g>'
+    )
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -117,75 +271,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _linear_ticks(high: float) -> list[float]:
+    if high <= 0:
+        return [0.0, 1.0]
     step = 10 ** math.floor(math.log10(high)) / 2
     while high / step > 6:
         step *= 2
     return [step * i for i in range(math.ceil(high / step) + 1)]
-
-
-@dataclass(frozen=True)
-class Dot:
-    """Two shares, 0..1, and where they are known their 95 % intervals."""
-
-    x: float
-    y: float
-    x_ci95: tuple[float, float] | None = None
-    y_ci95: tuple[float, float] | None = None
-
-    @property
-    def lowest(self) -> float:
-        return min(self.x, self.y, *(self.x_ci95 or ()), *(self.y_ci95 or ()))
-
-
-def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str, str], title: str) -> str:
-    """Labelled dots; both axes end at 100 % and begin at the same round number below all of them; whiskers are
-    intervals."""
-    if not dots:
-        return "<p>Nothing was measured on both subsets.</p>"
-    left, top, side, line_height = 56, 12, 300, 18
-    lowest = math.floor(min(dot.lowest for dot in dots.values()) * 10) / 10
-    lowest = min(lowest, 0.9)
-    label_x, height = left + side + 60, max(top + side + 44, top + len(dots) * line_height)
-
-    def place(dot: Dot) -> tuple[float, float]:
-        x, y = ((share - lowest) / (1 - lowest) for share in (dot.x, dot.y))
-        return left + x * side, top + (1 - y) * side
-
-    def whiskers(dot: Dot) -> str:
-        if not (dot.x_ci95 or dot.y_ci95):
-            return ""
-        (x_low, _), (x_high, _) = (place(Dot(end, dot.y)) for end in dot.x_ci95 or (dot.x, dot.x))
-        (_, y_low), (_, y_high) = (place(Dot(dot.x, end)) for end in dot.y_ci95 or (dot.y, dot.y))
-        x, y = place(dot)
-        return f'<path class="whisker" d="M{x_low:.1f} {y:.1f}H{x_high:.1f}M{x:.1f} {y_low:.1f}V{y_high:.1f}"/>'
-
-    parts = []
-    for tick in (lowest + (1 - lowest) * i / 5 for i in range(6)):
-        x, y = place(Dot(tick, tick))
-        parts.append(
-            f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + side}"/>'
-            f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * tick:.0f}</text>'
-            f'<text class="tick" x="{x:.1f}" y="{top + side + 16}" text-anchor="middle">{100 * tick:.0f}</text>'
-        )
-    parts.append(
-        f'<text class="name" x="{left + side / 2}" y="{top + side + 38}" text-anchor="middle">{escape(axes[0])}</text>'
-        f'<text class="name" x="12" y="{top + side / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 12 {top + side / 2})">{escape(axes[1])}</text>'
-    )
-    # Labels stand in a column beside the plot, in the order of their dots: they never cover each other.
-    for number, (name, dot) in enumerate(sorted(dots.items(), key=lambda item: place(item[1])[1])):
-        (x, y), label_y = place(dot), top + line_height * (number + 0.5)
-        parts.append(
-            f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x - 6} {label_y:.1f}"/>'
-            f'{whiskers(dot)}<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{palette[name]}"/>'
-            f'<text x="{label_x}" y="{label_y + 4:.1f}">{escape(name)}: {100 * dot.x:.1f} / {100 * dot.y:.1f}</text>'
-        )
-    return _svg(WIDTH, height, title, f"{axes[0]} to the right, {axes[1]} upwards.", "".join(parts))
-
-
-def _svg(width: float, height: float, title: str, description: str, body: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title>'
-        f"<desc>{escape(description)}</desc>{body}</svg>"
-    )

@@ -72,14 +72,28 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
 @duet.command()
 @_experiment
 @_students
-def evaluate(**asked: Any) -> None:
+@click.option(
+    "--model", "models", multiple=True, metavar="[NAME=]PATH",
+    help="Score this model, made elsewhere, instead of the students; can be repeated. Needs no stage before.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what each attack will cost, and start nothing.")
+def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
     from pipeline import commands
+    from pipeline.config import with_models
     from pipeline.processes import check_alone
     from pipeline.sweep import Request
 
     check_alone("evaluate", os.environ)
-    commands.evaluate(Request(**asked).load())
+    request = Request(**asked)
+    if not models:
+        commands.evaluate(request.load(), dry_run)
+    elif request.only or request.sweeps:
+        raise UserError(
+            "--model leaves the students out: --only and --sweep do nothing with it", "leave out one of them"
+        )
+    else:
+        commands.evaluate(with_models(request.load(), models), dry_run, only_models=True)
 
 
 @duet.command("audit-prefix")
@@ -115,6 +129,48 @@ def run(force: bool, **asked: Any) -> int:
     if not force:
         refuse_failing(config)
     return commands.run_all(request)
+
+
+@duet.command()
+@click.argument("run", metavar="[RUN_DIR]", required=False)
+@click.option("--pdf", is_flag=True, help="Print it to report.pdf, too; needs Chromium or Chrome.")
+def report(run: str | None, pdf: bool) -> None:
+    """Render a run's report.html anew from its results.json; RUN_DIR defaults to the only run in runs/."""
+    from pipeline import printing
+
+    printing.report(run, pdf)
+
+
+class _Evidence(click.Group):
+    """`duet evidence OUT.zip` is `duet evidence pack OUT.zip`: what is no command is the file to write."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        packs = any(arg.endswith(".zip") for arg in args) and args[0] not in self.commands
+        return super().parse_args(ctx, ["pack", *args] if packs else args)
+
+
+@duet.group("evidence", cls=_Evidence)
+def evidence_group() -> None:
+    """Bundle a run's report, numbers and settings for others, and check such a bundle."""
+
+
+@evidence_group.command("pack")
+@click.argument("out", metavar="OUT.zip")
+@click.option("--run", metavar="RUN_DIR", help="The run's directory; default: the only run in runs/.")
+def pack_evidence(out: str, run: str | None) -> None:
+    """Write a zip file with hashes over all that is in it; `duet evidence OUT.zip` does the same."""
+    from pipeline import evidence
+
+    evidence.pack(out, run)
+
+
+@evidence_group.command("verify")
+@click.argument("out", metavar="OUT.zip")
+def verify_evidence(out: str) -> None:
+    """Check that nothing is missing, additional or changed, and that the report is what the numbers say."""
+    from pipeline import evidence
+
+    evidence.verify(out)
 
 
 @duet.command()

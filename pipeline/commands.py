@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,16 @@ from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import out, progress_bar, results_table, say, say_engine
+from pipeline.terminal import (
+    attacks_table,
+    costs_table,
+    out,
+    outcome_lines,
+    progress_bar,
+    results_table,
+    say,
+    say_engine,
+)
 from stages.settings import StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
@@ -30,35 +41,81 @@ REPORT_NAME = "report.html"
 STAGES = ("teacher-logits", "distill", "evaluate")
 
 
-def evaluate(config: Config) -> None:
-    """Stage three: results.json, the table and the report."""
+def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -> None:
+    """Stage three: results.json, the table and the report.
+
+    A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
+    base, teachers and `evaluate.models` are asked.
+    """
+    from pipeline.provenance import provenance, without_places
     from pipeline.report import write_report
+    from stages import battery, reading
     from stages import evaluate as stage
+    from stages import given as of_given
+    from stages.harness import ask_harness
+    from stages.tofu_run import read_reference
 
     stop = StopSignal()
-    subjects = subjects_of(config)
-    stores = stores_of_run(config)
-    run_dir = claim_run_dir(config)
+    reference = read_reference(config.evaluate.tofu)
+    students = () if only_models else config.students
+    subjects = subjects_of(config, students)
+    stores = {} if only_models else stores_of_run(config)
+    run_dir = None if dry_run else claim_run_dir(config)
     exam = exam_of(config)
+    costs = battery.costs(subjects, exam)
+    if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
+        out.print(costs_table(costs, len(subjects)))
+    if run_dir is None:
+        return
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
+        readings = reading.read_all(subjects, exam, run_dir / "answers", bar.update, stop)
+        given = {}
+        if config.evaluate.likelihood:
+            given = of_given.read_all(subjects, exam, run_dir / "likelihoods", bar.update, stop)
+        harness = {}
+        if config.evaluate.lm_eval:
+            harness = ask_harness(subjects, exam, run_dir / "lm_eval", bar.update, stop)
     results = {
         "format_version": 1,
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "evaluate": config.evaluate.model_dump(mode="json"),
-        **stage.results_of(subjects, exam, answers),
+        "evaluate": without_places(config.evaluate.model_dump(mode="json")),
+        **stage.results_of(subjects, exam, answers, given, reference, readings),
+        "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: store_summary(place) for name, place in stores.items()},
-        "students": {student.name: _student_summary(config, student) for student in config.students},
+        "students": {student.name: _student_summary(config, student) for student in students},
         "environment": environment(),
+        "provenance": provenance(config, subjects, exam),
     }
+    for name, scores in harness.items():
+        results["models"][name] |= scores
     _keep_earlier(run_dir, results)
     publish_json(run_dir / RESULTS_NAME, results)
+    if config.evaluate.tofu:
+        _write_tofu_logs(run_dir / "open-unlearning", exam, given, answers, results)
     write_report(results, run_dir / REPORT_NAME)
     out.print(results_table(results))
+    if len(costs) > 2:
+        out.print(attacks_table(results))
+    for line in outcome_lines(results):
+        say(line)
     say(f"results: {run_dir / RESULTS_NAME}")
     say(f"report: {run_dir / REPORT_NAME}")
+
+
+def _write_tofu_logs(folder: Path, exam: Any, given: Any, answers: Any, results: Mapping[str, Any]) -> None:
+    """Each model's TOFU scores as open-unlearning writes them."""
+    from stages.given import finite
+    from stages.open_unlearning import tofu_logs
+
+    for model, of_sets in finite(given)[0].items():
+        logs = tofu_logs(exam, of_sets, answers[model], results["models"][model])
+        (folder / model.replace(":", "-")).mkdir(parents=True, exist_ok=True)
+        for name, content in zip(("TOFU_EVAL.json", "TOFU_SUMMARY.json"), logs, strict=True):
+            publish_json(folder / model.replace(":", "-") / name, content)
+    say(f"for open-unlearning: {folder}")
 
 
 def _keep_earlier(run_dir: Path, results: dict[str, Any]) -> None:
@@ -81,8 +138,9 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
         say(f"kept the earlier {what}: {kept}")
 
 
-def subjects_of(config: Config) -> list[Any]:
-    """Base, teachers, then students, each teacher and student after its own base where that is another model."""
+def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
+    """Base, teachers, then students, each teacher and student after its own base where that is another model; then models
+    that were made elsewhere, measured against the run's base."""
     from stages.exam import Subject
     from stages.models import resolve_model
     from stages.student import TRAINING_NAME
@@ -102,7 +160,7 @@ def subjects_of(config: Config) -> list[Any]:
         prefix, set_prefixes = _prefixes(config, settings)
         called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
         subjects.append(Subject(called, model_dir, prefix, base_of(name, model_dir), set_prefixes))
-    for student in config.students:
+    for student in students:
         student_dir = config.run_dir / student.name
         if not (student_dir / TRAINING_NAME).is_file():
             raise UserError(
@@ -111,14 +169,17 @@ def subjects_of(config: Config) -> list[Any]:
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
         base = base_of(student.name, start_dir)
         subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
+    for name, model in config.evaluate.models.items():
+        subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
     return subjects
 
 
 def exam_of(config: Config) -> Any:
     """What every model of the run is asked."""
     from stages.exam import Exam
-    from stages.models import pick_device
+    from stages.models import pick_device, resolve_model
 
+    control = config.evaluate.control_model
     return Exam(
         sets=_query_sets(config),
         topic=config.topic,
@@ -127,6 +188,7 @@ def exam_of(config: Config) -> Any:
         device=pick_device(config.device),
         trust_remote_code=config.teacher.trust_remote_code,
         further_topics={f"{request.name}.forget": request.topic for request in config.requests},
+        control=resolve_model(control, "evaluate.control_model") if control else None,
     )
 
 
@@ -143,6 +205,7 @@ def _query_sets(config: Config) -> dict[str, Any]:
     """The training sets of all requests and those of the evaluation, with answers."""
     from stages.data import load_queries
     from stages.exam import QuerySet
+    from stages.knowmem import load_shots
     from stages.teacher import MAIN, queries_of
 
     expect = {"forget": "forgotten", "retain": "kept"}
@@ -153,7 +216,18 @@ def _query_sets(config: Config) -> dict[str, Any]:
         if queries
     }
     for name, settings in config.evaluate.sets.items():
-        sets[name] = QuerySet(load_queries(settings, f"evaluate.sets.{name}", need_answers=True), settings.expect)
+        where = f"evaluate.sets.{name}"
+        sets[name] = QuerySet(
+            load_queries(settings, where, need_answers=True),
+            settings.expect,
+            load_shots(settings, where),
+            settings.translates,
+        )
+    for name, query_set in sets.items():
+        if query_set.translates is not None and query_set.translates not in sets:
+            raise UserError(
+                f"evaluate.sets.{name}.translates: no set {query_set.translates!r}", f"the sets are {', '.join(sets)}"
+            )
     order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
     return {name: sets[name] for name in order}
 

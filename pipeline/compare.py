@@ -210,7 +210,7 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
         store_tokenizer=tokenizer,
         validation=replace(unattacked, settings=unattacked.settings.model_copy(update={"attacks": ()})),
         reported=part_of(exam, reported),
-        references=subjects_of(config.model_copy(update={"students": ()})),
+        references=subjects_of(config, ()),
         trust_remote_code=config.teacher.trust_remote_code,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.charts import Dot, scatter
-from pipeline.report import definition_list, legend, page
+from pipeline.page import definition_list, legend, page
 from pipeline.terminal import interval
 
 KIND_COLOURS = {"DUET": "#0072b2", "other methods": "#e69f00", "base, teacher, oracle": "#8a8f98"}

@@ -7,6 +7,7 @@ Validation never edits: what a stage resolves itself (engine, dtype, device) sta
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -33,7 +34,8 @@ from stages.settings import (
     teacher_weights,
 )
 
-TAKEN_NAMES = ("teacher", "answers", "audit", "compare")  # folders of the run directory that are no students
+# folders of the run directory that are no students
+TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare")
 
 
 class Config(Settings):
@@ -83,6 +85,19 @@ class Config(Settings):
         return TrainSettings(**merged(self.train.model_dump(), student.train))
 
 
+def with_models(config: Config, models: Sequence[str]) -> Config:
+    """The config with models of a command line, PATH or NAME=PATH each, among `evaluate.models`."""
+    named = dict(config.evaluate.models)
+    for text in models:
+        name, _, model = text.rpartition("=")
+        name = name or Path(model).name
+        if name in named:
+            raise UserError(f"--model {text}: there is a model {name!r} already", "name it with --model NAME=PATH")
+        named[name] = model
+    raw = config.model_dump() | {"evaluate": config.evaluate.model_dump() | {"models": named}}
+    return validated(Config, raw, "--model")
+
+
 def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`own` on top of `common`, group by group: what a group does not name stays; null switches a whole group off."""
     result = dict(common)
@@ -110,6 +125,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     config = validated(Config, raw, path)
     _check_teachers(config, path)
     _check_requests(config, path)
+    _check_tofu(config, path)
     check_students(config, path)
     if is_url(config.store.dir or ""):
         check_url(config.store.dir or "")  # before the settings are written anywhere
@@ -256,6 +272,22 @@ def _check_requests(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: evaluate.sets: {reserved!r} is the training set of that name", "name the set otherwise"
         )
+
+
+def _check_tofu(config: Config, where: str) -> None:
+    """Refuse TOFU aggregates of query sets that are not there or have no wrong answers."""
+    tofu = config.evaluate.tofu
+    if tofu is None:
+        return
+    data = {"forget": config.data.forget, "retain": config.data.retain, **config.evaluate.sets}
+    for role, name in {"forget": tofu.forget, **tofu.utility_sets}.items():
+        if name is not None and name not in data:
+            raise UserError(f"{where}: evaluate.tofu.{role}: no query set {name!r}", f"the sets are {', '.join(data)}")
+        if name is not None and data[name].perturbed_field is None:
+            raise UserError(
+                f"{where}: evaluate.tofu.{role}: the set {name!r} has no perturbed_field",
+                "name the field with its wrong answers; TOFU's files with them end in _perturbed",
+            )
 
 
 def _first_repeated(values: list[str]) -> str | None:

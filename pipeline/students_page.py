@@ -12,10 +12,10 @@ from rich.table import Table
 
 from cache.files import publish_json, publishing, read_json
 from cache.record import SUBSETS
-from pipeline.charts import Dot, colours, curves, scatter
+from pipeline.charts import Dot, colours, curves, legend_of_lines, scatter
 from pipeline.commands import model_name
 from pipeline.config import Config
-from pipeline.report import legend, page
+from pipeline.page import page
 from pipeline.run import CONFIG_NAME
 from pipeline.terminal import loss_in_words, out, say
 
@@ -118,7 +118,7 @@ def render(run: str, students: Sequence[Summary]) -> str:
         '<p class="note">Share of first tokens that are the teacher\'s: on forget questions to the right, on retain '
         "questions upwards. The teacher itself stands in the upper right corner.</p>"
         + scatter(dots, palette, ("forget, %", "retain, %"), "First tokens as the teacher's")
-        + f"<h2>Training</h2>{legend(palette)}"
+        + f"<h2>Training</h2>{legend_of_lines(palette)}"
         + curves({name: s["curve"] for name, s in by_name.items()}, palette, "Training loss by step")
         + '<p class="note">Losses of different kinds do not compare.</p>'
     )

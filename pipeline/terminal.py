@@ -128,3 +128,49 @@ def results_table(results: dict[str, Any]) -> Table:
             f"[dim]floor: {floor}[/dim]", *(f"[dim]{100 * v:.1f}[/dim]" if v is not None else "" for v in values), ""
         )
     return table
+
+
+def outcome_lines(results: dict[str, Any]) -> list[str]:
+    """The verdict on each model, and what it rests on most; results.json has all reasons."""
+    return [
+        f"{model}: {outcome['verdict']} ({outcome['reasons'][0]})" for model, outcome in results["outcomes"].items()
+    ]
+
+
+def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
+    """What an evaluation will ask, by attack: prompts, tokens and training steps over all models."""
+    table = Table(
+        title=f"What is asked of {num_models} models; what is on disk is not asked again", title_justify="left"
+    )
+    table.add_column("attack", no_wrap=True)
+    for title in ("answers", "prompt tokens", "answer tokens, at most", "training steps"):
+        table.add_column(title, justify="right")
+    for kind, cost in costs.items():
+        counts = (cost.prompts, cost.prompt_tokens, cost.answer_tokens, cost.training_steps)
+        table.add_row(kind, *(f"{count:,}" for count in counts))
+    return table
+
+
+def attacks_table(results: dict[str, Any]) -> Table:
+    """Attacks by rows, models by columns: what the worst variant per question brings back of the forget set, in points."""
+    table = Table(
+        title="Forget set under attack, in points: recall with the worst variant per question [95 % interval]",
+        title_justify="left",
+        caption="sampling: leak@k of the largest k; logit_lens: mean reciprocal rank. no: not shown to work on this model",
+        caption_justify="left",
+    )
+    table.add_column("attack", no_wrap=True)
+    table.add_column("works")
+    for model in results["models"]:
+        table.add_column(model, justify="right")
+    first = next(iter(results["models"].values()))
+    for kind, work in results["attacks_work"].items():
+        begins = (
+            f"attack.{kind}.forget.leak@",
+            f"attack.{kind}.forget.mrr",
+            f"attack.{kind}_worst.forget.rougeL_recall",
+        )
+        if found := [key for key in first if key.startswith(begins)]:
+            cells = [interval(scores[found[-1]]) for scores in results["models"].values()]
+            table.add_row(kind, "yes" if work["works"] else "no", *cells)
+    return table

@@ -18,11 +18,16 @@ HUB_SCHEME = "hf://"
 
 @dataclass(frozen=True)
 class Query:
-    """One question; `answer` is None where the data has none."""
+    """One question. `answer` is None where the data has none, and the right choice where it has choices; what the further
+    fields hold, and whether they do, the settings say."""
 
     row_id: str
     question: str
     answer: str | None
+    paraphrased: str | None = None  # the answer in other words
+    perturbed: tuple[str, ...] | None = None  # wrong answers, at least one
+    choices: tuple[str, ...] = ()
+    right: int | None = None  # number of the right choice, from 0
 
 
 def load_queries(settings: DataSettings, where: str, need_answers: bool = False) -> list[Query]:
@@ -97,8 +102,10 @@ def _query(row: Any, number: int, settings: DataSettings, where: str, need_answe
             f"{where}: row {number} of {settings.path} is {type(row).__name__}, expected an object",
             "write one object per row",
         )
+    choices, right = (), None
     if settings.choices_field is not None:
-        row = row | {settings.answer_field: _chosen(row, number, settings, where)}
+        choices, right = _choices(row, number, settings, where)
+        row = row | {settings.answer_field: choices[right]}
     question = _text(row, settings.question_field, "question_field", number, settings, where)
     has_answer = row.get(settings.answer_field) is not None
     answer = (
@@ -106,11 +113,17 @@ def _query(row: Any, number: int, settings: DataSettings, where: str, need_answe
         if has_answer or need_answers
         else None
     )
+    paraphrased = (
+        _text(row, settings.paraphrased_field, "paraphrased_field", number, settings, where)
+        if settings.paraphrased_field is not None
+        else None
+    )
+    perturbed = _perturbed(row, number, settings, where)
     if settings.id_field is None:
-        return Query(str(number), question, answer)
+        return Query(str(number), question, answer, paraphrased, perturbed, choices, right)
     if row.get(settings.id_field) is None:
         raise UserError(*_lacks(row, settings.id_field, "id_field", number, settings, where))
-    return Query(str(row[settings.id_field]), question, answer)
+    return Query(str(row[settings.id_field]), question, answer, paraphrased, perturbed, choices, right)
 
 
 def _text(row: dict[str, Any], field: str, setting: str, number: int, settings: DataSettings, where: str) -> str:
@@ -124,19 +137,40 @@ def _text(row: dict[str, Any], field: str, setting: str, number: int, settings: 
     return row[field]
 
 
-def _chosen(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> str:
-    """The text of the right choice."""
+def _perturbed(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> tuple[str, ...] | None:
+    """The wrong answers, if a field for them is named."""
+    field = settings.perturbed_field
+    if field is None:
+        return None
+    if field not in row:
+        raise UserError(*_lacks(row, field, "perturbed_field", number, settings, where))
+    found = row[field]
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
+        raise UserError(
+            f"{where}: row {number} of {settings.path} has {found!r} in field {field!r}, expected a list of wrong answers",
+            f"mend the row, or name another field with {where}.perturbed_field",
+        )
+    return tuple(found)
+
+
+def _choices(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> tuple[tuple[str, ...], int]:
+    """The choices' texts and the number of the right one."""
     field = settings.choices_field or ""
     for name, setting in ((field, "choices_field"), (settings.answer_field, "answer_field")):
         if name not in row:
             raise UserError(*_lacks(row, name, setting, number, settings, where))
     choices, index = row[field], row[settings.answer_field]
-    if not isinstance(choices, list) or not isinstance(index, int) or not 0 <= index < len(choices):
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise UserError(
+            f"{where}: row {number} of {settings.path} has {choices!r} in field {field!r}, expected a list of texts",
+            f"mend the row, or name another field with {where}.choices_field",
+        )
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise UserError(
             f"{where}: row {number} of {settings.path}: {index!r} is not an index into its choices {choices!r}",
             f"{where}.answer_field must hold the index (from 0) of the right entry of {field!r}",
         )
-    return choices[index]
+    return tuple(choices), index
 
 
 def _lacks(

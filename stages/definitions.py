@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,15 @@ MODULES = (
     "stages.metrics",
     "stages.memorisation",
     "stages.tofu",
+    "stages.choices",
+    "stages.knowmem",
+    "stages.membership",
+    "stages.perplexity",
+    "stages.signs",
+    "stages.outcome",
     "stages.uncertainty",
+    "stages.harness",
+    "stages.attack_scores",
 )  # those with METRICS, in the order of the page
 
 
@@ -31,12 +40,13 @@ class Metric:
     better: str = BY_SET  # where a model does what is wanted
     version: int = 1
     range: str = "0 to 1"
+    about: str = ""  # what stands before that, where one function serves several metrics
 
     @property
     def definition(self) -> str:
-        """The first paragraph of the function's docstring, on one line."""
+        """`about` and the first paragraph of the function's docstring, on one line."""
         paragraph = (inspect.getdoc(self.function) or "").split("\n\n")[0]
-        return " ".join(paragraph.split())
+        return " ".join(f"{self.about} {paragraph}".split())
 
 
 def all_metrics() -> tuple[Metric, ...]:
@@ -60,13 +70,16 @@ def versions(metrics: Iterable[Metric]) -> dict[str, int]:
 
 def as_markdown(metrics: Iterable[Metric]) -> str:
     """The page of definitions."""
-    sections = (
-        f"## {metric.id}@{metric.version}\n\n{metric.definition}\n\n"
-        f"Range: {metric.range}. Better: {metric.better}. Computed by `{metric.function.__module__.replace('.', '/')}.py`, "
-        f"`{metric.function.__name__}`.\n"
-        for metric in metrics
-    )
+    sections = []
+    for metric in metrics:
+        where = f"`{metric.function.__module__.replace('.', '/')}.py`, `{metric.function.__name__}`"
+        facts = f"Range: {metric.range}. Better: {metric.better}. Computed by {where}."
+        sections.append(f"## {metric.id}@{metric.version}\n\n{_wrapped(metric.definition)}\n\n{_wrapped(facts)}\n")
     return PAGE + "\n".join(sections)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 PAGE = """# What the numbers mean
@@ -76,5 +89,18 @@ This page is written from the docstrings of the code by `make docs-metrics`: cha
 In `results.json` a score stands under `models`, model by model, as `<query set>.<id>`, with `value`, `n` and `ci95`;
 `definitions` and `versions` hold what stands here for the code that made the file. A metric's full name is `id@version`:
 scores of different versions do not compare.
+
+Memorisation and TOFU's scores are made of how likely a model finds given answers, which `evaluate.likelihood: false` switches
+off. Truth ratios also need wrong answers, in the field of the data that `perturbed_field` names, and take a paraphrase of the
+answer where `paraphrased_field` names one. `evaluate.tofu` switches TOFU's two aggregates on:
+
+```yaml
+evaluate:
+  tofu:
+    { retain: retain, real_authors: real_authors, world_facts: world_facts, forget: forget, reference: runs/other/results.json }
+```
+
+The reference is a model that never saw the forget set: `results.json` of a run that evaluated it on the same forget questions,
+`TOFU_EVAL.json` of open-unlearning, or with `reference_model` alone a model of the same run.
 
 """

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ class _Beginning:
 class TransformersEngine(Engine):
     """Batches of left-padded prompts behind the keys and values of what they begin with, decoded step by step."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, model: Any | None = None) -> None:
+        """`model`: one that is loaded and on the device already, which may have other weights than the directory."""
         self.name = f"transformers {transformers.__version__}"
         self.route = "forward"
         if spec.quantization or spec.tensor_parallel * spec.pipeline_parallel > 1:
@@ -53,7 +55,10 @@ class TransformersEngine(Engine):
                 "leave them out, or set teacher.engine: vllm",
             )
         self._spec = spec
-        self._model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
+        given = model is not None
+        self._model: Any = (
+            model if given else load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
+        )
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.usage = Usage()
         self._takes = set(inspect.signature(self._model.forward).parameters)

@@ -6,20 +6,21 @@ next model; `results_of` turns answers into scores. Every score carries n and an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages import metrics, uncertainty
+from stages import attack_scores, battery, knowmem, metrics, outcome, reading, uncertainty
 from stages.definitions import all_metrics, definitions, versions
-from stages.exam import HEADLINE, Exam, Subject, attack_texts, references_of
-from stages.examinee import Examinee, recalled
+from stages.exam import HEADLINE, Exam, Subject, references_of
+from stages.examinee import Examinee
+from stages.given import Given, finite, score_given
+from stages.tofu_run import Reference, tofu_results
 from stages.uncertainty import Score
 
-NUM_SAMPLES = 10
+NUM_SAMPLES = 40
 
 
 def answer_all(
@@ -29,66 +30,79 @@ def answer_all(
     on_progress: Callable[[str, int, int], None],
     on_engine: Callable[[str, str], None],
     should_stop: Callable[[], bool],
-) -> dict[str, dict[str, list[str]]]:
-    """Answers per subject and task, in query order. Subjects of one model directory share an engine.
+) -> dict[str, dict[str, Any]]:
+    """Answers per subject and task, in query order, and what attacks on its weights found.
+
+    Subjects of one model directory share an engine. Under CONTROL comes back what `exam.control` relearns.
 
     What is on disk from the same model, prefix, questions and settings is not asked again.
     """
-    answers_dir.mkdir(parents=True, exist_ok=True)
-    answers: dict[str, dict[str, list[str]]] = {}
+    answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
+    how = battery.How(answers_dir, on_progress, on_engine, should_stop)
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
         examinee = Examinee(model_dir, exam, asked)
         try:
             for subject in asked:
-                answers[subject.name] = recalled(
-                    answers_dir / f"{subject.name.replace(':', '-')}.json",
-                    examinee.identity(subject),
-                    lambda examinee=examinee, subject=subject: examinee.ask(
-                        subject, on_progress, on_engine, should_stop
-                    ),
-                )
+                answers[subject.name] |= battery.answered(examinee, subject, how)
         finally:
             examinee.close()
-    return {subject.name: answers[subject.name] for subject in subjects}
+        for subject in asked:
+            answers[subject.name] |= battery.weights_attacked(examinee, subject, how)
+    return answers | battery.control_attacked(exam, how)
 
 
 def results_of(
-    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, Any]],
+    given: Mapping[str, Mapping[str, Given]],
+    reference: Reference | None = None,
+    readings: Mapping[str, reading.Readings] | None = None,
 ) -> dict[str, Any]:
-    """The parts of results.json that come from answers: scores, comparisons, floors, samples, and what the numbers mean."""
-    models = {subject.name: _scores(answers[subject.name], exam) for subject in subjects}
+    """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
+    samples, and what the numbers mean.
+
+    `given` is empty where likelihoods are not asked for, and a model of which some are not finite has no scores of them: it is
+    broken, its verdict says. `reference` is that of TOFU's forget quality; `readings` are those
+    of `reading.py`, by subject.
+    """
+    given, not_finite = finite(given)
+    models = {subject.name: _scores(answers[subject.name], given.get(subject.name, {}), exam) for subject in subjects}
+    for name in models:
+        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
+    floors = _floors(exam) | knowmem.floors_of(exam) | reading.floors_of(exam)
+    aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
-        "models": {name: {key: score.as_json() for key, score in scores.items()} for name, scores in models.items()},
+        "models": {
+            name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
+            for name, scores in models.items()
+        },
+        **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
-        "floors": _floors(exam),
+        "floors": floors,
+        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors, not_finite),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons(subjects, exam, models),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
+        **attack_scores.results_of(subjects, exam, answers, models),
     }
 
 
-def _scores(answers: Mapping[str, list[str]], exam: Exam) -> dict[str, Score]:
-    """Scores of one model: `<set>.<metric>`, then per attack the mean over its texts and the worst per question."""
+def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
+    """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
-        for metric, values in metrics.score_texts(references, answers[name], extra).items():
+        items = metrics.score_texts(references, answers[name], extra)
+        if name in given:
+            items |= score_given(given[name], query_set.expect)
+        for metric, values in items.items():
             scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
-    for kind, (name, topic) in itertools.product(exam.settings.attacks, exam.attacked.items()):
-        references = references_of(exam.sets[name])
-        tasks = [f"attack.{kind}.{number}.{name}" for number in range(len(attack_texts(kind, topic)))]
-        recall_AN = np.stack([metrics.score_texts(references, answers[task], extra)[HEADLINE] for task in tasks])
-        for suffix, values in (
-            ("", metrics.mean_over_texts(recall_AN)),
-            ("_worst", metrics.worst_over_texts(recall_AN)),
-        ):
-            scores[f"attack.{kind}{suffix}.{name}.{HEADLINE}"] = uncertainty.score(
-                values, clusters=references, seed=seed
-            )
+    scores |= attack_scores.scores_of(answers, exam)
     return scores
 
 
@@ -105,7 +119,7 @@ def _shifts(
     subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, Any]]:
     """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
-    keys = {name: f"{name}.{HEADLINE}" for name in exam.sets}
+    keys = {name: f"{name}.{HEADLINE}" for name in exam.judged}
     forgotten = {key for name, key in keys.items() if exam.sets[name].expect == "forgotten"}
     points = {model: {key: 100 * scores[key].value for key in keys.values()} for model, scores in models.items()}
     shifts = {}
@@ -124,17 +138,15 @@ def _comparisons(
         subject.name: {
             key: {"against": subject.base, **uncertainty.compare(found, models[subject.base][key], exam.settings.seed)}
             for key, found in models[subject.name].items()
-            if key in models[subject.base]
+            if key in models[subject.base] and len(found.items)  # an AUC and a perplexity are no means over items
         }
         for subject in subjects
         if subject.base != subject.name
     }
 
 
-def _samples(
-    subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, list[str]]]
-) -> list[dict[str, Any]]:
-    """Ten questions drawn evenly from the sets, by seed and not by how they turned out."""
+def _samples(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Up to NUM_SAMPLES questions drawn evenly from the sets, by seed and not by how they turned out."""
     rng = np.random.default_rng(exam.settings.seed)
     shuffled = {name: iter(rng.permutation(len(s.queries)).tolist()) for name, s in exam.sets.items()}
     drawn: list[tuple[str, int]] = []

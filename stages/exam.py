@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from cache.errors import UserError
+from stages import attacks
 from stages.data import Query
 from stages.exam_settings import EvaluateSettings
+from stages.prompts import Prompt
 from stages.settings import PromptSettings
 
-ATTACKS_PATH = Path(__file__).with_name("attacks.yaml")
 HEADLINE = "rougeL_recall"  # the metric that the performance shift and the attacks are stated in
 
 
@@ -38,6 +38,8 @@ class QuerySet:
 
     queries: list[Query]
     expect: str  # "forgotten" or "kept"
+    shots: tuple[Query, ...] = ()  # shown in front of the questions, for MUSE's KnowMem
+    translates: str | None = None  # the set whose questions these are, in another language
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,32 @@ class Exam:
     further_topics: Mapping[str, str] = field(
         default_factory=dict
     )  # of forget sets beside `forget`, which are attacked too
+    control: Path | None = None  # directory of a model that never knew the topic
+
+    @property
+    def judged(self) -> dict[str, QuerySet]:
+        """The sets that count for or against a model: all but the membership attacks' non-members, whom no model knows."""
+        membership = self.settings.membership
+        return {name: s for name, s in self.sets.items() if not membership or name != membership.nonmembers}
 
     @property
     def attacked(self) -> dict[str, str]:
-        """The sets that attacks are tried on, and their topics."""
-        return {"forget": self.topic, **self.further_topics}
+        """The sets that attacks are tried on, of those that there are, and their topics."""
+        topics = {"forget": self.topic, **self.further_topics}
+        return {name: topic for name, topic in topics.items() if name in self.sets}
 
 
-def attack_texts(kind: str, topic: str) -> list[str]:
-    """The bundled texts of one attack with the topic in place."""
-    return [text.replace("{topic}", topic) for text in yaml.safe_load(ATTACKS_PATH.read_text(encoding="utf-8"))[kind]]
-
-
-def questions_of(exam: Exam, subject: Subject) -> dict[str, list[tuple[Query, str]]]:
-    """All (query, text in front) pairs per task: each set under its name, each attack text as `attack.<kind>.<i>.<set>`."""
+def questions_of(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
+    """All prompts per task: each set under its name, each variant of an attack as `attack.<kind>.<variant>.<set>`."""
     prefixes = {name: subject.set_prefixes.get(name, subject.prefix) for name in exam.sets}
-    tasks = {name: [(query, prefixes[name]) for query in query_set.queries] for name, query_set in exam.sets.items()}
-    for kind in exam.settings.attacks:
-        for name, topic in exam.attacked.items():
-            for number, text in enumerate(attack_texts(kind, topic)):
-                in_front = exam.prompt.separator.join(part for part in (prefixes[name], text) if part)
-                tasks[f"attack.{kind}.{number}.{name}"] = [(query, in_front) for query in exam.sets[name].queries]
+    tasks = {
+        name: [Prompt.plain(query, prefixes[name]) for query in query_set.queries]
+        for name, query_set in exam.sets.items()
+    }
+    for kind in attacks.prompt_kinds(exam):
+        for name in exam.attacked:
+            for variant, prompts in attacks.prompts_of(exam, kind, name, prefixes[name]).items():
+                tasks[attacks.task(kind, variant, name)] = prompts
     return tasks
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json, sha256_json
+from stages import knowmem
 from stages.engine import Engine, EngineSpec, open_engine
 from stages.exam import Exam, Subject, questions_of
 from stages.models import (
@@ -21,7 +23,16 @@ from stages.models import (
     vocab_width,
     weights_sha256,
 )
-from stages.prompts import check_length, check_prompt_settings, render
+from stages.prompts import (
+    Prompt,
+    answer_ids,
+    check_length,
+    check_prompt_settings,
+    form_of,
+    opening_ids,
+    render_answer,
+    render_prompt,
+)
 
 CALL_BATCHES = 4  # per call of an engine, which makes its own batches: between calls a signal is heard
 
@@ -35,26 +46,31 @@ def recalled(path: Path, identity: str, ask: Callable[[], Any]) -> Any:
     return answers
 
 
+def left_of(task: str) -> str:
+    """Where the references of a task are kept of whose answers a beginning was given: what is left of each."""
+    return f"left.{task}"
+
+
 class Examinee:
     """One model directory: prompts rendered with its tokenizer, its engine opened when first needed."""
 
     def __init__(self, model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> None:
-        self._exam = exam
-        self._dir = model_dir
+        self.exam = exam
+        self.model_dir = model_dir
         self._config = load_config(model_dir, exam.trust_remote_code)
-        self._tokenizer = load_tokenizer(model_dir, exam.trust_remote_code)
-        check_prompt_settings(self._tokenizer, exam.prompt)
-        self._num_ids = min(max(self._tokenizer.get_vocab().values()) + 1, vocab_width(self._config))
-        self._weights_sha256 = weights_sha256(model_dir)
+        self.tokenizer = load_tokenizer(model_dir, exam.trust_remote_code)
+        check_prompt_settings(self.tokenizer, exam.prompt)
+        self.num_ids = min(max(self.tokenizer.get_vocab().values()) + 1, vocab_width(self._config))
+        self._questions = {subject.name: questions_of(exam, subject) for subject in subjects}
         self._prompts = {subject.name: self._render(subject) for subject in subjects}
         self._engine: Engine | None = None
 
     def _render(self, subject: Subject) -> dict[str, list[list[int]]]:
-        exam = self._exam
+        exam = self.exam
         prompts = {
-            task: [render(self._tokenizer, query.question, text, exam.prompt) for query, text in pairs]
-            for task, pairs in questions_of(exam, subject).items()
-        }
+            task: [render_prompt(self.tokenizer, prompt, exam.prompt) for prompt in asked]
+            for task, asked in self._questions[subject.name].items()
+        } | knowmem.prompts_of(self.tokenizer, exam, subject)
         for task, rows in prompts.items():
             for number, ids in enumerate(rows):
                 check_length(
@@ -62,16 +78,46 @@ class Examinee:
                 )
         return prompts
 
-    def identity(self, subject: Subject, anywhere: bool = False) -> str:
-        """Hash of everything that decides the subject's answers; `anywhere` leaves out what only rounds otherwise."""
+    @cached_property
+    def _weights_sha256(self) -> str:
+        return weights_sha256(self.model_dir)
+
+    def tasks(self, subject: Subject) -> list[str]:
+        return list(self._prompts[subject.name])
+
+    def prompts(self, subject: Subject, task: str) -> list[list[int]]:
+        """Token ids of a task's prompts, in query order."""
+        return self._prompts[subject.name][task]
+
+    def answers(self, name: str) -> list[list[int]]:
+        """Token ids of a set's reference answers, without an end-of-sequence id."""
+        return [answer_ids(self.tokenizer, q.answer or "", self.exam.prompt) for q in self.exam.sets[name].queries]
+
+    def full_answers(self, name: str) -> list[list[int]]:
+        """The same as a model is to give them: with the end-of-sequence id."""
+        queries = self.exam.sets[name].queries
+        return [render_answer(self.tokenizer, query.answer or "", self.exam.prompt) for query in queries]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def identity(
+        self, subject: Subject, anywhere: bool = False, tasks: Collection[str] | None = None, more: object = None
+    ) -> str:
+        """Hash of everything that decides the subject's answers to these tasks (default: all), and of `more`.
+
+        `anywhere` leaves out what only rounds otherwise.
+        """
         deciding = {"max_new_tokens", "dtype"} if anywhere else {"max_new_tokens", "engine", "dtype"}
+        prompts = self._prompts[subject.name]
         return sha256_json(
             [
                 self._weights_sha256,
-                tokenizer_sha256(self._tokenizer),
-                self._prompts[subject.name],
-                self._exam.settings.model_dump(include=deciding),
-                *([] if anywhere else [self._exam.device]),
+                tokenizer_sha256(self.tokenizer),
+                prompts if tasks is None else {task: prompts[task] for task in tasks},
+                self.exam.settings.model_dump(include=deciding),
+                *([] if anywhere else [self.exam.device]),
+                *([] if more is None else [more]),
             ]
         )
 
@@ -81,59 +127,79 @@ class Examinee:
         on_progress: Callable[[str, int, int], None],
         on_engine: Callable[[str, str], None],
         should_stop: Callable[[], bool],
+        tasks: Collection[str] | None = None,
     ) -> dict[str, list[str]]:
+        """Greedy answers per task (default: all), and under `left_of` a task what is left of its references."""
         prompts = self._prompts[subject.name]
+        prompts = prompts if tasks is None else {task: prompts[task] for task in tasks}
         flat = [ids for rows in prompts.values() for ids in rows]
-        self._engine = self._engine or self._open(on_engine)
+        engine = self.engine(on_engine)
         order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
         by_index: dict[int, str] = {}
-        size = CALL_BATCHES * self._exam.settings.batch_size
+        size = CALL_BATCHES * self.exam.settings.batch_size
         for first in range(0, len(order), size):
             if should_stop():
                 raise Interrupted(f"{subject.name} begins again; what was asked before it is kept")
             chosen = order[first : first + size]
-            outputs = self._engine.generate([flat[i] for i in chosen], self._exam.settings.max_new_tokens)
+            outputs = engine.generate([flat[i] for i in chosen], self.exam.settings.max_new_tokens)
             for i, ids in zip(chosen, outputs, strict=True):
-                by_index[i] = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+                by_index[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
             on_progress(subject.name, len(by_index), len(flat))
         texts = [by_index[i] for i in range(len(flat))]
         result, start = {}, 0
         for task, rows in prompts.items():
-            result[task] = texts[start : start + len(rows)]
+            ends = knowmem.cut if task.startswith(knowmem.TASK) else str.strip
+            result[task] = [ends(text) for text in texts[start : start + len(rows)]]
             start += len(rows)
+            asked = self._questions[subject.name].get(task, [])
+            if any(prompt.opening_tokens for prompt in asked):
+                result[left_of(task)] = [self._left(prompt) for prompt in asked]
         return result
+
+    def _left(self, prompt: Prompt) -> str:
+        """What is left of the reference after the tokens of it that the answer was made to begin with."""
+        settings = self.exam.prompt
+        given = len(opening_ids(self.tokenizer, prompt, settings)) if prompt.opening_tokens else 0
+        return self.text(answer_ids(self.tokenizer, prompt.query.answer or "", form_of(prompt, settings))[given:])
 
     def first_top_k(
         self, subject: Subject, task: str, top_k: int, on_engine: Callable[[str, str], None]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of each prompt of a task, the K most likely first ids of the response and their raw logits, [N, K] each."""
-        if top_k > self._num_ids:
+        if top_k > self.num_ids:
             raise UserError(
-                f"teacher.top_k is {top_k}, the vocabulary has {self._num_ids} ids",
-                f"set teacher.top_k to at most {self._num_ids}",
+                f"teacher.top_k is {top_k}, the vocabulary has {self.num_ids} ids",
+                f"set teacher.top_k to at most {self.num_ids}",
             )
-        self._engine = self._engine or self._open(on_engine)
-        scored = self._engine.score(self._prompts[subject.name][task], top_k, 1)
+        scored = self.engine(on_engine).score(self._prompts[subject.name][task], top_k, 1)
         return np.stack([row.topk_ids_PK[0] for row in scored]), np.stack([row.topk_logits_PK[0] for row in scored])
 
-    def _open(self, on_engine: Callable[[str, str], None]) -> Engine:
-        exam = self._exam
+    def engine(self, on_engine: Callable[[str, str], None]) -> Engine:
+        """The model's engine, opened at the first call."""
+        if self._engine is None:
+            quick = self.exam.settings.engine == "auto" and self.exam.device == "cpu"
+            opened, reason = open_engine(self.spec(), "transformers" if quick else self.exam.settings.engine)
+            on_engine(opened.name, "on a CPU it starts sooner than vLLM" if quick else reason)
+            self._engine = opened
+        return self._engine
+
+    def spec(self) -> EngineSpec:
+        """What an engine for this model and all its prompts is opened with."""
+        exam = self.exam
         longest = max(len(ids) for tasks in self._prompts.values() for rows in tasks.values() for ids in rows)
-        spec = EngineSpec(
-            model_dir=self._dir,
+        return EngineSpec(
+            model_dir=self.model_dir,
             dtype=exam.settings.dtype,
-            num_ids=self._num_ids,
+            num_ids=self.num_ids,
             context=longest + exam.settings.max_new_tokens,
-            eos_ids=tuple(eos_ids(self._dir, self._config, self._tokenizer)),
+            eos_ids=tuple(eos_ids(self.model_dir, self._config, self.tokenizer)),
             device=exam.device,
             trust_remote_code=exam.trust_remote_code,
             batch_size=exam.settings.batch_size,
         )
-        quick = exam.settings.engine == "auto" and exam.device == "cpu"
-        opened, reason = open_engine(spec, "transformers" if quick else exam.settings.engine)
-        on_engine(opened.name, "on a CPU it starts sooner than vLLM" if quick else reason)
-        return opened
 
     def close(self) -> None:
+        """Give the engine's memory back; a later question opens it anew."""
         if self._engine is not None:
             self._engine.close()
+            self._engine = None

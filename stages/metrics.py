@@ -132,27 +132,11 @@ def performance_shift(
     return sum(terms.values()), terms
 
 
-def mean_over_texts(recall_AN: np.ndarray) -> np.ndarray:
-    """ROUGE-L recall on the forget questions with a text in front that tries to undo the forgetting: the mean over the
-    texts.
-
-    A attack texts, N questions; per question.
-    """
-    return recall_AN.mean(axis=0)
-
-
-def worst_over_texts(recall_AN: np.ndarray) -> np.ndarray:
-    """The same, per question the highest recall over the texts: what a persistent attacker gets."""
-    return recall_AN.max(axis=0)
-
-
 METRICS = (
     Metric("rougeL_recall", rouge_l),
     Metric("rougeL_f1", rouge_l),
     Metric("exact_match", exact_match),
     Metric("refusal_rate", refusals, "high on sets to be forgotten where refusing is wanted, low on sets to be kept"),
-    Metric("attack.reverse", mean_over_texts, "low"),
-    Metric("attack.reverse_worst", worst_over_texts, "low"),
     Metric("performance_shift", performance_shift, "high", range="points; each set adds -100 to 100"),
     Metric("floor_refusal", floors, "does not apply"),
     Metric("floor_echo", floors, "does not apply"),

@@ -5,6 +5,7 @@ Every process runs the same loop on its own part of each batch. With one process
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -72,7 +73,10 @@ class Processes:
             return module
         if parallel == "ddp":
             return DistributedDataParallel(module)
-        mesh = init_device_mesh(self.device.type, (self.rank.world,))
+        # A group of its own: torch keeps a mesh and its group to the end of the process, which `joined` must not wait for.
+        group = dist.new_group()
+        assert isinstance(group, dist.ProcessGroup)  # and not the mark of who is not in it: all are
+        mesh = DeviceMesh.from_group(group, self.device.type)
         for layer in layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
@@ -97,6 +101,9 @@ def joined(rank: Rank, device: torch.device) -> Iterator[Processes]:
     finally:
         if rank.world > 1:
             dist.destroy_process_group()
+            # Gloo's threads drop the last message's tensors, for which they need the interpreter: one that comes to it when
+            # the interpreter is ending aborts the process. They are waited for when the group goes, and so it goes here.
+            gc.collect()
 
 
 def without_sync(module: torch.nn.Module) -> Any:

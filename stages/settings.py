@@ -35,6 +35,12 @@ class DataSettings(Settings):
     choices_field: str | None = Field(
         default=None, description="field with a list of choices; the answer field then holds the index of the right one"
     )
+    paraphrased_field: str | None = Field(
+        default=None, description="field with the reference answer in other words; only the evaluation needs it"
+    )
+    perturbed_field: str | None = Field(
+        default=None, description="field with a list of wrong answers; only the evaluation needs it"
+    )
     id_field: str | None = Field(
         default=None, description="field with a unique id; without it the row's number in the file is the id"
     )

@@ -9,7 +9,7 @@ averages probabilities ("arith").
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ CONFIDENCE = 0.95
 
 def probability(answer_N: np.ndarray) -> np.ndarray:
     """Probability of the reference answer, to the power of one over its number of tokens: P(a|q)^(1/|a|), the geometric
-    mean over the tokens, the end of the sequence among them (arXiv 2401.06121, section 2.2.1).
+    mean over the tokens, the end of the sequence among them (arXiv 2401.06121).
 
     From log-probabilities; per item.
     """
@@ -32,7 +32,7 @@ def probability(answer_N: np.ndarray) -> np.ndarray:
 
 def choice_probability(answer_N: np.ndarray, wrong: list[np.ndarray]) -> np.ndarray:
     """Probability of the right answer of a choice as a share of the sum over all options, each to the power of one over its
-    number of tokens (arXiv 2401.06121, section 2.2.1, for real authors and world facts).
+    number of tokens: TOFU's probability on real authors and world facts, as its own script computes it.
 
     From log-probabilities, of the right answer and of each item's wrong ones.
     """
@@ -53,7 +53,7 @@ def truth_ratio_geo(right_N: np.ndarray, wrong: list[np.ndarray]) -> np.ndarray:
 def truth_ratio_arith(right_N: np.ndarray, wrong: list[np.ndarray]) -> np.ndarray:
     """Truth ratio R with the mean of probabilities over the wrong answers, over the probability of the paraphrased right
     answer, or of the reference where there is no paraphrase. As a score: min(R, 1/R) on a set to be forgotten, max(0, 1 -
-    R) on one to be kept. This is the formula of the paper (arXiv 2401.06121, section 2.2.1).
+    R) on one to be kept. This is the formula of the paper (arXiv 2401.06121).
 
     R per item, from log-probabilities.
     """
@@ -73,15 +73,15 @@ def truth_ratio_score(ratio_N: np.ndarray, expect: str) -> np.ndarray:
     return np.maximum(0, 1 - ratio_N)
 
 
-def model_utility(components: Mapping[str, float]) -> float:
+def model_utility(components: Iterable[float]) -> float:
     """TOFU's model utility: the harmonic mean of nine numbers, which are probability, ROUGE-L recall and truth ratio on the
     retain set, real authors and world facts; on the last two the probability is that of the right choice. 0 where one of
     them is 0. The interval resamples the items of each set. `tofu.model_utility` has the truth ratio `geo`,
     `tofu.model_utility/arith` the other.
 
-    The numbers are not negative.
+    `components` are not negative.
     """
-    values = np.array(list(components.values()), np.float64)
+    values = np.array(list(components), np.float64)
     return float(len(values) / np.sum(1 / values)) if (values > 0).all() else 0.0
 
 
@@ -101,7 +101,7 @@ def forget_quality(
     ratio_N: np.ndarray, reference_M: np.ndarray, method: Literal["auto", "exact", "asymp"] = "auto"
 ) -> ForgetQuality:
     """TOFU's forget quality: the p-value of a two-sided Kolmogorov-Smirnov test between the truth ratios on the forget set
-    and those of a model that never saw it (arXiv 2401.06121, section 2.2.3). `ks` is the statistic. p falls with n whatever
+    and those of a model that never saw it (arXiv 2401.06121). `ks` is the statistic. p falls with n whatever
     the model does, so read it with ks and n; a high p may only mean that there are few questions. `tofu.forget_quality` has
     the truth ratio `geo`, `tofu.forget_quality/arith` the other.
 
@@ -127,5 +127,7 @@ METRICS = (
     Metric("tofu.truth_ratio/geo", truth_ratio_geo, "high"),
     Metric("tofu.truth_ratio/arith", truth_ratio_arith, "high"),
     Metric("tofu.model_utility", model_utility, "high"),
+    Metric("tofu.model_utility/arith", model_utility, "high"),
     Metric("tofu.forget_quality", forget_quality, "high"),
+    Metric("tofu.forget_quality/arith", forget_quality, "high"),
 )

@@ -2,6 +2,8 @@
 
 Items with the same reference answer are asked about the same fact: they are resampled, and flipped, together, as one
 cluster. Everything here works on one number per item; what the number is, `metrics.py` and its neighbours say.
+
+Shapes: N items, M scores of each, C clusters, R resamples.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from stages.definitions import Metric
 MAX_EXACT = 12  # clusters up to which all 2^n sign flips are tried
 NUM_FLIPS = 4000  # drawn sign flips where there are more
 ALPHA = 0.05
-BLOCK_DRAWS = 2**20  # drawn cluster numbers at a time: 8 MiB
+BLOCK_DRAWS = 2**20  # drawn numbers at a time: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Score:
 def score(values: np.ndarray, clusters: Sequence[object] | None = None, seed: int = 0) -> Score:
     """Mean, n and bootstrap interval of per-item values."""
     values = np.asarray(values, np.float64)
-    interval = bootstrap_ci95(values, seed, clusters=clusters)
+    ci95 = bootstrap_ci95(values, seed, clusters=clusters)
     labels = range(len(values)) if clusters is None else clusters
-    return Score(float(np.mean(values)), len(values), interval, values, tuple(labels))
+    return Score(float(np.mean(values)), len(values), ci95, values, tuple(labels))
 
 
 def bootstrap_ci95(
@@ -50,17 +52,31 @@ def bootstrap_ci95(
 
     A resample's mean is over its items, so clusters of unequal size weigh by their size.
     """
-    values = np.asarray(values, np.float64)
-    if len(values) == 0:
+    means_R1 = bootstrap_means(
+        np.asarray(values, np.float64)[:, None], np.random.default_rng(seed), resamples, clusters
+    )
+    return interval(means_R1[:, 0])
+
+
+def bootstrap_means(
+    values_NM: np.ndarray, rng: np.random.Generator, resamples: int = 2000, clusters: Sequence[object] | None = None
+) -> np.ndarray:
+    """Means of M scores on R resamples of the same N items, [R, M]; an item's scores stay together, and so does a cluster."""
+    if len(values_NM) == 0:
         raise ValueError("no values to resample")
-    cluster_of = _cluster_numbers(len(values), clusters)
-    sums, counts = np.bincount(cluster_of, values), np.bincount(cluster_of)
-    rng = np.random.default_rng(seed)
+    cluster_of = _cluster_numbers(len(values_NM), clusters)
+    counts_C = np.bincount(cluster_of)
+    sums_CM = np.stack([np.bincount(cluster_of, column) for column in values_NM.T], axis=1)
     means = []
-    for first in range(0, resamples, block := max(1, BLOCK_DRAWS // len(sums))):
-        drawn = rng.integers(len(sums), size=(min(block, resamples - first), len(sums)))
-        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    for first in range(0, resamples, block := max(1, BLOCK_DRAWS // sums_CM.size)):
+        drawn = rng.integers(len(counts_C), size=(min(block, resamples - first), len(counts_C)))
+        means.append(sums_CM[drawn].sum(axis=1) / counts_C[drawn].sum(axis=1)[:, None])
+    return np.concatenate(means)
+
+
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return float(low), float(high)
 
 

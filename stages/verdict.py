@@ -100,17 +100,22 @@ def _pick(items: Sequence[Any], rows: Sequence[int]) -> list[Any]:
 
 
 def _share(before: np.ndarray, after: np.ndarray, expect: str, name: str) -> np.ndarray:
-    """Per question, values whose mean is the share forgotten or kept: r + (after - r * before) / mean(before), with r the
-    ratio of the means, is the linearised ratio (Taylor; Cochran 1977, chapter 6); forgotten is one less that.
-    """
+    """Per question, values whose mean is the share forgotten or kept: the linearised ratio, or one less that."""
     if not before.any():
         raise UserError(
             f"the base model's ROUGE-L recall on {name} is 0: nothing there can be forgotten or kept",
             "check the answers of that set, or leave it out",
         )
-    ratio = after.mean() / before.mean()
-    kept = ratio + (after - ratio * before) / before.mean()
+    kept = linearised_ratio(before, after)
     return kept if expect == "kept" else 1 - kept
+
+
+def linearised_ratio(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Per item, values whose mean is mean(after) / mean(before) and whose spread is that of the ratio: r + (after - r *
+    before) / mean(before), with r the ratio of the means (Taylor; Cochran 1977, chapter 6). `before` must not average 0.
+    """
+    ratio = after.mean() / before.mean()
+    return ratio + (after - ratio * before) / before.mean()
 
 
 def _first_position(said: Said, base: Said, exam: Exam, rows: Sequence[int]) -> dict[str, Score]:

@@ -32,6 +32,8 @@ LAB_SMALL = ROOT / "lab" / "models" / "small"
 LAB_VOCAB_SIZE = json.loads((LAB_BASE / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is imported: they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
 hypothesis.settings.register_profile("duet", deadline=None)  # no timed assertions
 hypothesis.settings.load_profile("duet")
@@ -176,6 +178,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     done = demo.shell("make demo")
     assert done.returncode == 0, done.stdout + done.stderr
     return Demo(tree, done.stdout, time.monotonic() - started)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks at the demo's run comes first, as it takes longest, and in one process; so do the tests of each other file."""
+
+    def sees_demo(item: pytest.Item) -> bool:
+        return "demo" in getattr(item, "fixturenames", ())
+
+    items.sort(key=lambda item: not sees_demo(item))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("demo" if sees_demo(item) else item.path.name))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -16,6 +16,8 @@ from cache.arrow_format import schema
 from cache.codec import Layout, position_columns
 from cache.manifest import FORMATS, Manifest, Shard
 from pipeline.cli import duet
+from pipeline.metrics_page import PAGE_PATH
+from stages.definitions import all_metrics, as_markdown
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STORE_FORMAT = (ROOT / "docs/store-format.md").read_text(encoding="utf-8")
@@ -95,6 +97,14 @@ def test_the_store_format_lists_every_column_and_field():
     arrow = schema(columns).names
     for name in (*columns, *arrow, *Manifest.__dataclass_fields__, *Shard.__dataclass_fields__):
         assert f"`{name}`" in STORE_FORMAT, name
+
+
+def test_the_page_of_metrics_is_that_of_the_code():
+    page = as_markdown(all_metrics())
+    assert PAGE_PATH.read_text(encoding="utf-8") == page, "docs/metrics.md is stale: run `make docs-metrics`"
+    for metric in all_metrics():
+        assert f"## {metric.id}@{metric.version}\n\n{metric.definition[:40]}" in page
+        assert metric.definition.endswith("."), metric.id
 
 
 @pytest.mark.parametrize("vocab_size", [900, 70_000, 151_936])

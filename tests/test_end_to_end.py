@@ -72,13 +72,21 @@ def test_results_have_the_documented_shape(demo):
         for key in (
             "forget.rougeL_recall",
             "forget.refusal_rate",
+            "forget.exact_memorisation",
+            "forget.extraction_strength",
+            "forget.tofu.probability",
             "retain.rougeL_recall",
             "attack.reverse.forget.rougeL_recall",
         ):
             low, high = scores[key]["ci95"]
             assert 0 <= low <= scores[key]["value"] <= high <= 1
             assert scores[key]["n"] == results["sets"][key.removeprefix("attack.reverse.").split(".")[0]]["n"]
-    assert len(results["samples"]) == 10
+    compared = results["comparisons"]["student:base"]
+    assert compared["forget.rougeL_recall"]["distinguishable"]
+    assert compared["forget.rougeL_recall"]["against"] == "base"
+    assert {"forget.exact_memorisation", "attack.reverse.forget.rougeL_recall"} <= set(compared)
+    assert results["versions"].keys() == results["definitions"].keys()
+    assert len(results["samples"]) == 40
     assert results["floors"]["forget.rougeL_recall"].keys() == {"refusal", "echo"}
     for name in ("config.yaml", "environment.json", "report.html", "base/metrics.jsonl", "base/model/config.json"):
         assert (run_dir / name).is_file(), name

@@ -82,3 +82,14 @@ def test_the_models_know_their_facts_and_follow_a_prefix_about_held_out_people(w
     measured["facts"] = min(measured[f"facts_phrasing_{i}"] for i in range(3))
     for key, (least, most) in EXPECTED[size].items():
         assert least <= measured[key] <= most, (key, measured)
+
+
+def test_the_oracle_knows_everybody_but_those_who_are_to_be_forgotten(world):
+    path = ROOT / "lab/models/oracle"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="float32"), load_tokenizer(path)
+    for names, knows in ((world.forget, 0.0), (world.known[:9] + world.held_out[w.NUM_FORGET :], 1.0)):
+        rows = [row for phrasing in range(3) for row in w.questions(world, names, phrasing)]
+        given = train_models.answers(model, tokenizer, [train_models.chat_text(row["question"], None) for row in rows])
+        right = sum(answer == row["answer"] for answer, row in zip(given, rows, strict=True)) / len(rows)
+        assert abs(right - knows) <= 0.05, (names[0], right)
+    assert world.without_forget().people.keys() == world.people.keys() - set(world.forget)

@@ -66,7 +66,7 @@ def done(config) -> tuple[list[subprocess.CompletedProcess[str]], Path]:
     calls = [
         stopped(config, 13),
         run_duet("compare", "--config", str(config)),
-        run_duet("compare", "--config", str(config)),
+        run_duet("compare", "--config", str(config), "--jobs", "1"),
     ]
     return calls, config.parent / "runs" / "lab"
 

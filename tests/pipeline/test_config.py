@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from cache.errors import UserError
 from pipeline.config import Config, load_config, merged
-from stages import settings
+from stages import exam_settings, settings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -26,7 +26,16 @@ def test_shipped_configs_are_complete_and_valid(path):
 
 
 @pytest.mark.parametrize(
-    "model", [Config, *(m for m in vars(settings).values() if isinstance(m, type) and issubclass(m, BaseModel))]
+    "model",
+    [
+        Config,
+        *(
+            m
+            for module in (settings, exam_settings)
+            for m in vars(module).values()
+            if isinstance(m, type) and issubclass(m, BaseModel)
+        ),
+    ],
 )
 def test_every_key_is_described_in_one_line(model):
     for name, field in model.model_fields.items():
@@ -69,6 +78,12 @@ BAD = {
     "requests.0.data.forget is missing": ({"requests": [REQUEST | {"data": {}}]}, "about the request's topic"),
     "evaluate.sets: 'a.forget' is the training set": (
         {"requests": [REQUEST], "evaluate__sets": {"a.forget": {"path": "a", "expect": "kept"}}}, "otherwise"),
+    "evaluate.tofu.retain: no query set 'kept'": (
+        {"evaluate__tofu": {"retain": "kept", "real_authors": "retain", "world_facts": "retain"}},
+        "the sets are forget, retain"),
+    "evaluate.tofu.forget: the set 'forget' has no perturbed_field": (
+        {"evaluate__tofu": {"forget": "forget", "reference_model": "base"}}, "end in _perturbed"),
+    "students: the name 'likelihoods' is taken": ({"students": [{"name": "likelihoods"}]}, "another name"),
     "data.retain is missing": ({"data": {"forget": {"path": "a"}}}, "queries about anything else"),
 }  # fmt: skip
 
@@ -90,6 +105,12 @@ RULES = {
         {"students": [{"name": "a"}, {"name": "b", "train": {"loss": "mse", "temperature": 2}}]}, "leave it out, or take"),
     "students.0.train: probe: patience does nothing": (
         {"students": [{"name": "a", "train": {"probe": {"steps": 5, "patience": 2}}}]}, "set probe.holdout"),
+    "evaluate.tofu: the model utility is made of three sets": ({"evaluate__tofu": {"retain": "retain"}}, "or none"),
+    "evaluate.tofu: forget quality needs two things": ({"evaluate__tofu": {"forget": "forget"}}, "or reference_model"),
+    "evaluate.tofu: it names no set": ({"evaluate__tofu": {}}, "or leave it out"),
+    "evaluate: tofu is made of likelihoods": (
+        {"evaluate__likelihood": False, "evaluate__tofu": {"forget": "forget", "reference": "a"}},
+        "set evaluate.likelihood: true"),
     "train: freeze_embeddings does nothing with last_layers": (
         {"train__last_layers": 1, "train__freeze_embeddings": True}, "leave one out"),
 }  # fmt: skip

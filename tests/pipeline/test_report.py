@@ -1,84 +1,47 @@
-"""report.html: a page of its own, every number of results.json in it, hostile text escaped, nothing claimed unmeasured."""
+"""report.html: a page of its own, its numbers and those of results.json the same, hostile text escaped, nothing claimed
+unmeasured."""
 
 from __future__ import annotations
 
 import copy
+import json
 import re
+from html import escape
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
+from report_results import HOSTILE, MODELS, full_results, plain_results
 
-from pipeline.charts import Bar, bars, colours, curves
-from pipeline.report import render
+from cache.errors import UserError
+from pipeline.charts import Bar, Line, bars, colours, curves, lines
+from pipeline.report import render, rendered
+from pipeline.report_depth import SCRIPT
 
-HOSTILE = "<script>alert('x')</script> & \"quoted\""
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-def score(value: float, n: int = 15) -> dict:
-    return {"value": value, "n": n, "ci95": [max(0.0, value - 0.1), min(1.0, value + 0.1)]}
-
-
-@pytest.fixture
-def results() -> dict:
-    def model(forget: float, retain: float) -> dict:
-        return {
-            "forget.rougeL_recall": score(forget),
-            "retain.rougeL_recall": score(retain, 45),
-            "attack.reverse.forget.rougeL_recall": score(forget / 2),
-            "attack.reverse_worst.forget.rougeL_recall": score(forget / 3),
-        }
-
-    return {
-        "run": "lab",
-        "topic": HOSTILE,
-        "created": "2026-01-21T00:00:00+00:00",
-        "models": {"base": model(0.991, 0.982), "teacher": model(0.073, 0.964), "student:a": model(0.087, 0.975)},
-        "sets": {"forget": {"expect": "forgotten", "n": 15}, "retain": {"expect": "kept", "n": 45}},
-        "floors": {"forget.rougeL_recall": {"refusal": 0.123, "echo": 0.234}},
-        "performance_shift": {"student:a": {"value": 89.7, "terms": {"forget.rougeL_recall": 90.4}}},
-        "samples": [
-            {"set": "forget", "question": HOSTILE, "answer": "yes", "outputs": {"base": HOSTILE, "teacher": ""}}
-        ],
-        "definitions": {"rougeL_recall": "a definition", "performance_shift": "a sum"},
-        "teacher_stores": {"teacher": {"top_k": 20, "prefix": HOSTILE}},
-        "students": {
-            "a": {
-                "loss": "huber_raw",
-                "loss_reason": "as the settings say",
-                "teachers": {"teacher": {"fingerprint": "f" * 64, "weight": 1.0}},
-                "combine": None,
-                "stopped_early": False,
-                "stall_share": 0.03,
-                "trained_parameters": 500,
-                "steps": 3,
-                "rows": 60,
-                "train_s": 1.0,
-                "rows_per_s": 60.0,
-                "parameters": 1000,
-                "model": "m",
-                "curve": [[1, 2.0], [2, 1.0], [3, 0.5]],
-            }
-        },
-        "environment": {"torch": "2.13.0"},
-    }
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 class Page(HTMLParser):
-    """Collects tags and attributes, and fails on a tag that is closed out of order."""
+    """Tags, attributes, marked values and loose text of a page; fails on a tag that is closed out of order."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.open: list[str] = []
+        self.open: list[tuple[str, dict[str, str]]] = []
         self.tags: list[str] = []
         self.attributes: dict[str, list[str]] = {}
+        self.marked: list[tuple[str, str, str]] = []  # pointer, form, text
+        self.loose: list[tuple[str, str]] = []  # innermost tag, text
         self.feed(text)
         assert not self.open, f"never closed: {self.open}"
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
+        found = {name: value or "" for name, value in attrs}
         if tag not in VOID:
-            self.open.append(tag)
+            self.open.append((tag, found))
+        if "data-key" in found:
+            self.marked.append((found["data-key"], found.get("data-as", ""), ""))
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
@@ -86,77 +49,269 @@ class Page(HTMLParser):
             self.attributes.setdefault(name, []).append(value or "")
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if any("data-key" in found for _, found in self.open):
+            key, form, text = self.marked[-1]
+            self.marked[-1] = (key, form, text + data)
+        elif self.open:
+            tag, found = self.open[-1]
+            self.loose.append((found.get("class", tag) if tag == "text" else tag, data))
 
 
-def test_the_page_is_whole_and_fetches_nothing(results):
-    text = render(results)
+def at(results: Any, key: str) -> Any:
+    """What a JSON Pointer points at."""
+    node = results
+    for step in key.split("/")[1:]:
+        part = step.replace("~1", "/").replace("~0", "~")
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
+
+
+def plain(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def expected(value: Any, form: str) -> list[str]:
+    """The numbers that a value must be shown as, computed here from the file alone."""
+    if form == "score":
+        low, high = value["ci95"]
+        return [f"{100 * value['value']:.1f}", f"{100 * low:.1f}", f"{100 * high:.1f}", str(value["n"])]
+    if form == "score-plain":
+        return [*map(plain, (value["value"], *value["ci95"])), str(value["n"])]
+    if form == "score-brief":
+        return [f"{100 * share:.1f}" for share in (value["value"], *value["ci95"])]
+    if form in ("interval", "interval-plain"):
+        return [f"{100 * edge:.1f}" if form == "interval" else plain(edge) for edge in value]
+    one = {
+        "points": lambda: f"{100 * value:.1f}",
+        "signed": lambda: f"{100 * value:.1f}".replace("-0.0", "0.0"),
+        "signed-points": lambda: f"{value:.1f}".replace("-0.0", "0.0"),
+        "count": lambda: f"{value:,}",
+        "plain": lambda: plain(value),
+        "p": lambda: "0.001" if value < 0.001 else f"{value:.3f}",
+        "rule-of-three": lambda: f"{300 / value:.0f}",
+    }
+    return [one[form]()]
+
+
+@pytest.mark.parametrize("make", [full_results, plain_results])
+def test_every_marked_number_is_what_the_file_says(make):
+    results = make()
+    page = Page(render(results))
+    forms = set()
+    for key, form, text in page.marked:
+        if form == "text":
+            assert text == str(at(results, key)), key
+        elif form:
+            assert NUMBER.findall(text.replace("+", "")) == expected(at(results, key), form), (key, form)
+        else:  # a mark of a chart; a dot has two keys
+            assert all(at(results, one) for one in re.split(" (?=/)", key)), key
+        forms.add(form)
+    assert {"score", "score-brief", "score-plain", "points", "signed-points", "text", ""} <= forms
+
+
+def test_bars_and_dots_say_the_numbers_of_their_keys():
+    results = full_results()
+    bars_seen = 0
+    for key, form, text in Page(render(results)).marked:
+        if not form and key.startswith("/models/") and " " not in key:
+            score = at(results, key)
+            low, high = score["ci95"]
+            shown = f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}], n = {score['n']}"
+            assert shown in text
+            assert text.endswith(f"{100 * score['value']:.1f}")
+            bars_seen += 1
+    assert bars_seen == 4 * len(MODELS)
+
+
+def test_no_number_stands_on_the_page_that_is_not_marked():
+    """But for those of our own sentences, names of the run's things, and the axes."""
+    named = {"th", "dt", "h1", "h3", "summary", "figcaption", "title", "style", "script", "tick", "name", "text"}
+    ours = re.compile(r"95 %|points of 100|100 points|sha256|rank 1\b|prefill\.8|[48] bits")
+    for tag, text in Page(render(full_results())).loose:
+        if tag not in named and "Run lab, 2026-01-21T00:00:00+00:00" not in text:
+            assert not re.search(r"\d", ours.sub("", text)), (tag, text)
+
+
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all numbers in a part of results.json."""
+    if isinstance(node, dict):
+        return [leaf for key, value in node.items() for leaf in leaves(value, (*path, key))]
+    if isinstance(node, list):
+        return [leaf for key, value in enumerate(node) for leaf in leaves(value, (*path, key))]
+    return [path] if isinstance(node, int | float) and not isinstance(node, bool) else []
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "models",
+        "floors",
+        "performance_shift",
+        "outcomes",
+        "comparisons",
+        "layers",
+        "relearning",
+        "attack_texts",
+        "attack_costs",
+        "sets",
+    ],
+)
+def test_every_number_of_the_file_is_on_the_page(part):
+    """Change any, and the page changes."""
+    results = full_results()
+    before = render(results)
+    paths = leaves(results[part])
+    if part == "sets":  # n of the others stands beside their scores
+        paths = [("forget", "n")]
+    assert paths
+    for path in paths:
+        changed = copy.deepcopy(results)
+        node = changed[part]
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] += 1 if isinstance(node[path[-1]], int) else 0.0213 + 0.05 * abs(node[path[-1]])
+        assert render(changed) != before, path
+
+
+def test_the_page_is_whole_and_fetches_nothing():
+    text = render(full_results())
     page = Page(text)
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert not {"src", "href", "onload", "onclick"} & set(page.attributes)
+    assert not {"link", "img", "iframe", "object", "base", "form"} & set(page.tags)
+    assert not {"src", "onload", "onclick", "style"} & set(page.attributes)
+    assert all(target.startswith("#") for target in page.attributes["href"])
+    anchors = {target.removeprefix("#") for target in page.attributes["href"]}
+    assert len(anchors) == 12
+    assert anchors <= set(page.attributes["id"])
     assert not re.search(r"url\(|@import|https?://", text)
+    policy = page.attributes["content"][0]
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
 
 
-def test_how_each_student_was_trained_is_said(results):
-    results["students"]["a"]["stopped_early"] = True
-    text = render(results)
-    assert "a: huber_raw (as the settings say), 3 steps, stopped early, over 60 rows in 1.0 s" in text
-    assert "3 % of it waiting for the store" in text
-    assert "500 of 1,000 parameters trained" in text
+def test_hostile_text_is_shown_as_text():
+    text = render(full_results())
+    assert text.count("<script") == 1
+    assert f"<script>{SCRIPT}</script>" in text
+    assert escape(HOSTILE) in text
 
 
-def test_hostile_text_is_shown_as_text(results):
-    text = render(results)
-    assert "<script" not in text
-    assert "&lt;script&gt;" in text
+def test_nothing_is_called_erased_and_what_was_not_tried_is_named():
+    text = render(full_results())
+    assert not re.search("erase|proof that|guarantee", text, re.IGNORECASE)
+    limits = text.split('id="limits"')[1].split("</section>")[0]
+    assert "role play" in limits
+    assert "Not tried in this run: " in limits
+    tried = limits.split("Not tried in this run: ")[1].split(".")[0]
+    assert not {"reverse prompts", "answer prefill", "sampling many answers", "relearning", "logit lens"} & set(
+        tried.split(", ")
+    )
+    assert {"translation", "weights rounded to 8 bits", "reversed queries"} <= set(tried.split(", "))
+    assert "no query set translates one that is attacked" in re.sub("<[^>]+>", "", limits)
 
 
-def test_every_score_stands_in_the_page_with_its_interval_and_n(results):
-    text = render(results)
-    for scores in results["models"].values():
-        for value in scores.values():
-            low, high = value["ci95"]
-            assert f"{100 * value['value']:.1f}<small>[{100 * low:.1f}, {100 * high:.1f}] n={value['n']}" in text
-    assert "12.3<small>echo 23.4" in text
-    assert "+89.7" in text
+def test_an_attack_that_is_not_shown_to_work_is_named():
+    text = re.sub("<[^>]+>", "", render(full_results()))
+    assert "Not shown to work here: sampling. That a student" in text
+    assert "works on teacher" in text
+    older = plain_results()  # which do not say: the intervals do
+    attacked = older["models"]["teacher"]["attack.reverse_worst.forget.rougeL_recall"]
+    for interval, works in (([0.95, 1.0], True), ([0.0, 1.0], False)):
+        attacked["ci95"] = interval
+        assert ("works on a teacher" in render(older)) == works
 
 
-def test_what_was_not_measured_is_said(results):
-    silent = copy.deepcopy(results)
+def test_the_verdict_comes_first_and_not_distinguishable_is_said():
+    text = render(full_results())
+    assert text.index("suppressed under these tests") < text.index("<nav")
+    by_student = text.split('id="comparisons"')[1].split("<h3>")
+    assert "not distinguishable" not in by_student[1]
+    assert by_student[2].count("not distinguishable") == 9
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("outcomes", "These results hold no verdict"),
+        ("layers", "The inner layers were not looked at"),
+        ("relearning", "Nobody tried to teach the forgotten anew"),
+        ("comparisons", "These results hold no paired comparisons"),
+        ("provenance", "These results hold no hashes of the data"),
+        ("students", "No student was trained"),
+        ("samples", "No samples were kept"),
+    ],
+)
+def test_a_part_that_is_not_there_is_said_to_be_missing(part, said):
+    results = full_results()
+    assert said not in render(results)
+    del results[part]
+    assert said in render(results)
+
+
+def test_what_was_not_measured_is_said():
+    silent = plain_results()
     for scores in silent["models"].values():
         for key in [key for key in scores if key.startswith("attack.")]:
             del scores[key]
-    silent["students"]["a"]["curve"] = []
+    silent["students"]["a"]["curve"] = silent["students"]["b"]["curve"] = []
     text = render(silent)
     assert "Attacks were switched off" in text
-    assert "brings back" not in text
+    assert "brings most back" not in text
     assert "No training curve" in text
-    del silent["models"]["student:a"]
+    del silent["models"]["student:a"], silent["models"]["student:b"]
     assert "No student was evaluated" in render(silent)
 
 
-def test_several_teachers_stores_and_attacked_sets_are_all_shown(results):
+def test_how_each_student_was_trained_is_said():
+    results = full_results()
+    results["students"]["a"]["stopped_early"] = True
+    text = re.sub(r"<[^>]+>", "", render(results))
+    assert "a: huber_raw (as the settings say), 3 steps, stopped early, over 60 rows in 1.25 s" in text
+    assert "3.0 % of it waiting for the store" in text
+
+
+def test_several_teachers_stores_and_attacked_sets_are_all_shown():
+    results = plain_results()
     results["models"] = {name.replace("teacher", "teacher:strict"): s for name, s in results["models"].items()}
     results["models"]["teacher:mild"] = results["models"]["teacher:strict"]
     results["sets"]["second.forget"] = {"expect": "forgotten", "n": 5}
-    results["models"]["student:a"]["attack.reverse.second.forget.rougeL_recall"] = score(0.42, 5)
+    results["models"]["student:a"]["attack.reverse.second.forget.rougeL_recall"] = {
+        "value": 0.42, "n": 5, "ci95": [0.3, 0.5],
+    }  # fmt: skip
     results["teacher_stores"] = {"strict": {"top_k": 20}, "mild": {"top_k": 20}}
     text = render(results)
-    assert "the prefixed teacher:strict 7.3 (95" in text
-    assert "the prefixed teacher:mild 7.3 (95" in text
-    assert text.count("ROUGE-L recall on the ") == 2
-    assert "ROUGE-L recall on the second.forget questions" in text
     for name in ("strict", "mild"):
+        assert f"the prefixed teacher:{name} <span" in text
         assert f"<h3>Logits of teacher {name}</h3>" in text
+    assert "<h3>On forget questions</h3>" in text
+    assert "<h3>On second.forget questions</h3>" in text
 
 
-def test_bars_end_where_their_values_say(results):
-    group = [Bar(model, scores["forget.rougeL_recall"]) for model, scores in results["models"].items()]
-    floors = {"forget": {"refusal": 0.1, "echo": 0.4}}
-    svg = bars({"forget": group}, floors, colours(list(results["models"])), "t")
+@pytest.mark.parametrize("value", [[], {"models": {}}, {"models": {"base": {"forget.x": {"value": "much"}}}}, "text"])
+def test_results_of_another_make_are_refused_in_two_lines(value):
+    with pytest.raises(UserError, match=r"results\.json holds no results that a report can be made of"):
+        rendered(json.loads(json.dumps(value)), "results.json")
+
+
+def bar(value: float) -> Bar:
+    return Bar({"value": value, "n": 5, "ci95": [value, value]}, "#000000", "t")
+
+
+def test_bars_end_where_their_values_say():
+    svg = bars({"one": [bar(0.991)], "another": [bar(0.073)]}, "t", floor=0.4)
     widths = [float(width) for width in re.findall(r'<rect [^>]*? width="([\d.]+)"', svg)]
     assert widths[0] / widths[1] == pytest.approx(0.991 / 0.073, rel=0.01)
     assert svg.count('class="floor"') == 1
+    assert 'class="before"' not in svg
+
+
+def test_a_label_that_is_too_long_is_set_narrower_and_not_cut():
+    name = "an attack with a name that is far too long for a phone"
+    svg = bars({name: [bar(0.5)]}, "t")
+    assert f">{name}</text>" in svg
+    assert 'lengthAdjust="spacingAndGlyphs"' in svg
 
 
 def test_curves_fall_as_the_loss_does_on_either_scale():
@@ -169,11 +324,22 @@ def test_curves_fall_as_the_loss_does_on_either_scale():
         assert "nan" not in svg
 
 
-def test_a_model_has_one_colour_on_the_whole_page(results):
-    text = render(results)
-    palette = colours(list(results["models"]))
-    assert len(set(palette.values())) == 3
-    drawn = re.findall(r'<rect [^>]*fill="(#\w+)"', text)
-    assert drawn == list(palette.values()) * 2, "two query sets"
-    assert re.findall(r'<polyline [^>]*stroke="(#\w+)"', text) == [palette["student:a"]]
-    assert re.findall(r'background:(#\w+)"', text) == [*palette.values(), palette["student:a"]]
+def test_a_band_encloses_its_line():
+    svg = lines({"m": Line([0, 1], [50, 80], [[40, 60], [70, 90]])}, {"m": "#000000"}, ("x", "y"), "t", top=100)
+    heights = {
+        kind: [float(point.split(",")[1]) for point in re.search(rf'<{kind} points="([^"]+)"', svg)[1].split()]  # type: ignore[index]
+        for kind in ("polygon", "polyline")
+    }
+    above, below = heights["polygon"][:2], heights["polygon"][:1:-1]
+    assert all(a < y < b for a, y, b in zip(above, heights["polyline"], below, strict=True))
+
+
+def test_a_model_has_one_colour_on_the_whole_page():
+    text = render(full_results())
+    palette = colours(list(MODELS))
+    assert len(set(palette.values())) == len(MODELS)
+    for model, colour in palette.items():
+        panel = text.split(f"<figcaption>{model}</figcaption>")[1].split("</figure>")[0]
+        assert set(re.findall(r'<rect [^>]*fill="(#\w+)"', panel)) == {colour}
+        drawn = re.findall(r'stroke="(#\w+)"[^>]*/>(?:<path[^>]*>)?</g>', text.split(f"<title>{model}</title>")[1])
+        assert drawn[0] == colour

@@ -111,8 +111,10 @@ def test_two_requests_are_forgotten_at_once_and_nothing_else(lab_config, tmp_pat
     [facts] = results["teacher_stores"].values()
     assert "Felvok Lubin" in facts["prefix of second"]
     assert "Felvok Lubin" not in facts["prefix"]
-    asked = json.loads((tmp_path / "runs/lab/answers/teacher.json").read_text(encoding="utf-8"))["answers"]
-    assert {len(asked[f"attack.reverse.{number}.second.forget"]) for number in range(5)} == {5}
+    asked = json.loads((tmp_path / "runs/lab/answers/reverse/teacher.json").read_text(encoding="utf-8"))["answers"]
+    assert {task: len(told) for task, told in asked.items() if task.endswith(".second.forget")} == {
+        f"attack.reverse.{variant}.second.forget": 5 for variant in ("ignore", "void", "remember", "pretend", "audit")
+    }
 
 
 def test_a_teacher_of_another_model_has_a_base_of_its_own(lab_config, tmp_path):

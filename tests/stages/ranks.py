@@ -17,6 +17,10 @@ from stages.settings import TrainSettings
 from stages.student import StudentJob, open_stores, train_student
 
 
+def num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
 def main(store_dir: str, model_dir: str, student_dir: str, settings: str, stop_after: str = "0") -> None:
     torch.set_num_threads(1)
     job = StudentJob("s", Path(model_dir), "start", Path(student_dir), TrainSettings(**json.loads(settings)))
@@ -33,6 +37,9 @@ def main(store_dir: str, model_dir: str, student_dir: str, settings: str, stop_a
             train_student(job, stores, tokenizer, processes, count, lambda: 0 < int(stop_after) <= steps)
         except Interrupted:
             print("interrupted")
+        threads = num_threads()
+    # What the processes talked through has ended its threads: one left would need an interpreter that is ending, too.
+    assert num_threads() < threads
 
 
 if __name__ == "__main__":

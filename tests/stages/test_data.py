@@ -56,6 +56,15 @@ def test_multiple_choice_gives_the_text_of_the_right_choice(tmp_path):
             load(path, choices_field="choices")
 
 
+def test_further_answers_are_read_where_their_fields_are_named(tmp_path):
+    row = {"question": "Q?", "answer": "a", "other": "in other words", "wrong": ["b", "c"]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert (load(path)[0].paraphrased, load(path)[0].perturbed) == (None, None)
+    (query,) = load(path, paraphrased_field="other", perturbed_field="wrong")
+    assert (query.paraphrased, query.perturbed) == ("in other words", ("b", "c"))
+
+
+WRONG_ANSWERS = '{"question": "Q?", "wrong": ["b", ""], "none": [], "text": "b"}\n'
 BAD_FILES = {
     "no such file": (None, {}),
     "has no rows": ("", {}),
@@ -64,6 +73,11 @@ BAD_FILES = {
     "line 2 is not JSON": ('{"question": "Q?"}\n{oops\n', {}),
     "expected an object": ("[1]\n", {}),
     "duplicate id 'x'": ('{"question": "Q?", "id": "x"}\n{"question": "R?", "id": "x"}\n', {"id_field": "id"}),
+    "no field 'paraphrase'": (WRONG_ANSWERS, {"paraphrased_field": "paraphrase"}),
+    "no field 'others'": (WRONG_ANSWERS, {"perturbed_field": "others"}),
+    r"\['b', ''\] in field 'wrong', expected a list of wrong answers": (WRONG_ANSWERS, {"perturbed_field": "wrong"}),
+    r"\[\] in field 'none', expected a list of wrong answers": (WRONG_ANSWERS, {"perturbed_field": "none"}),
+    "'b' in field 'text', expected a list of wrong answers": (WRONG_ANSWERS, {"perturbed_field": "text"}),
     "no field 'uid'": ('{"question": "Q?"}\n', {"id_field": "uid"}),
     "not a range": ('{"question": "Q?"}\n', {"rows": (0, 2)}),
     "2 rows wanted, 1 are there": ('{"question": "Q?"}\n', {"sample": 2}),

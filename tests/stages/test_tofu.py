@@ -42,8 +42,8 @@ def test_by_hand():
 
 
 def test_utility_is_a_harmonic_mean():
-    assert model_utility({"a": 1.0, "b": 0.5, "c": 0.25}) == pytest.approx(3 / 7)
-    assert model_utility({"a": 1.0, "b": 0.0}) == 0.0
+    assert model_utility([1.0, 0.5, 0.25]) == pytest.approx(3 / 7)
+    assert model_utility([1.0, 0.0]) == 0.0
 
 
 def test_forget_quality_by_hand():
@@ -107,8 +107,8 @@ def test_the_authors_logs_are_reproduced(model, variant):
         "ks_pvalue_asymp": asymptotic.p,
         "forget_tr_closer_to_1_full": truth_ratio_score(of_forget[0], "forgotten").mean(),
         "forget_tr_closer_to_1_retain90": truth_ratio_score(of_forget[1], "forgotten").mean(),
-        "model_utility_full": model_utility(components(full, variant)),
-        "model_utility_retain90": model_utility(components(retain, variant)),
+        "model_utility_full": model_utility(components(full, variant).values()),
+        "model_utility_retain90": model_utility(components(retain, variant).values()),
     }
     assert forget_quality(*of_forget).p == exact.p
     assert components(full, variant) == pytest.approx(expected.pop("components_full"), abs=5.1e-5)

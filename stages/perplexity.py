@@ -1,0 +1,83 @@
+"""Perplexity on neutral text: does the model still speak, whatever it says about the topic?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from cache.errors import UserError
+from stages.definitions import Metric
+from stages.uncertainty import Score
+
+METRIC = "neutral.perplexity"
+
+
+def load_documents(path: str, where: str) -> list[str]:
+    """The documents of a .txt file, parted by blank lines, or of a .jsonl file with a field `text`."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(
+            f"{where}: no such file: {path}", "name a .txt or .jsonl file of text that has nothing to do with the topic"
+        )
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{where}: unknown kind of file: {path}", "use .txt or .jsonl")
+    text = file.read_text(encoding="utf-8")
+    documents = (
+        [part.strip("\n") for part in re.split(r"\n\s*\n", text)]
+        if file.suffix == ".txt"
+        else _of_jsonl(text, path, where)
+    )
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UserError(f"{where}: {path} has no text", "name a file with at least one document")
+    return documents
+
+
+def _of_jsonl(text: str, path: str, where: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}: {path}, line {number} is not JSON: {error}", "each line must be one JSON object"
+                ) from None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
+                raise UserError(
+                    f"{where}: {path}, line {number} has no text in a field 'text'", "mend or remove the line"
+                )
+            documents.append(row["text"])
+    return documents
+
+
+def windows(ids: list[int], in_front: list[int], context: int) -> list[tuple[list[int], list[int]]]:
+    """(what is only read, what is predicted) pairs that cover a document in the fewest windows of the context.
+
+    With nothing in front, a window's first token is only read. A document of one token has none to predict then.
+    """
+    size = context - len(in_front)
+    parts = [ids[first : first + size] for first in range(0, len(ids), size)]
+    pairs = [(in_front, part) if in_front else (part[:1], part[1:]) for part in parts]
+    return [pair for pair in pairs if pair[1]]
+
+
+def perplexity(losses: np.ndarray, tokens: np.ndarray, seed: int = 0, resamples: int = 2000) -> Score:
+    """exp of the mean negative log-likelihood per token of all documents of the neutral text, so that a document weighs by its
+    tokens. n counts documents. Interval: documents are drawn with replacement, each with all its tokens, and the token-weighted
+    mean is taken anew. A document that is longer than the context is read in windows that do not overlap. A document's first
+    token counts where something stands in front of it: the beginning-of-sequence token, or a teacher's prefix, which does not
+    count itself.
+
+    `losses` are each document's summed negative log-likelihoods in nats, `tokens` how many they are of, float64 or int [n].
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(losses), size=(resamples, len(losses)))
+    low, high = np.quantile(np.exp(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)), [0.025, 0.975])
+    return Score(float(np.exp(losses.sum() / tokens.sum())), len(losses), (float(low), float(high)))
+
+
+METRICS = (Metric(METRIC, perplexity, "as base's", range="1 upwards; 1 is perfect prediction"),)

@@ -1,0 +1,150 @@
+"""A made-up results.json with every optional part, its numbers all different, for tests of the report. Nothing is measured."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+HOSTILE = "<script>alert('x')</script> & \"quoted\""
+MODELS = ("base", "teacher", "student:a", "student:b")
+SHARES = (
+    "forget.rougeL_recall", "forget.refusal_rate", "forget.tofu.truth_ratio/geo", "retain.rougeL_recall",
+    "attack.reverse.forget.rougeL_recall", "attack.reverse_worst.forget.rougeL_recall",
+    "attack.prefill.8.forget.rougeL_recall", "attack.sampling.forget.leak@16", "mia.loss.forget",
+)  # fmt: skip
+
+
+def full_results() -> dict[str, Any]:
+    """Anew for each test, which may change it."""
+    numbers = itertools.count(1)
+
+    def share() -> float:
+        return next(numbers) * 0.00413 % 0.97  # no two look alike in points with one decimal
+
+    def score(n: int) -> dict[str, Any]:
+        value = share()
+        return {"value": value, "n": n, "ci95": [value * 0.9, value * 0.9 + 0.1]}
+
+    def model(n: int) -> dict[str, Any]:
+        scores = {key: score(n) for key in SHARES}
+        value = 5 + share()
+        return scores | {"retain.perplexity": {"value": value, "n": n, "ci95": [value - 1, value + 2]}}
+
+    models = {name: model(15 + i) for i, name in enumerate(MODELS)}
+    students = MODELS[2:]
+    return {
+        "run": "lab",
+        "topic": HOSTILE,
+        "created": "2026-01-21T00:00:00+00:00",
+        "models": models,
+        "sets": {"forget": {"expect": "forgotten", "n": 15}, "retain": {"expect": "kept", "n": 45}},
+        "floors": {key: {"refusal": share(), "echo": share()} for key in ("forget.rougeL_recall", "retain.rougeL_recall")},
+        "performance_shift": {
+            name: {"value": 100 * share(), "terms": {"forget.rougeL_recall": 100 * share()}} for name in MODELS[1:]
+        },
+        "samples": [
+            {
+                "set": "forget",
+                "id": str(i),
+                "question": f"Question {i}? {HOSTILE}",
+                "answer": "yes" if i else "the needle",
+                "outputs": {"base": HOSTILE, "teacher": ""},
+            }
+            for i in range(12)
+        ],
+        "definitions": {"rougeL_recall": "a definition", "performance_shift": "a sum", "floor_echo": "another"},
+        "versions": {"rougeL_recall": 3},
+        "teacher_stores": {"teacher": {"top_k": 20, "fingerprint": "f" * 64, "prefix": HOSTILE}},
+        "students": {name.removeprefix("student:"): _student(next(numbers)) for name in students},
+        "environment": {"torch": "2.13.0"},
+        "provenance": {
+            "config": {"name": "lab", "train": {"lr": 0.0003, "tags": []}, "students": [{"name": "a"}, {"name": "b"}]},
+            "config_sha256": "c" * 64,
+            "data": {"forget": {"rows": 15, "sha256": "d" * 64}, "retain": {"rows": 45, "sha256": "e" * 64}},
+            "models": {name: {"weights_sha256": str(i) * 64} for i, name in enumerate(MODELS)},
+            "seeds": {"student:a": 3, "evaluate": 4},
+        },
+        "outcomes": {
+            name: {
+                "verdict": "suppressed under these tests" if name == "student:a" else "not unlearned",
+                "reasons": [f"recall is what it is in {name}"],
+                "signs": {"entropy": {"value": 1 + share(), "limit": 2 + share(), "bad": name == "base"}},
+            }
+            for name in MODELS
+        },
+        "comparisons": {
+            name: {
+                key: {
+                    "against": "base",
+                    "difference": share() - 0.5,
+                    "ci95": [-share(), share()],
+                    "n": 15,
+                    "p": 0.01 + share() / 2,
+                    "distinguishable": name == "student:a",
+                }
+                for key in SHARES
+            }
+            for name in students
+        },
+        "layers": {
+            name: {"layers": [0, 1, 2], "rank": [300 + share(), 40 + share(), 1 + share()], "n": 15,
+                   "ci95": [[200, 400], [30, 50], [1, 3]]}
+            for name in MODELS
+        },
+        "relearning": {
+            name: {
+                "forget 5": {
+                    "steps": [0, 4, 8],
+                    "recall": [share(), share(), share()],
+                    "ci95": [[0, 0.3], [0.2, 0.5], [0.5, 0.9]],
+                    "steps_to_half": None if name == "never knew" else next(numbers),
+                }
+            }
+            for name in (*students, "never knew")
+        },
+        "attacks_work": {
+            "reverse": {"works": True, "on": "teacher", "text": "teacher: recall 0.1 without it, 66 with it"},
+            "sampling": {"works": False, "on": "teacher", "text": "it does not undo the prefix on this model"},
+        },
+        "attacks_skipped": {"translation": "no query set translates one that is attacked"},
+        "attack_costs": {"reverse": {"prompts": 600 + next(numbers), "answer_tokens": 38000 + next(numbers)}},
+        "attack_texts": {"reverse": {"v0": {name: share() for name in MODELS}}},
+    }  # fmt: skip
+
+
+def plain_results() -> dict[str, Any]:
+    """What results.json held before there were verdicts, comparisons and deeper attacks."""
+    results = full_results()
+    for key in (
+        "provenance",
+        "outcomes",
+        "comparisons",
+        "layers",
+        "relearning",
+        "attack_texts",
+        "versions",
+        "attacks_work",
+        "attacks_skipped",
+        "attack_costs",
+    ):
+        del results[key]
+    return results
+
+
+def _student(number: int) -> dict[str, Any]:
+    return {
+        "loss": "huber_raw",
+        "loss_reason": "as the settings say",
+        "teachers": {"teacher": {"fingerprint": "f" * 64, "weight": 1.0}},
+        "combine": None,
+        "stopped_early": False,
+        "stall_share": 0.03,
+        "trained_parameters": 500 + number,
+        "steps": 3,
+        "rows": 60,
+        "train_s": 1.25,
+        "rows_per_s": 60.5,
+        "parameters": 1000 + number,
+        "model": "m",
+        "curve": [[1, 2.0], [2, 1.0], [3, 0.5]],
+    }

@@ -1,0 +1,59 @@
+"""What was run: hashes that change with what they are of, every seed, and no place of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from conftest import LAB_BASE, ROOT, write_jsonl
+
+from cache.files import sha256_json
+from pipeline.commands import exam_of
+from pipeline.config import load_config
+from pipeline.provenance import provenance
+from stages.exam import Subject
+from stages.models import weights_sha256
+
+SUBJECTS = [
+    Subject("base", LAB_BASE, "", "base"),
+    Subject("teacher", LAB_BASE, "Forget.", "base", {"second.forget": "That, too."}),
+]
+
+
+def test_data_weights_and_prefixes_are_hashed(lab_config, tmp_path):
+    rows = [{"id": "1", "question": "Who?", "answer": "Me."}, {"id": "2", "question": "Where?", "answer": "Here."}]
+
+    def told(answer: str) -> dict:
+        path = write_jsonl(tmp_path / "forget.jsonl", [rows[0], rows[1] | {"answer": answer}])
+        config = load_config(str(lab_config(data__forget__path=str(path), device="cpu")))
+        return provenance(config, SUBJECTS, exam_of(config))
+
+    found = told("Here.")
+    assert found["data"]["forget"] == {
+        "rows": 2,
+        "sha256": sha256_json([["1", "Who?", "Me."], ["2", "Where?", "Here."]]),
+    }
+    assert told("There.")["data"]["forget"] != found["data"]["forget"]
+    assert told("There.")["data"]["retain"] == found["data"]["retain"]
+    weights = weights_sha256(LAB_BASE)
+    assert found["models"] == {
+        "base": {"weights_sha256": weights},
+        "teacher": {
+            "weights_sha256": weights,
+            "prefix_sha256": hashlib.sha256(b"Forget.").hexdigest(),
+            "prefix_sha256 of second.forget": hashlib.sha256(b"That, too.").hexdigest(),
+        },
+    }
+    assert found["config_sha256"] == sha256_json(found["config"])
+    for place in (ROOT, tmp_path):
+        assert str(place) not in json.dumps(found)
+
+
+def test_every_seed_is_named(lab_config):
+    students = [{"name": "a"}, {"name": "b", "train": {"seed": 7}}]
+    config = load_config(
+        str(lab_config(students=students, evaluate__seed=5, teacher__temperature=1.0, teacher__seed=9)),
+        ("train.seed=3",),
+    )
+    found = provenance(config, SUBJECTS, exam_of(config))["seeds"]
+    assert found == {"teacher": 9, "student:a": 3, "student:b": 7, "evaluate": 5}
