@@ -187,7 +187,7 @@ def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[
 def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
     """Everything that is the same for all methods."""
     from stages.compare import Comparison
-    from stages.exam import part_of, split_by_answer
+    from stages.exam import QuerySet, part_of, split_by_answer
     from stages.models import resolve_model
     from stages.student import open_stores
 
@@ -197,7 +197,12 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
         exam, settings.validation_share, settings.seed, "duet compare",
         "give the set more questions, or move compare.validation_share towards 0.5",
     )  # fmt: skip
-    unattacked = part_of(exam, validation)
+    plain = part_of(exam, validation)  # as it is: no attacks, and no shots in front
+    plain = replace(
+        plain,
+        sets={name: QuerySet(s.queries, s.expect) for name, s in plain.judged.items()},
+        settings=plain.settings.model_copy(update={"attacks": (), "membership": None}),
+    )
     stores, tokenizer = open_stores(stores_of_run(config), config.store.verify)
     return Comparison(
         settings=settings,
@@ -208,7 +213,7 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
         lessons=_lessons(config, tokenizer, next(iter(stores.values()))),
         stores=stores,
         store_tokenizer=tokenizer,
-        validation=replace(unattacked, settings=unattacked.settings.model_copy(update={"attacks": ()})),
+        validation=plain,
         reported=part_of(exam, reported),
         references=subjects_of(config, ()),
         trust_remote_code=config.teacher.trust_remote_code,

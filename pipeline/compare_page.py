@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -10,11 +10,11 @@ from rich.table import Table
 
 from pipeline.charts import Dot, scatter
 from pipeline.page import definition_list, legend, page
-from pipeline.terminal import interval
 
 KIND_COLOURS = {"DUET": "#0072b2", "other methods": "#e69f00", "base, teacher, oracle": "#8a8f98"}
 WORST = "attack.reverse_worst.forget.rougeL_recall"
 AXES = ("not recalled of what is to be forgotten, %", "recalled of what is to be kept, %")
+ROW_HEAD = 'th scope="row"'
 Results = Mapping[str, Any]
 
 
@@ -27,42 +27,41 @@ def row_title(name: str, results: Results) -> str:
 
 def heads(results: Results) -> list[str]:
     """The columns of the table."""
-    sets = [f"{name}\n{info['expect']}, n={info['n']}" for name, info in results["sets"].items()]
+    sets = [f"{name}\n{info['expect']}\nn={info['n']}" for name, info in results["sets"].items()]
+    last = ["forget, worst\nreverse\nprompt", "performance\nshift", "shift less\nDUET's"]
+    return ["method, setting, budget\nverdict", *sets, *last]
+
+
+def cells(name: str, results: Results, digits: int = 1) -> list[str]:
+    """One row under `heads`, in lines: a method's title, setting, budget and verdict; a number and its interval."""
+    scores, shift = results["models"][name], results["performance_shift"].get(name)
+    keys = [f"{set_name}.rougeL_recall" for set_name in results["sets"]] + [WORST]
+    less = results["comparisons"].get(name, {}).get("performance_shift")
+    verdict = results["outcomes"].get(name, {}).get("verdict")
     return [
-        "method",
-        "chosen of\nso many",
-        "steps\nseconds",
-        *sets,
-        "forget, worst\nreverse prompt",
-        "performance\nshift",
-        "shift less\nDUET's",
+        "\n".join([row_title(name, results), *_budget(name, results), *([verdict] if verdict else [])]),
+        *(_score(scores[key], digits) if key in scores else "-" for key in keys),
+        f"{shift['value']:+.1f}\n{_ends(shift['ci95'], digits)}" if shift else "-",
+        f"{less['difference']:+.1f}\n{_ends(less['ci95'], digits)}\n{_in_words(less)}" if less else "-",
     ]
 
 
-def cells(name: str, results: Results) -> list[str]:
-    """One row under `heads`; scores with their interval in a second line."""
-    scores, shift = results["models"][name], results["performance_shift"].get(name)
-    keys = [f"{set_name}.rougeL_recall" for set_name in results["sets"]] + [WORST]
-    of_scores = [interval(scores[key]).replace(" ", "\n", 1) if key in scores else "-" for key in keys]
-    less = results["comparisons"].get(name, {}).get("performance_shift")
-    return [
-        row_title(name, results), *_budget(name, results), *of_scores,
-        f"{shift['value']:+.1f}\n{_ends(shift['ci95'])}" if shift else "-",
-        f"{less['difference']:+.1f} {_ends(less['ci95'])}\n{_in_words(less)}" if less else "-",
-    ]  # fmt: skip
-
-
 def _budget(name: str, results: Results) -> list[str]:
+    """`lr 0.0003; of 6` and `150 steps, 87 s`; nothing of a model that was not trained here."""
     method = results["methods"].get(name)
     if method is None:
         oracle = results["oracle"] or {}
-        return ["-", f"{oracle['steps']}\n{oracle['train_s']:.0f}" if name == "oracle" and "steps" in oracle else "-"]
+        return [f"{oracle['steps']} steps, {oracle['train_s']:.0f} s"] if name == "oracle" and "steps" in oracle else []
     chosen = next(row for row in method["grid"] if row["chosen"])
-    return [f"{method['setting']}\nof {len(method['grid'])}", f"{chosen['steps']}\n{chosen['train_s']:.1f}"]
+    return [f"{method['setting']}; of {len(method['grid'])}", f"{chosen['steps']} steps, {chosen['train_s']:.1f} s"]
 
 
-def _ends(ci95: list[float]) -> str:
-    return f"[{ci95[0]:.1f}, {ci95[1]:.1f}]"
+def _score(score: Results, digits: int) -> str:
+    return f"{100 * score['value']:.1f}\n{_ends([100 * end for end in score['ci95']], digits)}"
+
+
+def _ends(ci95: Sequence[float], digits: int = 1) -> str:
+    return f"[{ci95[0]:.{digits}f}, {ci95[1]:.{digits}f}]"
 
 
 def _in_words(difference: Results) -> str:
@@ -76,9 +75,9 @@ def compare_table(results: Results) -> Table:
     """One row per model."""
     table = Table(title=_title(results), title_justify="left", show_lines=True)
     for number, head in enumerate(heads(results)):
-        table.add_column(head, justify="left" if number < 2 else "right", overflow="fold")
+        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
     for name in results["models"]:
-        table.add_row(*cells(name, results))
+        table.add_row(*cells(name, results, digits=0))  # whole points: narrower, and no more is known
     return table
 
 
@@ -124,13 +123,13 @@ def render(results: Results) -> str:
 
 
 def _html_table(results: Results) -> str:
-    def shown(text: str) -> str:
-        first, _, rest = text.partition("\n")
-        return f'<td class="number">{escape(first)}<small>{escape(rest)}</small></td>'
+    def shown(text: str, tag: str = 'td class="number"') -> str:
+        first, *rest = text.split("\n")
+        return f"<{tag}>{escape(first)}<small>{'<br>'.join(map(escape, rest))}</small></{tag.split(maxsplit=1)[0]}>"
 
     head = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads(results))
     rows = "".join(
-        f'<tr><th scope="row">{escape(title)}</th>{"".join(map(shown, rest))}</tr>'
+        f"<tr>{shown(title, ROW_HEAD)}{''.join(map(shown, rest))}</tr>"
         for title, *rest in (cells(name, results) for name in results["models"])
     )
     return (

@@ -42,7 +42,9 @@ class CompareSettings(Settings):
         default=Method.__args__, description="the methods beside DUET; see docs/baselines.md"
     )
     lr_factors: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        default=(0.03, 0.1, 0.3, 1.0), min_length=1, description="learning rates to try, as multiples of train.lr"
+        default=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        min_length=1,
+        description="learning rates to try, as multiples of train.lr",
     )
     grid: dict[Literal["duet"] | Method, GridSettings] = Field(
         default={}, description="what a method tries, where it is not the default; duet has no constant"

@@ -22,7 +22,7 @@ from stages import evaluate, metrics
 from stages.baseline_methods import METHODS
 from stages.baseline_settings import CompareSettings
 from stages.baselines import BaselineJob, Lessons, store_order, train_baseline
-from stages.exam import HEADLINE, Exam, Subject, references_of
+from stages.exam import Exam, Subject, references_of
 from stages.models import weights_sha256
 from stages.paired import compare_sums, weighted_sum
 from stages.processes import Processes
@@ -220,13 +220,13 @@ def ask(exam: Exam, subjects: Sequence[Subject], folder: Path, report: Report) -
 
 
 def forgotten(exam: Exam) -> set[str]:
-    """The sets that are to be forgotten."""
-    return {name for name, query_set in exam.sets.items() if query_set.expect == "forgotten"}
+    """The sets that are to be forgotten, of those that count."""
+    return {name for name, query_set in exam.judged.items() if query_set.expect == "forgotten"}
 
 
 def recalls(exam: Exam, answers: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
-    """ROUGE-L recall of every question, by set, float64 [n] each."""
-    return {name: metrics.score_texts(references_of(s), answers[name])[HEADLINE] for name, s in exam.sets.items()}
+    """ROUGE-L recall of every question, by set that counts, float64 [n] each."""
+    return {name: metrics.rouge_l(references_of(s), answers[name])[0] for name, s in exam.judged.items()}
 
 
 def _points(exam: Exam, answers: Mapping[str, list[str]]) -> dict[str, float]:
@@ -244,9 +244,11 @@ def results_of(
     found = evaluate.results_of(subjects, exam, answers, {})
     against_duet = evaluate.results_of([replace(subject, base=DUET) for subject in subjects], exam, answers, {})
     recall = {subject.name: recalls(exam, answers[subject.name]) for subject in subjects}
-    clusters = {name: references_of(query_set) for name, query_set in exam.sets.items()}
+    clusters = {name: references_of(query_set) for name, query_set in exam.judged.items()}
     gone, seed = forgotten(exam), exam.settings.seed
-    signs = {name: -100.0 if name in gone else 100.0 for name in exam.sets}  # points; a fall is good where it is wanted
+    signs = {
+        name: -100.0 if name in gone else 100.0 for name in exam.judged
+    }  # points; a fall is good where it is wanted
     base = recall[subjects[0].name]
     for name, shift in found["performance_shift"].items():
         shift["ci95"] = compare_sums(recall[name], base, clusters, signs, seed)["ci95"]

@@ -95,18 +95,22 @@ def split_by_answer(
     """Numbers of the queries of a `share` of each set, drawn by the seed, and of the others.
 
     Queries with the same answer stay together, in all sets: a paraphrase would otherwise tell of the question that is held
-    out. `what` wants the split; where a set cannot be split, a UserError says so with this hint.
+    out. So do a question and its translation. `what` wants the split; where a set cannot be split, a UserError says so with
+    this hint.
     """
     rng = np.random.default_rng(seed)
     chosen: dict[str, bool] = {}
     for query_set in exam.sets.values():
+        if query_set.translates:
+            continue
         new = [answer for answer in dict.fromkeys(references_of(query_set)) if answer not in chosen]
         order = rng.permutation(len(new)).tolist()
         chosen |= {new[i]: rank < round(share * len(new)) for rank, i in enumerate(order)}
     parts: list[dict[str, list[int]]] = [{}, {}]
     for name, query_set in exam.sets.items():
+        answers = references_of(exam.sets[query_set.translates] if query_set.translates else query_set)
         for part, wanted in zip(parts, (True, False), strict=True):
-            part[name] = [i for i, answer in enumerate(references_of(query_set)) if chosen[answer] is wanted]
+            part[name] = [i for i, answer in enumerate(answers) if chosen[answer] is wanted]
             if not part[name]:
                 count = len(query_set.queries)
                 raise UserError(
@@ -117,5 +121,5 @@ def split_by_answer(
 
 def part_of(exam: Exam, part: Mapping[str, Sequence[int]]) -> Exam:
     """The exam with these queries of each set."""
-    sets = {name: QuerySet([s.queries[i] for i in part[name]], s.expect) for name, s in exam.sets.items()}
+    sets = {name: replace(s, queries=[s.queries[i] for i in part[name]]) for name, s in exam.sets.items()}
     return replace(exam, sets=sets)
