@@ -14,7 +14,7 @@ from pipeline.page import definition_list, legend, page
 KIND_COLOURS = {"DUET": "#0072b2", "other methods": "#e69f00", "base, teacher, oracle": "#8a8f98"}
 WORST = "attack.reverse_worst.forget.rougeL_recall"
 AXES = ("not recalled of what is to be forgotten, %", "recalled of what is to be kept, %")
-ROW_HEAD = 'th scope="row"'
+ROW_HEAD = 'th scope="row" class="wide"'
 Results = Mapping[str, Any]
 
 
