@@ -182,12 +182,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at the demo's run comes first, as it takes longest, and in one process; so do the tests of each other file."""
+    """What looks at the demo's run comes first, in one process, and what else is end to end next: these take longest. The tests
+    of each other file share a process, too."""
 
     def sees_demo(item: pytest.Item) -> bool:
         return "demo" in getattr(item, "fixturenames", ())
 
-    items.sort(key=lambda item: not sees_demo(item))
+    items.sort(key=lambda item: (not sees_demo(item), item.path.name != "test_end_to_end.py"))
     for item in items:
         item.add_marker(pytest.mark.xdist_group("demo" if sees_demo(item) else item.path.name))
 
