@@ -21,7 +21,7 @@ demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in ru
 	@$(BIN)/duet run --config configs/lab.yaml
 
 test: $(STAMP) ## all tests
-	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check .

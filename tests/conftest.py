@@ -180,17 +180,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return Demo(tree, done.stdout, time.monotonic() - started)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at the demo's run comes first, in one process, and what else is end to end next: these take longest. The tests
-    of each other file share a process, too."""
-
-    def sees_demo(item: pytest.Item) -> bool:
-        return "demo" in getattr(item, "fixturenames", ())
-
-    items.sort(key=lambda item: (not sees_demo(item), item.path.name != "test_end_to_end.py"))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("demo" if sees_demo(item) else item.path.name))
+    """The files that take longest first, so that none of the processes that share the tests is left with one at the end."""
+    longest = ("test_end_to_end.py", "test_tofu_experiment.py", "test_compare.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -28,46 +28,6 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-# What takes longer than a test may; everything else runs as it stands.
-IN_SHORT = {
-    "make test": None,  # it is what runs this test
-    "duet compare --config configs/lab.yaml": "duet compare --config configs/lab.yaml --jobs 1 --set evaluate.sets={} "
-    "--set compare.methods=[refusal] --set compare.lr_factors=[1]",
-}
-
-
-@pytest.mark.parametrize("command", [line for block in blocks(README, "sh") for line in block.splitlines()])
-def test_every_command_of_the_readme_runs(command, demo):
-    """In a copy of the tree, after `make demo` and in the README's order."""
-    short = IN_SHORT.get(command, command)
-    if short is None:
-        assert "make test" in (ROOT / ".ci/run").read_text()
-        return
-    done = demo.shell(short)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-# Points by which a score may differ from the README's: another CPU rounds otherwise, which can turn a single answer.
-TOLERANCE = 10
-
-
-def test_the_readme_shows_what_the_demo_prints(demo):
-    """Line by line the same words; scores within the tolerance; times, rates, losses, hashes, engine and device are free."""
-    free = re.compile(
-        r"[\d.e-]+ (?:s\b|->)|-> [\d.e-]+|teacher/[0-9a-f]+|^engine: .*|device: \w+|within [\d.e-]+|[\d,.]+ (?:tok/s|GB)|[━─]+"
-    )
-    shown, printed = (
-        [" ".join(free.sub("*", line).split()) for line in text.splitlines() if line.strip()]
-        for text in (blocks(README, "text")[0], demo.output)
-    )
-    assert len(shown) == len(printed)
-    for ours, theirs in zip(shown, printed, strict=True):
-        assert NUMBER.sub("#", ours) == NUMBER.sub("#", theirs)
-        for a, b in zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=True):
-            assert abs(float(a) - float(b)) <= TOLERANCE, (ours, theirs)
-
-
 def test_every_command_stands_in_the_readme():
     def names(group: click.Group, path: str) -> list[str]:
         return [

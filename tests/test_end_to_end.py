@@ -1,14 +1,19 @@
-"""The whole pipeline on real models: the lab as `make demo` runs it, TOFU on its own data, both through real vLLM."""
+"""The whole pipeline on the lab, as `make demo` and the README's commands run it, through real vLLM.
+
+What looks at the demo's run stands in this file, so that it runs once, in one of the processes that share the tests.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, read_all, run_duet
+from conftest import ROOT, read_all, run_duet
+from test_docs import README, blocks
 
 VLLM = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: `make setup` says why"
@@ -149,17 +154,41 @@ def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, 
             assert value(again, model, metric) == value(results, model, metric), model
 
 
-@VLLM
-@pytest.mark.skipif(
-    not (SHARED / "models/tofu-lab").is_dir(), reason="needs ../shared/models/tofu-lab and ../shared/data/tofu"
-)
-def test_tofu_through_vllm(tmp_path):
-    out = run("run", "tofu.yaml", f"runs_dir={tmp_path}", "teacher.engine=vllm")
-    assert "engine: vllm" in out
-    results = json.loads((tmp_path / "tofu" / "results.json").read_text())
-    student, teacher = "student:base", "teacher"
-    assert value(results, student, "forget.rougeL_recall") <= value(results, teacher, "forget.rougeL_recall") + 5
-    for name in ("retain", "heldout"):
-        metric = f"{name}.rougeL_recall"
-        assert value(results, student, metric) >= value(results, teacher, metric) - 1, name
-    assert results["models"][student]["forget.rougeL_recall"]["n"] == 40
+# What takes longer than a test may; everything else runs as it stands.
+IN_SHORT = {
+    "make test": None,  # it is what runs this test
+    "duet compare --config configs/lab.yaml": "duet compare --config configs/lab.yaml --jobs 1 --set evaluate.sets={} "
+    "--set compare.methods=[refusal] --set compare.lr_factors=[1]",
+}
+
+
+@pytest.mark.parametrize("command", [line for block in blocks(README, "sh") for line in block.splitlines()])
+def test_every_command_of_the_readme_runs(command, demo):
+    """In a copy of the tree, after `make demo` and in the README's order."""
+    short = IN_SHORT.get(command, command)
+    if short is None:
+        assert "make test" in (ROOT / ".ci/run").read_text()
+        return
+    done = demo.shell(short)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+# Points by which a score may differ from the README's: another CPU rounds otherwise, which can turn a single answer.
+TOLERANCE = 10
+
+
+def test_the_readme_shows_what_the_demo_prints(demo):
+    """Line by line the same words; scores within the tolerance; times, rates, losses, hashes, engine and device are free."""
+    free = re.compile(
+        r"[\d.e-]+ (?:s\b|->)|-> [\d.e-]+|teacher/[0-9a-f]+|^engine: .*|device: \w+|within [\d.e-]+|[\d,.]+ (?:tok/s|GB)|[━─]+"
+    )
+    shown, printed = (
+        [" ".join(free.sub("*", line).split()) for line in text.splitlines() if line.strip()]
+        for text in (blocks(README, "text")[0], demo.output)
+    )
+    assert len(shown) == len(printed)
+    for ours, theirs in zip(shown, printed, strict=True):
+        assert NUMBER.sub("#", ours) == NUMBER.sub("#", theirs)
+        for a, b in zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=True):
+            assert abs(float(a) - float(b)) <= TOLERANCE, (ours, theirs)
