@@ -107,14 +107,16 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
 
 def _write_tofu_logs(folder: Path, exam: Any, given: Any, answers: Any, results: Mapping[str, Any]) -> None:
     """Each model's TOFU scores as open-unlearning writes them."""
+    from stages.exam import stem_of
     from stages.given import finite
     from stages.open_unlearning import tofu_logs
 
     for model, of_sets in finite(given)[0].items():
         logs = tofu_logs(exam, of_sets, answers[model], results["models"][model])
-        (folder / model.replace(":", "-")).mkdir(parents=True, exist_ok=True)
+        of_model = folder / stem_of(model)
+        of_model.mkdir(parents=True, exist_ok=True)
         for name, content in zip(("TOFU_EVAL.json", "TOFU_SUMMARY.json"), logs, strict=True):
-            publish_json(folder / model.replace(":", "-") / name, content)
+            publish_json(of_model / name, content)
     say(f"for open-unlearning: {folder}")
 
 
@@ -276,9 +278,15 @@ def run_all(request: Request) -> int:
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")
-        arguments = request.arguments(students=stage != "teacher-logits")
-        child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
-        stop.forward_to(child)
-        if code := child.wait():
-            return code if code > 0 else EXIT_INTERRUPTED
+        if code := run_stage(stage, request, stop):
+            return code
     return 0
+
+
+def run_stage(stage: str, request: Request, stop: StopSignal) -> int:
+    """One stage in a process of its own, which gets our signals; its exit code, or an interruption's if it was killed."""
+    arguments = request.arguments(students=stage != "teacher-logits")
+    child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
+    stop.forward_to(child)
+    code = child.wait()
+    return code if code >= 0 else EXIT_INTERRUPTED

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cache.errors import EXIT_INTERRUPTED, Interrupted, UserError
+from cache.errors import Interrupted, UserError
 from cache.files import publish_json, publishing, read_json
 from cache.record import SUBSETS
 from pipeline.capture import stores_of_run
-from pipeline.commands import exam_of, model_name, set_aside, start_model, store_summary, subjects_of
+from pipeline.commands import exam_of, model_name, run_stage, set_aside, start_model, store_summary, subjects_of
 from pipeline.compare_page import compare_table, render, sentences
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM, places, run_jobs, visible_gpus
+from pipeline.provenance import without_places
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
 from pipeline.terminal import out, progress_bar, say, say_engine
@@ -131,10 +131,7 @@ def _stage_one(config: Config, request: Request, stop: StopSignal) -> int:
     except UserError:
         if stop():
             raise Interrupted("before stage one") from None
-    child = subprocess.Popen([*THIS_PROGRAM, "teacher-logits", *request.arguments(students=False)])
-    stop.forward_to(child)
-    code = child.wait()
-    return code if code >= 0 else EXIT_INTERRUPTED
+    return run_stage("teacher-logits", request, stop)
 
 
 def _part(config: Config, plan: Any, name: str, report: Any) -> Part:
@@ -168,8 +165,8 @@ def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "compare": config.compare.model_dump(mode="json"),
-        "evaluate": config.evaluate.model_dump(mode="json"),
+        "compare": without_places(config.compare.model_dump(mode="json")),
+        "evaluate": without_places(config.evaluate.model_dump(mode="json")),
         "train": plan.train.model_dump(mode="json"),
         "start": plan.start_name,
         "methods": dict(part.method for part in parts if part.method),

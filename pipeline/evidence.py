@@ -27,6 +27,7 @@ from pipeline.provenance import without_places
 from pipeline.report import rendered
 from pipeline.run import CONFIG_NAME, ENVIRONMENT_NAME
 from pipeline.terminal import say
+from stages.exam import stem_of
 
 SUMS_NAME, README_NAME = "SHA256SUMS", "README.txt"
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -40,7 +41,7 @@ config.yaml       the run's settings; of places, only the last names
 environment.json  versions and machine
 students/         what was recorded of each student's training
 stores/           what each store of teacher logits holds, without the logits
-answers/          every answer of every model
+answers/          every model's answers to the questions as they are, not under attack
 SHA256SUMS        the hashes of all these: `sha256sum -c SHA256SUMS`
 
 `duet evidence verify FILE.zip` checks the hashes, that nothing is missing or additional, that results, settings, students and
@@ -133,7 +134,7 @@ def expected_names(results: Mapping[str, Any]) -> list[str]:
         *(README_NAME, REPORT_NAME, RESULTS_NAME, CONFIG_NAME, ENVIRONMENT_NAME),
         *(_training_name(name) for name in results.get("students") or {}),
         *(_manifest_name(name) for name in results.get("teacher_stores") or {}),
-        *(f"answers/{name.replace(':', '-')}.json" for name in results["models"]),
+        *(f"answers/{stem_of(name)}.json" for name in results["models"]),
     ]
 
 

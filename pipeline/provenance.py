@@ -12,7 +12,8 @@ from typing import Any
 from cache.files import sha256_json
 from pipeline.config import Config
 
-PLACES = ("path", "model", "dir")  # settings that hold these, or end with _dir or _path, are places
+# Settings of these names, or that end with _dir, _path or _model, are places; so are the values of `models`.
+PLACES = ("path", "model", "dir", "oracle", "reference", "retrained", "neutral_text", "attack_texts")
 
 
 def provenance(config: Config, subjects: Sequence[Any], exam: Any) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def without_places(settings: Any, key: str = "") -> Any:
         }
     if isinstance(settings, list | tuple):
         return [without_places(value, key) for value in settings]
-    is_place = key in PLACES or key.endswith(("_dir", "_path"))
+    is_place = key in PLACES or key.endswith(("_dir", "_path", "_model"))
     return _last_name(settings) if is_place and isinstance(settings, str) else settings
 
 

@@ -7,7 +7,8 @@ from html import escape
 
 from pipeline.charts import Bar, bars, colours, side_by_side
 from pipeline.page import Numbers, folded, note, pointer, row, section, table
-from pipeline.results import HEADLINE, Attacked, attacks_of, by_interest, floor_of, is_share
+from pipeline.results import HEADLINE, attacks_of, by_interest, floor_of, is_share, label_of
+from stages.attacks import Attacked
 
 
 def attack_section(numbers: Numbers) -> str:
@@ -37,9 +38,9 @@ def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Att
     rows: dict[str, list[Bar]] = {}
     for attack in sorted(attacks, key=lambda attack: attack.worst):
         if attack.id in scores:
-            title = f"{attack.label}, {'worst' if attack.worst else 'mean'}"
+            title = f"{label_of(attack)}, {'worst' if attack.worst else 'mean'}"
             mark = Bar(scores[attack.id], colour, title, pointer("models", model, attack.id), attack.worst)
-            rows.setdefault(attack.label, []).append(mark)
+            rows.setdefault(label_of(attack), []).append(mark)
     if not rows:
         return ""
     before = numbers.at("models", model, f"{name}.{HEADLINE}", "value")
@@ -51,7 +52,7 @@ def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> s
     plain = f"{name}.{HEADLINE}"
     rows = [row("no attack", [*(numbers.cell("score", "models", m, plain) for m in models), "<td></td>"])]
     for attack in attacks:
-        title = attack.label + (", worst" if attack.worst else "")
+        title = label_of(attack) + (", worst" if attack.worst else "")
         cells = [numbers.cell("score", "models", model, attack.id) for model in models]
         rows.append(row(title, [*cells, f"<td>{_shown_to_work(numbers, attack)}</td>"]))
     heads = ["attack", *map(escape, models), "does it work"]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from pipeline.charts import Line, colours, legend_of_lines, lines, side_by_side
+from pipeline.charts import Line, legend_of_lines, lines, side_by_side
 from pipeline.page import Numbers, folded, note, pointer, row, section, table
-from pipeline.results import HEADLINE, by_interest, is_share
+from pipeline.results import HEADLINE, by_interest, is_share, palette_of
 
 OPEN_SAMPLES = 10  # the others are folded
 
@@ -45,7 +45,7 @@ def layers_section(numbers: Numbers) -> str:
         "intervals; rank 1 is the most likely. A low rank in a layer below the last says that the model still finds the answer "
         "and that the layers after it hide it."
     )
-    palette = {model: colour for model, colour in colours(list(numbers.data["models"])).items() if model in found}
+    palette = palette_of(numbers, found)
     series = {
         model: Line(facts["layers"], facts["rank"], facts.get("ci95") or (), pointer("layers", model))
         for model, facts in found.items()
@@ -83,7 +83,7 @@ def relearning_section(numbers: Numbers) -> str:
         "text that has nothing to do with them (benign). What was only hidden comes back after fewer steps than a model needs "
         "that never knew."
     )
-    palette = {model: colour for model, colour in colours(list(numbers.data["models"])).items() if model in found}
+    palette = palette_of(numbers, found)
     palette |= dict(zip((m for m in found if m not in palette), ("#7d4ea8", "#a8431a"), strict=False))
     kinds = list(dict.fromkeys(kind for by_kind in found.values() for kind in by_kind))
     panels = [

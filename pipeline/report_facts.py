@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from pipeline.charts import colours, curves, legend_of_lines, side_by_side
+from pipeline.charts import curves, legend_of_lines, side_by_side
 from pipeline.page import Numbers, folded, note, row, section, table
-from pipeline.results import attacks_of
+from pipeline.results import attacks_of, palette_of
 from pipeline.terminal import loss_in_words
 
 # What an attack is called in words, by its kind in results.json.
@@ -49,7 +49,7 @@ def training_section(numbers: Numbers) -> str:
     if not students:
         return section("training", title, note("No student was trained in this run."))
     curve = {f"student:{name}": info["curve"] for name, info in students.items()}
-    palette = {m: colour for m, colour in colours(list(numbers.data["models"])).items() if m in curve}
+    palette = palette_of(numbers, curve)
     palette |= {model: "#8a8f98" for model in curve if model not in palette}
     facts = "".join(_trained(numbers, name) for name in students)
     chart = side_by_side([curves(curve, palette, "Training loss by step")])

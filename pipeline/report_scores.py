@@ -12,6 +12,7 @@ from pipeline.results import (
     base_of,
     by_interest,
     is_share,
+    label_of,
     metric_ids,
     set_and_metric,
     students_of,
@@ -47,7 +48,7 @@ def summary(numbers: Numbers) -> str:
             )
     if worst := worst_attack(numbers, student, "forget"):
         sentences.append(
-            f"The attack that brings most back, {escape(worst.label)}, has {_brief(numbers, student, worst.id)}."
+            f"The attack that brings most back, {escape(label_of(worst))}, has {_brief(numbers, student, worst.id)}."
         )
     return " ".join([*sentences, "In brackets: 95 % intervals."])
 
@@ -91,7 +92,7 @@ def _card(numbers: Numbers, model: str) -> str:
     for name in numbers.data["sets"]:
         if worst := worst_attack(numbers, model, name):
             score = numbers.show("points", "models", model, worst.id, "value", tag="strong")
-            figures += f"<dt>{escape(name)}, worst attack ({escape(worst.label)})</dt><dd>{score}</dd>"
+            figures += f"<dt>{escape(name)}, worst attack ({escape(label_of(worst))})</dt><dd>{score}</dd>"
     return (
         f'<article class="verdict {tone}"><h3>{escape(model)}</h3>{badge}{_reasons(numbers, model) if outcome else ""}'
         f'<p class="note">ROUGE-L recall in points, from {escape(base)} to {escape(model)}</p>'

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
 
+from pipeline.charts import colours
 from pipeline.page import Numbers
+from stages.attacks import Attacked, attacked_of
 
 HEADLINE = "rougeL_recall"
-WORST = "_worst"
 NOT_SHARES = ("perplexity",)  # metrics that are no 0..1 whatever they happen to be
 
 
@@ -56,34 +56,20 @@ def set_and_metric(numbers: Numbers, metric_id: str) -> tuple[str, str]:
     return head, metric
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """A metric id of an attack: `attack.<kind>[_worst].<set>.<metric>`."""
-
-    id: str
-    kind: str
-    worst: bool
-    set: str
-    metric: str
-
-    @property
-    def label(self) -> str:
-        return self.kind if self.metric == HEADLINE else f"{self.kind}, {self.metric}"
-
-
 def attacks_of(numbers: Numbers) -> list[Attacked]:
-    """All that was attacked, in the file's order; kinds and sets may have dots in their names."""
-    return list(_attacks_of(numbers))
+    """All that was attacked, in the file's order."""
+    found = (attacked_of(metric_id, numbers.data["sets"]) for metric_id in metric_ids(numbers))
+    return [attacked for attacked in found if attacked is not None]
 
 
-def _attacks_of(numbers: Numbers) -> Iterator[Attacked]:
-    sets = sorted(numbers.data["sets"], key=len, reverse=True)
-    for metric_id in metric_ids(numbers):
-        rest = metric_id.removeprefix("attack.")
-        name = next((name for name in sets if f".{name}." in rest), None)
-        if rest != metric_id and name is not None:
-            kind, _, metric = rest.partition(f".{name}.")
-            yield Attacked(metric_id, kind.removesuffix(WORST), kind.endswith(WORST), name, metric)
+def label_of(attack: Attacked) -> str:
+    """How an attack's score is called: its kind, and its metric where that is not the headline."""
+    return attack.kind if attack.metric == HEADLINE else f"{attack.kind}, {attack.metric}"
+
+
+def palette_of(numbers: Numbers, models: Collection[str]) -> dict[str, str]:
+    """The page's colours of those models of the file that are among these."""
+    return {model: colour for model, colour in colours(list(numbers.data["models"])).items() if model in models}
 
 
 def worst_attack(numbers: Numbers, model: str, name: str) -> Attacked | None:

@@ -7,7 +7,8 @@ asked the same, so nothing here depends on a model; what is drawn is drawn by th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,9 +23,33 @@ if TYPE_CHECKING:
     from stages.exam import Exam
 
 
+WORST = "_worst"  # what the kind ends with in the id of a score of the worst variants
+
+
 def task(kind: str, variant: str, name: str) -> str:
     """The name under which the answers to one variant on one query set are kept."""
     return f"attack.{kind}.{variant}.{name}"
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A metric id of an attack in its parts: `attack.<kind>[_worst].<set>.<metric>`."""
+
+    id: str
+    kind: str
+    worst: bool
+    set: str
+    metric: str
+
+
+def attacked_of(metric_id: str, sets: Collection[str]) -> Attacked | None:
+    """The parts of a metric id, None if it is of no attack on one of these sets; kinds, sets and metrics may have dots."""
+    rest = metric_id.removeprefix("attack.")
+    name = next((name for name in sorted(sets, key=len, reverse=True) if f".{name}." in rest), None)
+    if rest == metric_id or name is None:
+        return None
+    kind, _, metric = rest.partition(f".{name}.")
+    return Attacked(metric_id, kind.removesuffix(WORST), kind.endswith(WORST), name, metric)
 
 
 def chosen(exam: Exam) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -45,11 +70,6 @@ def chosen(exam: Exam) -> tuple[tuple[str, ...], dict[str, str]]:
 def prompt_kinds(exam: Exam) -> list[str]:
     """Those of the attacks that are made of prompts."""
     return [kind for kind in chosen(exam)[0] if kind in PROMPT_ATTACKS]
-
-
-def variants_of(exam: Exam, kind: str, name: str) -> list[str]:
-    """The ids of an attack's variants on a query set."""
-    return _translations(exam, name) if kind == TRANSLATION else list(texts(exam.settings.attack_texts)[0][kind])
 
 
 def prompts_of(exam: Exam, kind: str, name: str, prefix: str) -> dict[str, list[Prompt]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.errors import Interrupted
 from stages import attacks, lens, quantize, relearn, sampling
-from stages.exam import Exam, Subject
+from stages.exam import Exam, Subject, stem_of
 from stages.exam_settings import PROMPT_ATTACKS, QUANTIZE_ATTACKS
 from stages.examinee import Examinee, recalled
 
@@ -35,7 +35,7 @@ class How:
         """What is on disk under this identity, else what `ask()` finds."""
         folder = self.answers_dir / kind if kind else self.answers_dir
         folder.mkdir(parents=True, exist_ok=True)
-        return recalled(folder / f"{subject.name.replace(':', '-')}.json", identity, ask)
+        return recalled(folder / f"{stem_of(subject.name)}.json", identity, ask)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cache.errors import UserError
 from stages.data import Query
 from stages.definitions import Metric
 from stages.likelihood import token_logprobs
-from stages.prompts import render, render_answer
+from stages.prompts import answer_ids, render
 from stages.settings import PromptSettings
 
 LETTER, CLOZE = "choice_letter", "choice_cloze"
@@ -32,12 +32,6 @@ def letter_question(query: Query, settings: PromptSettings) -> str:
     """The question with its choices below. Where a chat has no place for it in its template, `Answer:` ends it."""
     lines = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, query.choices, strict=False)]
     return "\n".join([query.question, *lines, *(["Answer:"] if settings.format == "chat" else [])])
-
-
-def answer_ids(tokenizer: Any, text: str, settings: PromptSettings) -> list[int]:
-    """Ids of an answer without the end of sequence."""
-    ids = render_answer(tokenizer, text, settings)
-    return ids[:-1] if tokenizer.eos_token_id is not None else ids
 
 
 def letter_pairs(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -241,22 +241,20 @@ def results_of(
     Each performance shift gets its interval; `trade_off` has the mean recall over the sets to be kept, and what is missing to
     1 on those to be forgotten; `comparisons` every subject's scores and shift, less DUET's on the same items.
     """
-    found = evaluate.results_of(subjects, exam, answers, {})
-    against_duet = evaluate.results_of([replace(subject, base=DUET) for subject in subjects], exam, answers, {})
+    found = evaluate.results_of(subjects, exam, answers, {}, against=DUET)
     recall = {subject.name: recalls(exam, answers[subject.name]) for subject in subjects}
     clusters = {name: references_of(query_set) for name, query_set in exam.judged.items()}
     gone, seed = forgotten(exam), exam.settings.seed
-    signs = {
-        name: -100.0 if name in gone else 100.0 for name in exam.judged
-    }  # points; a fall is good where it is wanted
+    # Points; a fall is good where it is wanted.
+    signs = {name: -100.0 if name in gone else 100.0 for name in exam.judged}
     base = recall[subjects[0].name]
     for name, shift in found["performance_shift"].items():
         shift["ci95"] = compare_sums(recall[name], base, clusters, signs, seed)["ci95"]
-    for name, of_model in against_duet["comparisons"].items():
+    for name, of_model in found["comparisons"].items():
         shift = compare_sums(recall[name], recall[DUET], clusters, signs, seed)
         of_model["performance_shift"] = {"against": DUET, **shift}
     trade_off = {name: _trade_off(values, clusters, gone, seed) for name, values in recall.items()}
-    return found | {"trade_off": trade_off, "comparisons": against_duet["comparisons"]}
+    return found | {"trade_off": trade_off}
 
 
 def _trade_off(

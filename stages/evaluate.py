@@ -59,13 +59,14 @@ def results_of(
     given: Mapping[str, Mapping[str, Given]],
     reference: Reference | None = None,
     readings: Mapping[str, reading.Readings] | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
     samples, and what the numbers mean.
 
     `given` is empty where likelihoods are not asked for, and a model of which some are not finite has no scores of them: it is
     broken, its verdict says. `reference` is that of TOFU's forget quality; `readings` are those
-    of `reading.py`, by subject.
+    of `reading.py`, by subject. Every subject is compared with its own base, or all with the one that `against` names.
     """
     given, not_finite = finite(given)
     models = {subject.name: _scores(answers[subject.name], given.get(subject.name, {}), exam) for subject in subjects}
@@ -84,7 +85,7 @@ def results_of(
         "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors, not_finite),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
-        "comparisons": _comparisons(subjects, exam, models),
+        "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
         **attack_scores.results_of(subjects, exam, answers, models),
@@ -131,17 +132,17 @@ def _shifts(
 
 
 def _comparisons(
-    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
+    against: Mapping[str, str], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of every subject that has a base, each score against the base's on the same items."""
+    """Of every model, each score less that of the one it is compared with, on the same items; nothing of one and itself."""
     return {
-        subject.name: {
-            key: {"against": subject.base, **uncertainty.compare(found, models[subject.base][key], exam.settings.seed)}
-            for key, found in models[subject.name].items()
-            if key in models[subject.base] and len(found.items)  # an AUC and a perplexity are no means over items
+        name: {
+            key: {"against": other, **uncertainty.compare(found, models[other][key], exam.settings.seed)}
+            for key, found in models[name].items()
+            if key in models[other] and len(found.items)  # an AUC and a perplexity are no means over items
         }
-        for subject in subjects
-        if subject.base != subject.name
+        for name, other in against.items()
+        if other != name
     }
 
 

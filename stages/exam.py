@@ -31,6 +31,10 @@ class Subject:
     base: str  # the subject whose scores its performance shift is measured against
     set_prefixes: Mapping[str, str] = field(default_factory=dict)  # of the sets that have another prefix than `prefix`
 
+    def prefix_of(self, name: str) -> str:
+        """The prefix in front of this set's questions."""
+        return self.set_prefixes.get(name, self.prefix)
+
 
 @dataclass(frozen=True)
 class QuerySet:
@@ -72,16 +76,25 @@ class Exam:
 
 def questions_of(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
     """All prompts per task: each set under its name, each variant of an attack as `attack.<kind>.<variant>.<set>`."""
-    prefixes = {name: subject.set_prefixes.get(name, subject.prefix) for name in exam.sets}
-    tasks = {
-        name: [Prompt.plain(query, prefixes[name]) for query in query_set.queries]
-        for name, query_set in exam.sets.items()
-    }
+    tasks = plain_questions_of(exam, subject)
     for kind in attacks.prompt_kinds(exam):
         for name in exam.attacked:
-            for variant, prompts in attacks.prompts_of(exam, kind, name, prefixes[name]).items():
+            for variant, prompts in attacks.prompts_of(exam, kind, name, subject.prefix_of(name)).items():
                 tasks[attacks.task(kind, variant, name)] = prompts
     return tasks
+
+
+def plain_questions_of(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
+    """The prompts of every set, as they are."""
+    return {
+        name: [Prompt.plain(query, subject.prefix_of(name)) for query in query_set.queries]
+        for name, query_set in exam.sets.items()
+    }
+
+
+def stem_of(subject: str) -> str:
+    """How the files of a subject of this name are called, before their endings: a colon is no letter of a file everywhere."""
+    return subject.replace(":", "-")
 
 
 def references_of(query_set: QuerySet) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from cache.errors import Interrupted
 from cache.files import sha256_json
 from stages import tofu
-from stages.exam import Exam, Subject, questions_of
+from stages.exam import Exam, Subject, plain_questions_of, stem_of
 from stages.examinee import recalled
 from stages.likelihood import TokenScores, token_scores
 from stages.memorisation import exact_memorisation, extraction_strength
@@ -106,11 +106,12 @@ def read_all(
         model_identity = [weights_sha256(model_dir), tokenizer_sha256(tokenizer), exam.settings.dtype, exam.device]
         open_model = functools.cache(functools.partial(_open, model_dir, exam))
         for subject in (one for one in subjects if one.model_dir == model_dir):
-            pairs = {name: _pairs(tokenizer, exam, asked, subject) for name, asked in _asked(exam, subject).items()}
+            asked = plain_questions_of(exam, subject)  # attacks are left to generated answers
+            pairs = {name: _pairs(tokenizer, exam, prompts) for name, prompts in asked.items()}
             for name, of_set in pairs.items():
                 _check_lengths(of_set, context, name, subject)
             kept = recalled(
-                folder / f"{subject.name.replace(':', '-')}.json",
+                folder / f"{stem_of(subject.name)}.json",
                 sha256_json([*model_identity, {name: of_set.ids for name, of_set in pairs.items()}]),
                 functools.partial(_read, open_model, tokenizer, pairs, subject, on_progress, should_stop),
             )
@@ -156,13 +157,7 @@ class _Pairs:
         return [self.prompts, self.answers, self.has_paraphrase, self.has_perturbed]
 
 
-def _asked(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
-    """The prompts of every set; attacks are left to generated answers."""
-    tasks = questions_of(exam, subject)
-    return {name: tasks[name] for name in exam.sets}
-
-
-def _pairs(tokenizer: Any, exam: Exam, asked: Sequence[Prompt], subject: Subject) -> _Pairs:
+def _pairs(tokenizer: Any, exam: Exam, asked: Sequence[Prompt]) -> _Pairs:
     prompts = [render_prompt(tokenizer, prompt, exam.prompt) for prompt in asked]
     queries = [prompt.query for prompt in asked]
     texts = [

@@ -17,7 +17,7 @@ from typing import Any
 from cache.errors import Interrupted, UserError
 from cache.files import sha256_json
 from stages.definitions import Metric
-from stages.exam import Exam, Subject
+from stages.exam import Exam, Subject, stem_of
 from stages.exam_settings import HarnessTask
 from stages.examinee import recalled
 from stages.models import load_model, load_tokenizer, tokenizer_sha256, weights_sha256
@@ -74,7 +74,7 @@ def ask_harness(
             [task.model_dump() for task in tasks], _task_files(exam), version, exam.settings.dtype, exam.device,
         ]  # fmt: skip
         found[subject.name] = recalled(
-            folder / f"{subject.name.replace(':', '-')}.json",
+            folder / f"{stem_of(subject.name)}.json",
             sha256_json(identity),
             functools.partial(_ask, subject, exam, tokenizer, on_progress, should_stop),
         )

@@ -48,7 +48,7 @@ def prompts_of(tokenizer: Any, exam: Exam, subject: Subject) -> dict[str, list[l
     for name, query_set in exam.sets.items():
         if query_set.shots:
             form = FORM.model_copy(update={"bos": exam.prompt.bos})
-            prefix = subject.set_prefixes.get(name, subject.prefix)
+            prefix = subject.prefix_of(name)
             shown = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in query_set.shots)
             in_front = (prefix + exam.prompt.separator if prefix else "") + shown
             tasks[TASK + name] = [render(tokenizer, query.question, in_front, form) for query in query_set.queries]

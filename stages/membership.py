@@ -18,7 +18,7 @@ import numpy as np
 
 from stages.definitions import Metric
 from stages.likelihood import TokenScores
-from stages.uncertainty import Score
+from stages.uncertainty import Score, interval
 
 STD_FLOOR = (
     1e-6  # where a distribution is all on one token, its log-probability is its mean, and the difference rounding
@@ -99,8 +99,7 @@ def auc_score(
     for i in range(resamples):
         weight_M, weight_N = (_times_drawn(number, rng) for number in numbers)
         drawn[i] = weight_M @ wins_MN @ weight_N / (weight_M.sum() * weight_N.sum())
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Score(auc(members, nonmembers), len(members) + len(nonmembers), (float(low), float(high)))
+    return Score(auc(members, nonmembers), len(members) + len(nonmembers), interval(drawn))
 
 
 def _times_drawn(cluster_of: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -50,11 +51,25 @@ def _fetch(name: str, where: str) -> Path:
 
 
 def weights_sha256(model_dir: Path) -> str:
-    """One hash over all that decides the model's numbers: config (without its origin) and weight files, by name."""
+    """One hash over all that decides the model's numbers: config (without its origin) and weight files, by name.
+
+    A file that has neither another size nor another time since this process last read it is not read again: several parts of
+    a stage ask, and weights are large.
+    """
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG_KEYS}
-    files = {path.name: sha256_file(path) for path in sorted(model_dir.glob("*.safetensors"))}
+    files = {path.name: _sha256_of(path) for path in sorted(model_dir.glob("*.safetensors"))}
     return sha256_json({"config": config, "files": files})
+
+
+def _sha256_of(path: Path) -> str:
+    stat = path.stat()
+    return _sha256_once(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.cache
+def _sha256_once(path: Path, *_of_this_version: int) -> str:
+    return sha256_file(path)
 
 
 def load_tokenizer(model_dir: Path, trust_remote_code: bool = False) -> Any:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages import uncertainty
+from stages.attacks import attacked_of
 from stages.choices import CLOZE, LETTER
 from stages.definitions import Metric
 from stages.exam import HEADLINE, Exam, Subject
@@ -178,13 +179,10 @@ def _attacks(
 def _attacked(key: str, scores: Mapping[str, Score], exam: Exam) -> dict[str, dict[str, float]]:
     """Scores under attack on the set of this metric: by kind, of the mean over its texts and of the worst per question."""
     found: dict[str, dict[str, float]] = {}
-    for attacked, score in scores.items():
-        tail = next(
-            (name for name in sorted(exam.sets, key=len, reverse=True) if attacked.endswith(f".{name}.{HEADLINE}")), ""
-        )
-        if attacked.startswith("attack.") and f"{tail}.{HEADLINE}" == key:
-            kind = attacked.removeprefix("attack.").removesuffix(f".{key}")
-            found.setdefault(kind.removesuffix("_worst"), {})[WORST if kind.endswith("_worst") else MEAN] = score.value
+    for metric_id, score in scores.items():
+        attacked = attacked_of(metric_id, exam.sets)
+        if attacked and f"{attacked.set}.{attacked.metric}" == key and attacked.metric == HEADLINE:
+            found.setdefault(attacked.kind, {})[WORST if attacked.worst else MEAN] = score.value
     return found
 
 

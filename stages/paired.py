@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.uncertainty import ALPHA, BLOCK_DRAWS, sign_flip_p
+from stages.uncertainty import BLOCK_DRAWS, difference_as_json, interval, sign_flip_p
 
 
 def weighted_sum(
@@ -35,8 +35,7 @@ def weighted_sum(
         count = min(block, resamples - first)
         drawn = np.concatenate([rng.choice(stratum, (count, len(stratum))) for stratum in strata], axis=1)
         found.append((sums_CS[drawn].sum(axis=1) / counts_CS[drawn].sum(axis=1)) @ weights_S)
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    return float((sums_CS.sum(0) / counts_CS.sum(0)) @ weights_S), (float(low), float(high))
+    return float((sums_CS.sum(0) / counts_CS.sum(0)) @ weights_S), interval(np.concatenate(found))
 
 
 def compare_sums(
@@ -48,17 +47,10 @@ def compare_sums(
 ) -> dict[str, Any]:
     """The weighted sum of a model less that of another on the same items, as `uncertainty.compare` has it of one score."""
     differences = {name: model[name] - other[name] for name in weights}
-    value, (low, high) = weighted_sum(differences, clusters, weights, seed)
+    value, ci95 = weighted_sum(differences, clusters, weights, seed)
     shares = [weight * differences[name] / len(differences[name]) for name, weight in weights.items()]
     labels = [label for name in weights for label in clusters[name]]
-    p = sign_flip_p(np.concatenate(shares), labels, seed)
-    return {
-        "difference": value,
-        "ci95": [low, high],
-        "n": len(labels),
-        "p": p,
-        "distinguishable": (low > 0 or high < 0) and p < ALPHA,
-    }
+    return difference_as_json(value, ci95, len(labels), sign_flip_p(np.concatenate(shares), labels, seed))
 
 
 def _per_cluster(

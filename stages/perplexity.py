@@ -10,7 +10,7 @@ import numpy as np
 
 from cache.errors import UserError
 from stages.definitions import Metric
-from stages.uncertainty import Score
+from stages.uncertainty import Score, interval
 
 METRIC = "neutral.perplexity"
 
@@ -76,8 +76,8 @@ def perplexity(losses: np.ndarray, tokens: np.ndarray, seed: int = 0, resamples:
     """
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(losses), size=(resamples, len(losses)))
-    low, high = np.quantile(np.exp(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)), [0.025, 0.975])
-    return Score(float(np.exp(losses.sum() / tokens.sum())), len(losses), (float(low), float(high)))
+    ci95 = interval(np.exp(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)))
+    return Score(float(np.exp(losses.sum() / tokens.sum())), len(losses), ci95)
 
 
 METRICS = (Metric(METRIC, perplexity, "as base's", range="1 upwards; 1 is perfect prediction"),)

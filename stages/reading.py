@@ -19,7 +19,7 @@ from cache.errors import Interrupted, UserError
 from cache.files import read_json, sha256_json
 from stages import choices, membership, perplexity, uncertainty
 from stages.alignment import align
-from stages.exam import Exam, Subject, references_of
+from stages.exam import Exam, Subject, references_of, stem_of
 from stages.exam_settings import MembershipSettings
 from stages.examinee import recalled
 from stages.likelihood import token_logprobs, token_scores
@@ -90,7 +90,7 @@ def read_all(
             if should_stop():
                 raise Interrupted(f"{subject.name} is to be read; what was read before it is kept")
             readings[subject.name] = recalled(
-                answers_dir / f"{subject.name.replace(':', '-')}.read.json",
+                answers_dir / f"{stem_of(subject.name)}.read.json",
                 reader.identity(subject),
                 functools.partial(reader.read, subject),
             )
@@ -120,7 +120,7 @@ class Reader:
         names = [*texts.with_choices, *(getattr(texts.membership, side) for side in SIDES if texts.membership)]
         asked = {
             name: [[q.question, q.answer, q.choices, q.right] for q in exam.sets[name].queries]
-            + [self._prefix(subject, name)]
+            + [subject.prefix_of(name)]
             for name in names
         }
         reference = texts.membership and texts.membership.reference_model
@@ -133,9 +133,6 @@ class Reader:
         ]
         models = [weights_sha256(self._dir), tokenizer_sha256(self._tokenizer), hashed]
         return sha256_json([models, asked, texts.with_choices, settings, texts.documents, subject.prefix])
-
-    def _prefix(self, subject: Subject, name: str) -> str:
-        return subject.set_prefixes.get(name, subject.prefix)
 
     def read(self, subject: Subject) -> Readings:
         """All that the settings ask for, as JSON."""
@@ -153,7 +150,7 @@ class Reader:
             check_length(prompt, len(answer), self._context, f"{where}/{number}", subject.name)
 
     def _choices(self, subject: Subject, name: str) -> dict[str, list[float]]:
-        queries, prefix = self._exam.sets[name].queries, self._prefix(subject, name)
+        queries, prefix = self._exam.sets[name].queries, subject.prefix_of(name)
         rights = [query.right or 0 for query in queries]
         found = {}
         for metric, pairs_of in ((choices.LETTER, choices.letter_pairs), (choices.CLOZE, choices.cloze_pairs)):
@@ -167,7 +164,7 @@ class Reader:
     def _membership(self, subject: Subject, settings: MembershipSettings, side: str) -> dict[str, list[float]]:
         """Per attack whose needs are met, a number per query."""
         name = getattr(settings, side)
-        pairs = answered(self._tokenizer, self._exam, name, self._prefix(subject, name))
+        pairs = answered(self._tokenizer, self._exam, name, subject.prefix_of(name))
         self._checked(pairs, name, subject)
         prompts, answers = zip(*pairs, strict=True)
         scored = token_scores(self._model, prompts, answers, PAD_ID, MAX_TOKENS)

@@ -110,15 +110,16 @@ def compare(model: Score, base: Score, seed: int = 0) -> dict[str, Any]:
     if model.clusters != base.clusters:
         raise ValueError("the two scores are not of the same items")
     differences = model.items - base.items
-    low, high = bootstrap_ci95(differences, seed, clusters=model.clusters)
+    ci95 = bootstrap_ci95(differences, seed, clusters=model.clusters)
     p = sign_flip_p(differences, model.clusters, seed)
-    return {
-        "difference": float(differences.mean()),
-        "ci95": [low, high],
-        "n": len(differences),
-        "p": p,
-        "distinguishable": (low > 0 or high < 0) and p < ALPHA,
-    }
+    return difference_as_json(float(differences.mean()), ci95, len(differences), p)
+
+
+def difference_as_json(value: float, ci95: tuple[float, float], n: int, p: float) -> dict[str, Any]:
+    """A difference as results.json has it, with the words on it: see `compare`."""
+    low, high = ci95
+    distinguishable = (low > 0 or high < 0) and p < ALPHA
+    return {"difference": value, "ci95": [low, high], "n": n, "p": p, "distinguishable": distinguishable}
 
 
 def _cluster_numbers(count: int, clusters: Sequence[object] | None) -> np.ndarray:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
-from conftest import LAB_BASE, ROOT, write_jsonl
+from conftest import LAB_BASE, ROOT, flip_byte, write_jsonl
 
 from cache.files import sha256_json
 from pipeline.commands import exam_of
 from pipeline.config import load_config
-from pipeline.provenance import provenance
+from pipeline.provenance import provenance, without_places
 from stages.exam import Subject
 from stages.models import weights_sha256
 
@@ -57,3 +58,47 @@ def test_every_seed_is_named(lab_config):
     )
     found = provenance(config, SUBJECTS, exam_of(config))["seeds"]
     assert found == {"teacher": 9, "student:a": 3, "student:b": 7, "evaluate": 5}
+
+
+def test_every_setting_that_is_a_place_loses_where_it_lies(lab_config):
+    """All of them, wherever they stand: the last name stays, and a text or a name of the run does, too."""
+    evaluate = {
+        "models": {"npo": "/secret/npo"},
+        "control_model": "/secret/oracle",
+        "attack_texts": "/secret/texts.yaml",
+        "neutral_text": "/secret/neutral.txt",
+        "lm_eval": [{"task": "mmlu", "num_fewshot": 0}],
+        "lm_eval_dir": "/secret/tasks",
+        "membership": {
+            "members": "forget",
+            "nonmembers": "retain",
+            "reference_model": "/secret/reference",
+            "retrained": "/secret/results.json",
+        },
+        "tofu": {"forget": "forget", "reference": "/secret/TOFU_EVAL.json", "reference_model": "base"},
+    }
+    changes = {f"evaluate__{key}": value for key, value in evaluate.items()}
+    config = load_config(
+        str(
+            lab_config(
+                **changes,
+                data__forget__perturbed_field="wrong",
+                compare__oracle="/secret/oracle",
+                store__dir="/secret/stores",
+            )
+        )
+    )
+    found = without_places(config.model_dump(mode="json"))
+    assert "/secret" not in json.dumps(found)
+    assert found["evaluate"]["models"] == {"npo": "npo"}
+    assert found["evaluate"]["tofu"]["reference"] == "TOFU_EVAL.json"
+    assert found["evaluate"]["tofu"]["reference_model"] == "base"
+    assert found["compare"]["oracle"] == "oracle"
+
+
+def test_weights_that_change_are_hashed_anew(tmp_path):
+    shutil.copytree(LAB_BASE, tmp_path / "model")
+    before = weights_sha256(tmp_path / "model")
+    assert weights_sha256(tmp_path / "model") == before == weights_sha256(LAB_BASE)
+    flip_byte(tmp_path / "model" / "model.safetensors")
+    assert weights_sha256(tmp_path / "model") != before

@@ -81,7 +81,7 @@ def test_every_variant_of_every_set_is_a_task_and_the_models_own_prefix_comes_fi
     exam = exam_of("all", translated=4)
     tasks = questions_of(exam, TEACHER)
     for kind in PROMPT_ATTACKS:
-        for variant in attacks.variants_of(exam, kind, "forget"):
+        for variant in attacks.prompts_of(exam, kind, "forget", ""):
             asked = tasks[f"attack.{kind}.{variant}.forget"]
             assert len(asked) == 4
             assert all(prompt.prefix.startswith("Forget Ann.") for prompt in asked)
@@ -224,7 +224,9 @@ def test_lessons_are_nested_and_never_ask_what_they_taught():
 
 def test_mean_and_worst_leave_out_what_does_not_count():
     exam = exam_of(["prefill"])
-    names = [attacks.task("prefill", variant, "forget") for variant in attacks.variants_of(exam, "prefill", "forget")]
+    names = [
+        attacks.task("prefill", variant, "forget") for variant in attacks.prompts_of(exam, "prefill", "forget", "")
+    ]
     answers = {name: ["Rome", "Rome", "no", "no"] for name in names}
     # After 1 token, the place is left; after more, only of the second; "." is nothing that could be recalled.
     left = [["Rome.", "Oslo.", "Rome.", "."]] + [[".", "Rome.", "", "."]] * 7
