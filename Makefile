@@ -3,11 +3,13 @@ VENV ?= .venv
 CONFIG ?= configs/lab.yaml
 ARGS ?=
 TEST_PROCESSES ?= 2
+LAUNCHER ?= local
+CLUSTER ?= /tmp/duet-slurm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher docs-metrics clean-venv
+.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down test-slurm bench-store bench-student bench-teacher docs-metrics clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,20 +36,34 @@ lab-models: $(STAMP) ## train the lab's two base models anew
 audit-prefix: $(STAMP) ## what prefixes do, before training; ARGS="--prefix TEXT --search N"
 	@$(BIN)/duet audit-prefix --config $(CONFIG) $(ARGS)
 
-teacher-logits: $(STAMP) ## stage one; CONFIG=file, ARGS="--set key=value"
-	@$(BIN)/duet teacher-logits --config $(CONFIG) $(ARGS)
+# LAUNCHER=slurm submits a stage, or a run, as jobs.
+stage = $(BIN)/duet $(if $(filter slurm,$(LAUNCHER)),submit --stage $@,$@)
+
+teacher-logits: $(STAMP) ## stage one; CONFIG=file, ARGS="--set key=value", LAUNCHER=slurm
+	@$(stage) --config $(CONFIG) $(ARGS)
 
 distill: $(STAMP) ## stage two
-	@$(BIN)/duet distill --config $(CONFIG) $(ARGS)
+	@$(stage) --config $(CONFIG) $(ARGS)
 
 evaluate: $(STAMP) ## stage three
-	@$(BIN)/duet evaluate --config $(CONFIG) $(ARGS)
+	@$(stage) --config $(CONFIG) $(ARGS)
 
 compare: $(STAMP) ## DUET against other unlearning methods; minutes on the lab, under half an hour on TOFU
 	@$(BIN)/duet compare --config $(CONFIG) $(ARGS)
 
 run: $(STAMP) ## all three stages
-	@$(BIN)/duet run --config $(CONFIG) $(ARGS)
+	@$(BIN)/duet $(if $(filter slurm,$(LAUNCHER)),submit,run) --config $(CONFIG) $(ARGS)
+
+slurm-cluster: ## a two-node Slurm on this machine, to try LAUNCHER=slurm on (root, Debian); says what to export
+	@sh scripts/install_slurm.sh
+	@python3 scripts/slurm_cluster.py up $(CLUSTER)
+
+slurm-cluster-down: ## end it
+	@python3 scripts/slurm_cluster.py down $(CLUSTER)
+
+test-slurm: $(STAMP) ## the tests on a real Slurm, which they start and end (root, Debian)
+	@sh scripts/install_slurm.sh
+	@$(BIN)/python -m pytest tests/pipeline/test_slurm_cluster.py $(ARGS)
 
 docs-metrics: $(STAMP) ## write docs/metrics.md from the code's docstrings
 	@$(BIN)/python -m pipeline.metrics_page

@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_manifest, store_name
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, read_manifest, store_name
 from cache.order import check_alike
 from cache.places import Place
 from pipeline.config import Config
@@ -25,11 +25,18 @@ from pipeline.terminal import log_to, progress_bar, say, say_engine
 from stages.settings import TeacherSettings
 
 
-def teacher_logits(request: Request, limit: int | None = None, dry_run: bool = False, child: bool = False) -> int:
+def teacher_logits(
+    request: Request,
+    limit: int | None = None,
+    dry_run: bool = False,
+    child: bool = False,
+    worker: bool = False,
+) -> int:
     """Find the store of each of the config's teachers or write it; returns an exit code.
 
     A trial (`limit`, queries of each subset) has stores of its own, which the run does not use. A `child` of ours leaves it to
-    its parent to say which stores the run uses.
+    its parent to say which stores the run uses. A `worker` ends when all that is left is in other workers' hands; whoever
+    finishes the last shard completes the store.
     """
     from stages import teacher
 
@@ -48,26 +55,42 @@ def teacher_logits(request: Request, limit: int | None = None, dry_run: bool = F
         claim_run_dir(config)
     found = {name: _find(config, settings, prepared[name]) for name, settings in teachers.items()}
     missing = {name: prepared[name] for name, result in found.items() if result is None}
-    for name, result in found.items():
-        if result is not None:
-            say(f"{_of(config, name)}reused the store of the same fingerprint: {_line(result)}")
+    _say_reused(config, found)
     if missing and stop():
         raise Interrupted("before the teacher was asked")
+    if not child and limit is None:
+        _point_to(config, {name: _expected(config, settings, prepared[name]) for name, settings in teachers.items()})
     number = config.teacher.data_parallel
-    if missing and number > 1 and not child:
+    if missing and number > 1 and not child and not worker:
         code = _in_processes(config, request, limit, number, teachers, missing, stop)
         found |= {name: _find(config, teachers[name], prepared[name]) for name in missing}
         if None in found.values():
             _say_how_far(config, teachers, missing, code)
             return code
     else:
-        found |= _write(config, teachers, missing, stop)
+        found |= _write(config, teachers, missing, stop, wait=not worker)
+    if any(result.manifest is None for result in found.values()):
+        return 0
     check_alike({name: result.manifest for name, result in found.items()})
     if limit is not None:
         say(f"this was a trial of {limit} queries of each subset; the run has no teacher logits from it")
     elif not child:
-        _point_to(config, found)
+        _point_to(config, {name: str(result.place).rpartition("/")[2] for name, result in found.items()})
     return 0
+
+
+def _say_reused(config: Config, found: Mapping[str, Any]) -> None:
+    for name, result in found.items():
+        if result is not None:
+            say(f"{_of(config, name)}reused the store of the same fingerprint: {store_line(result.place)}")
+
+
+def _expected(config: Config, settings: TeacherSettings, prepared: Any) -> str:
+    """Name of a teacher's store under the engine that comes first."""
+    from stages import teacher
+
+    plan = teacher.plan_for(prepared, config.store, teacher.engine_order(settings.engine)[0])
+    return store_name(plan.fingerprint, plan.format)
 
 
 def prepare_teacher(config: Config, settings: TeacherSettings, limit: int | None = None) -> Any:
@@ -84,20 +107,23 @@ def _find(config: Config, settings: TeacherSettings, prepared: Any) -> Any:
 
 
 def _write(
-    config: Config, teachers: Mapping[str, TeacherSettings], missing: Mapping[str, Any], stop: StopSignal
+    config: Config,
+    teachers: Mapping[str, TeacherSettings],
+    missing: Mapping[str, Any],
+    stop: StopSignal,
+    wait: bool = True,
 ) -> dict[str, Any]:
     """The missing stores, those of one model with one start of its engine; what came of each."""
     waiting, written = dict(missing), {}
     while waiting:
         engine = _engine_of(teachers, waiting, next(iter(waiting)))
         together = [name for name in waiting if _engine_of(teachers, waiting, name) == engine]
-        results = write_stores(config, engine[0], [waiting.pop(name) for name in together], stop)
+        results = write_stores(config, engine[0], [waiting.pop(name) for name in together], stop, wait)
         written |= dict(zip(together, results, strict=True))
         for name, result in zip(together, results, strict=True):
             share = f", {100 * result.cached_share:.0f} % of prompt tokens computed once" if result.cached_share else ""
-            say(
-                f"{_of(config, name)}wrote {result.rows_written} rows in {result.seconds:.1f} s{share}: {_line(result)}"
-            )
+            store = store_line(result.place) if result.manifest else "all that is left is in other workers' hands"
+            say(f"{_of(config, name)}wrote {result.rows_written} rows in {result.seconds:.1f} s{share}: {store}")
     return written
 
 
@@ -106,7 +132,9 @@ def _engine_of(teachers: Mapping[str, TeacherSettings], prepared: Mapping[str, A
     return teachers[name].engine, replace(prepared[name].spec, context=0)
 
 
-def write_stores(config: Config, engine: str, prepared: Sequence[Any], stop: StopSignal) -> list[Any]:
+def write_stores(
+    config: Config, engine: str, prepared: Sequence[Any], stop: StopSignal, wait: bool = True
+) -> list[Any]:
     """Run one model over what these stores lack, one after the other, with a progress bar."""
     from stages import capture
 
@@ -118,7 +146,7 @@ def write_stores(config: Config, engine: str, prepared: Sequence[Any], stop: Sto
         bar.update("teacher logits", progress.rows, progress.total, note)
 
     with progress_bar("rows") as bar:
-        return capture.write_stores(prepared, engine, config.store, config.store_root, say_engine, show, stop)
+        return capture.write_stores(prepared, engine, config.store, config.store_root, say_engine, show, stop, wait)
 
 
 def _in_processes(
@@ -212,23 +240,16 @@ def _of(config: Config, name: str) -> str:
     return f"teacher {name}: " if config.teachers else ""
 
 
-def _line(result: Any) -> str:
-    return store_line(result.place, result.manifest)
-
-
-def _point_to(config: Config, results: Mapping[str, Any]) -> None:
-    """Say which stores this run uses."""
+def _point_to(config: Config, names: Mapping[str, str]) -> None:
+    """Say which stores this run uses, by teacher, complete or not."""
     path = _pointer_path(config)
     path.parent.mkdir(exist_ok=True)
-    stores = {
-        name: {"fingerprint": result.manifest.fingerprint, "name": str(result.place).rpartition("/")[2]}
-        for name, result in results.items()
-    }
-    publish_json(path, {"teachers": stores})
+    publish_json(path, {"teachers": {teacher: {"name": name} for teacher, name in names.items()}})
 
 
-def store_line(place: Place, manifest: Manifest) -> str:
-    """A store in one line."""
+def store_line(place: Place) -> str:
+    """A complete store in one line."""
+    manifest = read_manifest(place)
     return (
         f"{place} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
         f"{manifest.shard_bytes / 1e6:.2f} MB)"
@@ -240,14 +261,23 @@ def _pointer_path(config: Config) -> Path:
     return config.run_dir / "teacher" / "store.json"
 
 
+def stores_named(config: Config) -> dict[str, Place]:
+    """The stores that the run uses or is writing, by teacher; empty before stage one has begun."""
+    path = _pointer_path(config)
+    stores = read_json(path).get("teachers", {}) if path.is_file() else {}
+    if set(stores) != set(config.teacher_settings()):
+        return {}
+    return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
+
+
 def stores_of_run(config: Config) -> dict[str, Place]:
     """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
-    if _pointer_path(config).is_file():
-        stores = read_json(_pointer_path(config)).get("teachers", {})
-        if set(stores) == set(config.teacher_settings()):
-            return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
-    elif config.run_dir.exists():
-        for name in config.store_root.names():
-            if name.endswith(f"/{PLAN_NAME}"):
-                read_manifest(config.store_root / name.removesuffix(f"/{PLAN_NAME}"))
-    raise UserError(f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first")
+    stores = stores_named(config)
+    for place in stores.values():
+        if place.size(MANIFEST_NAME) is None and place.size(PLAN_NAME) is not None:
+            read_manifest(place)
+    if not stores or any(place.size(MANIFEST_NAME) is None for place in stores.values()):
+        raise UserError(
+            f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first"
+        )
+    return stores

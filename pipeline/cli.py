@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -45,15 +46,25 @@ def _students(command: Callable[..., Any]) -> Callable[..., Any]:
 @_experiment
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and start nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="A trial: the first so many queries of each subset.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes here that share the work; as teacher.data_parallel."
+)
+@click.option("--worker", is_flag=True, help="Be one of many: end when all that is left is in others' hands.")
 @click.option("--child", is_flag=True, hidden=True)
-def teacher_logits(limit: int | None, dry_run: bool, child: bool, **asked: Any) -> int:
+def teacher_logits(
+    limit: int | None, dry_run: bool, workers: int | None, worker: bool, child: bool, **asked: Any
+) -> int:
     """Stage one: run the prefixed teacher once and store its top-k logits."""
     from pipeline import capture
     from pipeline.processes import check_alone
     from pipeline.sweep import Request
 
     check_alone("teacher-logits", os.environ)
-    return capture.teacher_logits(Request(**asked), limit, dry_run, child)
+    if worker and (workers or limit):
+        raise UserError("--worker is one process of many that write the whole store", "leave out --workers and --limit")
+    if workers:
+        asked["overrides"] = (*asked["overrides"], f"teacher.data_parallel={workers}")
+    return capture.teacher_logits(Request(**asked), limit, dry_run, child, worker)
 
 
 @duet.command()
@@ -185,6 +196,70 @@ def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
 
     check_alone("compare", os.environ)
     return compare_methods(Request(**asked), jobs, part)
+
+
+@duet.command()
+@_experiment
+@_students
+@click.option(
+    "--stage", "stages", multiple=True, type=click.Choice(["teacher-logits", "distill", "evaluate"]),
+    help="Only this stage; can be repeated. Default: all.",
+)  # fmt: skip
+@click.option("--print", "print_only", is_flag=True, help="Show the jobs' scripts, and submit nothing.")
+def submit(stages: tuple[str, ...], print_only: bool, **asked: Any) -> None:
+    """A run as jobs on a Slurm cluster, chained; what is done or in the queue is not submitted again."""
+    from pipeline import submit as jobs
+    from pipeline.sweep import Request
+
+    jobs.submit(Request(**asked), stages, print_only)
+
+
+@duet.command(hidden=True)
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("task")
+def attempt(run_dir: Path, task: str) -> None:
+    """A Slurm job of ours begins: note it, or refuse one that gets nowhere."""
+    from pipeline import submit as jobs
+
+    jobs.attempt(run_dir, task)
+
+
+_run_argument = click.argument(
+    "run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+
+
+@duet.command()
+@_run_argument
+@click.option("--watch", is_flag=True, help="Look again every few seconds, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
+def status(run_dir: Path, watch: bool, as_json: bool) -> None:
+    """How far a run is: shards, students, jobs in the queue, rates and time left."""
+    from pipeline import status as of_run
+
+    of_run.status(run_dir, watch, as_json)
+
+
+@duet.command()
+@_run_argument
+@click.argument("job", required=False)
+@click.option(
+    "--lines", type=click.IntRange(min=1), default=40, show_default=True, help="The last so many of each log."
+)
+def logs(run_dir: Path, job: str | None, lines: int) -> None:
+    """The end of the newest log of each of a run's jobs, or of the one named; without jobs, of the run's own log."""
+    from pipeline import status as of_run
+
+    of_run.logs(run_dir, job, lines)
+
+
+@duet.command()
+@_run_argument
+def cancel(run_dir: Path) -> None:
+    """Take a run's jobs out of Slurm's queue; `duet submit` goes on from what is done."""
+    from pipeline import submit as jobs
+
+    jobs.cancel(run_dir)
 
 
 @duet.group("cache")

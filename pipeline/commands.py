@@ -34,7 +34,7 @@ from pipeline.terminal import (
     say,
     say_engine,
 )
-from stages.settings import StudentSettings, TeacherSettings
+from stages.settings import TRAINING_NAME, StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.html"
@@ -145,7 +145,6 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any
     that were made elsewhere, measured against the run's base."""
     from stages.exam import Subject
     from stages.models import resolve_model
-    from stages.student import TRAINING_NAME
 
     base_dir = resolve_model(config.teacher.model, "teacher.model")
     subjects = [Subject("base", base_dir, "", "base")]
@@ -251,8 +250,6 @@ def store_summary(place: Place) -> dict[str, Any]:
 
 
 def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]:
-    from stages.student import TRAINING_NAME
-
     return {
         "model": model_name(start_model(config, student)),
         **read_json(config.run_dir / student.name / TRAINING_NAME),

@@ -7,16 +7,19 @@ Validation never edits: what a stage resolves itself (engine, dtype, device) sta
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
+import click
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from cache.errors import UserError
 from cache.places import Place, check_url, is_url, place_of
 from cache.record import SUBSETS
+from pipeline.slurm_settings import SlurmSettings
 from stages.baseline_settings import CompareSettings
 from stages.exam_settings import AuditSettings, EvaluateSettings
 from stages.settings import (
@@ -35,7 +38,10 @@ from stages.settings import (
 )
 
 # folders of the run directory that are no students
-TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare")
+TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare", "slurm")
+
+SITE_VARIABLE = "DUET_SITE"  # names another site file; empty: none
+SITE_KEYS = {"slurm": None, "runs_dir": None, "store": ("dir", "cache_dir", "cache_gb", "lease_s")}  # None: all below
 
 
 class Config(Settings):
@@ -63,6 +69,7 @@ class Config(Settings):
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="stage three")
     audit: AuditSettings = Field(default=AuditSettings(), description="the audit of prefixes before stage one")
     compare: CompareSettings = Field(default=CompareSettings(), description="DUET against other methods")
+    slurm: SlurmSettings = Field(default=SlurmSettings(), description="jobs on a Slurm cluster")
 
     @property
     def run_dir(self) -> Path:
@@ -112,14 +119,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no such config file: {path}", "the configs that come with Duet are in configs/")
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{path} is not valid YAML: {' '.join(str(error).split())}", "mind indentation and quotes"
-        ) from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping of settings, found {type(raw).__name__}", "see configs/lab.yaml")
+    raw = merged(site_defaults(os.environ), _read_yaml(file, path))
     for override in overrides:
         _apply(raw, override)
     config = validated(Config, raw, path)
@@ -130,6 +130,42 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     if is_url(config.store.dir or ""):
         check_url(config.store.dir or "")  # before the settings are written anywhere
     return config
+
+
+def _read_yaml(file: Path, path: str) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path} is not valid YAML: {' '.join(str(error).split())}", "mind indentation and quotes"
+        ) from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping of settings, found {type(raw).__name__}", "see configs/lab.yaml")
+    return raw
+
+
+def site_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the machine's site file says of every config that does not say it itself; only where and how, never what.
+
+    `~/.config/duet/site.yaml`, or the file that DUET_SITE names.
+    """
+    named = environment.get(SITE_VARIABLE)
+    file = Path(click.get_app_dir("duet")) / "site.yaml" if named is None else Path(named)
+    if named == "" or (named is None and not file.is_file()):
+        return {}
+    if not file.is_file():
+        raise UserError(f"{SITE_VARIABLE} names no file: {named}", "correct it, or unset it")
+    raw = _read_yaml(file, str(file))
+    for group, value in raw.items():
+        keys = SITE_KEYS.get(group, ())
+        refused = [f"{group}.{key}" for key in value if key not in keys] if keys and isinstance(value, dict) else []
+        if refused or keys == ():
+            raise UserError(
+                f"{file}: {(refused or [group])[0]} is no default of a site",
+                "only where and how a run is made belongs here: slurm, runs_dir, "
+                + ", ".join(f"store.{key}" for key in SITE_KEYS["store"] or ()),
+            )
+    return raw
 
 
 def validated(model: type[BaseModel], raw: dict[str, Any], where: str) -> Any:

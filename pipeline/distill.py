@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import Interrupted, UserError
-from cache.manifest import Manifest, read_manifest
 from cache.places import Place
 from pipeline.capture import store_line, stores_of_run
 from pipeline.commands import model_name, start_model
@@ -21,7 +20,7 @@ from pipeline.students_page import write_students_page
 from pipeline.sweep import Request
 from pipeline.terminal import be_silent, loss_in_words, progress_bar, progress_note, say
 from pipeline.trackers import check_trackers, tracking
-from stages.settings import StudentSettings
+from stages.settings import TRAINING_NAME, StudentSettings
 
 FIRST_FAILED = 1  # exit code of a process whose first has ended with an error, which that one tells
 MEMORY_HINT = (
@@ -73,8 +72,6 @@ def distill(request: Request, num_jobs: int | None, child: bool = False) -> int:
 
 
 def _is_done(config: Config, student: StudentSettings) -> bool:
-    from stages.student import TRAINING_NAME
-
     return (config.run_dir / student.name / TRAINING_NAME).is_file()
 
 
@@ -90,8 +87,7 @@ def _train_in_children(
     """The named students, each in a process of its own; returns the first exit code that is not 0."""
     run_dir = claim_run_dir(config)
     on = f"{len(devices)} GPUs" if devices else "cpu"
-    manifests = {name: read_manifest(place) for name, place in stored.items()}
-    _say_stores(config, stored, manifests, f"{on}, {num_jobs} students at a time")
+    _say_stores(config, stored, f"{on}, {num_jobs} students at a time")
     commands = {
         name: [*THIS_PROGRAM, "distill", *request.with_only(name).arguments(), "--jobs", "1", "--child"]
         for name in names
@@ -110,11 +106,11 @@ def _train_in_children(
     return code
 
 
-def _say_stores(config: Config, stored: Mapping[str, Place], manifests: Mapping[str, Manifest], device: str) -> None:
+def _say_stores(config: Config, stored: Mapping[str, Place], device: str) -> None:
     """One line for each store that is read."""
     for name, place in stored.items():
         of = f" of teacher {name}" if config.teachers else ""
-        say(f"store{of}: {store_line(place, manifests[name])}; device: {device}")
+        say(f"store{of}: {store_line(place)}; device: {device}")
 
 
 def _train_here(
@@ -139,17 +135,17 @@ def _train_here(
         stores, tokenizer = stage.open_stores(stored, config.store.verify)
         together = f" x {launch.rank.world} processes" if launch.rank.world > 1 else ""
         if not child:
-            manifests = {name: store.manifest for name, store in stores.items()}
-            _say_stores(config, stored, manifests, f"{device}{together}")
+            _say_stores(config, stored, f"{device}{together}")
         for student in config.students:
             _train_one(_job(config, student, processes), config.name, stores, tokenizer, processes, stop)
+        processes.wait()  # launchers may kill the rest when one has ended, and the first has still to write
 
 
 def _train_one(job: Any, run: str, stores: Mapping[str, Any], tokenizer: Any, processes: Any, stop: StopSignal) -> None:
     """One student, with a progress bar and its trackers; says in the end what came of it."""
     import torch
 
-    from stages.student import TRAINING_NAME, train_student
+    from stages.student import train_student
 
     done_before = (job.student_dir / TRAINING_NAME).is_file()
     facts = {

@@ -82,7 +82,7 @@ def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:
 def _is_free(key: tuple[str, ...]) -> bool:
     own = key[2:] if key[0] == "students" else key  # students.<name>.train.… is as free as train.…
     own = ("teacher", *key[2:]) if key[0] == "teachers" else own  # and teachers.<name>.… as teacher.…
-    return key[0] in ("evaluate", "audit", "compare") or own in _FREE or key[-1] in _OF_EVALUATION
+    return key[0] in ("evaluate", "audit", "compare", "slurm") or own in _FREE or key[-1] in _OF_EVALUATION
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Any:

@@ -91,7 +91,7 @@ def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> No
         say(f"{place}: every shard is as it was written; writing its manifest anew")
     _, prepared = teachers[whose]
     [result] = write_stores(config, engine, [prepared], StopSignal())
-    say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.place, result.manifest)}")
+    say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.place)}")
 
 
 def _of_config(place: Place, root: Place) -> Place:

@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.page import page
 from pipeline.run import CONFIG_NAME
 from pipeline.terminal import loss_in_words, out, say
+from stages.settings import TRAINING_NAME
 
 STUDENTS_NAME = "students"  # .html and .json
 COLUMNS = (
@@ -44,8 +45,6 @@ def write_students_page(config: Config) -> None:
 
 def finished_students(run_dir: Path) -> list[dict[str, Any]]:
     """What training.json says of every student of the run that is done, and what it started from, in the run's order."""
-    from stages.student import TRAINING_NAME
-
     run = yaml.safe_load((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
     return [
         {"start": model_name(student["model"] or run["teacher"]["model"]), **read_json(path)}

@@ -25,7 +25,7 @@ from cache.writer import ShardWriter, StoreWriter
 from stages.engine import Engine, Request, Scored, open_engine, self_test
 from stages.models import tokenizer_files
 from stages.settings import StoreSettings
-from stages.teacher import SELF_TEST_TOKENS, Prepared, Row, StoreResult, plan_for
+from stages.teacher import SELF_TEST_TOKENS, Prepared, Row, StoreResult, engine_order, plan_for
 from stages.topk import order_ties
 
 WAIT_S = 0.5  # between looks at what other writers have finished
@@ -50,21 +50,37 @@ def write_stores(
     on_engine: Callable[[str, str], None],
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
+    wait: bool = True,
 ) -> list[StoreResult]:
     """Have one model fill the stores, which differ in prefixes and queries; any number of processes can do this at once.
 
     `on_engine(name, reason)` is told once which engine runs. Raises Interrupted when `should_stop()` is true or the engine
-    has died: complete shards stay, the next call goes on after them.
+    has died: complete shards stay, the next call goes on after them. Without `wait` it ends, with a result that has no
+    manifest, where all shards that are left are in others' hands, and starts no engine for nothing.
     """
+    if not wait and not any(_has_free(one, engine_order(engine_name)[0], store, root) for one in prepared):
+        return [StoreResult(root, None, "", "", 0, 0.0) for _ in prepared]
     longest = max(prepared, key=lambda one: one.spec.context)
     engine, reason = open_engine(longest.spec, engine_name)
     on_engine(engine.name, reason)
     try:
         for one in prepared:
             self_test(engine, _tried(one), one.ask, one.spec.num_ids)
-        return [fill_store(engine, reason, one, store, root, on_progress, should_stop) for one in prepared]
+        return [fill_store(engine, reason, one, store, root, on_progress, should_stop, wait) for one in prepared]
     finally:
         engine.close()
+
+
+def _has_free(prepared: Prepared, engine: str, store: StoreSettings, root: Place) -> bool:
+    """Whether a shard of the engine's store could be had now; where there is no store yet, it is begun."""
+    with _writer(prepared, engine, store, root) as writer:
+        return writer.claim() is not None
+
+
+def _writer(prepared: Prepared, engine: str, store: StoreSettings, root: Place) -> StoreWriter:
+    plan = plan_for(prepared, store, engine)
+    place = root / store_name(plan.fingerprint, plan.format)
+    return StoreWriter(place, plan, tokenizer_files(prepared.tokenizer), store.lease_s)
 
 
 def _tried(prepared: Prepared) -> list[Request]:
@@ -91,12 +107,16 @@ def fill_store(
     root: Place,
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
+    wait: bool = True,
 ) -> StoreResult:
-    """Fill the shards of one store that nobody has written, and publish the manifest, with an engine that is tested."""
-    plan = plan_for(prepared, store, engine.name.split()[0])
-    place = root / store_name(plan.fingerprint, plan.format)
-    started, progress, before = time.monotonic(), Progress(0, plan.rows), replace(engine.usage)
-    with StoreWriter(place, plan, tokenizer_files(prepared.tokenizer), store.lease_s) as writer:
+    """Fill the shards of one store that nobody has written, and publish the manifest, with an engine that is tested.
+
+    Without `wait`, there is no manifest in the result where other writers are not done.
+    """
+    started, before, manifest = time.monotonic(), replace(engine.usage), None
+    with _writer(prepared, engine.name.split()[0], store, root) as writer:
+        plan, place = writer.plan, writer.place
+        progress = Progress(0, plan.rows)
         while missing := writer.missing():
             if should_stop():
                 writer.wait()
@@ -109,8 +129,11 @@ def fill_store(
                 on_progress(progress)
             writer.wait()
             if not should_stop() and writer.missing():  # others are writing it
+                if not wait:
+                    break
                 time.sleep(WAIT_S)
-        manifest = writer.finalise(_environment(prepared, engine))
+        else:
+            manifest = writer.finalise(_environment(prepared, engine))
     return StoreResult(
         place, manifest, engine.name, reason, progress.own_rows, time.monotonic() - started, progress.cached_share
     )

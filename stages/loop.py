@@ -31,12 +31,11 @@ from stages.checkpoint import Progress
 from stages.passes import Pass, passes_of
 from stages.probe import Probe, ask
 from stages.processes import whole, without_sync
-from stages.settings import TrainSettings
+from stages.settings import CHECKPOINTS_NAME, TrainSettings
 from stages.targets import Teachers
 from stages.trainable import Student, trained
 
 METRICS_NAME = "metrics.jsonl"
-CHECKPOINTS_NAME = "checkpoints"
 
 
 @dataclass(frozen=True)

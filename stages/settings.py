@@ -396,6 +396,10 @@ def teacher_weights(train: TrainSettings, names: Sequence[str], key: str = "trai
     return {name: weight / sum(used.values()) for name, weight in used.items()}
 
 
+# In a student's folder: how it was trained, once it is, and its states until then.
+TRAINING_NAME, CHECKPOINTS_NAME = "training.json", "checkpoints"
+
+
 class StudentSettings(Settings):
     """One student; its `train` entries override the common ones."""
 

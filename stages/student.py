@@ -22,7 +22,7 @@ from cache.reader import Store
 from cache.record import prompt_and_response
 from stages import checkpoint
 from stages.card import model_card
-from stages.loop import CHECKPOINTS_NAME, StepReport, run_loop
+from stages.loop import StepReport, run_loop
 from stages.losses import LOSSES
 from stages.models import (
     context_length,
@@ -35,13 +35,12 @@ from stages.models import (
 from stages.probe import Probe, ask
 from stages.processes import Processes
 from stages.prompts import check_length
-from stages.settings import FREE_TRAIN, TrainSettings
+from stages.settings import CHECKPOINTS_NAME, FREE_TRAIN, TRAINING_NAME, TrainSettings
 from stages.targets import Teachers
 from stages.tokenizers import check_same_tokenizer
 from stages.trainable import Student, export
 
 IDENTITY_NAME = "student.json"
-TRAINING_NAME = "training.json"
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class StoreResult:
     """What stage one ended with."""
 
     place: Place
-    manifest: Manifest
+    manifest: Manifest | None  # None: other writers are not done
     engine: str
     reason: str  # why this engine
     rows_written: int

@@ -34,6 +34,7 @@ LAB_VOCAB_SIZE = json.loads((LAB_BASE / "config.json").read_text(encoding="utf-8
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is imported: they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+os.environ["DUET_SITE"] = ""  # no defaults of whoever's machine this is
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
 hypothesis.settings.register_profile("duet", deadline=None)  # no timed assertions
 hypothesis.settings.load_profile("duet")

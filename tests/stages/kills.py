@@ -21,8 +21,8 @@ import torch
 from cache.places import Folder
 from cache.reader import Rank
 from stages.processes import Processes
-from stages.settings import TrainSettings
-from stages.student import TRAINING_NAME, StudentJob, open_stores, train_student
+from stages.settings import TRAINING_NAME, TrainSettings
+from stages.student import StudentJob, open_stores, train_student
 
 
 def live(store_dir: str, job: StudentJob) -> None:

@@ -1,0 +1,27 @@
+#!/bin/bash
+#SBATCH --job-name=lab:distill-base
+#SBATCH --comment=duet-0123456789abcdef
+#SBATCH --output=runs/lab/slurm/logs/distill-base-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --signal=USR1@300
+#SBATCH --partition=gpu
+#SBATCH --account=forgetting
+#SBATCH --time=1-12:00:00
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --ntasks-per-node=4
+#SBATCH --exclude=node17
+#SBATCH --exclusive
+
+module load cuda/12.6
+export HF_HOME="$SCRATCH/hf"
+/opt/duet/bin/python -m pipeline.cli attempt runs/lab "distill-base" || exit
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+export MASTER_ADDR="$(hostname)" MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+srun --wait=600 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' duet /opt/duet/bin/python -m pipeline.cli distill --only base
+code=$?
+if [ "$code" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

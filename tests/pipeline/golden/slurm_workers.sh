@@ -1,0 +1,24 @@
+#!/bin/bash
+#SBATCH --job-name=lab:teacher-logits
+#SBATCH --comment=duet-0123456789abcdef
+#SBATCH --output=runs/lab/slurm/logs/teacher-logits-%A_%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --signal=USR1@300
+#SBATCH --array=0-6%2
+#SBATCH --partition=gpu
+#SBATCH --account=forgetting
+#SBATCH --time=4:00:00
+#SBATCH --gpus-per-node=1
+#SBATCH --mem=64G
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclude=node17
+
+module load cuda/12.6
+export HF_HOME="$SCRATCH/hf"
+/opt/duet/bin/python -m pipeline.cli attempt runs/lab "teacher-logits-$SLURM_ARRAY_TASK_ID" || exit
+srun /opt/duet/bin/python -m pipeline.cli teacher-logits --worker
+code=$?
+if [ "$code" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
