@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ def script(job: Job, of: Submission) -> str:
     """The text that sbatch gets; what it depends on is told to sbatch beside it."""
     settings, resources = of.settings, job.resources
     options = [f"--job-name={of.run_dir.name}:{job.name}", f"--comment={of.comment}", f"--output={of.log_of(job)}"]
-    options += ["--open-mode=append", "--requeue", "--kill-on-invalid-dep=yes", f"--signal=USR1@{settings.signal_s}"]
+    options += ["--open-mode=append", "--requeue", "--kill-on-invalid-dep=yes", f"--signal=TERM@{settings.signal_s}"]
     if job.array:
         at_once = f"%{settings.workers_at_once}" if settings.workers_at_once else ""
         options.append(f"--array=0-{job.array - 1}{at_once}")
@@ -86,11 +87,8 @@ def script(job: Job, of: Submission) -> str:
         lines += [_MEET, f"srun --wait={PATIENCE_S} bash -c {shlex.quote(_RANKS)} duet {duet} {arguments}"]
     else:
         lines.append(f"srun {duet} {arguments}")
-    lines += [
-        "code=$?",
-        f'if [ "$code" = {EXIT_INTERRUPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
-        'exit "$code"',
-    ]
+    again = f"{EXIT_INTERRUPTED} | {128 + signal.SIGTERM}"  # interrupted; and told to stop before Duet could listen
+    lines += ["code=$?", f'case "$code" in {again}) scontrol requeue "$SLURM_JOB_ID" ;; esac', 'exit "$code"']
     return "\n".join(lines) + "\n"
 
 

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_report_browser as in_browser
 from conftest import ROOT, run_duet, write_jsonl
 from test_report import Page
 
 from pipeline.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from pipeline.compare_page import cells, heads, render, sentences
+
+browser = in_browser.browser  # the fixture
 
 # Sends itself SIGTERM after so many optimizer steps of baselines.
 STOPPED = """
@@ -141,3 +144,14 @@ def test_what_a_user_can_mend_is_told_before_anything_is_trained(config, overrid
     assert message in done.stderr
     assert "hint:" in done.stderr
     assert not (config.parent / "runs" / "other").exists()
+
+
+@pytest.mark.skipif(bool(in_browser.MISSING), reason="no Chromium, see test_report_browser.py")
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1200, "dark")])
+def test_the_page_in_a_real_browser(browser, done, width, scheme):
+    page = done[1] / "compare.html"
+    in_browser.check_page(browser, page, width, charts=1)
+    in_browser.show(browser, page, width, scheme)
+    ratio, text, seen = browser.execute_script(in_browser.CONTRAST)
+    assert ratio >= 4.5, (ratio, text)
+    assert seen > 30

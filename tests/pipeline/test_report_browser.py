@@ -133,8 +133,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize(("name", "charts"), [("full", 8), ("plain", 6), ("students", 2)])
 def test_charts_are_seen_nothing_is_asked_for_and_nothing_sticks_out(browser, pages, name, charts, width):
-    show(browser, pages[name], width)
-    assert requests(browser) == [pages[name].as_uri()]
+    check_page(browser, pages[name], width, charts)
+
+
+def check_page(browser: Any, page: Path, width: int, charts: int) -> None:
+    show(browser, page, width)
+    assert requests(browser) == [page.as_uri()]
     assert browser.get_log("browser") == []
     found = browser.execute_script(CHARTS)
     assert len(found) == charts

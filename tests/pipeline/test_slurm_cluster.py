@@ -126,11 +126,12 @@ def test_preempted_killed_and_timed_out_it_ends_as_a_local_run_does(
     assert list(ids) == ["teacher-logits", "finalise", "distill-base", "distill-small", "evaluate"]
     workers = ids["teacher-logits"]
 
-    def shards_done() -> int:
-        return len(list((run_dir / "teacher").glob("*/shard-*.json")))
+    def shards() -> dict[Path, int]:
+        """When each shard was finished."""
+        return {path: path.stat().st_mtime_ns for path in (run_dir / "teacher").glob("*/shard-*.json")}
 
     until("three workers at work", lambda: list(states(workers).values()).count("RUNNING") == 3)
-    until("first shards", lambda: shards_done() >= 3)
+    safe = until("the first shards", lambda: len(shards()) >= 3 and shards())
     slurm("scancel", "--signal=KILL", f"{workers}_2")
     victim = re.search(r"NodeList=(n\d)", slurm("scontrol", "show", "job", f"{workers}_0", "--oneliner"))
     assert victim is not None, "the first worker had ended before it could be preempted"
@@ -147,12 +148,8 @@ def test_preempted_killed_and_timed_out_it_ends_as_a_local_run_does(
     assert [store["complete"] for store in found["stores"]] == [True]
     assert all(student["done"] for student in found["students"])
 
-    # Nothing was computed twice but what was in flight: of each disturbed worker a shard or two.
-    written = [
-        int(rows)
-        for rows in re.findall(r"wrote (\d+) rows", logs(run_dir, "teacher-logits") + logs(run_dir, "finalise"))
-    ]
-    assert sum(written) <= 240
+    # Nothing that was done was done again.
+    assert safe.items() <= shards().items()
     assert submit(tmp_path / "disturbed.yaml") == {}  # all of it is done
 
     local = experiment("local", students=students)
@@ -171,3 +168,66 @@ def test_preempted_killed_and_timed_out_it_ends_as_a_local_run_does(
         ]
         assert trained[0]["steps"] == trained[1]["steps"]
         assert trained[0]["curve"][-1][1] == pytest.approx(trained[1]["curve"][-1][1], rel=0.05)
+
+
+def test_one_student_over_two_machines(experiment: Callable[..., Path], tmp_path: Path) -> None:
+    config = experiment("wide", students=[{"name": "base"}], slurm={"distill": {"nodes": 2}})
+    assert run_duet("teacher-logits", "--config", str(config)).returncode == 0
+    ids = submit(config, "--stage", "distill")
+    assert list(ids) == ["distill-base"]
+    until("its end", lambda: states(ids["distill-base"])[""] not in ("PENDING", "RUNNING", "COMPLETING"))
+    run_dir = tmp_path / "runs" / "wide"
+    assert states(ids["distill-base"]) == {"": "COMPLETED"}, logs(run_dir, "distill")
+    assert "cpu x 2 processes" in logs(run_dir, "distill")
+    assert status(run_dir)["students"][0]["done"]
+
+
+def test_submitting_twice_is_submitting_once_and_cancel_takes_all_out(
+    experiment: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = experiment("twice", slurm={"flags": ["--hold"]})  # so that nothing runs while we look
+    run_dir = tmp_path / "runs" / "twice"
+    first = submit(config)
+    assert len(first) == 5
+    again = run_duet("submit", "--config", str(config))
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-1] == "nothing to submit"
+    assert again.stdout.count("in the queue already") == 5
+    found = {job["name"]: (job["job_id"], job["state"]) for job in status(run_dir)["jobs"]}
+    assert found == {name: (job_id, "PENDING") for name, job_id in first.items()}
+    shown = run_duet("status", str(run_dir)).stdout
+    assert "not begun" in shown
+    assert first["distill-small"] in shown
+    assert run_duet("cancel", str(run_dir)).returncode == 0
+    until("an empty queue", lambda: not slurm("squeue", "--noheader").strip() or None)
+    assert "no job of" in run_duet("cancel", str(run_dir)).stdout
+    assert len(submit(config, "--stage", "teacher-logits")) == 2
+    assert run_duet("cancel", str(run_dir)).returncode == 0
+
+
+def test_what_slurm_refuses_is_told_in_two_lines(experiment: Callable[..., Path]) -> None:
+    done = run_duet("submit", "--config", str(experiment("refused", slurm={"partition": "nowhere"})))
+    assert done.returncode == 2
+    what, hint = done.stderr.splitlines()
+    assert "invalid partition specified: nowhere" in what
+    assert hint.startswith("hint: ")
+
+
+def test_a_stage_whose_work_is_missing_is_not_submitted(experiment: Callable[..., Path]) -> None:
+    done = run_duet("submit", "--config", str(experiment("early")), "--stage", "evaluate")
+    assert done.returncode == 2
+    assert "no teacher logits yet" in done.stderr
+
+
+def test_a_job_that_gets_nowhere_stops_and_status_says_why(experiment: Callable[..., Path], tmp_path: Path) -> None:
+    # Each start is told to stop before it can do anything, as by a time limit that is too short.
+    stop = "srun() { return 75; }"
+    config = experiment("stuck", students=[{"name": "base"}], slurm={"setup": [stop]})
+    assert run_duet("teacher-logits", "--config", str(config)).returncode == 0
+    ids = submit(config, "--stage", "distill")
+    until("its end", lambda: states(ids["distill-base"])[""] == "FAILED")
+    run_dir = tmp_path / "runs" / "stuck"
+    [job] = status(run_dir)["jobs"]
+    assert job["reason"] == "two attempts ended where they began"
+    assert "slurm.….time" in logs(run_dir, "distill")
+    assert "two attempts ended" in run_duet("logs", str(run_dir), "distill-base").stdout

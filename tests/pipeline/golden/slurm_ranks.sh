@@ -5,7 +5,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --kill-on-invalid-dep=yes
-#SBATCH --signal=USR1@300
+#SBATCH --signal=TERM@300
 #SBATCH --partition=gpu
 #SBATCH --account=forgetting
 #SBATCH --time=1-12:00:00
@@ -23,5 +23,5 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export MASTER_ADDR="$(hostname)" MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
 srun --wait=600 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' duet /opt/duet/bin/python -m pipeline.cli distill --only base
 code=$?
-if [ "$code" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+case "$code" in 75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit "$code"

@@ -5,7 +5,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --kill-on-invalid-dep=yes
-#SBATCH --signal=USR1@300
+#SBATCH --signal=TERM@300
 #SBATCH --array=0-6%2
 #SBATCH --partition=gpu
 #SBATCH --account=forgetting
@@ -20,5 +20,5 @@ export HF_HOME="$SCRATCH/hf"
 /opt/duet/bin/python -m pipeline.cli attempt runs/lab "teacher-logits-$SLURM_ARRAY_TASK_ID" || exit
 srun /opt/duet/bin/python -m pipeline.cli teacher-logits --worker
 code=$?
-if [ "$code" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+case "$code" in 75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit "$code"
