@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, read_manifest, store_name
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, read_manifest, store_name
 from cache.order import check_alike
 from cache.places import Place
 from pipeline.config import Config
@@ -75,7 +75,7 @@ def teacher_logits(
     if limit is not None:
         say(f"this was a trial of {limit} queries of each subset; the run has no teacher logits from it")
     elif not child:
-        _point_to(config, {name: str(result.place).rpartition("/")[2] for name, result in found.items()})
+        _point_to(config, {name: _entry(result.manifest) for name, result in found.items()})
     return 0
 
 
@@ -85,12 +85,11 @@ def _say_reused(config: Config, found: Mapping[str, Any]) -> None:
             say(f"{_of(config, name)}reused the store of the same fingerprint: {store_line(result.place)}")
 
 
-def _expected(config: Config, settings: TeacherSettings, prepared: Any) -> str:
-    """Name of a teacher's store under the engine that comes first."""
+def _expected(config: Config, settings: TeacherSettings, prepared: Any) -> dict[str, str]:
+    """The entry of a teacher's store under the engine that comes first."""
     from stages import teacher
 
-    plan = teacher.plan_for(prepared, config.store, teacher.engine_order(settings.engine)[0])
-    return store_name(plan.fingerprint, plan.format)
+    return _entry(teacher.plan_for(prepared, config.store, teacher.engine_order(settings.engine)[0]))
 
 
 def prepare_teacher(config: Config, settings: TeacherSettings, limit: int | None = None) -> Any:
@@ -240,11 +239,15 @@ def _of(config: Config, name: str) -> str:
     return f"teacher {name}: " if config.teachers else ""
 
 
-def _point_to(config: Config, names: Mapping[str, str]) -> None:
+def _point_to(config: Config, entries: Mapping[str, dict[str, str]]) -> None:
     """Say which stores this run uses, by teacher, complete or not."""
     path = _pointer_path(config)
     path.parent.mkdir(exist_ok=True)
-    publish_json(path, {"teachers": {teacher: {"name": name} for teacher, name in names.items()}})
+    publish_json(path, {"teachers": entries})
+
+
+def _entry(of: Plan | Manifest) -> dict[str, str]:
+    return {"fingerprint": of.fingerprint, "name": store_name(of.fingerprint, of.format)}
 
 
 def store_line(place: Place) -> str:

@@ -206,12 +206,17 @@ def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
     help="Only this stage; can be repeated. Default: all.",
 )  # fmt: skip
 @click.option("--print", "print_only", is_flag=True, help="Show the jobs' scripts, and submit nothing.")
-def submit(stages: tuple[str, ...], print_only: bool, **asked: Any) -> None:
+@click.option("--force", is_flag=True, help="Also with a prefix that failed its audit.")
+def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any) -> None:
     """A run as jobs on a Slurm cluster, chained; what is done or in the queue is not submitted again."""
     from pipeline import submit as jobs
+    from pipeline.audit import refuse_failing
     from pipeline.sweep import Request
 
-    jobs.submit(Request(**asked), stages, print_only)
+    request = Request(**asked)
+    if not force:
+        refuse_failing(request.load())
+    jobs.submit(request, stages, print_only)
 
 
 @duet.command(hidden=True)

@@ -33,6 +33,7 @@ def test_every_command_stands_in_the_readme():
         return [
             name
             for key, command in group.commands.items()
+            if not command.hidden
             for name in (names(command, f"{path} {key}") if isinstance(command, click.Group) else [f"{path} {key}"])
         ]
 

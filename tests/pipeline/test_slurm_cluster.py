@@ -231,3 +231,18 @@ def test_a_job_that_gets_nowhere_stops_and_status_says_why(experiment: Callable[
     assert job["reason"] == "two attempts ended where they began"
     assert "slurm.….time" in logs(run_dir, "distill")
     assert "two attempts ended" in run_duet("logs", str(run_dir), "distill-base").stdout
+
+
+def test_submitting_again_brings_a_killed_run_to_its_end(experiment: Callable[..., Path], tmp_path: Path) -> None:
+    config = experiment("again", students=[{"name": "base"}], train__epochs=20)
+    run_dir = tmp_path / "runs" / "again"
+    first = submit(config)
+    until("a checkpoint", lambda: list((run_dir / "base" / "checkpoints").glob("step-*")))
+    slurm("scancel", "--signal=KILL", first["distill-base"])
+    until("an empty queue", lambda: not slurm("squeue", "--noheader").strip() or None)  # evaluate left it, too
+    assert not (run_dir / "base" / "training.json").exists(), "it was done before it could be killed"
+    second = submit(config)
+    assert list(second) == ["distill-base", "evaluate"]
+    until("the end", lambda: not slurm("squeue", "--noheader").strip() or None)
+    assert starts(run_dir, "distill-base")[0]["stands"] > 0  # it went on
+    assert (run_dir / "results.json").is_file(), logs(run_dir, "evaluate")
