@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 LAB_BASE = ROOT / "lab" / "models" / "base"
 LAB_SMALL = ROOT / "lab" / "models" / "small"
+LAB_ORACLE = ROOT / "lab" / "models" / "oracle"
 LAB_VOCAB_SIZE = json.loads((LAB_BASE / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import LAB_BASE, LAB_SMALL, ROOT, write_jsonl
+from conftest import LAB_BASE, LAB_ORACLE, LAB_SMALL, ROOT, write_jsonl
 
 from cache.errors import UserError
 from lab.world import FACTS, World, make_world, questions, random_name
@@ -114,6 +114,20 @@ def test_the_lab_recognises_what_it_was_trained_on(tmp_path):
         scores_of(readings["base"], exam_of(tmp_path, retrained=str(retrained), retrained_name="teacher"))
     with pytest.raises(UserError, match="no set 'nobody'"):
         read_all([subject], exam_of(tmp_path, members="nobody"), tmp_path, lambda *_: None, lambda: False)
+
+
+def test_privleak_against_a_model_that_was_really_trained_without_the_members(tmp_path):
+    """The lab's oracle: to it members are strangers, and the base, which knows them, leaks next to all there is to leak."""
+    exam = exam_of(tmp_path)
+    subjects = [Subject("base", LAB_BASE, "", "base"), Subject("oracle", LAB_ORACLE, "", "base")]
+    readings = read_all(subjects, exam, tmp_path, lambda *_: None, lambda: False)
+    of_oracle = scores_of(readings["oracle"], exam)["mia.min_k.forget"]
+    assert of_oracle.ci95[0] < 0.5 < of_oracle.ci95[1]
+    retrained = tmp_path / "retrained.json"
+    retrained.write_text(json.dumps({"models": {"oracle": {"mia.min_k.forget": {"value": of_oracle.value}}}}))
+    exam = exam_of(tmp_path, retrained=str(retrained), retrained_name="oracle")
+    assert scores_of(readings["base"], exam)["mia.privleak.forget"].value < -0.8
+    assert scores_of(readings["oracle"], exam)["mia.privleak.forget"].value == 0
 
 
 def test_the_gradient_norm_is_that_of_the_library_loss(tmp_path):
