@@ -41,7 +41,7 @@ config.yaml       the run's settings; of places, only the last names
 environment.json  versions and machine
 students/         what was recorded of each student's training
 stores/           what each store of teacher logits holds, without the logits
-answers/          every model's answers to the questions as they are, not under attack
+answers/          every model's answers, to the questions as they are and under each attack
 SHA256SUMS        the hashes of all these: `sha256sum -c SHA256SUMS`
 
 `duet evidence verify FILE.zip` checks the hashes, that nothing is missing or additional, that results, settings, students and
@@ -73,7 +73,7 @@ def evidence_of(run_dir: Path) -> dict[str, bytes]:
     """All files of the evidence but the list of hashes, by name."""
     results = read_results(run_dir)
     page = rendered(results, str(run_dir / RESULTS_NAME))
-    settings = (results.get("provenance") or {}).get("config") or without_places(_run_settings(run_dir))
+    settings = (results.get("provenance") or {}).get("config") or without_places(_run_settings(run_dir) | {"slurm": {}})
     files = {
         README_NAME: README.encode(),
         REPORT_NAME: page.encode(),
@@ -84,8 +84,9 @@ def evidence_of(run_dir: Path) -> dict[str, bytes]:
     for name in results.get("students") or {}:
         files[_training_name(name)] = _read(run_dir / name / "training.json")
     files |= _manifests(run_dir, results)
-    for path in sorted((run_dir / "answers").glob("*.json")):
-        files[f"answers/{path.name}"] = _read(path)
+    for folder in answer_folders(results):
+        for path in sorted((run_dir / folder).glob("*.json")):
+            files[f"{folder}/{path.name}"] = _read(path)
     for name in expected_names(results):
         if name not in files:
             raise UserError(f"{run_dir} has no {name}", "run `duet evaluate` for this run again")
@@ -138,6 +139,11 @@ def expected_names(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def answer_folders(results: Mapping[str, Any]) -> list[str]:
+    """Where answers lie that these results rest on: to the questions as they are, and under each attack."""
+    return ["answers", *(f"answers/{attack}" for attack in results.get("attack_costs") or {})]
+
+
 def _refuse_private(files: Mapping[str, bytes], run_dir: Path) -> None:
     """Refuse to pack where this machine's places or secrets stand in a file."""
     private = {
@@ -185,7 +191,8 @@ def verify(out: str) -> None:
     for name in expected:
         _member(path, files, name)
     for name in sorted({*files} - {*expected, SUMS_NAME}):
-        if not re.fullmatch(r"answers/[^/]+\.json", name):
+        folder, _, file = name.rpartition("/")
+        if folder not in answer_folders(results) or not re.fullmatch(r"[\w.-]+\.json", file):
             raise _fault(path, f"{name} does not belong to the evidence")
     if files[REPORT_NAME] != page.encode():
         made_by = (results.get("environment") or {}).get("git_revision")

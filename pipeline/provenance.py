@@ -20,9 +20,7 @@ def provenance(config: Config, subjects: Sequence[Any], exam: Any) -> dict[str, 
     """The entry `provenance` of results.json. Hashes are sha256; those of data are over [id, question, answer] of each row."""
     from stages.models import text_sha256, weights_sha256
 
-    settings = without_places(
-        config.model_dump(mode="json", exclude={"slurm"})
-    )  # the cluster is nobody else's business
+    settings = without_places(config.model_dump(mode="json") | {"slurm": {}})  # the cluster is nobody else's business
     weights = {model_dir: weights_sha256(model_dir) for model_dir in {subject.model_dir for subject in subjects}}
     return {
         "config": settings,

@@ -42,9 +42,11 @@ def run_dir(lab_config, tmp_path) -> Path:
             for name in "ab"
         },
         **{f"answers/{name.replace(':', '-')}.json": {"answers": {}} for name in results["models"]},
+        "answers/reverse/base.json": {"answers": {}},
+        "answers/role_play/base.json": {"answers": {}},  # of an evaluation before
     }
     for name, value in files.items():
-        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_bytes(json_bytes(value))
     (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
     return run_dir
@@ -79,6 +81,8 @@ def test_what_is_packed_is_verified_and_the_same_each_time(run_dir, packed, tmp_
     assert {"stores/teacher/manifest.json", "students/a/training.json", "answers/student-a.json", "config.yaml"} <= set(
         files
     )
+    assert "answers/reverse/base.json" in files
+    assert "answers/role_play/base.json" not in files, "the results do not rest on it"
     assert not [name for name in files if name.endswith((".safetensors", ".arrow", ".pkl", ".bin"))]
 
 
@@ -155,6 +159,7 @@ def edited(name: str, old: str, new: str) -> Callable[[dict[str, bytes]], None]:
         (lambda files: files.pop("answers/base.json"), "answers/base.json is missing"),
         (lambda files: files.update({"run.sh": b""}), "run.sh does not belong to the evidence"),
         (lambda files: files.update({"answers/../x.json": b""}), "answers/../x.json does not belong to the evidence"),
+        (lambda files: files.update({"answers/lens/x.json": b""}), "answers/lens/x.json does not belong"),
     ],
 )
 def test_a_new_list_of_hashes_does_not_hide_what_does_not_fit(packed, change, what):

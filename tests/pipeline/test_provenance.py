@@ -60,6 +60,14 @@ def test_every_seed_is_named(lab_config):
     assert found == {"teacher": 9, "student:a": 3, "student:b": 7, "evaluate": 5}
 
 
+def test_the_cluster_is_not_told(lab_config):
+    config = load_config(str(lab_config(slurm__account="forgetting", slurm__setup=["export HF_HOME=/home/me/hf"])))
+    assert "forgetting" in str(config)
+    found = str(provenance(config, SUBJECTS, exam_of(config)))
+    assert "forgetting" not in found
+    assert "/home/me" not in found
+
+
 def test_every_setting_that_is_a_place_loses_where_it_lies(lab_config):
     """All of them, wherever they stand: the last name stays, and a text or a name of the run does, too."""
     evaluate = {
