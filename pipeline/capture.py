@@ -42,12 +42,13 @@ def teacher_logits(
 
     stop = StopSignal()
     config = request.load()
+    if worker:
+        check_one_teacher(config)
     teachers = config.teacher_settings()
     prepared = {name: prepare_teacher(config, settings, limit) for name, settings in teachers.items()}
     teacher.check_alike(prepared)
     if dry_run:
-        for name, of_teacher in prepared.items():
-            _say_estimate(config, teachers[name], of_teacher, _of(config, name))
+        _say_estimates(config, teachers, prepared)
         return 0
     if child:
         log_to(config.run_dir / LOG_NAME)
@@ -58,10 +59,10 @@ def teacher_logits(
     _say_reused(config, found)
     if missing and stop():
         raise Interrupted("before the teacher was asked")
-    if not child and limit is None:
-        _point_to(config, {name: _expected(config, settings, prepared[name]) for name, settings in teachers.items()})
+    if missing and not child and limit is None:
+        _point_to(config, {name: _expected(config, teachers[name], of, found[name]) for name, of in prepared.items()})
     number = config.teacher.data_parallel
-    if missing and number > 1 and not child and not worker:
+    if missing and number > 1 and not child:
         code = _in_processes(config, request, limit, number, teachers, missing, stop)
         found |= {name: _find(config, teachers[name], prepared[name]) for name in missing}
         if None in found.values():
@@ -79,16 +80,27 @@ def teacher_logits(
     return 0
 
 
+def check_one_teacher(config: Config) -> None:
+    """Refuse a setting that does nothing in one of many workers."""
+    if (number := config.teacher.data_parallel) > 1:
+        raise UserError(
+            f"teacher.data_parallel is {number}, which does nothing in a worker: it is one teacher",
+            "leave it out, and start more workers; in jobs, slurm.workers",
+        )
+
+
 def _say_reused(config: Config, found: Mapping[str, Any]) -> None:
     for name, result in found.items():
         if result is not None:
             say(f"{_of(config, name)}reused the store of the same fingerprint: {store_line(result.place)}")
 
 
-def _expected(config: Config, settings: TeacherSettings, prepared: Any) -> dict[str, str]:
-    """The entry of a teacher's store under the engine that comes first."""
+def _expected(config: Config, settings: TeacherSettings, prepared: Any, found: Any) -> dict[str, str]:
+    """The entry of the store that was found of a teacher, or is to be written by the engine that comes first."""
     from stages import teacher
 
+    if found is not None:
+        return _entry(found.manifest)
     return _entry(teacher.plan_for(prepared, config.store, teacher.engine_order(settings.engine)[0]))
 
 
@@ -208,6 +220,11 @@ def _rows_there(config: Config, settings: TeacherSettings, prepared: Any) -> int
         teacher.rows_there(prepared, config.store, config.store_root, engine)
         for engine in teacher.engine_order(settings.engine)
     )
+
+
+def _say_estimates(config: Config, teachers: Mapping[str, TeacherSettings], prepared: Mapping[str, Any]) -> None:
+    for name, of_teacher in prepared.items():
+        _say_estimate(config, teachers[name], of_teacher, _of(config, name))
 
 
 def _say_estimate(config: Config, settings: TeacherSettings, prepared: Any, of: str) -> None:

@@ -220,13 +220,13 @@ def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any)
 
 
 @duet.command(hidden=True)
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("config_path", type=click.Path(path_type=Path))
 @click.argument("task")
-def attempt(run_dir: Path, task: str) -> None:
+def attempt(config_path: Path, task: str) -> None:
     """A Slurm job of ours begins: note it, or refuse one that gets nowhere."""
     from pipeline import submit as jobs
 
-    jobs.attempt(run_dir, task)
+    jobs.attempt(config_path, task)
 
 
 _run_argument = click.argument(

@@ -7,19 +7,20 @@ that nothing is submitted twice, even if a submission was killed half way.
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import shlex
 import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import EXIT_INTERRUPTED, UserError
 from pipeline.slurm_settings import Resources, SlurmSettings
 
-SLURM_DIR = "slurm"  # of a run's directory: scripts, the config that the jobs read, attempts/ and logs/
+SLURM_DIR = "slurm"  # of a run's directory: scripts, the settings that the jobs read, attempts/ and logs/
 OPTIONS = {  # setting -> option of sbatch
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "time": "time",
     "nodes": "nodes", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem",
@@ -54,8 +55,9 @@ class Submission:
 
     run_dir: Path
     settings: SlurmSettings
+    config_path: Path  # what the jobs read
     duet: tuple[str, ...]  # the program
-    comment: str = field(default="")
+    comment: str
 
     @property
     def folder(self) -> Path:
@@ -80,7 +82,7 @@ def script(job: Job, of: Submission) -> str:
     task = f"{job.name}-$SLURM_ARRAY_TASK_ID" if job.array else job.name
     duet, arguments = shlex.join(of.duet), shlex.join(job.arguments)
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "", *settings.setup]
-    lines.append(f'{duet} attempt {shlex.quote(str(of.run_dir))} "{task}" || exit')
+    lines.append(f'{duet} attempt {shlex.quote(str(of.config_path))} "{task}" || exit')
     if resources.cpus:
         lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
     if job.ranks and resources.processes > 1:
@@ -109,9 +111,10 @@ class Queued:
 
 
 def queue(comment: str) -> list[Queued]:
-    """The run's jobs that have not ended, as squeue tells."""
+    """The run's jobs that have not ended, as squeue tells; only ours are asked for, which spares a large cluster."""
     found = []
-    for line in _ask("squeue", "--noheader", "--format=%F|%K|%T|%r|%j|%k").splitlines():
+    command = ("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%r|%j|%k")
+    for line in _ask(*command).splitlines():
         job_id, task, state, reason, name, marked = line.strip().split("|", 5)
         if marked == comment:
             found.append(Queued(job_id, "" if task == "N/A" else task, name.rpartition(":")[2], state, reason))

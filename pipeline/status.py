@@ -24,7 +24,7 @@ from pipeline.run import CONFIG_NAME, LOG_NAME
 from pipeline.submit import STAGE_ONE, submitted
 from pipeline.terminal import out
 
-WATCH_S = 5.0
+WATCH_S = 10.0
 
 
 def status(run_dir: Path, watch: bool, as_json: bool) -> None:

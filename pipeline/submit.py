@@ -1,11 +1,12 @@
 """`duet submit`: a run as jobs on a Slurm cluster, each of which waits for those before it; and `duet cancel`.
 
 What is done on disk is not submitted, what is in the queue is not submitted again: the same command is how one goes on.
-Jobs read a copy of the settings, so that editing the config file later does not change what waits in the queue.
+Jobs read a copy of the settings, named by its hash, so that nothing done to the config file changes what waits in the queue.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,12 +18,13 @@ import yaml
 from cache.errors import UserError
 from cache.files import publish_json, publishing, read_json
 from pipeline import slurm
+from pipeline.capture import check_one_teacher
 from pipeline.commands import RESULTS_NAME, STAGES
 from pipeline.config import Config, load_config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.progress import files_answered, newest_checkpoint, shards_left, stores_progress, student_progress
 from pipeline.provenance import without_places
-from pipeline.run import CONFIG_NAME, claim_run_dir
+from pipeline.run import claim_run_dir
 from pipeline.slurm import Job, Submission
 from pipeline.sweep import Request
 from pipeline.terminal import say
@@ -35,7 +37,11 @@ FINALISE = "finalise"
 def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
     """Submit what the named stages (default: all) still need; `print_only` shows the scripts and changes nothing."""
     config = request.load()
-    of = Submission(config.run_dir, config.slurm, THIS_PROGRAM, slurm.comment_of(config.run_dir))
+    check_one_teacher(config)
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    folder = config.run_dir / slurm.SLURM_DIR
+    path = folder / f"config-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.yaml"
+    of = Submission(config.run_dir, config.slurm, path, THIS_PROGRAM, slurm.comment_of(config.run_dir))
     jobs = jobs_of(config, of, stages or STAGES)
     if print_only:
         for job in jobs:
@@ -52,10 +58,9 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
         return
     _check_before(config, [*ids, *(job.name for job in new)])
     claim_run_dir(config)
-    (of.folder / "logs").mkdir(parents=True, exist_ok=True)
-    with publishing(of.folder / CONFIG_NAME) as temporary:
-        settings = config.model_dump(mode="json")
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    with publishing(path) as temporary:
+        temporary.write_text(settings, encoding="utf-8")
     for job in new:
         ids[job.name] = {_submit_one(job, of, ids)}
     say(f"follow it with: duet status {of.run_dir}")
@@ -63,7 +68,7 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
 
 def jobs_of(config: Config, of: Submission, stages: Sequence[str]) -> list[Job]:
     """The jobs that the stages still need, in the order in which they wait for each other."""
-    read = ("--config", str(of.folder / CONFIG_NAME))
+    read = ("--config", str(of.config_path))
     asks = config.slurm.of
     jobs: list[Job] = []
     left = shards_left(config) if STAGE_ONE in stages else 0
@@ -127,13 +132,13 @@ def submitted(run_dir: Path) -> list[dict[str, Any]]:
     return read_json(path) if path.is_file() else []
 
 
-def attempt(run_dir: Path, task: str) -> None:
+def attempt(config_path: Path, task: str) -> None:
     """Note that a job starts, and where its work stands; refuse one that has started too often or gets nowhere.
 
     Called by the job's own script before its work. A job that was submitted anew begins to count anew.
     """
-    config = load_config(str(run_dir / slurm.SLURM_DIR / CONFIG_NAME))
-    path = run_dir / slurm.SLURM_DIR / "attempts" / f"{task}.json"
+    config = load_config(str(config_path))
+    path = config.run_dir / slurm.SLURM_DIR / "attempts" / f"{task}.json"
     job_id = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
     kept = read_json(path) if path.is_file() else {}
     starts = kept["starts"] if kept.get("job") == job_id else []

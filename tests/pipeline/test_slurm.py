@@ -36,8 +36,9 @@ CLUSTER = SlurmSettings(
 
 
 def submission(settings: SlurmSettings = CLUSTER) -> Submission:
+    program = ("/opt/duet/bin/python", "-m", "pipeline.cli")
     return Submission(
-        Path("runs/lab"), settings, ("/opt/duet/bin/python", "-m", "pipeline.cli"), "duet-0123456789abcdef"
+        Path("runs/lab"), settings, Path("runs/lab/slurm/config-1.yaml"), program, "duet-0123456789abcdef"
     )
 
 
@@ -175,6 +176,14 @@ def test_submitting_without_slurm_says_what_to_do(tmp_path: Path, monkeypatch: p
     ]
 
 
+def test_a_worker_is_one_teacher(tmp_path: Path) -> None:
+    sets = ("--set", f"runs_dir={tmp_path}", "--set", "teacher.data_parallel=2")
+    for command in (("submit", "--print"), ("teacher-logits", "--worker")):
+        done = run_duet(*command, "--config", LAB, *sets)
+        assert done.returncode == 2
+        assert "teacher.data_parallel is 2, which does nothing in a worker" in done.stderr
+
+
 def starts(*stands: int) -> list[dict[str, int]]:
     return [{"stands": number} for number in stands]
 
@@ -192,19 +201,20 @@ def test_attempts_are_counted_per_submission(tmp_path: Path, monkeypatch: pytest
     run_dir = tmp_path / "lab"
     (run_dir / "slurm").mkdir(parents=True)
     settings = load_config(LAB, (f"runs_dir={tmp_path}",)).model_dump(mode="json")
-    (run_dir / "slurm" / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = run_dir / "slurm" / "config-1.yaml"
+    config.write_text(yaml.safe_dump(settings))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    attempt(run_dir, "distill-base")
-    attempt(run_dir, "distill-base")
+    attempt(config, "distill-base")
+    attempt(config, "distill-base")
     with pytest.raises(UserError, match="two attempts ended where they began"):
-        attempt(run_dir, "distill-base")
+        attempt(config, "distill-base")
     kept = json.loads((run_dir / "slurm" / "attempts" / "distill-base.json").read_text())
     assert kept["stopped"] == "two attempts ended where they began"
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    attempt(run_dir, "distill-base")
+    attempt(config, "distill-base")
     (run_dir / "base" / "checkpoints" / "step-000000040").mkdir(parents=True)
-    attempt(run_dir, "distill-base")
-    attempt(run_dir, "distill-base")  # the first that began at step 40 came no further, the second may
+    attempt(config, "distill-base")
+    attempt(config, "distill-base")  # the first that began at step 40 came no further, the second may
 
 
 def test_the_comment_tells_runs_apart_and_no_path(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@
 
 module load cuda/12.6
 export HF_HOME="$SCRATCH/hf"
-/opt/duet/bin/python -m pipeline.cli attempt runs/lab "distill-base" || exit
+/opt/duet/bin/python -m pipeline.cli attempt runs/lab/slurm/config-1.yaml "distill-base" || exit
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export MASTER_ADDR="$(hostname)" MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
 srun --wait=600 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' duet /opt/duet/bin/python -m pipeline.cli distill --only base

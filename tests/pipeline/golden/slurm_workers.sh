@@ -17,7 +17,7 @@
 
 module load cuda/12.6
 export HF_HOME="$SCRATCH/hf"
-/opt/duet/bin/python -m pipeline.cli attempt runs/lab "teacher-logits-$SLURM_ARRAY_TASK_ID" || exit
+/opt/duet/bin/python -m pipeline.cli attempt runs/lab/slurm/config-1.yaml "teacher-logits-$SLURM_ARRAY_TASK_ID" || exit
 srun /opt/duet/bin/python -m pipeline.cli teacher-logits --worker
 code=$?
 case "$code" in 75 | 143) scontrol requeue "$SLURM_JOB_ID" ;; esac
