@@ -10,13 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from cache.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
+from pipeline.arguments import Group
 
 log = logging.getLogger("duet")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="duet-unlearn")
 def duet() -> None:
     """Make a language model forget a topic: teacher logits to a store, store to students, and proof."""
@@ -27,9 +29,19 @@ def _experiment(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. --set train.lr=1e-5."
     )(command)
-    return click.option("--config", "config_path", required=True, metavar="FILE", help="The experiment's YAML file.")(
-        command
-    )
+    return click.option(
+        "--config",
+        "config_path",
+        required=True,
+        metavar="FILE",
+        shell_complete=_files,
+        help="The experiment's YAML file.",
+    )(command)
+
+
+def _files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completed by the shell itself."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def _students(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +153,7 @@ def report(run: str | None, pdf: bool) -> None:
     printing.report(run, pdf)
 
 
-class _Evidence(click.Group):
+class _Evidence(Group):
     """`duet evidence OUT.zip` is `duet evidence pack OUT.zip`: what is no command is the file to write."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -259,6 +271,17 @@ def gc(root: str, unused_days: float | None, yes: bool) -> None:
     from pipeline import stores
 
     stores.collect_garbage(root, unused_days, yes)
+
+
+@duet.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that has your shell complete commands and options: eval "$(duet completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has all three
+    click.echo(kind(duet, {}, "duet", "_DUET_COMPLETE").source())
 
 
 def main(arguments: list[str] | None = None) -> int:

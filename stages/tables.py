@@ -1,4 +1,4 @@
-"""Tables of text (CSV, TSV): a header row, then one query per row. Nothing is guessed: another delimiter or encoding is refused.
+"""Tables of text (CSV, TSV): a header row, then one query per row. Other delimiters and encodings are refused.
 
 A row is a dictionary of texts, so that what needs lists (choices, wrong answers) cannot be in such a file.
 """
@@ -64,11 +64,11 @@ def read_table(path: Path, settings: DataSettings, where: str) -> Iterator[dict[
 def _header(cells: list[str], at: str, delimiter: str, settings: DataSettings, where: str) -> list[str]:
     """The names of the columns, checked."""
     if len(cells) == 1:
-        for other in _NAMES:
+        for other, name in _NAMES.items():
             if other != delimiter and other in cells[0]:
                 raise UserError(
                     f"{where}: {at}: the header is one column, {cells[0]!r}: its columns seem to be separated by "
-                    f"{_NAMES[other]}",
+                    f"{name}",
                     f"separate them by {_NAMES[delimiter]}; spreadsheets ask for it when they save"
                     + (", or call the file .tsv" if other == "\t" else ""),
                 )
