@@ -274,6 +274,19 @@ def gc(root: str, unused_days: float | None, yes: bool) -> None:
 
 
 @duet.command()
+@click.option(
+    "--config", "config_path", metavar="FILE", shell_complete=_files, help="Check what this experiment needs, too."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of that experiment.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
+def doctor(config_path: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Check that everything is here that Duet needs; exits with 2 where something needed is not."""
+    from pipeline import doctor as checks
+
+    return checks.doctor(config_path, overrides, as_json)
+
+
+@duet.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a script that has your shell complete commands and options: eval "$(duet completion bash)"."""

@@ -34,8 +34,20 @@ def resolve_model(name: str, where: str) -> Path:
     return path
 
 
+def is_hub_id(name: str) -> bool:
+    """Has it the form of a hub id, OWNER/NAME?"""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
 def _fetch(name: str, where: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise UserError(
             f"{where}: no such directory: {name}", "paths are relative to the current directory; a hub id is OWNER/NAME"
         )
