@@ -53,6 +53,25 @@ def _students(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--only", multiple=True, metavar="NAME", help="Only this student; can be repeated.")(command)
 
 
+@duet.command()
+@click.argument("file", metavar="[FILE]", required=False)
+@click.option("--topic", help="What is to be forgotten, as a person would name it.")
+@click.option("--model", metavar="PATH", help="The base model: a directory, or OWNER/NAME on the hub.")
+@click.option(
+    "--forget", metavar="DATA", shell_complete=_files, help="Questions about the topic (.jsonl, .csv, .parquet)."
+)
+@click.option("--retain", metavar="DATA", shell_complete=_files, help="Questions about anything else.")
+@click.option("--name", help="Name of the run; default: after the topic.")
+@click.option("--question-field", metavar="FIELD", help="Field with the question, where it is not called so.")
+@click.option("--answer-field", metavar="FIELD", help="Field with the answer, where it is not called so.")
+@click.option("--yes", is_flag=True, help="Ask nothing: take what is given, and defaults for the rest.")
+def init(file: str | None, yes: bool, **given: str | None) -> None:
+    """Ask for topic, model and data, check them, and write a config; FILE defaults to NAME.yaml."""
+    from pipeline import init as questions
+
+    questions.init(file, {key.replace("_", "-"): value for key, value in given.items()}, yes)
+
+
 @duet.command("teacher-logits")
 @_experiment
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and start nothing.")

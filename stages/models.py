@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1
 
 
-def _fetch(name: str, where: str) -> Path:
+def _fetch(name: str, where: str, files: Sequence[str] = _DOWNLOADED) -> Path:
     if not is_hub_id(name):
         raise UserError(
             f"{where}: no such directory: {name}", "paths are relative to the current directory; a hub id is OWNER/NAME"
@@ -54,12 +55,22 @@ def _fetch(name: str, where: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # hub and HTTP errors are OSErrors
         raise UserError(
             f"{where}: {name} is neither a directory nor a model that can be fetched: {str(error).splitlines()[0]}",
             "check the name, the network and your hub token, or name a local directory",
         ) from None
+
+
+def small_files(name: str, where: str) -> Path:
+    """The directory of a model, of which only config and tokenizer are needed: of one on the hub no weights are fetched."""
+    path = Path(name)
+    if not path.is_dir():
+        path = _fetch(name, where, [pattern for pattern in _DOWNLOADED if not pattern.endswith(".safetensors")])
+    if not (path / "config.json").is_file():
+        raise UserError(f"{where}: {name} has no config.json", "name a model directory as save_pretrained writes it")
+    return path
 
 
 def weights_sha256(model_dir: Path) -> str:
