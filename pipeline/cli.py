@@ -305,6 +305,35 @@ def doctor(config_path: str | None, overrides: tuple[str, ...], as_json: bool) -
     return checks.doctor(config_path, overrides, as_json)
 
 
+def _gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from stages.gpus import gpu_names
+
+    return [CompletionItem(name) for name in gpu_names() if name.lower().startswith(incomplete.lower())]
+
+
+@duet.command("estimate")
+@_experiment
+@click.option(
+    "--gpu", metavar="NAME", shell_complete=_gpu_names, help="A GPU by name, e.g. A100-80; default: what is here."
+)
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Or its memory, with --tflops."
+)
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Its dense 16-bit TFLOP/s.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="So many train each student together."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
+def estimate_costs(
+    config_path: str, overrides: tuple[str, ...], gpu: str | None, gpu_memory: float | None, tflops: float | None,
+    gpus: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Memory and time of each stage on a GPU, and what to change where it does not fit."""
+    from pipeline.estimate import chosen_device, estimate
+
+    estimate(config_path, overrides, chosen_device(gpu, gpu_memory, tflops), gpus, as_json)
+
+
 @duet.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:

@@ -149,9 +149,9 @@ def complete(words: str) -> list[str]:
 def test_commands_options_and_files_are_completed():
     assert complete("duet ca") == ["plain,cache"]
     assert complete("duet cache ver") == ["plain,verify"]
-    assert "plain,--overwrite" not in complete("duet distill --")
     assert "plain,--sweep" in complete("duet distill --")
     assert complete("duet distill --config conf") == ["file,conf"]
+    assert complete("duet estimate --gpu rtx") == ["plain,RTX-A6000", "plain,RTX-4090", "plain,RTX-3090"]
 
 
 def test_bash_completes_with_our_script(tmp_path):
