@@ -358,9 +358,11 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("%s", error, exc_info=True)
         _tell(f"error: {error}")
         return EXIT_USER
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return EXIT_USER
     except click.ClickException as error:
-        hint = f"hint: duet {' '.join(_command_path(error))} --help".replace("  ", " ")
-        _tell(f"error: {error.format_message()}\n{hint}")
+        _tell(f"error: {error.format_message()}\nhint: {_hint(error)}")
         return EXIT_USER
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
         log.error("interrupted: %s", error)
@@ -385,9 +387,13 @@ def _tell(text: str) -> None:
     click.echo("\n".join(prefix + line for line in text.splitlines()), err=True)
 
 
-def _command_path(error: click.ClickException) -> list[str]:
+def _hint(error: click.ClickException) -> str:
+    """What to do about a faulty command line."""
     context = getattr(error, "ctx", None)
-    return context.command_path.split()[1:] if context else []
+    command = context.command_path if context else "duet"
+    if isinstance(error, click.MissingParameter) and error.param and error.param.name == "config_path":
+        return f"{command} --config FILE, the experiment's YAML file; `duet init` writes one"
+    return f"{command} --help"
 
 
 def entry() -> None:

@@ -217,12 +217,13 @@ def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     from stages.battery import costs
     from stages.exam import Subject
     from stages.examinee import Examinee
+    from stages.teacher import fill_prefix
 
     plain = config.model_copy(
         update={"device": "cpu", "evaluate": config.evaluate.model_copy(update={"control_model": None})}
     )
     exam = exam_of(plain)
-    prefix = config.teacher.prefix.replace("{topic}", config.topic)
+    prefix = fill_prefix(config.teacher.prefix, config.topic)
     subject = Subject("teacher", folder, prefix, "base")  # whose prompts are the longest
     examinee = Examinee(folder, exam, [subject])
     prompts = [ids for task in examinee.tasks(subject) for ids in examinee.prompts(subject, task)]

@@ -153,7 +153,7 @@ def slug(topic: str) -> str:
 def read_queries(path: str, key: str, question: str | None, answer: str | None) -> tuple[DataSettings, list[Query]]:
     """The settings of a query set and its queries; every fault of the file is a UserError."""
     named = {"question_field": question, "answer_field": answer}
-    settings = DataSettings(path=path, **{field: name for field, name in named.items() if name is not None})
+    settings = DataSettings.model_validate({"path": path} | {k: v for k, v in named.items() if v is not None})
     try:
         return settings, load_queries(settings, f"--{key}")
     except UserError as error:

@@ -123,14 +123,13 @@ def available_memory() -> int | None:
 
 
 def _hub_check() -> Check:
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants, get_token, is_offline_mode
 
     host = (
         urllib.parse.urlsplit(constants.ENDPOINT).hostname or "the hub"
     )  # no more of the address: it may hold a secret
-    offline = constants.is_offline_mode() if hasattr(constants, "is_offline_mode") else constants.HF_HUB_OFFLINE
-    fault = None if offline else _unreachable(constants.ENDPOINT)
-    return doctor.hub_check(host, bool(offline), fault, get_token() is not None)
+    fault = None if is_offline_mode() else _unreachable(constants.ENDPOINT)
+    return doctor.hub_check(host, is_offline_mode(), fault, get_token() is not None)
 
 
 def _unreachable(url: str) -> str | None:

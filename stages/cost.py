@@ -213,4 +213,4 @@ def _cast(model: Any) -> list[torch.nn.Parameter]:
     """Float32 matrices that autocast copies: trained ones of linear layers, without the head, which is gathered."""
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return [m.weight for m in linear if m.weight.dtype == torch.float32]
+    return [p for m in linear for p in m.parameters() if p.ndim > 1 and p.dtype == torch.float32]

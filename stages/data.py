@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
+from stages.near import near_path
 from stages.settings import DataSettings
 from stages.tables import DELIMITERS, read_table, text_of
 
@@ -57,7 +58,8 @@ def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(
             f"{where}.path: no such file: {settings.path}",
-            "paths are relative to the current directory; a data set on the Hugging Face hub is hf://OWNER/NAME",
+            near_path(settings.path)
+            + "paths are relative to the current directory; a data set on the Hugging Face hub is hf://OWNER/NAME",
         )
     kind = path.suffix.lower()
     if kind == ".parquet":
@@ -219,7 +221,7 @@ def _selection(settings: DataSettings, count: int, where: str) -> list[int]:
     if settings.sample > stop - start:
         raise UserError(
             f"{where}.sample: {settings.sample} rows wanted, {stop - start} are there in {settings.path}",
-            "ask for fewer",
+            f"set {where}.sample to at most {stop - start}, or leave it out",
         )
     drawn = np.random.default_rng(settings.sample_seed).choice(stop - start, settings.sample, replace=False)
     return [start + int(i) for i in sorted(drawn)]
