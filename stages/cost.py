@@ -33,9 +33,10 @@ BLOCK8 = 256  # values that share one scale in an 8-bit state (bitsandbytes, blo
 SMALL8 = 4096  # tensors with fewer values keep 32-bit states there (bitsandbytes, min_8bit_size)
 ASSUMPTIONS = (
     f"{READ_SHARE:.0%} of the peak rate while prompts are read, {TRAIN_SHARE:.0%} in training, {BANDWIDTH_SHARE:.0%} of the "
-    f"memory's bandwidth, {FRAGMENTS:.0%} and {OVERHEAD_BYTES['cuda'] / 1e9:g} GB of memory that nobody can use: assumed, "
-    "not measured",
-    "attention keeps no scores (flash attention), responses reach their longest, nothing else uses the device",
+    f"memory's bandwidth, {FRAGMENTS:.0%} and {OVERHEAD_BYTES['cuda'] / 1e9:g} GB of a GPU's memory "
+    f"({OVERHEAD_BYTES['cpu'] / 1e9:g} GB of a CPU's) that nobody can use: assumed, not measured",
+    "attention keeps no scores (flash attention), responses reach their longest, nothing else uses the device; vLLM takes "
+    "teacher.gpu_memory_utilization of a GPU, whatever it needs",
 )
 
 
@@ -151,6 +152,11 @@ class Student:
     def num_trained(self) -> int:
         return sum(p.numel() for p in self.trained)
 
+    @property
+    def ends(self) -> list[torch.nn.Parameter]:
+        """The weights of embeddings and head; tied ones are one."""
+        return [m.weight for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())]
+
     def weight_bytes(self) -> int:
         """Trained weights in float32, frozen matrices in the forward pass's dtype, as they are loaded."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -161,7 +167,10 @@ def student_need(student: Student, lengths: np.ndarray, device: Device, devices:
 
     Time: forward 2 FLOP per parameter and token, backward 2 to pass the gradient on and 2 for each trained weight; the output
     head is gathered and costs nothing beside these. A pass reads all weights three times, and a step moves `STEP_BYTES` per
-    trained weight. `lengths` are those of the rows, in tokens.
+    trained weight. `lengths` are those of the rows, in tokens; activations are of a pass as large as one can be.
+
+    Against a measurement (a step of a 120M student on a CPU, docs/performance.md): gradients, the one in the making, copies and
+    the activations of its largest pass are 872 MB here and 978 MB there in float32, 943 and 1,002 MB in bfloat16.
     """
     settings, shape = student.settings, student.shape
     rows = -(-settings.batch_size // devices)  # of a step, on one device
@@ -196,6 +205,9 @@ def _held(student: Student, devices: int) -> dict[str, float]:
         "gradients": 4 * trained / share,
         "optimizer states": adam_bytes(student.trained, settings.optimizer) / share,
     }
+    ends = {id(p): p.numel() for p in student.ends if p.requires_grad}.values()
+    if ends:  # beside the sum, the gradient that is added to it is whole for a moment; those of layers are small
+        parts["gradient in the making"] = 4 * (sum(ends) if student.spread else max(ends))
     if student.dtype != "float32":
         cast = sum(p.numel() for p in _cast(student.model))
         parts["16-bit copies of weights"] = 2 * cast / share
