@@ -18,6 +18,7 @@ import click
 from cache.errors import UserError
 from pipeline.terminal import say
 from stages.data import Query, load_queries
+from stages.near import near_path
 from stages.settings import DataSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -90,15 +91,17 @@ def collect(given: dict[str, str | None], ask: Callable[[str, str | None], str] 
 
     def answer(key: str, question: str, check: Callable[[str], Any], default: str | None = None, why: str = "") -> Any:
         value = given.get(key)
+        if why and ask is not None and value is None:
+            click.echo(why)
         while value is None or not value.strip():
             if ask is None:
                 if default is None:
                     raise UserError(f"--{key} is missing: {question}", why or f"add --{key}, or answer in a terminal")
                 return check(default)
             try:
-                return check(ask(question + (f" ({why})" if why else ""), default))
+                return check(ask(question, default))
             except UserError as error:
-                click.echo(f"{error}", err=True)
+                click.echo(f"error: {error}", err=True)
         return check(value)
 
     def queries(key: str) -> Callable[[str], tuple[DataSettings, list[Query]]]:
@@ -200,7 +203,7 @@ def model_facts(name: str) -> ModelFacts:
         folder = resolve_model(name, "--model")
     elif not is_hub_id(name):
         raise UserError(
-            f"--model: {name} is neither a directory nor of the form OWNER/NAME", "check the path or the id"
+            f"--model: {name} is neither a directory nor of the form OWNER/NAME", f"{near_path(name)}check path or id"
         )
     else:
         try:
