@@ -23,7 +23,7 @@ from pipeline.commands import exam_of, set_aside
 from pipeline.config import Config
 from pipeline.page import cell, definition_list, legend, page
 from pipeline.run import AUDIT_DIR, LOG_NAME, StopSignal, environment
-from pipeline.terminal import interval, log_to, out, progress_bar, say, say_engine
+from pipeline.terminal import interval, log_to, progress_bar, say, say_engine, show
 
 AUDIT_NAME, PAGE_NAME, VERDICTS_NAME = "audit.json", "audit.html", "verdicts.json"
 VERDICT_COLOURS = {"passes": "#009e73", "unclear": "#e69f00", "fails": "#d55e00"}  # Okabe and Ito's, as in charts.py
@@ -115,7 +115,7 @@ def _keep_earlier(audit_dir: Path, results: Results) -> None:
 
 
 def _tell(results: Results, audit_dir: Path) -> None:
-    out.print(audit_table(results))
+    show(audit_table(results))
     best = results["candidates"][0]
     say(f"{_chosen(results)}: {best['name']} ({best['verdict']}): {best['prefix'] or '(none)'}")
     if results["search"]:

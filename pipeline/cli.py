@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from cache.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
+from pipeline.arguments import Group
 
 log = logging.getLogger("duet")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="duet-unlearn")
 def duet() -> None:
     """Make a language model forget a topic: teacher logits to a store, store to students, and proof."""
@@ -28,9 +30,19 @@ def _experiment(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. --set train.lr=1e-5."
     )(command)
-    return click.option("--config", "config_path", required=True, metavar="FILE", help="The experiment's YAML file.")(
-        command
-    )
+    return click.option(
+        "--config",
+        "config_path",
+        required=True,
+        metavar="FILE",
+        shell_complete=_files,
+        help="The experiment's YAML file.",
+    )(command)
+
+
+def _files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completed by the shell itself."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def _students(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +52,25 @@ def _students(command: Callable[..., Any]) -> Callable[..., Any]:
         help="One student per value, e.g. --sweep train.lr=1e-5,1e-4; several make a grid.",
     )(command)  # fmt: skip
     return click.option("--only", multiple=True, metavar="NAME", help="Only this student; can be repeated.")(command)
+
+
+@duet.command()
+@click.argument("file", metavar="[FILE]", required=False)
+@click.option("--topic", help="What is to be forgotten, as a person would name it.")
+@click.option("--model", metavar="PATH", help="The base model: a directory, or OWNER/NAME on the hub.")
+@click.option(
+    "--forget", metavar="DATA", shell_complete=_files, help="Questions about the topic (.jsonl, .csv, .parquet)."
+)
+@click.option("--retain", metavar="DATA", shell_complete=_files, help="Questions about anything else.")
+@click.option("--name", help="Name of the run; default: after the topic.")
+@click.option("--question-field", metavar="FIELD", help="Field with the question, where it is not called so.")
+@click.option("--answer-field", metavar="FIELD", help="Field with the answer, where it is not called so.")
+@click.option("--yes", is_flag=True, help="Ask nothing: take what is given, and defaults for the rest.")
+def init(file: str | None, yes: bool, **given: str | None) -> None:
+    """Ask for topic, model and data, check them, and write a config; FILE defaults to NAME.yaml."""
+    from pipeline import init as questions
+
+    questions.init(file, {key.replace("_", "-"): value for key, value in given.items()}, yes)
 
 
 @duet.command("teacher-logits")
@@ -152,7 +183,7 @@ def report(run: str | None, pdf: bool) -> None:
     printing.report(run, pdf)
 
 
-class _Evidence(click.Group):
+class _Evidence(Group):
     """`duet evidence OUT.zip` is `duet evidence pack OUT.zip`: what is no command is the file to write."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -341,6 +372,59 @@ def gc(root: str, unused_days: float | None, yes: bool) -> None:
     stores.collect_garbage(root, unused_days, yes)
 
 
+@duet.command()
+@click.option(
+    "--config", "config_path", metavar="FILE", shell_complete=_files, help="Check what this experiment needs, too."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of that experiment.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
+def doctor(config_path: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Check that everything is here that Duet needs; exits with 2 where something needed is not."""
+    from pipeline import doctor as checks
+
+    return checks.doctor(config_path, overrides, as_json)
+
+
+def _gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from stages.gpus import gpu_names
+
+    return [CompletionItem(name) for name in gpu_names() if name.lower().startswith(incomplete.lower())]
+
+
+@duet.command("estimate")
+@_experiment
+@click.option(
+    "--gpu", metavar="NAME", shell_complete=_gpu_names, help="A GPU by name, e.g. A100-80; default: what is here."
+)
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Or its memory, with --tflops."
+)
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Its dense 16-bit TFLOP/s.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="So many train each student together."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
+def estimate_costs(
+    config_path: str, overrides: tuple[str, ...], gpu: str | None, gpu_memory: float | None, tflops: float | None,
+    gpus: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Memory and time of each stage on a GPU, and what to change where it does not fit."""
+    from pipeline.estimate import chosen_device, estimate
+
+    estimate(config_path, overrides, chosen_device(gpu, gpu_memory, tflops), gpus, as_json)
+
+
+@duet.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that has your shell complete commands and options: eval "$(duet completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has all three
+    click.echo(kind(duet, {}, "duet", "_DUET_COMPLETE").source())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; errors of the user are two lines on stderr.
 
@@ -354,9 +438,11 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("%s", error, exc_info=True)
         _tell(f"error: {error}")
         return EXIT_USER
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return EXIT_USER
     except click.ClickException as error:
-        hint = f"hint: duet {' '.join(_command_path(error))} --help".replace("  ", " ")
-        _tell(f"error: {error.format_message()}\n{hint}")
+        _tell(f"error: {error.format_message()}\nhint: {_hint(error)}")
         return EXIT_USER
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
         log.error("interrupted: %s", error)
@@ -381,9 +467,13 @@ def _tell(text: str) -> None:
     click.echo("\n".join(prefix + line for line in text.splitlines()), err=True)
 
 
-def _command_path(error: click.ClickException) -> list[str]:
+def _hint(error: click.ClickException) -> str:
+    """What to do about a faulty command line."""
     context = getattr(error, "ctx", None)
-    return context.command_path.split()[1:] if context else []
+    command = context.command_path if context else "duet"
+    if isinstance(error, click.MissingParameter) and error.param and error.param.name == "config_path":
+        return f"{command} --config FILE, the experiment's YAML file; `duet init` writes one"
+    return f"{command} --help"
 
 
 def entry() -> None:

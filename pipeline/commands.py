@@ -27,12 +27,14 @@ from pipeline.sweep import Request
 from pipeline.terminal import (
     attacks_table,
     costs_table,
-    out,
+    log,
     outcome_lines,
     progress_bar,
     results_table,
     say,
     say_engine,
+    say_for_children,
+    show,
 )
 from stages.settings import TRAINING_NAME, StudentSettings, TeacherSettings
 
@@ -64,7 +66,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     exam = exam_of(config)
     costs = battery.costs(subjects, exam)
     if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
-        out.print(costs_table(costs, len(subjects)))
+        show(costs_table(costs, len(subjects)), result=dry_run)
     if run_dir is None:
         return
     with progress_bar("answers") as bar:
@@ -96,9 +98,9 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if config.evaluate.tofu:
         _write_tofu_logs(run_dir / "open-unlearning", exam, given, answers, results)
     write_report(results, run_dir / REPORT_NAME)
-    out.print(results_table(results))
+    show(results_table(results))
     if len(costs) > 2:
-        out.print(attacks_table(results))
+        show(attacks_table(results))
     for line in outcome_lines(results):
         say(line)
     say(f"results: {run_dir / RESULTS_NAME}")
@@ -277,12 +279,14 @@ def run_all(request: Request) -> int:
             raise Interrupted(f"before {stage}")
         if code := run_stage(stage, request, stop):
             return code
+    say_for_children(f"report: {request.load().run_dir / REPORT_NAME}")
     return 0
 
 
 def run_stage(stage: str, request: Request, stop: StopSignal) -> int:
     """One stage in a process of its own, which gets our signals; its exit code, or an interruption's if it was killed."""
     arguments = request.arguments(students=stage != "teacher-logits")
+    log.debug("starting %s %s", stage, arguments)
     child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
     stop.forward_to(child)
     code = child.wait()

@@ -25,7 +25,7 @@ from pipeline.jobs import THIS_PROGRAM, places, run_jobs, visible_gpus
 from pipeline.provenance import without_places
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
-from pipeline.terminal import out, progress_bar, say, say_engine
+from pipeline.terminal import progress_bar, say, say_engine, show
 from stages.baseline_settings import OracleSettings
 from stages.settings import StudentSettings
 
@@ -65,7 +65,7 @@ def compare(request: Request, num_jobs: int | None = None, part: str | None = No
     publish_json(run_dir / COMPARE_NAME, results)
     with publishing(run_dir / PAGE_NAME) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
-    out.print(compare_table(results))
+    show(compare_table(results))
     for sentence in sentences(results):
         say(sentence)
     say(f"this call took {time.perf_counter() - started:.0f} s; of each method the best model is kept, no other")

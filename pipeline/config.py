@@ -20,6 +20,7 @@ from cache.errors import UserError
 from cache.places import Place, check_url, is_url, place_of
 from cache.record import SUBSETS
 from pipeline.slurm_settings import SlurmSettings
+from pipeline.yaml_file import read_mapping
 from stages.baseline_settings import CompareSettings
 from stages.exam_settings import AuditSettings, EvaluateSettings
 from stages.settings import (
@@ -116,10 +117,7 @@ def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     """Read a config file, apply `key=value` overrides, validate; raises UserError for anything a user can mend."""
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no such config file: {path}", "the configs that come with Duet are in configs/")
-    raw = merged(site_defaults(os.environ), _read_yaml(file, path))
+    raw = merged(site_defaults(os.environ), read_mapping(path))
     for override in overrides:
         _apply(raw, override)
     config = validated(Config, raw, path)
@@ -130,18 +128,6 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     if is_url(config.store.dir or ""):
         check_url(config.store.dir or "")  # before the settings are written anywhere
     return config
-
-
-def _read_yaml(file: Path, path: str) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{path} is not valid YAML: {' '.join(str(error).split())}", "mind indentation and quotes"
-        ) from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping of settings, found {type(raw).__name__}", "see configs/lab.yaml")
-    return raw
 
 
 def site_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -155,7 +141,7 @@ def site_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
         return {}
     if not file.is_file():
         raise UserError(f"{SITE_VARIABLE} names no file: {named}", "correct it, or unset it")
-    raw = _read_yaml(file, str(file))
+    raw = read_mapping(str(file))
     for group, value in raw.items():
         keys = SITE_KEYS.get(group, ())
         refused = [f"{group}.{key}" for key in value if key not in keys] if keys and isinstance(value, dict) else []
@@ -221,7 +207,7 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tupl
     key = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(model, loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
+        near = _elsewhere(model, loc) or difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{where}: unknown key {key}", f"{hint}valid here: {', '.join(valid)}"
     if first["type"] == "missing":
@@ -253,6 +239,12 @@ def _settings_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_settings_in, getattr(annotation, "__args__", ()))), None)
+
+
+def _elsewhere(model: type[BaseModel], loc: list[Any]) -> list[str]:
+    """Where a key that stands outside every group would be right."""
+    groups = {name: _node(model, [name]) for name in model.model_fields} if len(loc) == 1 else {}
+    return [f"{name}.{loc[0]}" for name, group in groups.items() if group and loc[0] in group.model_fields]
 
 
 def _valid_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:

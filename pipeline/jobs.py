@@ -17,6 +17,7 @@ import click
 
 from cache.errors import EXIT_INTERRUPTED
 from pipeline.run import StopSignal
+from pipeline.terminal import log
 
 THIS_PROGRAM = (sys.executable, "-m", "pipeline.cli")
 POLL_S = 0.2
@@ -61,6 +62,7 @@ class Job:
 
     def __init__(self, name: str, command: Sequence[str], place: int, environment: Mapping[str, str]) -> None:
         self.name, self.place = name, place
+        log.debug("starting %s with %s: %s", name, environment, command)
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
         )

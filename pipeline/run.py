@@ -17,7 +17,7 @@ import yaml
 from cache.errors import UserError
 from cache.files import publish_json, publishing
 from pipeline.config import Config
-from pipeline.terminal import log_to
+from pipeline.terminal import log, log_to
 from stages.settings import FREE_TEACHER, FREE_TRAIN
 
 CONFIG_NAME = "config.yaml"
@@ -71,6 +71,7 @@ def claim_run_dir(config: Config) -> Path:
         temporary.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
     publish_json(run_dir / ENVIRONMENT_NAME, environment())
     log_to(run_dir / LOG_NAME)
+    log.debug("run directory %s, %s", run_dir, environment())
     return run_dir
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from pipeline.config import Config, load_config
 from pipeline.progress import files_answered, stores_progress, student_progress
 from pipeline.run import CONFIG_NAME, LOG_NAME
 from pipeline.submit import STAGE_ONE, submitted
-from pipeline.terminal import out
+from pipeline.terminal import out, say_json, show
 
 WATCH_S = 10.0
 
@@ -31,14 +30,14 @@ def status(run_dir: Path, watch: bool, as_json: bool) -> None:
     """Print how far a run is, once or again and again."""
     config = _config_of(run_dir)
     if as_json:
-        out.print_json(json.dumps(status_of(config, run_dir)))
+        say_json(status_of(config, run_dir))
     elif watch and out.is_terminal:
         with Live(console=out, auto_refresh=False) as live:
             while True:
                 live.update(tables(status_of(config, run_dir)), refresh=True)
                 time.sleep(WATCH_S)
     else:
-        out.print(tables(status_of(config, run_dir)))
+        show(tables(status_of(config, run_dir)), result=True)
 
 
 def _config_of(run_dir: Path) -> Config:

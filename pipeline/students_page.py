@@ -17,7 +17,7 @@ from pipeline.commands import model_name
 from pipeline.config import Config
 from pipeline.page import page
 from pipeline.run import CONFIG_NAME
-from pipeline.terminal import loss_in_words, out, say
+from pipeline.terminal import loss_in_words, say, show
 from stages.settings import TRAINING_NAME
 
 STUDENTS_NAME = "students"  # .html and .json
@@ -35,7 +35,7 @@ def write_students_page(config: Config) -> None:
     if not students:
         return
     asked = {student.name for student in config.students}
-    out.print(students_table([student for student in students if student["name"] in asked]))
+    show(students_table([student for student in students if student["name"] in asked]))
     path = config.run_dir / f"{STUDENTS_NAME}.html"
     publish_json(path.with_suffix(".json"), {"format_version": 1, "run": config.name, "students": students})
     with publishing(path) as temporary:

@@ -1,7 +1,11 @@
-"""Query sets: from a file or a Hugging Face data set to checked rows. Nothing is dropped or mended on the way."""
+"""Query sets: from a file or a Hugging Face data set to checked rows. Nothing is dropped or mended on the way.
+
+What a table of text (CSV) must look like, and how it is read, is in `tables.py`.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
+from stages.near import near_path
 from stages.settings import DataSettings
+from stages.tables import DELIMITERS, read_table, text_of
 
 HUB_SCHEME = "hf://"
+KINDS = (".jsonl", ".ndjson", ".parquet", *DELIMITERS)  # of files, by the ends of their names
 
 
 @dataclass(frozen=True)
@@ -44,28 +51,37 @@ def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
     if settings.path.startswith(HUB_SCHEME):
         return _read_hub(settings, where)
     path = Path(settings.path)
+    if path.is_dir():
+        files = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in KINDS)
+        there = f"name one of its files: {', '.join(files[:5])}" if files else f"name a file ({', '.join(KINDS)})"
+        raise UserError(f"{where}.path: {settings.path} is a directory, expected a file", there)
     if not path.is_file():
         raise UserError(
             f"{where}.path: no such file: {settings.path}",
-            "paths are relative to the current directory; a data set on the Hugging Face hub is hf://OWNER/NAME",
+            near_path(settings.path)
+            + "paths are relative to the current directory; a data set on the Hugging Face hub is hf://OWNER/NAME",
         )
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         return _read_parquet(path, where)
-    if path.suffix in (".jsonl", ".ndjson"):
+    if kind in (".jsonl", ".ndjson"):
         return _read_jsonl(path, where)
-    raise UserError(f"{where}.path: unknown kind of file: {settings.path}", "use .jsonl, .parquet or hf://OWNER/NAME")
+    if kind in DELIMITERS:
+        return read_table(path, settings, where)
+    raise UserError(
+        f"{where}.path: unknown kind of file: {settings.path}", f"use {', '.join(KINDS)} or hf://OWNER/NAME"
+    )
 
 
 def _read_jsonl(path: Path, where: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{where}: {path}, line {number} is not JSON: {error}", "each line must be one JSON object"
-                    ) from None
+    for number, line in enumerate(io.StringIO(text_of(path, where), newline=None), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}: {path}, line {number} is not JSON: {error}", "each line must be one JSON object"
+                ) from None
 
 
 def _read_parquet(path: Path, where: str) -> Iterator[Any]:
@@ -205,7 +221,7 @@ def _selection(settings: DataSettings, count: int, where: str) -> list[int]:
     if settings.sample > stop - start:
         raise UserError(
             f"{where}.sample: {settings.sample} rows wanted, {stop - start} are there in {settings.path}",
-            "ask for fewer",
+            f"set {where}.sample to at most {stop - start}, or leave it out",
         )
     drawn = np.random.default_rng(settings.sample_seed).choice(stop - start, settings.sample, replace=False)
     return [start + int(i) for i in sorted(drawn)]

@@ -38,7 +38,7 @@ def estimate(prepared: Prepared, plan: Plan) -> Estimate:
     rows = prepared.rows
     positions = sum(len(row.given_ids) if row.given_ids else plan.max_positions for row in rows)
     parameters = num_parameters(prepared.spec.model_dir)
-    computed = _not_shared([row.teacher_ids for row in rows])
+    computed = not_shared([row.teacher_ids for row in rows])
     columns = position_columns(plan.layout, _value_dtype(plan.values, prepared.spec.dtype), prepared.ask.logsumexp)
     per_position = sum(dtype.itemsize * math.prod(shape) for dtype, shape in columns.values())
     tokens_bare = sum(len(row.student_ids) for row in rows)
@@ -63,7 +63,7 @@ def _value_dtype(values: str, dtype: str) -> str:
     return values
 
 
-def _not_shared(prompts: Sequence[Sequence[int]]) -> int:
+def not_shared(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens left when whatever a prompt begins with in common with another is counted once."""
     left, before = 0, []
     for prompt in sorted(prompts, key=list):

@@ -7,11 +7,13 @@ import hashlib
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cache.errors import UserError
 from cache.files import sha256_file, sha256_json
+from stages.near import near_path
 
 # Keys of config.json that say where a model came from, not what it computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
@@ -23,8 +25,7 @@ def resolve_model(name: str, where: str) -> Path:
     path = Path(name)
     if not path.is_dir():
         path = _fetch(name, where)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{where}: {name} has no config.json", "name a model directory as save_pretrained writes it")
+    _check_config_there(path, name, where)
     if not list(path.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
         raise UserError(
@@ -34,20 +35,56 @@ def resolve_model(name: str, where: str) -> Path:
     return path
 
 
-def _fetch(name: str, where: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(
-            f"{where}: no such directory: {name}", "paths are relative to the current directory; a hub id is OWNER/NAME"
-        )
-    from huggingface_hub import snapshot_download
+def is_hub_id(name: str) -> bool:
+    """Has it the form of a hub id, OWNER/NAME?"""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
-    except (OSError, ValueError) as error:  # hub and HTTP errors are OSErrors
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _fetch(name: str, where: str, files: Sequence[str] = _DOWNLOADED) -> Path:
+    if not is_hub_id(name):
+        is_file = Path(name).is_file()
         raise UserError(
-            f"{where}: {name} is neither a directory nor a model that can be fetched: {str(error).splitlines()[0]}",
-            "check the name, the network and your hub token, or name a local directory",
+            f"{where}: {name} is a file, expected a directory" if is_file else f"{where}: no such directory: {name}",
+            near_path(name) + "paths are relative to the current directory; a hub id is OWNER/NAME",
+        )
+    from huggingface_hub import is_offline_mode, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:  # hub and HTTP errors are OSErrors
+        offline = is_offline_mode()
+        why = "HF_HUB_OFFLINE is set, and it is not in the hub's cache" if offline else str(error).splitlines()[0]
+        way = "unset HF_HUB_OFFLINE" if offline else "check the network and your hub token; `duet doctor` looks at both"
+        raise UserError(
+            f"{where}: {name} is neither a directory nor a model that can be fetched: {why}",
+            f"{near_path(name)}check the name; {way}; or name a local directory",
         ) from None
+
+
+def small_files(name: str, where: str) -> Path:
+    """The directory of a model, of which only config and tokenizer are needed: of one on the hub no weights are fetched."""
+    path = Path(name)
+    if not path.is_dir():
+        path = _fetch(name, where, [pattern for pattern in _DOWNLOADED if not pattern.endswith(".safetensors")])
+    _check_config_there(path, name, where)
+    return path
+
+
+def _check_config_there(path: Path, name: str, where: str) -> None:
+    if (path / "config.json").is_file():
+        return
+    inside = ", ".join(str(Path(name) / found.parent.name) for found in sorted(path.glob("*/config.json")))
+    raise UserError(
+        f"{where}: {name} has no config.json",
+        f"name one of the models in it: {inside}" if inside else "name a model directory as save_pretrained writes it",
+    )
 
 
 def weights_sha256(model_dir: Path) -> str:

@@ -91,5 +91,10 @@ def _sentences(template: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+", template.strip())
 
 
+def bundled_prefixes() -> dict[str, str]:
+    """The templates that come with Duet, by name."""
+    return _bundled()["templates"]
+
+
 def _bundled() -> dict[str, Any]:
     return yaml.safe_load(PREFIXES_PATH.read_text(encoding="utf-8"))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from cache.errors import UserError
 from stages.data import Query
 from stages.settings import PromptSettings
@@ -110,7 +112,12 @@ def _chat_ids(
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
     if prefix and settings.prefix_placement == "system":
         messages.insert(0, {"role": "system", "content": prefix})
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:  # templates refuse what they do not know, a system message above all
+        raise UserError(
+            f"the tokenizer's chat template refuses the messages: {error}", "set prompt.prefix_placement: text"
+        ) from None
     if prefix and prefix.strip() not in rendered:
         raise UserError(
             "the tokenizer's chat template drops the system message, so the teacher would never see the prefix",

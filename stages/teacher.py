@@ -6,8 +6,10 @@ engine fill the store. Nothing of either is imported by the student's side: the 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -172,7 +174,12 @@ def _responses(teacher: TeacherSettings) -> str | dict[str, float]:
 
 
 def fill_prefix(prefix: str, topic: str) -> str:
-    """The prefix with the topic in place."""
+    """The prefix with the topic in place. One that names it in its own words is fine, a mistyped {topic} is not."""
+    for name in re.findall(r"\{\s*(\w+)\s*\}", prefix.replace("{topic}", "")):
+        if difflib.get_close_matches(name.lower(), ["topic"]):
+            raise UserError(
+                f"the prefix {prefix!r} has {{{name}}}, which nothing is put in the place of", "write it {topic}"
+            )
     return prefix.replace("{topic}", topic)
 
 

@@ -39,7 +39,11 @@ def load_trainable(
 
     `uniform`: all weights in float32, frozen ones too, as FSDP2 wants those of a layer.
     """
-    model = load_model(model_dir, "auto", trust_remote_code)
+    return made_trainable(load_model(model_dir, "auto", trust_remote_code), name, settings, forward_dtype, uniform)
+
+
+def made_trainable(model: Any, name: str, settings: TrainSettings, forward_dtype: torch.dtype, uniform: bool) -> Any:
+    """A loaded model, or one on the meta device, made what `load_trainable` gives."""
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(

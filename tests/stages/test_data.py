@@ -98,10 +98,89 @@ def test_bad_files_are_refused_with_place_and_hint(tmp_path, message):
 
 
 def test_unknown_kinds_and_unreachable_data_sets_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("question\nQ?\n")
+    (tmp_path / "a.xlsx").write_text("question\nQ?\n")
     (tmp_path / "a.parquet").write_text("no parquet")
-    for path, message in ((tmp_path / "a.csv", "unknown kind"), (tmp_path / "a.parquet", "not a Parquet file")):
+    for path, message in ((tmp_path / "a.xlsx", "unknown kind"), (tmp_path / "a.parquet", "not a Parquet file")):
         with pytest.raises(UserError, match=message):
             load(path)
     with pytest.raises(UserError, match="cannot load"):
         load(f"hf://{tmp_path / 'nowhere'}")
+
+
+def table(path, text: str, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_table_gives_what_json_lines_give(tmp_path, encoding, ending):
+    rows = [
+        {"id": "a", "question": 'Who said "no, never"?', "answer": "Ann, of course.", "note": ""},
+        {"id": "b", "question": "Two\nlines?", "answer": "Zoë.", "note": "x"},
+    ]
+    lines = [
+        "id,question,answer,note",
+        'a,"Who said ""no, never""?","Ann, of course.",',
+        "",
+        'b,"Two\nlines?",Zoë.,x',
+        "",
+    ]
+    expected = load(write_jsonl(tmp_path / "a.jsonl", rows), id_field="id")
+    assert load(table(tmp_path / "a.csv", ending.join(lines), encoding), id_field="id") == expected
+    assert load(table(tmp_path / "A.CSV", ending.join(lines), encoding), id_field="id") == expected
+    tabs = ending.join(
+        ["id\tquestion\tanswer", 'a\t"Who said ""no, never""?"\tAnn, of course.', 'b\t"Two\nlines?"\tZoë.']
+    )
+    assert load(table(tmp_path / "a.tsv", tabs, encoding), id_field="id") == expected
+
+
+BAD_TABLES = {
+    "line 1: the header has no column 'question'; it has 'q', 'answer'": "q,answer\nWho?,Ann.\n",
+    "line 1: the column 'question' occurs twice": "question,question\nWho?,Ann.\n",
+    "line 3 has 3 cells, the header has 2": "question,answer\nWho?,Ann.\nWho, then?,Bob.\n",
+    "line 4: the cell of column 'answer' is empty": 'question,answer\n"Who\nis it?",Ann.\nWhere?, \n',
+    "separated by semicolons": "question;answer\nWho?;Ann.\n",
+    "separated by tabs": "question\tanswer\nWho?\tAnn.\n",
+    "line 3 begins a row that is no CSV": 'question,answer\nWho?,Ann.\n"Where?,Here.\n',
+    "has no rows": "question,answer\n",
+}
+
+
+@pytest.mark.parametrize("message", BAD_TABLES)
+def test_a_table_that_is_not_as_it_should_be_is_refused_with_its_line(tmp_path, message):
+    with pytest.raises(UserError) as caught:
+        load(table(tmp_path / "a.csv", BAD_TABLES[message]))
+    assert message in caught.value.what
+    assert str(tmp_path / "a.csv") in caught.value.what
+    assert caught.value.hint
+
+
+def test_a_table_holds_no_lists(tmp_path):
+    path = table(tmp_path / "a.csv", "question,answer,choices\nWho?,0,\"['a']\"\n")
+    for setting in ("choices_field", "perturbed_field"):
+        with pytest.raises(UserError, match="must hold lists"):
+            load(path, **{setting: "choices"})
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+@pytest.mark.parametrize(("encoding", "what"), [("latin-1", "byte 0xeb"), ("utf-16", "UTF-16")])
+def test_another_encoding_is_refused_with_the_line(tmp_path, name, encoding, what):
+    lines = {"a.csv": "question,answer\nWho?,Zoë.\n", "a.jsonl": '{"question": "?"}\n{"question": "Zoë?"}\n'}[name]
+    with pytest.raises(UserError, match=r"line \d is not UTF-8") as caught:
+        load(table(tmp_path / name, lines, encoding))
+    assert f"line {2 if encoding == 'latin-1' else 1} is" in caught.value.what
+    assert what in caught.value.what
+
+
+def test_a_directory_is_refused_with_the_files_in_it(tmp_path):
+    write_jsonl(tmp_path / "mine.jsonl", ROWS)
+    with pytest.raises(UserError, match="is a directory") as caught:
+        load(tmp_path)
+    assert "mine.jsonl" in caught.value.hint
+
+
+def test_only_line_ends_end_a_row_of_json_lines(tmp_path):
+    question = "One\u2028two\x85three?"
+    (tmp_path / "a.jsonl").write_text(f'{{"question": "{question}"}}\r\n{{"question": "?"}}', encoding="utf-8")
+    assert [query.question for query in load(tmp_path / "a.jsonl")] == [question, "?"]

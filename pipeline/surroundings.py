@@ -1,0 +1,200 @@
+"""What `duet doctor` looks at: this machine, this environment, and what a config names. The verdicts are `doctor.py`'s."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cache.errors import UserError
+from pipeline import doctor
+from pipeline.config import Config, load_config
+from pipeline.doctor import FAILED, OK, Check
+from pipeline.printing import BROWSERS
+
+PACKAGE = "duet-unlearn"
+HUB_TIMEOUT_S, SINFO_TIMEOUT_S = 4, 10
+
+
+def examine(config_path: str | None, overrides: tuple[str, ...]) -> list[Check]:
+    """All checks, of a config too where one is named; one that cannot be read is a failed check."""
+    if config_path is None:
+        return [*_checks(None)]
+    try:
+        config = load_config(config_path, overrides)
+    except UserError as error:
+        return [*_checks(None), Check("config", FAILED, error.what, error.hint)]
+    return [*_checks(config), Check("config", OK, f"{config_path}: run {config.run_dir}"), *config_checks(config)]
+
+
+def _checks(config: Config | None) -> Iterator[Check]:
+    try:
+        metadata = importlib.metadata.metadata(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("packages", FAILED, f"{PACKAGE} is not installed here", "run `make setup`, or pip install -e .")
+        return
+    requirements = importlib.metadata.requires(PACKAGE) or []
+    yield doctor.python_check(platform.python_version(), metadata["Requires-Python"])
+    yield doctor.packages_check(requirements, version_of)
+    yield from _torch_checks(needed=config is not None and config.device == "cuda")
+    yield _vllm_check(config)
+    yield from _disk_checks(config)
+    yield doctor.memory_check(available_memory())
+    yield doctor.cores_check(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    yield _hub_check()
+    commands = {name: shutil.which(name) is not None for name in ("sbatch", "squeue", "sinfo")}
+    yield doctor.slurm_check(commands, _sinfo() if all(commands.values()) else None)
+    yield doctor.browser_check(next(filter(None, map(shutil.which, BROWSERS)), None))
+    needed = doctor.needed_extras(config) if config else {}
+    yield from doctor.extra_checks(metadata.get_all("Provides-Extra") or [], requirements, version_of, needed)
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_checks(needed: bool) -> Iterator[Check]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a library that it needs may be missing or broken
+        yield doctor.torch_check(None, str(error).splitlines()[0] if version_of("torch") else "")
+        return
+    yield doctor.torch_check(torch.__version__)
+    found = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        found.append(doctor.Gpu(properties.name, properties.total_memory, properties.major >= 8))
+    yield doctor.gpu_check(found, shutil.which("nvidia-smi") is not None, needed)
+
+
+def _vllm_check(config: Config | None) -> Check:
+    from stages.engine import vllm_fault
+    from stages.teacher import engine_version
+
+    return doctor.vllm_check(vllm_fault(), engine_version("vllm"), doctor.engine_needed(config) if config else "")
+
+
+def _disk_checks(config: Config | None) -> Iterator[Check]:
+    """Of the run's folder and, where it is another one, of the stores'."""
+    from cache.places import is_url
+
+    needed = doctor.MIN_DISK_BYTES if config is None else max(doctor.MIN_DISK_BYTES, _bytes_of_students(config))
+    runs = Path(config.runs_dir) if config else Path()
+    yield doctor.disk_check("runs_dir", str(runs), shutil.disk_usage(_existing(runs)).free, needed)
+    if config and config.store.dir and not is_url(config.store.dir):
+        store = Path(config.store.dir)
+        yield doctor.disk_check("store.dir", str(store), shutil.disk_usage(_existing(store)).free)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _bytes_of_students(config: Config) -> int:
+    """At most: of each student the weights in float32, and of one a checkpoint (weights and AdamW's two states)."""
+    from stages.models import num_parameters
+
+    sizes = []
+    for student in config.students:
+        folder = Path(student.model or config.teacher.model)
+        sizes.append(num_parameters(folder) if folder.is_dir() else 0)
+    return sum(4 * size for size in sizes) + 12 * max(sizes)
+
+
+def available_memory() -> int | None:
+    """Bytes that programs could still take, as Linux counts them."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _hub_check() -> Check:
+    from huggingface_hub import constants, get_token, is_offline_mode
+
+    host = (
+        urllib.parse.urlsplit(constants.ENDPOINT).hostname or "the hub"
+    )  # no more of the address: it may hold a secret
+    fault = None if is_offline_mode() else _unreachable(constants.ENDPOINT)
+    return doctor.hub_check(host, is_offline_mode(), fault, get_token() is not None)
+
+
+def _unreachable(url: str) -> str | None:
+    """Why an address does not answer, or None. An answer of any kind will do."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT_S):
+            return None
+    except urllib.error.HTTPError as error:
+        return None if error.code < 500 else f"it answers {error.code}"
+    except urllib.error.URLError as error:
+        return str(error.reason)
+    except OSError as error:
+        return str(error)
+
+
+def _sinfo() -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False, timeout=SINFO_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return 1, f"no answer within {SINFO_TIMEOUT_S} s"
+    return done.returncode, " ".join((done.stderr if done.returncode else done.stdout).split())
+
+
+def config_checks(config: Config) -> Iterator[Check]:
+    """Models found, questions readable, and which engine stage one will take."""
+    from stages.data import load_queries
+    from stages.teacher import engine_order
+
+    for key, model in doctor.models_of(config).items():
+        yield model_check(key, model)
+    for key, settings in doctor.query_sets(config).items():
+        try:
+            yield Check(key, OK, f"{settings.path}: {len(load_queries(settings, key, need_answers=True))} questions")
+        except UserError as error:
+            yield Check(key, FAILED, error.what, error.hint)
+    for name, settings in config.teacher_settings().items():
+        order = engine_order(settings.engine)
+        otherwise = f"; if it does not start, {order[1]}" if len(order) > 1 else ""
+        yield Check(f"engine of {name}", OK, f"{order[0]}, teacher.engine is {settings.engine}{otherwise}")
+
+
+def model_check(key: str, model: str) -> Check:
+    """A directory must be whole; of the hub, a model must be there or in the cache: nothing large is fetched."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    from stages.models import is_hub_id, resolve_model
+
+    if Path(model).is_dir() or not is_hub_id(model):
+        try:
+            resolve_model(model, key)
+        except UserError as error:
+            return Check(key, FAILED, error.what, error.hint)
+        return Check(key, OK, f"{model}, a directory")
+    try:
+        snapshot_download(model, local_files_only=True)
+        return Check(key, OK, f"{model}, in the hub's cache on this machine")
+    except (OSError, ValueError):
+        pass  # not in the cache
+    try:
+        info: Any = HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        return Check(
+            key, FAILED, f"{model} is not here, and the hub: {why}", "check the name, the network and your token"
+        )
+    return Check(key, OK, f"{info.id}, on the hub; it is fetched when a stage needs it")
