@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher docs-metrics clean-venv
+.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher docs docs-metrics docs-reference clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,8 +49,14 @@ compare: $(STAMP) ## DUET against other unlearning methods; minutes on the lab, 
 run: $(STAMP) ## all three stages
 	@$(BIN)/duet run --config $(CONFIG) $(ARGS)
 
+docs: $(STAMP) ## the documentation as a site in site/; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 docs-metrics: $(STAMP) ## write docs/metrics.md from the code's docstrings
 	@$(BIN)/python -m pipeline.metrics_page
+
+docs-reference: $(STAMP) ## write docs/reference from the code's commands and settings
+	@$(BIN)/python -m pipeline.reference_pages
 
 clean-venv: ## remove .venv
 	@rm -rf $(VENV)

@@ -1,7 +1,8 @@
-"""`make docs-reference`: writes docs/reference/ from the code, so that the pages cannot part from it. Run after changing either.
+"""`make docs-reference`: writes docs/reference/ from the code, so that the two cannot part. Run after changing a command or a
+setting.
 
-`cli.md` is click's tree of commands, `config.md` the JSON schema of the settings: descriptions, defaults and bounds stand there
-as they stand in the code. What is hidden there is left out here.
+`cli.md` is click's tree of commands, `config.md` the JSON schema of the settings: descriptions, defaults and bounds stand
+there as in the code. What is hidden in the code is left out.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ CONFIG_INTRO = """# Settings
 
 This page is written from the code by `make docs-reference`: change that, not this file.
 
-One YAML file is one experiment; [configs/lab.yaml](../../configs/lab.yaml) is a short one. An unknown key is an error that names
-the nearest known one, and so is a setting that would do nothing beside the others. `--set KEY=VALUE` overrides a key by its dots.
-In the headings NAME stands for a name of your choice and N for an entry's number in a list, from 0. A *name* is made of letters,
-digits, dots, underscores and hyphens and begins with a letter or digit.
+One YAML file is one experiment; [configs/lab.yaml](../../configs/lab.yaml) is a short one. An unknown key is an error that
+names the nearest known one; so is a setting that would do nothing beside the others. `--set KEY=VALUE` overrides a key by its
+dots. In the headings NAME stands for a name of your choice and N for an entry's number in a list, from 0. A *name* is made of
+letters, digits, dots, underscores and hyphens and begins with a letter or digit.
 
 """
 
@@ -153,8 +154,7 @@ def _type(node: dict[str, Any], places: dict[str, str]) -> str:
     if kind == "array":
         return f"list{_at_least_one(node)} of {_type(node.get('items', {}), places)}"
     if kind == "object":
-        keys = _type(node["propertyNames"], places) if "propertyNames" in node else "names"
-        return f"{keys} to {_type(_values(node), places)}"
+        return f"names to {_type(_values(node), places)}"
     if node.get("pattern") == NAME_PATTERN:
         return "name"
     bounds = [f"{sign} {node[bound]:g}" for bound, sign in BOUNDS.items() if bound in node]

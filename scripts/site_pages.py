@@ -1,8 +1,8 @@
 """MkDocs hook: pages that lie outside docs/ join the site, and links to files that do not become their names.
 
-Documents are written for the repository: README.md links to docs/attacks.md, and docs/attacks.md to ../stages/attacks.yaml. On the
-site the first is a page beside the second, and the third is no page: it becomes `stages/attacks.yaml`, or, where pyproject.toml
-names a Repository under [project.urls], a link into that. A link to nothing is left as it is, for MkDocs to complain about.
+Documents are written for the repository: README.md links to docs/attacks.md, and that to ../stages/attacks.yaml. On the site
+the first is a page beside the second. The third is no page: it becomes `stages/attacks.yaml`, or, where pyproject.toml names a
+Repository under [project.urls], a link into that. A link to nothing is left as it is, for MkDocs to complain about.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "lab/README.md": "lab.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "lab/README.md": "lab.md",
+}
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
@@ -44,7 +49,9 @@ def rewritten(markdown: str, page: str, repository: str | None) -> str:
     """A page's text with its links, which are right in the repository, made right on the site. Code blocks stay as they are."""
     source = next((path for path, made in PAGES.items() if made == page), f"docs/{page}")
     parts = FENCE.split(markdown)
-    return "".join(part if number % 2 else LINK.sub(_linker(source, page, repository), part) for number, part in enumerate(parts))
+    return "".join(
+        part if number % 2 else LINK.sub(_linker(source, page, repository), part) for number, part in enumerate(parts)
+    )
 
 
 def _linker(source: str, page: str, repository: str | None) -> Callable[[re.Match[str]], str]:
@@ -55,12 +62,10 @@ def _linker(source: str, page: str, repository: str | None) -> Callable[[re.Matc
         if "://" in target or not target:
             return found[0]
         path = os.path.normpath(PurePosixPath(source).parent / target)
-        on_site = PAGES.get(path.rstrip("/") if path.endswith(".md") else f"{path}/README.md")
-        if path.startswith("docs/"):
-            on_site = path.removeprefix("docs/")
+        on_site = path.removeprefix("docs/") if path.startswith("docs/") else PAGES.get(path)
         if on_site:
             return f"[{text}]({os.path.relpath(on_site, PurePosixPath(page).parent)}{mark}{anchor})"
-        if not (ROOT / path).exists():
+        if path.startswith("..") or not (ROOT / path).exists():
             return found[0]
         if repository:
             return f"[{text}]({repository}/blob/HEAD/{path}{mark}{anchor})"
