@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher docs docs-metrics docs-reference clean-venv
+.PHONY: help setup demo test test-images lint lab-models audit-prefix teacher-logits distill evaluate compare run bench-store bench-student bench-teacher docs docs-metrics docs-reference clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -22,6 +22,9 @@ demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in ru
 
 test: $(STAMP) ## all tests
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-images: $(STAMP) ## build the images with Docker, Podman or Apptainer and run them; gigabytes
+	@DUET_TEST_IMAGES=1 $(BIN)/python -m pytest tests/test_docs_containers.py -rs $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check .
