@@ -92,7 +92,8 @@ def builder() -> list[str] | None:
 
 
 ASKED_FOR = pytest.mark.skipif(
-    not os.environ.get("DUET_TEST_IMAGES"), reason="an image takes gigabytes and minutes: `make test-images` builds them"
+    not os.environ.get("DUET_TEST_IMAGES"),
+    reason="an image takes gigabytes and minutes: `make test-images` builds them",
 )
 
 
