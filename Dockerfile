@@ -19,9 +19,9 @@ RUN DEVICE=$DEVICE EXTRAS=$EXTRAS VENV=/opt/venv PIP_NO_CACHE_DIR=1 sh scripts/s
 COPY configs configs
 COPY lab lab
 
-RUN useradd --create-home --uid 1000 duet && mkdir /work && chown duet /work
+RUN useradd --create-home --uid 1000 duet && mkdir /data && chown duet /data
 USER duet
-WORKDIR /work
+WORKDIR /data
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 ENTRYPOINT ["duet"]
 CMD ["--help"]

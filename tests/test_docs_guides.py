@@ -74,7 +74,7 @@ def test_the_manifests_config_is_one(manifests, tmp_path):
     config = load_config(str(path))
     assert isinstance(config, Config)
     for place in (config.runs_dir, config.store.dir, config.teacher.model, config.data.forget.path):
-        assert str(place).startswith("/work/"), "everything that is kept lies in the volume"
+        assert str(place).startswith("/data/"), "everything that is kept lies in the volume"
 
 
 @pytest.mark.parametrize(
