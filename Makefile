@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down test-slurm bench-store bench-student bench-teacher docs-metrics clean-venv
+.PHONY: help setup demo test test-images test-slurm lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-reference clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,6 +24,9 @@ demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in ru
 
 test: $(STAMP) ## all tests
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-images: $(STAMP) ## build the images with Docker, Podman or Apptainer and run them; gigabytes
+	@DUET_TEST_IMAGES=1 $(BIN)/python -m pytest tests/test_docs_containers.py -rs $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check .
@@ -65,8 +68,14 @@ test-slurm: $(STAMP) ## the tests on a real Slurm, which they start and end (roo
 	@sh scripts/install_slurm.sh
 	@$(BIN)/python -m pytest tests/pipeline/test_slurm_cluster.py $(ARGS)
 
+docs: $(STAMP) ## the documentation as a site in site/; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 docs-metrics: $(STAMP) ## write docs/metrics.md from the code's docstrings
 	@$(BIN)/python -m pipeline.metrics_page
+
+docs-reference: $(STAMP) ## write docs/reference from the code's commands and settings
+	@$(BIN)/python -m pipeline.reference_pages
 
 clean-venv: ## remove .venv
 	@rm -rf $(VENV)

@@ -7,6 +7,12 @@ read as "run the same command again". Both live in the lowest package because al
 from __future__ import annotations
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 75
+EXIT_CODES = {  # of every command, as the reference of commands tells them
+    EXIT_DONE: "done",
+    EXIT_BUG: "a bug in Duet: please report it with the lines that it printed",
+    EXIT_USER: "you can mend it: two lines say what is wrong and what to do, `log.txt` of the run has the full trace",
+    EXIT_INTERRUPTED: "interrupted, and what was done is kept: run the same command again, it goes on from there",
+}
 
 
 class UserError(Exception):

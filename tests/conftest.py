@@ -184,7 +184,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that none of the processes that share the tests is left with one at the end."""
-    longest = ("test_end_to_end.py", "test_slurm_cluster.py", "test_tofu_experiment.py", "test_compare.py")
+    longest = (
+        "test_end_to_end.py", "test_slurm_cluster.py", "test_tofu_experiment.py", "test_compare.py", "test_notebook.py",
+    )  # fmt: skip
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 

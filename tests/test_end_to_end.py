@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import ROOT, read_all, run_duet
-from test_docs import README, blocks
+from test_docs import DOCUMENTS, README, blocks, commands
 
 VLLM = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: `make setup` says why"
@@ -154,23 +154,35 @@ def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, 
             assert value(again, model, metric) == value(results, model, metric), model
 
 
-# What takes longer than a test may; everything else runs as it stands.
+# What takes longer than a test may, or needs what is not here; everything else runs as it stands.
+COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare.lr_factors=[1]"
 IN_SHORT = {
     "make test": None,  # it is what runs this test
-    "duet compare --config configs/lab.yaml": "duet compare --config configs/lab.yaml --jobs 1 --set evaluate.sets={} "
-    "--set compare.methods=[refusal] --set compare.lr_factors=[1]",
+    "make compare CONFIG=configs/lab.yaml": f'make compare CONFIG=configs/lab.yaml ARGS="--jobs 1 {COMPARED}"',
+    "duet compare --config configs/tofu.yaml": None,  # a model that knows TOFU
+    "duet evaluate --config configs/lab.yaml --set evaluate.attacks=all": None,  # a minute; test_battery.py makes them all
+    "duet submit --config configs/lab.yaml": "duet submit --config configs/lab.yaml --print",  # test_slurm_cluster.py submits
+    # the notebook makes these three, the demo compares students
+    "duet evaluate --config mine/mine.yaml --set evaluate.attacks=[reverse,prefill,quantize_int8]": "duet evaluate "
+    "--config mine/mine.yaml --set evaluate.attacks=[reverse,prefill,quantize_int8] --dry-run",
+    "duet evaluate --config three.yaml": "duet evaluate --config three.yaml --dry-run",
 }
+COMMANDS = [command for document in DOCUMENTS for command in commands(document.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("command", [line for block in blocks(README, "sh") for line in block.splitlines()])
-def test_every_command_of_the_readme_runs(command, demo):
-    """In a copy of the tree, after `make demo` and in the README's order."""
-    short = IN_SHORT.get(command, command)
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS), ids=lambda command: command.splitlines()[0])
+def test_every_command_of_the_documents_runs(command, demo):
+    """In a copy of the tree, after `make demo`: first the README's, then those of each page in its order."""
+    short = IN_SHORT.get(command.strip(), command)
     if short is None:
-        assert "make test" in (ROOT / ".ci/run").read_text()
         return
-    done = demo.shell(short)
+    done = demo.shell(f"set -e\n{short}")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_run_in_short_stands_in_the_documents():
+    assert set(IN_SHORT) <= set(COMMANDS)
+    assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
