@@ -37,6 +37,10 @@ class Place(Protocol):
         """All files, at any depth; empty where there is no such folder."""
         ...
 
+    def entries(self) -> set[str]:
+        """Names of what lies directly in it, files and folders, by one listing; empty where there is no such folder."""
+        ...
+
     def sizes(self) -> dict[str, int]:
         """Bytes of all regular files, at any depth."""
         ...
@@ -120,6 +124,12 @@ class Folder:
             for name in names
         )
 
+    def entries(self) -> set[str]:
+        try:
+            return set(os.listdir(self.path))
+        except FileNotFoundError:
+            return set()
+
     def sizes(self) -> dict[str, int]:
         found = {name: self.size(name) for name in self.names()}
         return {name: size for name, size in found.items() if size is not None}
@@ -195,6 +205,9 @@ class Remote:
 
     def names(self) -> list[str]:
         return sorted(self.sizes())
+
+    def entries(self) -> set[str]:
+        return {name.partition("/")[0] for name in self.names()}
 
     def sizes(self) -> dict[str, int]:
         found: dict[str, dict[str, Any]] = {}
