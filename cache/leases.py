@@ -105,7 +105,9 @@ class Leases:
         """Whether somebody alive holds a key, at a time that may have passed: then some of the dead count as alive."""
         owner = self._owner(key)
         try:
-            stamp = (self.dir / key).stat().st_mtime  # after we know whose it is, or it might be that of one before
+            stamp = os.stat(
+                f"{self.dir}/{key}"
+            ).st_mtime  # after we know whose it is, or it might be that of one before
         except FileNotFoundError:
             return False
         age = (self.now() if now is None else now) - stamp
@@ -135,10 +137,9 @@ class Leases:
 
     def _owner(self, key: str) -> dict[str, Any]:
         """What a lease's holder wrote about itself; nothing where there is none, or a power failure took it."""
-        path = self.dir / key
-        owner = _read_owner(path)
-        if owner is None and path.exists() and (folder := self._folder(key)):
-            owner = _read_owner(path / folder)
+        owner = _read_owner(f"{self.dir}/{key}")
+        if owner is None and (self.dir / key).exists() and (folder := self._folder(key)):
+            owner = _read_owner(f"{self.dir}/{key}/{folder}")
         return owner or {}
 
     def _end(self, key: str, folder: str | None) -> None:
@@ -204,9 +205,10 @@ def _this_process() -> dict[str, str | int]:
     return {"machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
 
 
-def _read_owner(path: Path) -> dict[str, Any] | None:
+def _read_owner(folder: str) -> dict[str, Any] | None:
     try:
-        owner = json.loads((path / OWNER_NAME).read_bytes())
+        with open(f"{folder}/{OWNER_NAME}", "rb") as file:
+            owner = json.loads(file.read())
     except (FileNotFoundError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None
@@ -231,7 +233,8 @@ def _machine() -> str:
 def _start_of(pid: int) -> str:
     """When a running process of this machine started, in clock ticks since boot; empty if there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if fields[0] == "Z" else fields[19]

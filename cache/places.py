@@ -147,7 +147,7 @@ class Folder:
 
     def size(self, name: str) -> int | None:
         try:
-            found = os.lstat(self.path / name)
+            found = os.lstat(f"{self.path}/{name}")  # asked most of all: joining paths would take longer than the look
         except (FileNotFoundError, NotADirectoryError):
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None

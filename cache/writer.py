@@ -35,7 +35,7 @@ from cache.record import Rows, check_rows, concat_rows, counts_of
 
 LEASES_NAME = "leases"
 LEASE_S = 120.0
-PATIENCE = 16  # twice that many shards not as they were listed call for the second listing, twice as many for the next
+PATIENCE = 8  # 4 times that many shards that are not as they were listed call for another listing; 4 times as many for the next
 FORMAT_WRITERS = {"arrow": arrow_format.write_shard, "zarr": zarr_format.write_shard}
 
 
@@ -175,7 +175,7 @@ class StoreWriter:
         """The first shard of the walk that is free. Many that are not, against the listing, call for another listing."""
         now = self._leases.now() if self._leases and self._walk else 0.0
         while self._walk:
-            if self._surprises >= PATIENCE * 2**self._listings:
+            if self._surprises >= PATIENCE * 4**self._listings:
                 self._list()
                 self._walk = self._new_walk()
                 continue

@@ -1,4 +1,4 @@
-"""A thousand tasks of an array on one store, some killed, some preempted: what they write, and what they ask of the file server.
+"""A thousand tasks of an array on one store, some killed, some preempted: what they write, and what they ask for.
 
 No engine, one row per shard, a clock that we set. The tasks take turns, drawn, in one thread of this process; a task that is
 killed can change nothing any more from some file operation on, and its leases run out. Counted are the calls of `os`.
@@ -6,6 +6,8 @@ killed can change nothing any more from some file operation on, and its leases r
 
 from __future__ import annotations
 
+import builtins
+import functools
 import io
 import os
 import random
@@ -20,12 +22,13 @@ import pytest
 from conftest import FakeClock, make_plan, make_rows, read_all, same_rows
 
 from cache import writer
+from cache.leases import Lease, Leases
 from cache.manifest import MANIFEST_NAME, Plan
 from cache.places import Folder
-from cache.record import Rows, concat_rows
+from cache.record import Rows
 from cache.writer import ShardWriter, StoreWriter
 
-LEASE_S = 1000.0  # of the clock that we set; the real heartbeats, every 250 s, never come
+LEASE_S = 1000.0  # of the clock that we set
 CHANGES = ("rename", "replace", "mkdir", "rmdir", "unlink")
 LOOKS = ("stat", "lstat", "open", "utime")
 
@@ -77,6 +80,21 @@ class Inline(Executor):
         return future
 
 
+class NoHeart:
+    """Leases are renewed by `Array.run`, by the clock that we set."""
+
+    def __init__(self, leases: Leases) -> None:
+        pass
+
+    def add(self, lease: Lease) -> None:
+        pass
+
+    remove = add
+
+    def close(self) -> None:
+        pass
+
+
 class FileServer:
     """Counts what the task whose turn it is asks for, and kills it when its time has come."""
 
@@ -85,7 +103,16 @@ class FileServer:
         self.renamed: Counter[str] = Counter()  # files of the store, by name
         for name in (*CHANGES, *LOOKS):
             patch.setattr(os, name, self._counted(name, getattr(os, name)))
-        patch.setattr(io, "open", self._counted("open", io.open))
+        counted_open, read_once = self._counted("open", io.open), functools.cache(lambda path: Path(path).read_text())
+
+        def counting_open(path: Any, *arguments: Any, **more: Any) -> Any:
+            if str(path).startswith("/proc/"):  # of this process, which is every task's: not the file server's work
+                return io.StringIO(read_once(path))
+            return counted_open(path, *arguments, **more)
+
+        read_once(f"/proc/{os.getpid()}/stat")
+        for module in (io, builtins):
+            patch.setattr(module, "open", counting_open)
         listdir, scandir = os.listdir, os.scandir
 
         def counting_scandir(path: Any = ".") -> Listing:
@@ -111,7 +138,7 @@ class FileServer:
         def call(*arguments: Any, **more: Any) -> Any:
             task = self.task
             if name in LOOKS:
-                task.count["looks"] += not str(arguments[0]).startswith("/proc/")
+                task.count["looks"] += type(arguments[0]) is not int  # a handle is of a file that was counted
                 return original(*arguments, **more)
             if task.dead:
                 raise Killed
@@ -122,6 +149,8 @@ class FileServer:
             result = original(*arguments, **more)
             if name in ("rename", "replace"):
                 self.renamed[Path(arguments[1]).name] += 1
+                task.count["ends"] += ".away-" in str(arguments[1])  # of leases, whose folders are listed to be removed
+                task.count["manifest"] += Path(arguments[1]).name == MANIFEST_NAME
             if task.dead:
                 raise Killed  # after it
             return result
@@ -200,9 +229,7 @@ class Array:
 
 
 def tiny_rows(count: int) -> Rows:
-    """Of few kinds: making them would take longer than writing them."""
-    kinds = [make_rows([number], positions=1) for number in range(count)]
-    return concat_rows(kinds)
+    return make_rows(range(count), positions=1)
 
 
 def run_array(folder: Path, tasks: int, shards: int, killed: int, preempted: int, seed: int) -> Array:
@@ -211,6 +238,7 @@ def run_array(folder: Path, tasks: int, shards: int, killed: int, preempted: int
     plan = make_plan(shards, shard_rows=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "ThreadPoolExecutor", lambda **_: Inline())
+        patch.setattr(writer, "Heartbeat", NoHeart)
         array = Array(folder, plan, rows, FileServer(patch), rng)
         waiting = [array.begin(dies_at=rng.randint(1, 60)) for _ in range(killed)]
         waiting += [array.begin(preempted=True) for _ in range(preempted)]
@@ -222,20 +250,55 @@ def run_array(folder: Path, tasks: int, shards: int, killed: int, preempted: int
     return array
 
 
-def main() -> None:
-    import sys
-    import tempfile
-    import time
-
-    tasks, shards = map(int, sys.argv[1:3])
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        array = run_array(Path(folder) / "s", tasks, shards, tasks // 10, tasks // 20, 0)
-        total = sum((task.count for task in array.lives), Counter())
-        assert same_rows(read_all(Path(folder) / "s"), array.rows)
-    most = {key: max(task.count[key] for task in array.lives) for key in total}
-    print(f"{tasks} tasks, {shards} shards, {len(array.lives)} lives: {dict(total)}; most {most}; {time.monotonic() - start} s")
+def check_what_was_written(array: Array) -> None:
+    assert same_rows(read_all(array.folder), array.rows)
+    plan, renamed = array.plan, array.server.renamed
+    for index in range(plan.num_shards):
+        assert renamed[plan.side_name(index)] == 1
+        assert renamed[plan.shard_name(index)] <= 1 + (index in array.in_flight)
+    assert array.in_flight, "no task was killed with a shard in hand"
+    assert sorted(path.name for path in array.folder.iterdir() if path.is_dir()) == ["tokenizer"]
 
 
-if __name__ == "__main__":
-    main()
+def check_what_was_asked(array: Array, tasks: int) -> None:
+    """Three times at most a task has listed the store and the leases, beside the folders of leases that it has ended."""
+    once = 2 * array.plan.num_shards + tasks + 10  # shards, side files, leases, what lies beside them
+    for task in array.lives:
+        if not task.count["manifest"]:  # that task tidied up, too
+            assert task.count["listings"] <= 2 * 3 + 2 * task.count["ends"]
+            assert task.count["entries"] <= 3 * once
+
+
+@pytest.mark.parametrize(("tasks", "shards"), [(100, 250), (1000, 2000)])
+def test_tasks_of_an_array_write_every_shard_once_and_list_no_more_where_there_are_more(tmp_path, tasks, shards):
+    array = run_array(tmp_path / "s", tasks, shards, killed=tasks // 10, preempted=tasks // 20, seed=0)
+    check_what_was_written(array)
+    check_what_was_asked(array, tasks)
+    total = sum((task.count for task in array.lives), Counter())
+    assert total["looks"] <= tasks * shards
+    assert total["changes"] <= 12 * (shards + tasks)
+
+
+def finalising(folder: Path, shards: int) -> Counter[str]:
+    """What a process asks that finds all shards written by others."""
+    rows = tiny_rows(shards)
+    with pytest.MonkeyPatch.context() as patch:
+        server = FileServer(patch)
+        with StoreWriter(Folder(folder), make_plan(shards, shard_rows=1)) as first:
+            while shard := first.claim():
+                shard.append(rows[shard.range.start : shard.range.stop])
+                first.publish(shard)
+            first.wait()
+        server.task = Task()
+        with StoreWriter(Folder(folder), make_plan(shards, shard_rows=1)) as last:
+            assert last.missing() == []
+            last.finalise({"python": "3"})
+        return server.task.count
+
+
+def test_the_work_of_the_manifest_grows_with_the_shards_and_no_faster(tmp_path):
+    small, large = (finalising(tmp_path / str(shards), shards) for shards in (200, 400))
+    assert large["looks"] - small["looks"] == 200 * 3  # a side file is found and read, its shard is found
+    assert large["listings"] == small["listings"]
+    assert large["entries"] - small["entries"] == 200 * 2 * 2  # once to see what is missing, once to tidy up
+    assert large["changes"] == small["changes"]
