@@ -103,14 +103,19 @@ class FileServer:
         self.renamed: Counter[str] = Counter()  # files of the store, by name
         for name in (*CHANGES, *LOOKS):
             patch.setattr(os, name, self._counted(name, getattr(os, name)))
-        counted_open, read_once = self._counted("open", io.open), functools.cache(lambda path: Path(path).read_text())
+        opened = io.open
+        counted_open = self._counted("open", opened)
+
+        @functools.cache
+        def of_a_process(path: Any) -> str:
+            with opened(path) as file:
+                return file.read()
 
         def counting_open(path: Any, *arguments: Any, **more: Any) -> Any:
             if str(path).startswith("/proc/"):  # of this process, which is every task's: not the file server's work
-                return io.StringIO(read_once(path))
+                return io.StringIO(of_a_process(path))
             return counted_open(path, *arguments, **more)
 
-        read_once(f"/proc/{os.getpid()}/stat")
         for module in (io, builtins):
             patch.setattr(module, "open", counting_open)
         listdir, scandir = os.listdir, os.scandir
