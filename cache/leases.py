@@ -193,6 +193,11 @@ class Leases:
         """Keys that somebody alive holds."""
         return sorted(key for key in self.stamps() if self.alive(key))
 
+    def num_holders(self) -> int:
+        """Living processes that hold a key."""
+        owners = [self._owner(key) for key in self.held()]
+        return len({tuple(owner.get(name) for name in ("machine", "pid", "started")) for owner in owners})
+
     def _entries(self) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(self.dir) as entries:

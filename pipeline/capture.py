@@ -16,7 +16,7 @@ from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
 from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_manifest, store_name
 from cache.order import check_alike
-from cache.places import Place
+from cache.places import Folder, Place
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM, places, run_jobs, visible_gpus
 from pipeline.run import LOG_NAME, StopSignal, claim_run_dir
@@ -53,6 +53,7 @@ def teacher_logits(request: Request, limit: int | None = None, dry_run: bool = F
             say(f"{_of(config, name)}reused the store of the same fingerprint: {_line(result)}")
     if missing and stop():
         raise Interrupted("before the teacher was asked")
+    _check_room(config, teachers, {} if child else missing)
     number = config.teacher.data_parallel
     if missing and number > 1 and not child:
         code = _in_processes(config, request, limit, number, teachers, missing, stop)
@@ -181,6 +182,22 @@ def _rows_there(config: Config, settings: TeacherSettings, prepared: Any) -> int
         teacher.rows_there(prepared, config.store, config.store_root, engine)
         for engine in teacher.engine_order(settings.engine)
     )
+
+
+def _check_room(config: Config, teachers: Mapping[str, TeacherSettings], missing: Mapping[str, Any]) -> None:
+    """Before an engine starts: may we write the missing stores where they are to lie, and is there room?"""
+    from stages import teacher
+    from stages.estimate import check_room
+
+    root = config.store_root
+    if missing and isinstance(root, Folder):  # object storage does not tell
+        plans = {
+            name: teacher.plan_for(prepared, config.store, teacher.engine_order(teachers[name].engine)[0])
+            for name, prepared in missing.items()
+        }
+        places = {name: root / store_name(plan.fingerprint, plan.format) for name, plan in plans.items()}
+        if told := check_room([(missing[name], plans[name], places[name]) for name in missing]):
+            say(told)
 
 
 def _say_estimate(config: Config, settings: TeacherSettings, prepared: Any, of: str) -> None:
