@@ -131,7 +131,7 @@ class Leases:
 
     def _folder(self, key: str) -> str | None:
         """The name of the holder's folder."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, PermissionError):
             return next(filter(_FOLDER.fullmatch, os.listdir(self.dir / key)), None)
         return None
 
@@ -202,7 +202,7 @@ class Leases:
         try:
             with os.scandir(self.dir) as entries:
                 return list(entries)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # one who may not look will be told when it is to write
             return []
 
 
@@ -214,7 +214,7 @@ def _read_owner(folder: str) -> dict[str, Any] | None:
     try:
         with open(f"{folder}/{OWNER_NAME}", "rb") as file:
             owner = json.loads(file.read())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, PermissionError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None
 

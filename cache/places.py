@@ -129,6 +129,8 @@ class Folder:
             return set(os.listdir(self.path))
         except FileNotFoundError:
             return set()
+        except PermissionError:
+            raise _private(str(self.path)) from None
 
     def sizes(self) -> dict[str, int]:
         found = {name: self.size(name) for name in self.names()}
@@ -150,6 +152,8 @@ class Folder:
             found = os.lstat(f"{self.path}/{name}")  # asked most of all: joining paths would take longer than the look
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except PermissionError:
+            raise _private(self.name_of(name)) from None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def sha256(self, name: str) -> str:
@@ -163,7 +167,10 @@ class Folder:
         """Nothing is cached."""
 
     def _open(self, name: str) -> BufferedReader:
-        return os.fdopen(os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        try:
+            return os.fdopen(os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        except PermissionError:
+            raise _private(self.name_of(name)) from None
 
     def write(self, name: str, data: bytes) -> None:
         path = self.path / name
@@ -177,6 +184,13 @@ class Folder:
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
+
+
+def _private(name: str) -> UserError:
+    return UserError(
+        f"cannot read {name}: {os.strerror(errno.EACCES)}",
+        "set another store.dir, or ask its owner to let your group read",
+    )
 
 
 class Remote:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -153,6 +154,8 @@ class StoreWriter:
         """A shard that is neither written nor held by a living writer; None if there is none now."""
         while self._publishing and self._publishing[0].done():
             self._publishing.pop(0).result()
+        if not self._listings:
+            self._list()
         with telling_of_full_disks(Path(self.place.name_of(LEASES_NAME)), self._needed_bytes(len(self._missing))):
             if shard := self._claim_on_the_walk():
                 return shard
@@ -161,8 +164,6 @@ class StoreWriter:
 
     def _new_walk(self) -> deque[int]:
         """All shards that are missing, in the order in which they are tried: first what the dead seem to have begun."""
-        if not self._listings:
-            self._list()
         walk = sorted(self._missing - set(self._in_hand))
         if self._leases is None or self._stamps:
             random.shuffle(walk)
@@ -287,15 +288,20 @@ class StoreWriter:
                 data = self._manifest(environment)
                 with telling_of_full_disks(Path(self.place.name_of(MANIFEST_NAME)), len(data)):
                     self.place.write(MANIFEST_NAME, data)
-            elif lease := self._leases.acquire("manifest"):
-                try:
-                    self._publish_manifest(environment, lease, self._folder)
-                finally:
-                    self._leases.release(lease)
-            else:
+            elif not self._finalise_alone(environment, self._leases, self._folder):
                 time.sleep(wait_s)
         self._tidy()
         return read_manifest(self.place)
+
+    def _finalise_alone(self, environment: dict[str, Any], leases: Leases, folder: Path) -> bool:
+        """Unless somebody else is at it."""
+        with telling_of_full_disks(folder / MANIFEST_NAME):
+            if lease := leases.acquire("manifest"):
+                try:
+                    self._publish_manifest(environment, lease, folder)
+                finally:
+                    leases.release(lease)
+        return lease is not None
 
     def _manifest(self, environment: dict[str, Any]) -> bytes:
         """Of all shards, each of which is read once; one that is damaged is a UserError and is no longer there."""
@@ -329,9 +335,10 @@ class StoreWriter:
     def _tidy(self) -> None:
         """Remove what killed writers left in a complete store; its leases' folder goes last, and says that it was done."""
         if self._leases and self._leases.dir.exists():
-            for name in filter(TEMPORARY.fullmatch, self.place.names()):
-                self.place.remove(name)
-            self._leases.tidy()
+            with suppress(PermissionError):  # what is not ours to remove harms no reader
+                for name in filter(TEMPORARY.fullmatch, self.place.names()):
+                    self.place.remove(name)
+                self._leases.tidy()
 
 
 def written_shard(place: Place, plan: Plan, index: int) -> Shard | None:

@@ -166,6 +166,20 @@ def test_a_store_of_one_who_lets_nobody_write_is_read_but_not_written(group_fold
     assert snapshot() == before
 
 
+@only_root
+def test_a_store_that_is_its_owners_alone_is_told(group_folder):
+    write_store(group_folder.parent / "warm", make_plan(40, 4), ROWS, FILES)
+
+    def use() -> None:
+        with pytest.raises(UserError) as caught:
+            read_manifest(Folder(group_folder / "s"))
+        assert caught.value.what == f"cannot read {group_folder}/s/manifest.json: Permission denied"
+        assert "let your group read" in caught.value.hint
+
+    assert ended(as_user(ALICE, 0o077, lambda: write_store(group_folder / "s", make_plan(40, 4), ROWS, FILES)))
+    assert ended(as_user(BOB, 0o077, use))
+
+
 def test_a_store_names_no_path_no_machine_and_no_secret(tmp_path, monkeypatch):
     """Of all text in a finished store; while it is written, only the leases name the machine."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_environment")
