@@ -18,6 +18,7 @@ from cache.errors import UserError
 
 MAX_JSON_BYTES = 256 * 2**20  # a manifest of a million shards
 TEMPORARY = re.compile(r"(.*/)?\..*\.tmp")  # what a killed `publishing` leaves
+NOT_WRITABLE_HINT = "name a folder of your own (for a store: store.dir), or ask its owner to let your group write"
 
 
 class DiskFull(UserError):
@@ -70,20 +71,35 @@ def sync_dir(directory: Path) -> None:
 
 @contextmanager
 def telling_of_full_disks(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into a DiskFull that names the path and, where known, the space needed."""
+    """Turn "no space left" and "quota exceeded" into a DiskFull that names the path and, where known, the space needed.
+
+    And a write that is not allowed into a UserError.
+    """
     needed = f", about {needed_bytes / 1e6:.2f} MB are needed" if needed_bytes else ""
     try:
         yield
     except DiskFull as error:
         raise DiskFull(error.what + needed, error.hint) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"cannot write {path}: {os.strerror(error.errno)}", NOT_WRITABLE_HINT) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        there = next(folder for folder in path.parents if folder.exists())
         raise DiskFull(
-            f"cannot write {path}: {os.strerror(error.errno)}; {shutil.disk_usage(there).free / 1e6:.2f} MB are free{needed}",
+            f"cannot write {path}: {os.strerror(error.errno)}; {free_bytes(path.parent) / 1e6:.2f} MB are free{needed}",
             "make space and run the same command again: it goes on from there",
         ) from error
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether this process may make files in a folder, or where that is not there, in the one that it would be made in."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def free_bytes(folder: Path) -> int:
+    """Where a folder lies or would be made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def publish_json(path: Path, value: Any) -> None:

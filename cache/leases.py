@@ -1,18 +1,23 @@
 """Who writes which shard: leases on a shared file system, by nothing but `rename`, which NFS keeps atomic too.
 
-A lease on a key is a directory `KEY-GENERATION`, filled aside and renamed into place: one that is not empty is never
-replaced, so one process gets it. Its holder writes only in a folder of its own inside it and publishes by renaming a file
-out of it. It keeps the directory's modification time young; whoever finds it older than its holder's `lease_s` may take
-over: make the next generation, then move the old directory away and delete it. From that moment the old holder's paths are
-gone: whatever it still does, it cannot publish. (The folder inside has a random name, so that this stays true when a
-generation's number comes back.) A holder on this machine whose process has ended is known to be dead at once.
+A lease on a key is a directory KEY with one folder in it, of a random name: the holder's. Both are made aside and renamed
+into place together; a directory that is not empty is never replaced, so one process gets it. The holder writes only in its
+folder and publishes by renaming a file out of it. It keeps KEY's modification time young; whoever finds it older than its
+holder's `lease_s` may take over: move the holder's folder away and delete it, which one process can, since no other folder
+ever has that name. From that moment the old holder's paths are gone: whatever it still does, it cannot publish. A holder on
+this machine whose process has ended is known to be dead at once.
+
+Who holds it stands in KEY, beside the folder, so that a look at a lease lists no directory, and again in the folder: who
+clears a KEY whose folder is gone may be slow, and remove the first of another who has moved in meanwhile.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -24,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 OWNER_NAME = "owner.json"
+_FOLDER = re.compile("[0-9a-f]{32}")
 
 
 class LeaseLost(Exception):
@@ -78,29 +84,43 @@ class Leases:
         self.lease_s = lease_s
         self._clock = clock or Clock(directory)
 
+    def now(self) -> float:
+        """The file server's time."""
+        return self._clock.now()
+
     def acquire(self, key: str) -> Lease | None:
         """A lease if nobody has a living one on `key`."""
-        generations = self._generations(key)
-        if generations and self._alive(self._path(key, generations[-1])):
+        if self.alive(key):
             return None
-        mine = generations[-1] + 1 if generations else 0
-        lease = Lease(key, self._path(key, mine) / uuid.uuid4().hex)
+        if (self.dir / key).exists():
+            folder = self._folder(key)
+            if self.alive(key):  # or the folder might be that of another, who has moved in after our first look
+                return None
+            self._end(key, folder)
+        lease = Lease(key, self.dir / key / uuid.uuid4().hex)
         self._move_in(lease)
-        others = [generation for generation in self._generations(key) if generation != mine]
-        if any(other > mine or self._alive(self._path(key, other)) for other in others):
-            self.release(lease)  # our look at the directory was an old one
-        if not lease.path.exists():  # another process was quicker
-            return None
-        for other in others:
-            _remove(self._path(key, other))
-        return lease
+        return lease if lease.path.exists() else None  # else another process was quicker
+
+    def alive(self, key: str, now: float | None = None) -> bool:
+        """Whether somebody alive holds a key, at a time that may have passed: then some of the dead count as alive."""
+        owner = self._owner(key)
+        try:
+            stamp = os.stat(
+                f"{self.dir}/{key}"
+            ).st_mtime  # after we know whose it is, or it might be that of one before
+        except FileNotFoundError:
+            return False
+        age = (self.now() if now is None else now) - stamp
+        return age <= owner.get("lease_s", self.lease_s) and not _known_dead(owner)
 
     def _move_in(self, lease: Lease) -> None:
         """Put the lease in its place if that is free. Whether it got there, its path says, even if an answer was lost."""
         aside = self.dir / f".new-{lease.path.name}"
         try:
             (aside / lease.path.name).mkdir(parents=True)
-            (aside / OWNER_NAME).write_text(json.dumps(_this_process() | {"lease_s": self.lease_s}))
+            owner = json.dumps(_this_process() | {"lease_s": self.lease_s})
+            for folder in (aside, aside / lease.path.name):
+                (folder / OWNER_NAME).write_text(owner)
             self._clock.stamp(aside)
             os.rename(aside, lease.path.parent)
         except OSError as error:  # FileNotFoundError: all shards were written and somebody tidied
@@ -108,6 +128,32 @@ class Leases:
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+    def _folder(self, key: str) -> str | None:
+        """The name of the holder's folder."""
+        with suppress(FileNotFoundError, PermissionError):
+            return next(filter(_FOLDER.fullmatch, os.listdir(self.dir / key)), None)
+        return None
+
+    def _owner(self, key: str) -> dict[str, Any]:
+        """What a lease's holder wrote about itself; nothing where there is none, or a power failure took it."""
+        owner = _read_owner(f"{self.dir}/{key}")
+        if owner is None and (self.dir / key).exists() and (folder := self._folder(key)):
+            owner = _read_owner(f"{self.dir}/{key}/{folder}")
+        return owner or {}
+
+    def _end(self, key: str, folder: str | None) -> None:
+        """Make a holder's paths invalid at once, and the key free, then delete what lies there; nothing if another did."""
+        away = self.dir / f".away-{uuid.uuid4().hex}"
+        try:
+            if folder:
+                os.rename(self.dir / key / folder, away)
+        except FileNotFoundError:
+            return
+        (self.dir / key / OWNER_NAME).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody has moved in
+            (self.dir / key).rmdir()
+        shutil.rmtree(away, ignore_errors=True)
 
     def renew(self, lease: Lease) -> None:
         """Keep a lease young; raises LeaseLost if somebody took over."""
@@ -119,70 +165,58 @@ class Leases:
 
     def release(self, lease: Lease) -> None:
         """Give a lease back, with what lies in it; one that was taken over is not ours to touch."""
-        if lease.path.exists():
-            _remove(lease.path.parent)
+        self._end(lease.key, lease.path.name)
 
-    def keys(self) -> set[str]:
-        """Keys with a lease, alive or not."""
-        return {path.name.rpartition("-")[0] for path in self._lease_dirs()}
+    def stamps(self) -> dict[str, float]:
+        """Keys with a lease, alive or not, and when each was last renewed. One listing."""
+        found = {}
+        for entry in self._entries():
+            if entry.name[0] != "." and entry.is_dir():
+                with suppress(FileNotFoundError):
+                    found[entry.name] = entry.stat().st_mtime
+        return found
 
     def tidy(self) -> None:
         """Remove what crashed and slow writers left; only when nothing is left to be written."""
-        for path in self._entries():
-            _remove(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for entry in self._entries():
+            if not entry.is_dir():
+                Path(entry).unlink(missing_ok=True)
+                continue
+            away = self.dir / f".away-{uuid.uuid4().hex}"
+            with suppress(FileNotFoundError):
+                os.rename(entry, away)
+            shutil.rmtree(away, ignore_errors=True)
         with suppress(OSError):  # others tidy too
             self.dir.rmdir()
 
     def held(self) -> list[str]:
         """Keys that somebody alive holds."""
-        return sorted({path.name.rpartition("-")[0] for path in self._lease_dirs() if self._alive(path)})
+        return sorted(key for key in self.stamps() if self.alive(key))
 
-    def _entries(self) -> list[Path]:
+    def num_holders(self) -> int:
+        """Living processes that hold a key."""
+        owners = [self._owner(key) for key in self.held()]
+        return len({tuple(owner.get(name) for name in ("machine", "pid", "started")) for owner in owners})
+
+    def _entries(self) -> list[os.DirEntry[str]]:
         try:
-            return list(self.dir.iterdir())
-        except FileNotFoundError:
+            with os.scandir(self.dir) as entries:
+                return list(entries)
+        except (FileNotFoundError, PermissionError):  # one who may not look will be told when it is to write
             return []
-
-    def _lease_dirs(self) -> list[Path]:
-        found = self._entries()
-        return [path for path in found if path.name.rpartition("-")[2].isdigit() and path.name[0] != "."]
-
-    def _generations(self, key: str) -> list[int]:
-        names = (path.name.rpartition("-") for path in self._lease_dirs())
-        return sorted(int(generation) for found, _, generation in names if found == key)
-
-    def _path(self, key: str, generation: int) -> Path:
-        return self.dir / f"{key}-{generation}"
-
-    def _alive(self, path: Path) -> bool:
-        try:
-            age = self._clock.now() - path.stat().st_mtime
-        except FileNotFoundError:
-            return False
-        owner = _owner(path)
-        return age <= owner.get("lease_s", self.lease_s) and not _known_dead(owner)
-
-
-def _remove(path: Path) -> None:
-    """Make a lease's paths invalid at once, then delete what lies there."""
-    away = path.with_name(f".away-{uuid.uuid4().hex}")
-    try:
-        os.rename(path, away)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(away, ignore_errors=True)
 
 
 def _this_process() -> dict[str, str | int]:
     return {"machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
 
 
-def _owner(path: Path) -> dict[str, Any]:
-    """What a lease's holder wrote about itself; nothing where a power failure took it."""
+def _read_owner(folder: str) -> dict[str, Any] | None:
     try:
-        return json.loads((path / OWNER_NAME).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
+        with open(f"{folder}/{OWNER_NAME}", "rb") as file:
+            owner = json.loads(file.read())
+    except (FileNotFoundError, PermissionError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
 
 
 def _known_dead(owner: dict[str, Any]) -> bool:
@@ -191,6 +225,7 @@ def _known_dead(owner: dict[str, Any]) -> bool:
     return bool(machine) and machine == _machine() and _start_of(owner["pid"]) != owner["started"]
 
 
+@functools.cache
 def _machine() -> str:
     """This boot of this machine and its space of process numbers; empty where that cannot be known."""
     try:
@@ -203,7 +238,8 @@ def _machine() -> str:
 def _start_of(pid: int) -> str:
     """When a running process of this machine started, in clock ticks since boot; empty if there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if fields[0] == "Z" else fields[19]

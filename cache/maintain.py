@@ -73,14 +73,11 @@ def convert(source: Place, target: Place, store_format: str, compression: str) -
     attachments = {name: source.read(name) or b"" for name in manifest.attachments}
     with StoreWriter(target, plan, attachments) as writer:
         while writer.missing():
-            shard = writer.claim()
-            if shard is None:  # what is left is being written, by us or by others
-                writer.wait()
-                time.sleep(0.2 if writer.missing() else 0)
-                continue
-            entry = manifest.shards[shard.index]
-            shard.take_over(store.blocks(shard.index), entry)
-            writer.publish(shard)
+            while shard := writer.claim():
+                shard.take_over(store.blocks(shard.index), manifest.shards[shard.index])
+                writer.publish(shard)
+            writer.wait()
+            time.sleep(0.2 if writer.missing() else 0)  # others are writing what is left
         return writer.finalise(manifest.environment)
 
 

@@ -144,6 +144,34 @@ class Manifest:
         return {**fields, "sha256": sha256_json(fields)}
 
 
+def manifest_of(plan: Plan, shards: list[Shard], environment: dict[str, Any]) -> Manifest:
+    """The manifest of a store whose shards are all written."""
+    if len({shard.logsumexp for shard in shards}) > 1:
+        raise UserError("some shards have a log-sum-exp and some have none", "make the store anew with one engine")
+    return Manifest(
+        format_version=plan.format_version,
+        format=plan.format,
+        complete=True,
+        rows=plan.rows,
+        positions=sum(shard.positions for shard in shards),
+        subsets=plan.subsets,
+        top_k=plan.top_k,
+        max_positions=plan.max_positions,
+        vocab_size=plan.vocab_size,
+        value_dtype=common_dtype(shard.value_dtype for shard in shards),
+        value_error=max(shard.value_error for shard in shards),
+        logsumexp=shards[0].logsumexp,
+        compression=plan.compression,
+        shard_rows=plan.shard_rows,
+        block_rows=plan.block_rows,
+        fingerprint=plan.fingerprint,
+        provenance=plan.provenance,
+        shards=tuple(shards),
+        attachments=plan.attachments,
+        environment=environment,
+    )
+
+
 def store_name(fingerprint: str, store_format: str) -> str:
     """Name of a store under a folder of stores: one per fingerprint and format."""
     return fingerprint[:16] if store_format == "arrow" else f"{fingerprint[:16]}.{store_format}"
@@ -248,7 +276,7 @@ def read_plan(place: Place) -> Plan | None:
 def _no_manifest(place: Place) -> tuple[str, str]:
     plan = read_plan(place)
     if plan:
-        names = set(place.names())
+        names = place.entries()
         done = sum(plan.side_name(index) in names for index in range(plan.num_shards))
         return (
             f"the store {place} is incomplete: {done} of {plan.num_shards} shards are written and there is no {MANIFEST_NAME}",

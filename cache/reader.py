@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -54,8 +54,9 @@ class Store:
         for shard in self.manifest.shards:
             if fault := wrong_size(place, shard.name, sizes.get(shard.name), shard.bytes):
                 raise UserError(fault, REPAIR_HINT)
-        if isinstance(place, Folder) and os.access(place.path / MANIFEST_NAME, os.W_OK):
-            os.utime(place.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
+        if isinstance(place, Folder):
+            with suppress(OSError):  # somebody else's store, in which we may only read
+                os.utime(place.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
 
     def __len__(self) -> int:
         return self.manifest.rows

@@ -1,9 +1,13 @@
 """Writing a store: plan first, shards in any order by any number of processes, manifest last. Any step can be repeated.
 
-A shard counts as written when its side file `shard-NNNNN.json` exists and its file has the size that it names. Both are
-published by rename out of the writer's lease, the shard first, so a crash costs at most the shard in progress, and a
-writer that lost its lease publishes nothing. On object storage there are no leases: a second writer does work twice, and
-no harm, since an upload appears whole or not at all.
+A shard is written when its side file `shard-NNNNN.json` exists. It is published by rename out of the writer's lease, the
+shard before it, so a crash costs at most the shard in progress, and a writer that lost its lease publishes nothing. Whoever
+writes the manifest reads every side file and refuses one whose shard has not the size that it names.
+
+A writer lists the store and the leases once. From then on it asks for shards by name, in an order of its own as soon as it
+meets others, so that n writers of n shards do not try the same ones, and lists again only after so many surprises that the
+listings grow with their logarithm. On object storage there are no leases: a second
+writer does work twice, and no harm, since an upload appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,21 +19,24 @@ import random
 import shutil
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from cache import arrow_format, zarr_format
-from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, common_dtype, encode, of_one_dtype, position_columns
+from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one_dtype, position_columns
 from cache.errors import UserError
 from cache.files import TEMPORARY, json_bytes, parse_json, sha256_file, sync_dir, sync_file, telling_of_full_disks
 from cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, Shard, read_manifest, read_plan
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, Shard, manifest_of, read_manifest, read_plan
 from cache.places import Folder, Place
 from cache.record import Rows, check_rows, concat_rows, counts_of
 
 LEASES_NAME = "leases"
 LEASE_S = 120.0
+PATIENCE = 8  # 4 times that many shards that are not as they were listed call for another listing; 4 times as many for the next
 FORMAT_WRITERS = {"arrow": arrow_format.write_shard, "zarr": zarr_format.write_shard}
 
 
@@ -103,7 +110,11 @@ class StoreWriter:
         self._heartbeat = Heartbeat(self._leases) if self._leases else None
         self._background = ThreadPoolExecutor(max_workers=2, thread_name_prefix="publish")
         self._publishing: list[Future[None]] = []
-        self._written: dict[int, Shard] = {}
+        self._written: dict[int, Shard] = {}  # by this process, or read
+        self._missing: set[int] = set()  # not known to be written, and
+        self._stamps: dict[str, float] = {}  # the leases of others, by the last listing or met since
+        self._listings, self._surprises = 0, 0
+        self._walk: deque[int] = deque()  # what is to be tried next
         self._in_hand: dict[int, ShardWriter] = {}  # claimed by this process and neither written nor released
 
     def __enter__(self) -> Self:
@@ -118,35 +129,82 @@ class StoreWriter:
 
     def missing(self) -> list[int]:
         """Indices of the shards that are not written, in plan order."""
-        there = set(self.place.names())
-        for index in set(range(self.plan.num_shards)) - set(self._written):
-            shard = written_shard(self.place, self.plan, index) if self.plan.side_name(index) in there else None
-            if shard:
-                self._written[index] = shard
-        return [index for index in range(self.plan.num_shards) if index not in self._written]
+        if not self._listings:
+            self._list()
+        elif self._missing and self.place.size(MANIFEST_NAME) is not None:
+            self._missing.clear()
+        else:
+            for index in list(self._missing):
+                self._is_written(index)
+        return sorted(self._missing)
+
+    def _list(self) -> None:
+        there = self.place.entries()
+        self._stamps = self._leases.stamps() if self._leases else {}
+        self._missing = {i for i in range(self.plan.num_shards) if self.plan.side_name(i) not in there}
+        self._listings, self._surprises = self._listings + 1, 0
+
+    def _is_written(self, index: int) -> bool:
+        found = index in self._written or self.place.size(self.plan.side_name(index)) is not None
+        if found:
+            self._missing.discard(index)
+        return found
 
     def claim(self) -> ShardWriter | None:
-        """The next shard that is neither written nor held by a living writer; None if there is none now.
-
-        Where there are no leases it is drawn, so that several processes seldom do the same one.
-        """
+        """A shard that is neither written nor held by a living writer; None if there is none now."""
         while self._publishing and self._publishing[0].done():
             self._publishing.pop(0).result()
-        free = [index for index in self.missing() if index not in self._in_hand]
-        if self._leases is None or self._heartbeat is None or self._folder is None:
-            return self._take(random.choice(free), None) if free else None
-        begun = self._leases.keys()
-        with telling_of_full_disks(self._folder / LEASES_NAME, self._needed_bytes(len(free))):
-            for index in sorted(free, key=lambda index: (_key(index) in begun, index)):
-                lease = self._leases.acquire(_key(index))
-                if lease and written_shard(self.place, self.plan, index):  # between our look and the lease
-                    self._leases.release(lease)
-                elif lease:
-                    self._heartbeat.add(lease)
-                    return self._take(index, lease)
+        if not self._listings:
+            self._list()
+        with telling_of_full_disks(Path(self.place.name_of(LEASES_NAME)), self._needed_bytes(len(self._missing))):
+            if shard := self._claim_on_the_walk():
+                return shard
+            self._walk = self._new_walk()  # what others held may be free again
+            return self._claim_on_the_walk()
+
+    def _new_walk(self) -> deque[int]:
+        """All shards that are missing, in the order in which they are tried: first what the dead seem to have begun."""
+        walk = sorted(self._missing - set(self._in_hand))
+        if self._leases is None or self._stamps:
+            random.shuffle(walk)
+        if self._leases and self._stamps:
+            young = self._leases.now() - self._leases.lease_s
+            walk.sort(key=lambda index: _rank(self._stamps.get(_key(index)), young))
+        return deque(walk)
+
+    def _claim_on_the_walk(self) -> ShardWriter | None:
+        """The first shard of the walk that is free. Many that are not, against the listing, call for another listing."""
+        now = self._leases.now() if self._leases and self._walk else 0.0
+        while self._walk:
+            if self._surprises >= PATIENCE * 4**self._listings:
+                self._list()
+                self._walk = self._new_walk()
+                continue
+            index = self._walk.popleft()
+            if index in self._in_hand:
+                continue
+            if self._is_written(index):
+                self._surprises += 1
+            elif self._leases is None:
+                return self._take(index, None)
+            elif not self._leases.alive(_key(index), now) and (lease := self._acquire(index, self._leases)):
+                return self._take(index, lease)
+            elif self._stamps.setdefault(_key(index), now) == now:
+                self._surprises += 1
+                if len(self._stamps) == 1:  # the first other writer that we meet
+                    random.shuffle(self._walk)
         return None
 
+    def _acquire(self, index: int, leases: Leases) -> Lease | None:
+        lease = leases.acquire(_key(index))
+        if lease and self._is_written(index):  # between our look and the lease
+            leases.release(lease)
+            return None
+        return lease
+
     def _take(self, index: int, lease: Lease | None) -> ShardWriter:
+        if lease and self._heartbeat:
+            self._heartbeat.add(lease)
         self._in_hand[index] = ShardWriter(self.plan, index, lease)
         return self._in_hand[index]
 
@@ -225,41 +283,62 @@ class StoreWriter:
         self.wait()
         if missing := self.missing():
             raise ValueError(f"cannot finalise {self.place}: shards {missing} are missing")
-        manifest = _manifest(self.plan, [self._written[index] for index in range(self.plan.num_shards)], environment)
-        data = json_bytes(manifest.as_json())
-        with telling_of_full_disks(Path(self.place.name_of(MANIFEST_NAME)), len(data)):
-            while self.place.size(MANIFEST_NAME) is None:
-                if self._leases is None or self._folder is None:
+        while self.place.size(MANIFEST_NAME) is None:
+            if self._leases is None or self._folder is None:
+                data = self._manifest(environment)
+                with telling_of_full_disks(Path(self.place.name_of(MANIFEST_NAME)), len(data)):
                     self.place.write(MANIFEST_NAME, data)
-                elif lease := self._leases.acquire("manifest"):
-                    try:
-                        self._publish_manifest(data, lease, self._folder)
-                    finally:
-                        self._leases.release(lease)
-                else:
-                    time.sleep(wait_s)
+            elif not self._finalise_alone(environment, self._leases, self._folder):
+                time.sleep(wait_s)
         self._tidy()
         return read_manifest(self.place)
 
-    def _publish_manifest(self, data: bytes, lease: Lease, folder: Path) -> None:
+    def _finalise_alone(self, environment: dict[str, Any], leases: Leases, folder: Path) -> bool:
+        """Unless somebody else is at it."""
+        with telling_of_full_disks(folder / MANIFEST_NAME):
+            if lease := leases.acquire("manifest"):
+                try:
+                    self._publish_manifest(environment, lease, folder)
+                finally:
+                    leases.release(lease)
+        return lease is not None
+
+    def _manifest(self, environment: dict[str, Any]) -> bytes:
+        """Of all shards, each of which is read once; one that is damaged is a UserError and is no longer there."""
+        for index in range(self.plan.num_shards):
+            shard = self._written.get(index) or written_shard(self.place, self.plan, index)
+            if shard is None:
+                self.place.remove(self.plan.side_name(index))
+                raise UserError(
+                    f"{self.place.name_of(self.plan.shard_name(index))} is not as it was written",
+                    "run the same command again: it is written anew",
+                )
+            self._written[index] = shard
+        shards = [self._written[index] for index in range(self.plan.num_shards)]
+        return json_bytes(manifest_of(self.plan, shards, environment).as_json())
+
+    def _publish_manifest(self, environment: dict[str, Any], lease: Lease, folder: Path) -> None:
         """Unless there is one, or somebody took over."""
         if self.place.size(MANIFEST_NAME) is not None:
             return
+        data = self._manifest(environment)
         try:
-            (lease.path / MANIFEST_NAME).write_bytes(data)
-            sync_file(lease.path / MANIFEST_NAME)
-            lease.publish(MANIFEST_NAME, folder / MANIFEST_NAME)
-            sync_dir(folder)
+            with telling_of_full_disks(folder / MANIFEST_NAME, len(data)):
+                (lease.path / MANIFEST_NAME).write_bytes(data)
+                sync_file(lease.path / MANIFEST_NAME)
+                lease.publish(MANIFEST_NAME, folder / MANIFEST_NAME)
+                sync_dir(folder)
         except (LeaseLost, FileNotFoundError):
             if lease.path.exists():
                 raise
 
     def _tidy(self) -> None:
-        """Remove what killed writers left in a complete store."""
-        if self._leases:
-            self._leases.tidy()
-            for name in filter(TEMPORARY.fullmatch, self.place.names()):
-                self.place.remove(name)
+        """Remove what killed writers left in a complete store; its leases' folder goes last, and says that it was done."""
+        if self._leases and self._leases.dir.exists():
+            with suppress(PermissionError):  # what is not ours to remove harms no reader
+                for name in filter(TEMPORARY.fullmatch, self.place.names()):
+                    self.place.remove(name)
+                self._leases.tidy()
 
 
 def written_shard(place: Place, plan: Plan, index: int) -> Shard | None:
@@ -286,15 +365,21 @@ def _key(index: int) -> str:
     return f"shard-{index:05d}"
 
 
+def _rank(stamp: float | None, young: float) -> int:
+    """What the dead seem to have begun, what nobody has, what somebody seems to work on."""
+    return 1 if stamp is None else 0 if stamp < young else 2
+
+
 def _begin(place: Place, plan: Plan, attachments: dict[str, bytes]) -> Plan:
     plan = dataclasses.replace(
         plan, attachments={name: hashlib.sha256(data).hexdigest() for name, data in sorted(attachments.items())}
     )
-    names = place.names()  # before the plan: whoever writes more than attachments has written the plan
     found = read_plan(place)
-    if found is None:
-        if any(not name.rpartition("/")[2].startswith(".") for name in names if name not in attachments):
+    if found is None and any(_is_foreign(name) for name in place.names() if name not in attachments):
+        found = read_plan(place)  # or another writer has begun it meanwhile
+        if found is None:
             raise UserError(f"{place} is not empty and is not a store", "name an empty or new directory as store.dir")
+    if found is None:
         for name, data in attachments.items():
             place.write(name, data)
         place.write(PLAN_NAME, json_bytes(dataclasses.asdict(plan)))
@@ -320,28 +405,5 @@ def _begin(place: Place, plan: Plan, attachments: dict[str, bytes]) -> Plan:
     return found
 
 
-def _manifest(plan: Plan, shards: list[Shard], environment: dict[str, Any]) -> Manifest:
-    if len({shard.logsumexp for shard in shards}) > 1:
-        raise UserError("some shards have a log-sum-exp and some have none", "make the store anew with one engine")
-    return Manifest(
-        format_version=plan.format_version,
-        format=plan.format,
-        complete=True,
-        rows=plan.rows,
-        positions=sum(shard.positions for shard in shards),
-        subsets=plan.subsets,
-        top_k=plan.top_k,
-        max_positions=plan.max_positions,
-        vocab_size=plan.vocab_size,
-        value_dtype=common_dtype(shard.value_dtype for shard in shards),
-        value_error=max(shard.value_error for shard in shards),
-        logsumexp=shards[0].logsumexp,
-        compression=plan.compression,
-        shard_rows=plan.shard_rows,
-        block_rows=plan.block_rows,
-        fingerprint=plan.fingerprint,
-        provenance=plan.provenance,
-        shards=tuple(shards),
-        attachments=plan.attachments,
-        environment=environment,
-    )
+def _is_foreign(name: str) -> bool:
+    return not name.rpartition("/")[2].startswith(".")

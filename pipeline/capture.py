@@ -16,7 +16,7 @@ from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json
 from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, read_manifest, store_name
 from cache.order import check_alike
-from cache.places import Place
+from cache.places import Folder, Place
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM, places, run_jobs, visible_gpus
 from pipeline.run import LOG_NAME, StopSignal, claim_run_dir
@@ -59,8 +59,9 @@ def teacher_logits(
     _say_reused(config, found)
     if missing and stop():
         raise Interrupted("before the teacher was asked")
-    if missing and not child and limit is None:
-        _point_to(config, {name: _expected(config, teachers[name], of, found[name]) for name, of in prepared.items()})
+    if missing and not child:
+        _check_room(config, teachers, missing)
+        _point_to_expected(config, prepared, found, limit)
     number = config.teacher.data_parallel
     if missing and number > 1 and not child:
         code = _in_processes(config, request, limit, number, teachers, missing, stop)
@@ -95,13 +96,19 @@ def _say_reused(config: Config, found: Mapping[str, Any]) -> None:
             say(f"{_of(config, name)}reused the store of the same fingerprint: {store_line(result.place)}")
 
 
-def _expected(config: Config, settings: TeacherSettings, prepared: Any, found: Any) -> dict[str, str]:
-    """The entry of the store that was found of a teacher, or is to be written by the engine that comes first."""
+def _point_to_expected(
+    config: Config, prepared: Mapping[str, Any], found: Mapping[str, Any], limit: int | None
+) -> None:
+    """To the stores that were found, and to those that the engine that comes first will write; not in a trial."""
     from stages import teacher
 
-    if found is not None:
-        return _entry(found.manifest)
-    return _entry(teacher.plan_for(prepared, config.store, teacher.engine_order(settings.engine)[0]))
+    if limit is None:
+        entries = {}
+        for name, settings in config.teacher_settings().items():
+            engine = teacher.engine_order(settings.engine)[0]
+            there = found[name]
+            entries[name] = _entry(there.manifest if there else teacher.plan_for(prepared[name], config.store, engine))
+        _point_to(config, entries)
 
 
 def prepare_teacher(config: Config, settings: TeacherSettings, limit: int | None = None) -> Any:
@@ -225,6 +232,22 @@ def _rows_there(config: Config, settings: TeacherSettings, prepared: Any) -> int
 def _say_estimates(config: Config, teachers: Mapping[str, TeacherSettings], prepared: Mapping[str, Any]) -> None:
     for name, of_teacher in prepared.items():
         _say_estimate(config, teachers[name], of_teacher, _of(config, name))
+
+
+def _check_room(config: Config, teachers: Mapping[str, TeacherSettings], missing: Mapping[str, Any]) -> None:
+    """Before an engine starts: may we write the missing stores where they are to lie, and is there room?"""
+    from stages import teacher
+    from stages.estimate import check_room
+
+    root = config.store_root
+    if missing and isinstance(root, Folder):  # object storage does not tell
+        plans = {
+            name: teacher.plan_for(prepared, config.store, teacher.engine_order(teachers[name].engine)[0])
+            for name, prepared in missing.items()
+        }
+        places = {name: root / store_name(plan.fingerprint, plan.format) for name, plan in plans.items()}
+        if told := check_room([(missing[name], plans[name], places[name]) for name in missing]):
+            say(told)
 
 
 def _say_estimate(config: Config, settings: TeacherSettings, prepared: Any, of: str) -> None:

@@ -317,6 +317,16 @@ def list_stores(root: str) -> None:
 
 
 @cache_group.command()
+@_experiment
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, by teacher.")
+def find(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say which stores a config would use; exit code 0 if they are complete, else 2."""
+    from pipeline import stores
+
+    stores.find_stores(config_path, overrides, as_json)
+
+
+@cache_group.command()
 @_store_argument
 @click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as JSON.")
 def inspect(store: str, as_json: bool) -> None:

@@ -1,17 +1,23 @@
-"""`duet cache …`: looking into stores and after them. None of it needs torch or vLLM, but `repair`, which runs stage one."""
+"""`duet cache …`: looking into stores and after them. None of it needs torch or vLLM, but `repair`, which runs stage one,
+and `find`, which reads the data as stage one does."""
 
 from __future__ import annotations
 
-import json
+import pwd
+import shlex
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from cache import maintain
 from cache.errors import UserError
-from cache.manifest import MANIFEST_NAME, read_manifest, read_plan
+from cache.leases import Leases
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, read_manifest, read_plan, store_name
 from cache.places import Folder, Place, place_of
-from pipeline.terminal import out, say
+from cache.writer import LEASE_S, LEASES_NAME
+from pipeline.terminal import say, say_json, show
 
 
 def list_stores(root: str) -> None:
@@ -28,7 +34,71 @@ def list_stores(root: str) -> None:
     if not table.row_count:
         say(f"no stores in {root}")
         return
-    out.print(table)
+    show(table, result=True)
+
+
+def find_stores(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say which stores a config uses and what is there of them; a UserError where one is not complete."""
+    from pipeline.capture import prepare_teacher
+    from pipeline.config import load_config
+    from stages import teacher
+
+    config = load_config(config_path, overrides)
+    found = {}
+    for name, settings in config.teacher_settings().items():
+        prepared = prepare_teacher(config, settings)
+        plans = [teacher.plan_for(prepared, config.store, engine) for engine in teacher.engine_order(settings.engine)]
+        stores = [_state(config.store_root / store_name(plan.fingerprint, plan.format), plan) for plan in plans]
+        complete = (store for store in stores if store["state"] == "complete")
+        found[name] = next(complete, max(stores, key=lambda store: store["rows_there"]))  # of equal ones the first
+    if as_json:
+        say_json(found)
+    for name, store in () if as_json else found.items():
+        of = f"teacher {name}: " if config.teachers else ""
+        by = f"; begun {store['begun']} by {store['owner']}" if store["begun"] else ""
+        held = f", held by {store['living_writers']} living writers" if store["living_writers"] else ""
+        say(f"{of}{store['path']}: {store['state']}, {store['rows_there']} of {store['rows']} rows are there{held}{by}")
+        for key, value in store["environment"].items():
+            say(f"  {key}: {value}")
+    missing = [store["path"] for store in found.values() if store["state"] != "complete"]
+    if missing:
+        more = "".join(f" --set {shlex.quote(override)}" for override in overrides)
+        raise UserError(
+            f"{len(missing)} of this config's {len(found)} stores is not complete: {missing[0]}",
+            f"run: duet teacher-logits --config {shlex.quote(config_path)}{more}",
+        )
+
+
+def _state(place: Place, plan: Plan) -> dict[str, Any]:
+    """What is there of a store. When it was begun, and by whom, only a file system says."""
+    complete = place.size(MANIFEST_NAME) is not None
+    there = place.entries()
+    rows = sum(len(plan.shard_range(index)) for index in range(plan.num_shards) if plan.side_name(index) in there)
+    begun, owner, writers = None, None, 0
+    if isinstance(place, Folder) and PLAN_NAME in there:
+        stat = (place.path / PLAN_NAME).stat()
+        begun = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="seconds")
+        owner = _user_name(stat.st_uid)
+        writers = 0 if complete else Leases(place.path / LEASES_NAME, LEASE_S).num_holders()
+    return {
+        "path": str(place),
+        "fingerprint": plan.fingerprint,
+        "engine": plan.provenance["engine"],
+        "state": "complete" if complete else "incomplete" if PLAN_NAME in there else "absent",
+        "rows": plan.rows,
+        "rows_there": rows,
+        "living_writers": writers,
+        "begun": begun,
+        "owner": owner,
+        "environment": read_manifest(place).environment if complete else {},
+    }
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # of another machine
+        return str(uid)
 
 
 def inspect_store(store: str, as_json: bool) -> None:
@@ -36,7 +106,7 @@ def inspect_store(store: str, as_json: bool) -> None:
     place = place_of(store)
     manifest = read_manifest(place)
     if as_json:
-        out.print_json(json.dumps(manifest.as_json()))
+        say_json(manifest.as_json())
         return
     say(f"{place}: {manifest.format}, compression {manifest.compression}, {len(manifest.shards)} shards")
     for subset, rows in manifest.subsets.items():

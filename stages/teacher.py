@@ -343,5 +343,5 @@ def rows_there(prepared: Prepared, store: StoreSettings, root: Place, engine: st
     """Rows in complete shards of the store under an engine, whether it is complete or not."""
     plan = plan_for(prepared, store, engine)
     place = root / store_name(plan.fingerprint, plan.format)
-    names = set(place.names())
+    names = place.entries()
     return sum(len(plan.shard_range(i)) for i in range(plan.num_shards) if plan.side_name(i) in names)

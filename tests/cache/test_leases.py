@@ -88,7 +88,7 @@ def test_an_expired_lease_is_taken_over_and_its_holder_publishes_nothing(leases,
     new.publish("x", tmp_path / "target")
 
 
-def test_a_lost_lease_stays_lost_when_the_number_of_its_generation_comes_back(leases, clock, tmp_path):
+def test_a_lost_lease_stays_lost_when_its_key_is_taken_anew(leases, clock, tmp_path):
     old = held(leases.acquire("a"))
     clock.time += LEASE_S + 1
     leases.release(held(leases.acquire("a")))
@@ -203,7 +203,7 @@ def test_tidy_leaves_nothing_even_when_several_do_it(leases, clock, tmp_path):
         list(pool.map(lambda _: leases.tidy(), range(4)))
     leases.tidy()
     assert not leases.dir.exists()
-    assert leases.keys() == set()
+    assert leases.stamps() == {}
     cannot_publish(lease, tmp_path / "target")
 
 
