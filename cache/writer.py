@@ -304,16 +304,20 @@ class StoreWriter:
         return lease is not None
 
     def _manifest(self, environment: dict[str, Any]) -> bytes:
-        """Of all shards, each of which is read once; one that is damaged is a UserError and is no longer there."""
+        """Of all shards, each of which is read once; damaged ones are a UserError and are no longer there."""
+        damaged = []
         for index in range(self.plan.num_shards):
             shard = self._written.get(index) or written_shard(self.place, self.plan, index)
-            if shard is None:
+            if shard:
+                self._written[index] = shard
+            else:
+                damaged.append(self.plan.shard_name(index))
                 self.place.remove(self.plan.side_name(index))
-                raise UserError(
-                    f"{self.place.name_of(self.plan.shard_name(index))} is not as it was written",
-                    "run the same command again: it is written anew",
-                )
-            self._written[index] = shard
+        if damaged:
+            raise UserError(
+                f"{len(damaged)} shards are not as they were written, the first is {self.place.name_of(damaged[0])}",
+                "run the same command again: they are written anew",
+            )
         shards = [self._written[index] for index in range(self.plan.num_shards)]
         return json_bytes(manifest_of(self.plan, shards, environment).as_json())
 

@@ -229,6 +229,22 @@ def test_only_the_damaged_shard_is_written_again(tmp_path):
     assert (place.path / "shard-00000.arrow").stat().st_mtime_ns == times["shard-00000.arrow"]
 
 
+def test_a_shard_that_is_damaged_before_the_store_is_complete_is_written_anew_by_the_next_run(tmp_path):
+    place, plan = Folder(tmp_path / "s"), make_plan(10, 4)
+    good = write_store(tmp_path / "undisturbed", plan, ROWS)
+    with StoreWriter(place, plan) as writer:
+        while shard := writer.claim():
+            shard.append(ROWS[shard.range.start : shard.range.stop])
+            writer.publish(shard)
+        writer.wait()
+    (place.path / "shard-00001.arrow").write_bytes(b"cut")
+    (place.path / "shard-00002.json").write_text("{")
+    with pytest.raises(UserError, match=r"2 shards are not as they were written, .*shard-00001\.arrow") as caught:
+        write_store(place, plan, ROWS)
+    assert "run the same command again" in caught.value.hint
+    assert write_store(place, plan, ROWS) == good
+
+
 def test_a_missing_and_a_cut_shard_are_refused(tmp_path):
     for name, damage in {
         "is missing": Path.unlink,
