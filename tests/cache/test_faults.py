@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import hostile
@@ -23,6 +21,7 @@ from conftest import (
     read_all,
     run_duet,
     same_rows,
+    small_disk,
     write_jsonl,
     write_store,
 )
@@ -153,23 +152,6 @@ def test_a_writer_that_was_stopped_beyond_its_lease_publishes_nothing(tmp_path, 
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
     assert content(folder) == content(tmp_path / "undisturbed")
     assert is_whole(folder, ROWS)
-
-
-@contextmanager
-def small_disk(folder: Path, size_kb: int) -> Iterator[Path]:
-    """A file system of that size, which only root can mount."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no `mount` here")
-    if done.returncode:
-        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def fill(disk: Path, but_bytes: int) -> Path:

@@ -14,9 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, read_all, run_duet, write_jsonl
+from conftest import ROOT, read_all, run_duet, small_disk, write_jsonl
 from test_cli import _restore_signals, refused  # noqa: F401  for every test here
-from test_faults import small_disk
 
 from cache.manifest import read_manifest
 from cache.places import Folder
