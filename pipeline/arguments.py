@@ -1,4 +1,5 @@
-"""What all commands have in common: -q, -v and --json before or after a command's name, and help with mistyped names.
+"""What commands have in common: -q, -v and --json before or after a command's name, help with mistyped names, and the options
+of those that work on an experiment.
 
 Commands are made with `Group.command`, so that a new one has all this without a word.
 """
@@ -8,10 +9,11 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from cache.errors import UserError
 
@@ -114,3 +116,32 @@ def _level(asked: set[str]) -> str:
     if level not in LEVELS:
         raise UserError(f"{VERBOSITY} is {level!r} in the environment", f"set it to one of {', '.join(LEVELS)}")
     return level
+
+
+def experiment(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that works on an experiment."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. --set train.lr=1e-5."
+    )(command)
+    return click.option(
+        "--config",
+        "config_path",
+        required=True,
+        metavar="FILE",
+        shell_complete=files,
+        help="The experiment's YAML file.",
+    )(command)
+
+
+def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Completed by the shell itself."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def students(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that works on students."""
+    command = click.option(
+        "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,…",
+        help="One student per value, e.g. --sweep train.lr=1e-5,1e-4; several make a grid.",
+    )(command)  # fmt: skip
+    return click.option("--only", multiple=True, metavar="NAME", help="Only this student; can be repeated.")(command)

@@ -6,15 +6,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from cache.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
-from pipeline.arguments import Group
+from pipeline.arguments import Group, experiment, files, students
+from pipeline.cli_cache import cache_group
+from pipeline.cli_runs import RUN_COMMANDS
 
 log = logging.getLogger("duet")
 
@@ -25,43 +25,14 @@ def duet() -> None:
     """Make a language model forget a topic: teacher logits to a store, store to students, and proof."""
 
 
-def _experiment(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that works on an experiment."""
-    command = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. --set train.lr=1e-5."
-    )(command)
-    return click.option(
-        "--config",
-        "config_path",
-        required=True,
-        metavar="FILE",
-        shell_complete=_files,
-        help="The experiment's YAML file.",
-    )(command)
-
-
-def _files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Completed by the shell itself."""
-    return [CompletionItem(incomplete, type="file")]
-
-
-def _students(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that works on students."""
-    command = click.option(
-        "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,…",
-        help="One student per value, e.g. --sweep train.lr=1e-5,1e-4; several make a grid.",
-    )(command)  # fmt: skip
-    return click.option("--only", multiple=True, metavar="NAME", help="Only this student; can be repeated.")(command)
-
-
 @duet.command()
 @click.argument("file", metavar="[FILE]", required=False)
 @click.option("--topic", help="What is to be forgotten, as a person would name it.")
 @click.option("--model", metavar="PATH", help="The base model: a directory, or OWNER/NAME on the hub.")
 @click.option(
-    "--forget", metavar="DATA", shell_complete=_files, help="Questions about the topic (.jsonl, .csv, .parquet)."
+    "--forget", metavar="DATA", shell_complete=files, help="Questions about the topic (.jsonl, .csv, .parquet)."
 )
-@click.option("--retain", metavar="DATA", shell_complete=_files, help="Questions about anything else.")
+@click.option("--retain", metavar="DATA", shell_complete=files, help="Questions about anything else.")
 @click.option("--name", help="Name of the run; default: after the topic.")
 @click.option("--question-field", metavar="FIELD", help="Field with the question, where it is not called so.")
 @click.option("--answer-field", metavar="FIELD", help="Field with the answer, where it is not called so.")
@@ -74,7 +45,7 @@ def init(file: str | None, yes: bool, **given: str | None) -> None:
 
 
 @duet.command("teacher-logits")
-@_experiment
+@experiment
 @click.option("--dry-run", is_flag=True, help="Say what it would cost, and start nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="A trial: the first so many queries of each subset.")
 @click.option(
@@ -99,8 +70,8 @@ def teacher_logits(
 
 
 @duet.command()
-@_experiment
-@_students
+@experiment
+@students
 @click.option("--jobs", type=click.IntRange(min=1), help="Students at a time; default: the number of GPUs, at least 1.")
 @click.option("--child", is_flag=True, hidden=True)
 def distill(jobs: int | None, child: bool, **asked: Any) -> int:
@@ -112,8 +83,8 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
 
 
 @duet.command()
-@_experiment
-@_students
+@experiment
+@students
 @click.option(
     "--model", "models", multiple=True, metavar="[NAME=]PATH",
     help="Score this model, made elsewhere, instead of the students; can be repeated. Needs no stage before.",
@@ -139,7 +110,7 @@ def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
 
 
 @duet.command("audit-prefix")
-@_experiment
+@experiment
 @click.option(
     "--prefix", "prefixes", multiple=True, metavar="TEXT", help="One more; {topic} is filled; can be repeated."
 )
@@ -155,8 +126,8 @@ def audit_prefix(config_path: str, overrides: tuple[str, ...], prefixes: tuple[s
 
 
 @duet.command()
-@_experiment
-@_students
+@experiment
+@students
 @click.option("--force", is_flag=True, help="Also with a prefix that failed its audit.")
 def run(force: bool, **asked: Any) -> int:
     """All three stages, each in a process of its own."""
@@ -174,49 +145,7 @@ def run(force: bool, **asked: Any) -> int:
 
 
 @duet.command()
-@click.argument("run", metavar="[RUN_DIR]", required=False)
-@click.option("--pdf", is_flag=True, help="Print it to report.pdf, too; needs Chromium or Chrome.")
-def report(run: str | None, pdf: bool) -> None:
-    """Render a run's report.html anew from its results.json; RUN_DIR defaults to the only run in runs/."""
-    from pipeline import printing
-
-    printing.report(run, pdf)
-
-
-class _Evidence(Group):
-    """`duet evidence OUT.zip` is `duet evidence pack OUT.zip`: what is no command is the file to write."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        packs = any(arg.endswith(".zip") for arg in args) and args[0] not in self.commands
-        return super().parse_args(ctx, ["pack", *args] if packs else args)
-
-
-@duet.group("evidence", cls=_Evidence)
-def evidence_group() -> None:
-    """Bundle a run's report, numbers and settings for others, and check such a bundle."""
-
-
-@evidence_group.command("pack")
-@click.argument("out", metavar="OUT.zip")
-@click.option("--run", metavar="RUN_DIR", help="The run's directory; default: the only run in runs/.")
-def pack_evidence(out: str, run: str | None) -> None:
-    """Write a zip file with hashes over all that is in it; `duet evidence OUT.zip` does the same."""
-    from pipeline import evidence
-
-    evidence.pack(out, run)
-
-
-@evidence_group.command("verify")
-@click.argument("out", metavar="OUT.zip")
-def verify_evidence(out: str) -> None:
-    """Check that nothing is missing, additional or changed, and that the report is what the numbers say."""
-    from pipeline import evidence
-
-    evidence.verify(out)
-
-
-@duet.command()
-@_experiment
+@experiment
 @click.option("--jobs", type=click.IntRange(min=1), help="Methods at a time; default: the number of GPUs, else 2.")
 @click.option("--part", hidden=True)
 def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
@@ -230,8 +159,8 @@ def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
 
 
 @duet.command()
-@_experiment
-@_students
+@experiment
+@students
 @click.option(
     "--stage", "stages", multiple=True, type=click.Choice(["teacher-logits", "distill", "evaluate"]),
     help="Only this stage; can be repeated. Default: all.",
@@ -250,141 +179,9 @@ def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any)
     jobs.submit(request, stages, print_only)
 
 
-@duet.command(hidden=True)
-@click.argument("config_path", type=click.Path(path_type=Path))
-@click.argument("task")
-def attempt(config_path: Path, task: str) -> None:
-    """A Slurm job of ours begins: note it, or refuse one that gets nowhere."""
-    from pipeline import submit as jobs
-
-    jobs.attempt(config_path, task)
-
-
-_run_argument = click.argument(
-    "run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
-
-
-@duet.command()
-@_run_argument
-@click.option("--watch", is_flag=True, help="Look again every few seconds, until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
-def status(run_dir: Path, watch: bool, as_json: bool) -> None:
-    """How far a run is: shards, students, jobs in the queue, rates and time left."""
-    from pipeline import status as of_run
-
-    of_run.status(run_dir, watch, as_json)
-
-
-@duet.command()
-@_run_argument
-@click.argument("job", required=False)
-@click.option(
-    "--lines", type=click.IntRange(min=1), default=40, show_default=True, help="The last so many of each log."
-)
-def logs(run_dir: Path, job: str | None, lines: int) -> None:
-    """The end of the newest log of each of a run's jobs, or of the one named; without jobs, of the run's own log."""
-    from pipeline import status as of_run
-
-    of_run.logs(run_dir, job, lines)
-
-
-@duet.command()
-@_run_argument
-def cancel(run_dir: Path) -> None:
-    """Take a run's jobs out of Slurm's queue; `duet submit` goes on from what is done."""
-    from pipeline import submit as jobs
-
-    jobs.cancel(run_dir)
-
-
-@duet.group("cache")
-def cache_group() -> None:
-    """Look into stores of teacher logits, and after them."""
-
-
-_store_argument = click.argument("store", metavar="STORE")
-_root_argument = click.argument("root", metavar="FOLDER")
-
-
-@cache_group.command("ls")
-@_root_argument
-def list_stores(root: str) -> None:
-    """List the stores in a folder or under a URL."""
-    from pipeline import stores
-
-    stores.list_stores(root)
-
-
-@cache_group.command()
-@_experiment
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, by teacher.")
-def find(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say which stores a config would use; exit code 0 if they are complete, else 2."""
-    from pipeline import stores
-
-    stores.find_stores(config_path, overrides, as_json)
-
-
-@cache_group.command()
-@_store_argument
-@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as JSON.")
-def inspect(store: str, as_json: bool) -> None:
-    """Show what a store holds and where it came from."""
-    from pipeline import stores
-
-    stores.inspect_store(store, as_json)
-
-
-@cache_group.command()
-@_store_argument
-def verify(store: str) -> None:
-    """Check every byte of a store against its hashes."""
-    from pipeline import stores
-
-    stores.verify_store(store)
-
-
-@cache_group.command()
-@_store_argument
-@_experiment
-def repair(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
-    """Write a store's damaged and missing shards anew."""
-    from pipeline import stores
-
-    stores.repair_store(store, config_path, overrides)
-
-
-@cache_group.command()
-@click.argument("source", metavar="STORE")
-@click.argument("target", metavar="NEW_STORE")
-@click.option(
-    "--format", "store_format", type=click.Choice(["arrow", "zarr"]), required=True, help="Format of the copy."
-)
-@click.option(
-    "--compression", type=click.Choice(["none", "lz4", "zstd"]), default="none", show_default=True, help="Of the copy."
-)
-def convert(source: str, target: str, store_format: str, compression: str) -> None:
-    """Write the same rows, bit for bit, in another format."""
-    from pipeline import stores
-
-    stores.convert_store(source, target, store_format, compression)
-
-
-@cache_group.command()
-@_root_argument
-@click.option("--unused-days", type=float, help="Also complete stores that were not read for so many days.")
-@click.option("--yes", is_flag=True, help="Remove them; without it they are only listed.")
-def gc(root: str, unused_days: float | None, yes: bool) -> None:
-    """List or remove incomplete stores that nobody is writing, and unused ones."""
-    from pipeline import stores
-
-    stores.collect_garbage(root, unused_days, yes)
-
-
 @duet.command()
 @click.option(
-    "--config", "config_path", metavar="FILE", shell_complete=_files, help="Check what this experiment needs, too."
+    "--config", "config_path", metavar="FILE", shell_complete=files, help="Check what this experiment needs, too."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of that experiment.")
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
@@ -402,7 +199,7 @@ def _gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 
 
 @duet.command("estimate")
-@_experiment
+@experiment
 @click.option(
     "--gpu", metavar="NAME", shell_complete=_gpu_names, help="A GPU by name, e.g. A100-80; default: what is here."
 )
@@ -433,6 +230,10 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None  # click has all three
     click.echo(kind(duet, {}, "duet", "_DUET_COMPLETE").source())
+
+
+for command in (*RUN_COMMANDS, cache_group):
+    duet.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -147,7 +147,7 @@ def complete(words: str) -> list[str]:
 
 
 def test_commands_options_and_files_are_completed():
-    assert complete("duet ca") == ["plain,cache"]
+    assert complete("duet cac") == ["plain,cache"]
     assert complete("duet cache ver") == ["plain,verify"]
     assert "plain,--sweep" in complete("duet distill --")
     assert complete("duet distill --config conf") == ["file,conf"]
@@ -160,7 +160,7 @@ def test_bash_completes_with_our_script(tmp_path):
         pytest.skip("bash is not installed")
     (tmp_path / "duet").write_text(f'#!/bin/sh\nexec {sys.executable} -m pipeline.cli "$@"\n')
     (tmp_path / "duet").chmod(0o755)
-    script = 'eval "$(duet completion bash)"; COMP_WORDS=(duet ca); COMP_CWORD=1; _duet_completion duet; echo "${COMPREPLY[*]}"'
+    script = 'eval "$(duet completion bash)"; COMP_WORDS=(duet cac); COMP_CWORD=1; _duet_completion duet; echo "${COMPREPLY[*]}"'
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([bash, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert lines(done.stdout) == ["cache"], done.stderr
