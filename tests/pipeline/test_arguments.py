@@ -160,7 +160,8 @@ def test_bash_completes_with_our_script(tmp_path):
         pytest.skip("bash is not installed")
     (tmp_path / "duet").write_text(f'#!/bin/sh\nexec {sys.executable} -m pipeline.cli "$@"\n')
     (tmp_path / "duet").chmod(0o755)
-    script = 'eval "$(duet completion bash)"; COMP_WORDS=(duet cac); COMP_CWORD=1; _duet_completion duet; echo "${COMPREPLY[*]}"'
+    words = "COMP_WORDS=(duet cac); COMP_CWORD=1"
+    script = f'eval "$(duet completion bash)"; {words}; _duet_completion duet; echo "${{COMPREPLY[*]}}"'
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([bash, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert lines(done.stdout) == ["cache"], done.stderr
