@@ -62,8 +62,11 @@ def teacher_logits(
     from pipeline.sweep import Request
 
     check_alone("teacher-logits", os.environ)
-    if worker and (workers or limit):
-        raise UserError("--worker is one process of many that write the whole store", "leave out --workers and --limit")
+    for name, value in {"--workers": workers, "--limit": limit, "--dry-run": dry_run}.items():
+        if worker and value:
+            raise UserError(
+                f"--worker is one of many that write the whole store; {name} is none of it", f"leave out {name}"
+            )
     if workers:
         asked["overrides"] = (*asked["overrides"], f"teacher.data_parallel={workers}")
     return capture.teacher_logits(Request(**asked), limit, dry_run, child, worker)

@@ -39,7 +39,7 @@ from pipeline.terminal import (
 from stages.settings import TRAINING_NAME, StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
-REPORT_NAME = "report.html"
+REPORT_NAME, PDF_NAME = "report.html", "report.pdf"
 STAGES = ("teacher-logits", "distill", "evaluate")
 
 
@@ -94,6 +94,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     for name, scores in harness.items():
         results["models"][name] |= scores
     _keep_earlier(run_dir, results)
+    (run_dir / PDF_NAME).unlink(missing_ok=True)  # it shows the results that are replaced now
     publish_json(run_dir / RESULTS_NAME, results)
     if config.evaluate.tofu:
         _write_tofu_logs(run_dir / "open-unlearning", exam, given, answers, results)
@@ -130,7 +131,7 @@ def _keep_earlier(run_dir: Path, results: dict[str, Any]) -> None:
     earlier = read_json(path)
     if earlier["evaluate"] == results["evaluate"] and set(earlier["models"]) <= set(results["models"]):
         return
-    set_aside(run_dir, (RESULTS_NAME, REPORT_NAME), "evaluation")
+    set_aside(run_dir, (RESULTS_NAME, REPORT_NAME, PDF_NAME), "evaluation")
 
 
 def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
@@ -184,7 +185,7 @@ def exam_of(config: Config) -> Any:
 
     control = config.evaluate.control_model
     return Exam(
-        sets=_query_sets(config),
+        sets=query_sets(config),
         topic=config.topic,
         prompt=config.prompt,
         settings=config.evaluate,
@@ -204,7 +205,7 @@ def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str,
     return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in SUBSETS}
 
 
-def _query_sets(config: Config) -> dict[str, Any]:
+def query_sets(config: Config) -> dict[str, Any]:
     """The training sets of all requests and those of the evaluation, with answers."""
     from stages.data import load_queries
     from stages.exam import QuerySet
@@ -231,8 +232,22 @@ def _query_sets(config: Config) -> dict[str, Any]:
             raise UserError(
                 f"evaluate.sets.{name}.translates: no set {query_set.translates!r}", f"the sets are {', '.join(sets)}"
             )
+    _check_apart(sets)
     order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
     return {name: sets[name] for name in order}
+
+
+def _check_apart(sets: Mapping[str, Any]) -> None:
+    """Refuse a question that is to be forgotten in one set and to be kept in another."""
+    forgotten = {q.question: name for name, of in sets.items() if of.expect == "forgotten" for q in of.queries}
+    for name, of in sets.items():
+        both = [q.question for q in of.queries if q.question in forgotten] if of.expect == "kept" else []
+        if both:
+            raise UserError(
+                f"{len(both)} questions of the set {name!r} are to be kept, and those of {forgotten[both[0]]!r} are to be "
+                f"forgotten: {both[0]!r}",
+                "take them out of one of the two, or leave the set out of evaluate.sets",
+            )
 
 
 def store_summary(place: Place) -> dict[str, Any]:
@@ -274,6 +289,7 @@ def run_all(request: Request) -> int:
     Returns the first exit code that is not 0. A signal to this process is handed to the stage that runs.
     """
     stop = StopSignal()
+    query_sets(request.load())  # a fault in what only the last stage reads should not wait for it
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")

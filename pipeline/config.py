@@ -120,7 +120,11 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     raw = merged(site_defaults(os.environ), read_mapping(path))
     for override in overrides:
         _apply(raw, override)
-    config = validated(Config, raw, path)
+    try:
+        config = validated(Config, raw, path)
+    except UserError as error:
+        of = next((text for text in overrides if error.what.startswith(f"{path}: {text.partition('=')[0]}:")), None)
+        raise UserError(error.what.replace(path, f"--set {of}", 1) if of else error.what, error.hint) from None
     _check_teachers(config, path)
     _check_requests(config, path)
     _check_tofu(config, path)

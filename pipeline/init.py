@@ -110,7 +110,9 @@ def collect(given: dict[str, str | None], ask: Callable[[str, str | None], str] 
     topic = answer("topic", "what is to be forgotten, as a person would name it", _text)
     model = answer("model", "base model: a directory, or OWNER/NAME on the Hugging Face hub", model_facts)
     forget, of_forget = answer(
-        "forget", "file with questions about the topic (.jsonl, .csv, .parquet)", queries("forget")
+        "forget",
+        "file with questions about the topic (.jsonl, .csv, .tsv, .parquet, or hf://OWNER/NAME)",
+        queries("forget"),
     )
 
     def kept(path: str) -> tuple[DataSettings, list[Query]]:
@@ -163,7 +165,8 @@ def read_queries(path: str, key: str, question: str | None, answer: str | None) 
         if "_field" not in error.hint:
             raise
         raise UserError(
-            error.what, "rename the field, or name yours with --question-field and --answer-field"
+            error.what,
+            "rename the field, or name yours with --question-field and --answer-field; both files must call it the same",
         ) from None
 
 

@@ -60,7 +60,7 @@ def claim_run_dir(config: Config) -> Path:
             more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
             raise UserError(
                 f"{run_dir} holds another run: {key} is {old} there and {new} now{more}",
-                "choose another run with --set name=NEW_NAME, or remove the directory if nobody needs it",
+                f"{_beside(key)}choose another run with --set name=NEW_NAME, or remove the directory if nobody needs it",
             )
         by_name = {student["name"]: student for student in (*found["students"], *resolved["students"])}
         resolved["students"] = list(by_name.values())
@@ -73,6 +73,13 @@ def claim_run_dir(config: Config) -> Path:
     log_to(run_dir / LOG_NAME)
     log.debug("run directory %s, %s", run_dir, environment())
     return run_dir
+
+
+def _beside(key: str) -> str:
+    """The way for what students of one run may differ in."""
+    return (
+        f"train a student beside the others, on the same store: --sweep {key}=VALUE; or " if key[:6] == "train." else ""
+    )
 
 
 def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:

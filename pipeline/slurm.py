@@ -157,6 +157,7 @@ def _ask(*command: str) -> str:
             "log in to one, or run the stages here: duet run",
         ) from None
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        lines = [line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+        said = "; ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else f"exit code {done.returncode}"
         raise UserError(f"{command[0]} refused: {said}", "see the group slurm: of the config, and `duet doctor`")
     return done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.config import Config, load_config
 from pipeline.progress import files_answered, stores_progress, student_progress
 from pipeline.run import CONFIG_NAME, LOG_NAME
 from pipeline.submit import STAGE_ONE, submitted
-from pipeline.terminal import out, say_json, show
+from pipeline.terminal import out, say, say_json, show
 
 WATCH_S = 10.0
 
@@ -61,20 +60,27 @@ def status_of(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def jobs_of_run(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's jobs that are in the queue, and of the others the last of each name, with why it stopped where it said so."""
-    if not submitted(run_dir) or not shutil.which("squeue"):
+    """The run's jobs that are in the queue, and of the others the last of each name, with why it stopped where it said so.
+
+    Where the queue cannot be asked, their state is UNKNOWN.
+    """
+    last = {entry["name"]: entry["id"] for entry in submitted(run_dir)}
+    if not last:
         return []
-    queued = slurm.queue(slurm.comment_of(run_dir))
+    try:
+        queued, gone_state = slurm.queue(slurm.comment_of(run_dir)), "ENDED"
+    except UserError as error:
+        say(f"note: {error.what}")
+        queued, gone_state = [], "UNKNOWN"
     jobs = [asdict(entry) for entry in queued]
     there = {entry.job_id for entry in queued}
-    last = {entry["name"]: entry["id"] for entry in submitted(run_dir)}
     gone = {name: job_id for name, job_id in last.items() if job_id not in there}
     states = slurm.ended(list(gone.values()))
     for name, job_id in gone.items():
         tasks = sorted({state for known, state in states.items() if known.partition("_")[0] == job_id})
         reason = _stopped(run_dir, name, job_id)
         jobs.append(
-            {"job_id": job_id, "task": "", "name": name, "state": ", ".join(tasks) or "ENDED", "reason": reason}
+            {"job_id": job_id, "task": "", "name": name, "state": ", ".join(tasks) or gone_state, "reason": reason}
         )
     order = list(last)  # as they were submitted
     return sorted(jobs, key=lambda job: (order.index(job["name"]) if job["name"] in last else len(order), job["task"]))
@@ -148,9 +154,10 @@ def logs(run_dir: Path, job: str | None, lines: int) -> None:
         name, _, number = path.stem.rpartition("-")
         newest[name + (f"-{number.partition('_')[2]}" if "_" in number else "")] = path
     if job is not None:
+        known = ", ".join(newest) or f"none; see `duet status {run_dir}`"
         newest = {name: path for name, path in newest.items() if _is_of(name, job)}
         if not newest:
-            raise UserError(f"no job {job!r} of {run_dir} has a log yet", f"see `duet status {run_dir}`")
+            raise UserError(f"{run_dir} has no log of a job {job!r}", f"those that have one: {known}")
     elif not newest:
         newest = {"log": run_dir / LOG_NAME} if (run_dir / LOG_NAME).is_file() else {}
     if not newest:

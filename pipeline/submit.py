@@ -19,13 +19,14 @@ from cache.errors import UserError
 from cache.files import publish_json, publishing, read_json
 from pipeline import slurm
 from pipeline.capture import check_one_teacher
-from pipeline.commands import RESULTS_NAME, STAGES
+from pipeline.commands import RESULTS_NAME, STAGES, query_sets
 from pipeline.config import Config, load_config
 from pipeline.jobs import THIS_PROGRAM
 from pipeline.progress import files_answered, newest_checkpoint, shards_left, stores_progress, student_progress
 from pipeline.provenance import without_places
 from pipeline.run import claim_run_dir
 from pipeline.slurm import Job, Submission
+from pipeline.slurm_settings import SlurmSettings
 from pipeline.sweep import Request
 from pipeline.terminal import say
 
@@ -44,6 +45,8 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
     of = Submission(config.run_dir, config.slurm, path, THIS_PROGRAM, slurm.comment_of(config.run_dir))
     jobs = jobs_of(config, of, stages or STAGES)
     if print_only:
+        if not jobs:
+            say("nothing to submit: all of it is done")
         for job in jobs:
             say(f"# {job.name}{', after ' + ' and '.join(job.after) if job.after else ''}\n{slurm.script(job, of)}")
         return
@@ -57,6 +60,10 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
         say("nothing to submit" if ids else "nothing to submit: all of it is done")
         return
     _check_before(config, [*ids, *(job.name for job in new)])
+    if config.slurm == SlurmSettings():
+        say("no resources are set (slurm: in the config or the site's file): the cluster's defaults hold, often no GPU")
+    if STAGE_THREE in (job.name for job in new):
+        query_sets(config)  # a fault in what only the last job reads should not wait for it
     claim_run_dir(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:
@@ -174,7 +181,8 @@ def _stands(config: Config, task: str) -> int:
 
 def cancel(run_dir: Path) -> None:
     """Take all of a run's jobs out of the queue; what they did stays, and `duet submit` goes on from there."""
-    job_ids = sorted({entry.job_id for entry in slurm.queue(slurm.comment_of(run_dir))})
+    queued = slurm.queue(slurm.comment_of(run_dir)) if submitted(run_dir) else []
+    job_ids = sorted({entry.job_id for entry in queued})
     if not job_ids:
         say(f"no job of {run_dir} is in the queue")
         return

@@ -152,7 +152,8 @@ def _sinfo() -> tuple[int, str]:
         )
     except subprocess.TimeoutExpired:
         return 1, f"no answer within {SINFO_TIMEOUT_S} s"
-    return done.returncode, " ".join((done.stderr if done.returncode else done.stdout).split())
+    lines = (done.stderr if done.returncode else done.stdout).split("\n")
+    return done.returncode, " ".join(filter(None, lines[:1] if done.returncode else lines))
 
 
 def config_checks(config: Config) -> Iterator[Check]:

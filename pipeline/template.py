@@ -48,7 +48,7 @@ def config_text(answers: Answers) -> str:
     top_k = 20 if model.vocab_size is not None and model.vocab_size < LARGE_VOCABULARY else 64
     return f"""\
 # Made by `duet init`. Paths are relative to where `duet` is started. `--set KEY=VALUE` overrides any key for one call.
-# What else can be set stands, with a line on each, in stages/settings.py and stages/exam_settings.py.
+# What else can be set stands, with a line on each, in docs/reference/config.md.
 name: {_quoted(answers.name)} # results go to runs/{answers.name}
 topic: {_quoted(answers.topic)}
 

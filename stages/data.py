@@ -80,7 +80,8 @@ def _read_jsonl(path: Path, where: str) -> Iterator[Any]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{where}: {path}, line {number} is not JSON: {error}", "each line must be one JSON object"
+                    f"{where}: {path}, line {number} is not JSON: {error.msg}, column {error.colno}",
+                    "each line must be one JSON object",
                 ) from None
 
 

@@ -14,13 +14,14 @@ import numpy as np
 
 from stages import attack_scores, battery, knowmem, metrics, outcome, reading, uncertainty
 from stages.definitions import all_metrics, definitions, versions
-from stages.exam import HEADLINE, Exam, Subject, references_of
+from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of
 from stages.examinee import Examinee
 from stages.given import Given, finite, score_given
 from stages.tofu_run import Reference, tofu_results
 from stages.uncertainty import Score
 
 NUM_SAMPLES = 40
+DISTINCTIVE = "distinctive_recall"
 
 
 def answer_all(
@@ -96,9 +97,11 @@ def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) 
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
+    words = _distinctive_words(exam)
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
         items = metrics.score_texts(references, answers[name], extra)
+        items[DISTINCTIVE] = metrics.distinctive_recall(words[name], answers[name])
         if name in given:
             items |= score_given(given[name], query_set.expect)
         for metric, values in items.items():
@@ -107,10 +110,24 @@ def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) 
     return scores
 
 
+def _questions_of(query_set: QuerySet) -> list[str]:
+    return [query.question for query in query_set.queries]
+
+
+def _distinctive_words(exam: Exam) -> dict[str, list[frozenset[str]]]:
+    """Of every reference, by set; which words are common is counted over all sets."""
+    questions = {name: _questions_of(query_set) for name, query_set in exam.sets.items()}
+    return metrics.distinctive_words(questions, {name: references_of(s) for name, s in exam.sets.items()})
+
+
 def _floors(exam: Exam) -> dict[str, dict[str, float]]:
-    found = {}
+    found, words, refusal = {}, _distinctive_words(exam), exam.settings.refusal
     for name, query_set in exam.sets.items():
-        questions = [query.question for query in query_set.queries]
+        questions = _questions_of(query_set)
+        found[f"{name}.{DISTINCTIVE}"] = {
+            "refusal": float(metrics.distinctive_recall(words[name], [refusal] * len(questions)).mean()),
+            "echo": float(metrics.distinctive_recall(words[name], questions).mean()),
+        }
         for metric, floor in metrics.floors(questions, references_of(query_set), exam.settings.refusal).items():
             found[f"{name}.{metric}"] = floor
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -50,10 +51,15 @@ class _WordTokenizer:
 
 
 @cache
+def _tokenizer() -> _WordTokenizer:
+    return _WordTokenizer()
+
+
+@cache
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
+    return RougeScorer(["rougeL"], tokenizer=_tokenizer())
 
 
 def rouge_l(answers: Sequence[str], outputs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +71,40 @@ def rouge_l(answers: Sequence[str], outputs: Sequence[str]) -> tuple[np.ndarray,
     """
     scores = [_scorer().score(answer, output)["rougeL"] for answer, output in zip(answers, outputs, strict=True)]
     return np.array([s.recall for s in scores]), np.array([s.fmeasure for s in scores])
+
+
+COMMON_SHARE = 0.05  # of all references: a word in more of them, and in more than one, tells nothing about any
+
+
+def distinctive_words(
+    questions: Mapping[str, Sequence[str]], answers: Mapping[str, Sequence[str]]
+) -> dict[str, list[frozenset[str]]]:
+    """Of every reference, by set, the words that tell it from others: those that neither its question has nor, of all
+    references together, more than 5 % (and more than one). Where none is left, all that its question lacks, or all.
+    """
+    words = {name: [_words(text) for text in of_set] for name, of_set in answers.items()}
+    counts = Counter(word for of_set in words.values() for of_item in of_set for word in of_item)
+    limit = max(1.0, COMMON_SHARE * sum(map(len, words.values())))
+    common = {word for word, count in counts.items() if count > limit}
+    found = {}
+    for name, of_set in words.items():
+        new = [of_item - _words(question) for of_item, question in zip(of_set, questions[name], strict=True)]
+        found[name] = [(own - common) or own or all_of for own, all_of in zip(new, of_set, strict=True)]
+    return found
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(_tokenizer().tokenize(text))
+
+
+def distinctive_recall(words: Sequence[frozenset[str]], outputs: Sequence[str]) -> np.ndarray:
+    """Share of the reference's distinctive words that the answer has, in any order: those that are neither in the question nor
+    in more than 5 % of all references. ROUGE-L gives points for the form of an answer, whatever it says, and few for the one
+    right word in another form; this does the opposite.
+
+    Per item, float64 [n]; words are stemmed as for ROUGE-L. An empty reference counts as not recalled.
+    """
+    return np.array([len(own & _words(text)) / max(1, len(own)) for own, text in zip(words, outputs, strict=True)])
 
 
 def exact_match(answers: Sequence[str], outputs: Sequence[str]) -> np.ndarray:
@@ -135,6 +175,7 @@ def performance_shift(
 METRICS = (
     Metric("rougeL_recall", rouge_l),
     Metric("rougeL_f1", rouge_l),
+    Metric("distinctive_recall", distinctive_recall),
     Metric("exact_match", exact_match),
     Metric("refusal_rate", refusals, "high on sets to be forgotten where refusing is wanted, low on sets to be kept"),
     Metric("performance_shift", performance_shift, "high", range="points; each set adds -100 to 100"),

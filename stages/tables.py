@@ -26,10 +26,14 @@ def text_of(path: Path, where: str) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        what = "it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {raw[error.start]:#04x}"
+        looks, code = (
+            ("it looks like UTF-16", "UTF-16")
+            if raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+            else (f"byte {raw[error.start]:#04x}", "LATIN1")
+        )
         raise UserError(
-            f"{where}: {path}, line {line} is not UTF-8 ({what})",
-            f"save it as UTF-8, for example: iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}",
+            f"{where}: {path}, line {line} is not UTF-8 ({looks})",
+            f"save it as UTF-8, for example: iconv -f {code} -t UTF-8 {path.name} > utf8{path.suffix}",
         ) from None
 
 

@@ -213,6 +213,13 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def two_sets(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The group `data` of a config: these questions are to be forgotten, the same about another person to be kept."""
+    kept = [row | {"question": row["question"].replace("person", "another person")} for row in rows]
+    paths = {"forget": write_jsonl(folder / "forget.jsonl", rows), "retain": write_jsonl(folder / "retain.jsonl", kept)}
+    return {name: {"path": str(path)} for name, path in paths.items()}
+
+
 @pytest.fixture
 def lab_config(tmp_path: Path) -> Callable[..., Path]:
     """Write the lab's config, small and with absolute paths, changed by dotted keys; returns the file's path."""

@@ -22,7 +22,7 @@ from conftest import (
     run_duet,
     same_rows,
     small_disk,
-    write_jsonl,
+    two_sets,
     write_store,
 )
 
@@ -169,7 +169,7 @@ def free_bytes(disk: Path) -> int:
 def test_a_full_disk_is_told_in_two_lines_and_the_next_run_goes_on(tmp_path, lab_config):
     """The real command; the disk is full from the start, or when the tokenizer and some shards are written."""
     rows = [{"question": f"Where was person {i} born?"} for i in range(200)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
+    data = two_sets(tmp_path, rows)
     with small_disk(tmp_path / "disk", 2048) as disk:
         config = lab_config(data=data, store__dir=str(disk / "stores"), store__shard_rows=100)
         command = ["teacher-logits", "--config", str(config)]

@@ -19,7 +19,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from conftest import ROOT, flip_byte, make_plan, make_rows, read_all, same_rows, write_jsonl, write_store
+from conftest import ROOT, flip_byte, make_plan, make_rows, read_all, same_rows, two_sets, write_store
 from moto.server import ThreadedMotoServer
 
 from cache import maintain, reader
@@ -410,7 +410,7 @@ def test_stores_are_read_without_torch_and_without_naming_s3fs(server, tmp_path)
 @pytest.mark.usefixtures("_signals_are_restored")
 def test_an_experiment_on_object_storage(server, tmp_path, lab_config, capsys):
     questions = [{"question": f"Where was person {i} born?", "answer": "In a town."} for i in range(4)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", questions))} for name in ("forget", "retain")}
+    data = two_sets(tmp_path, questions)
     config = lab_config(
         data=data, train__epochs=2, train__batch_size=4,
         store={"dir": "s3://stores/lab", "shard_rows": 3, "cache_dir": str(tmp_path / "cache"), "cache_gb": 0.001},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import ROOT, make_plan, make_rows, run_duet, write_jsonl, write_store
+from conftest import ROOT, make_plan, make_rows, run_duet, two_sets, write_store
 
 from pipeline.arguments import VERBOSITY, leaves
 from pipeline.cli import EXIT_DONE, EXIT_USER, duet, main
@@ -21,7 +21,7 @@ from pipeline.terminal import say, say_json, show, speaking
 @pytest.fixture
 def config(lab_config, tmp_path) -> str:
     rows = [{"question": f"Where was person {i} born?", "answer": "In a town."} for i in range(4)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
+    data = two_sets(tmp_path, rows)
     return str(lab_config(data=data, train__epochs=1, students=[{"name": "a"}, {"name": "b"}]))
 
 

@@ -21,6 +21,7 @@ from conftest import (
     read_all,
     run_duet,
     same_rows,
+    two_sets,
     write_jsonl,
 )
 
@@ -110,9 +111,7 @@ def test_bad_input_of_stage_one(lab_config, tmp_path, capsys, message):
 
 def small_run(lab_config, tmp_path, **changes) -> Path:
     """A config of eight queries."""
-    data = {
-        name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", QUESTIONS))} for name in ("forget", "retain")
-    }  # fmt: skip
+    data = two_sets(tmp_path, QUESTIONS)
     return lab_config(data=data, store__shard_rows=3, train__epochs=2, train__batch_size=4, **changes)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import LAB_BASE, ROOT, write_jsonl
+from conftest import LAB_BASE, ROOT, two_sets, write_jsonl
 
 from pipeline.cli import EXIT_DONE, EXIT_USER, main
 
@@ -36,8 +36,7 @@ class Desk:
 def desk(lab_config, tmp_path, monkeypatch) -> Desk:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = [{"question": f"Where was person {i} born?", "answer": "In a town."} for i in range(3)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
-    return Desk(tmp_path, str(lab_config(data=data, train__epochs=1)))
+    return Desk(tmp_path, str(lab_config(data=two_sets(tmp_path, rows), train__epochs=1)))
 
 
 def csv(text: str) -> Callable[[Desk], list[str]]:
@@ -51,6 +50,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str, str]] = {
     "mistyped group": (lambda d: d.set("trian.epochs=3"), "unknown key trian", "did you mean train?"),
     "key without group": (lambda d: d.set("epochs=3"), "unknown key epochs", "did you mean train.epochs?"),
     "--set without =": (lambda d: d.set("train.epochs"), "not of the form key=value", "--set train.lr=1e-5"),
+    "--set out of range": (lambda d: d.set("train.lr=-1"), "--set train.lr=-1: train.lr", "lr is peak"),
     "text for a number": (lambda d: d.set("train.epochs=many"), "found 'many'", "epochs is passes over the store"),
     "no config": (lambda d: ["run"], "Missing option '--config'", "`duet init` writes one"),
     "config as argument": (lambda d: ["run", d.config], "Missing option '--config'", "duet run --config FILE"),
@@ -63,6 +63,16 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str, str]] = {
     "list as config": (lambda d: ["run", "--config", d.file("l.yaml", "- a\n")], "found list", "configs/lab.yaml"),
     "no YAML": (lambda d: ["run", "--config", d.file("b.yaml", "a: 1\nb: [c\n")], "line 3, column 1", "quotes"),
     # the data
+    "no answers, before stage one": (
+        lambda d: d.set(f"data.forget.path={write_jsonl(d.path / 'x.jsonl', [{'question': 'Who?'}])}", command="run"),
+        "no field 'answer'",
+        "data.forget.answer_field",
+    ),
+    "forgotten and kept": (
+        lambda d: d.set(f"evaluate.sets.more={{path: {d.path}/forget.jsonl, expect: kept}}", command="run"),
+        "3 questions of the set 'more' are to be kept, and those of 'forget' are to be forgotten",
+        "out of one of the two",
+    ),
     "no data file": (lambda d: d.set("data.forget.path=zzz.jsonl"), "no such file: zzz.jsonl", "hf://OWNER/NAME"),
     "mistyped data file": (lambda d: d.set(f"data.forget.path={d.path}/forgte.jsonl"), "no such file", "forget.jsonl?"),
     "other fields": (

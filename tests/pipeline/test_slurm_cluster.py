@@ -254,3 +254,17 @@ def test_submitting_again_brings_a_killed_run_to_its_end(experiment: Callable[..
     until("the end", lambda: not slurm("squeue", "--noheader").strip() or None)
     assert starts(run_dir, "distill-base")[0]["stands"] > 0  # it went on
     assert (run_dir / "results.json").is_file(), logs(run_dir, "evaluate")
+
+
+def test_a_run_has_a_status_where_the_queue_cannot_be_asked(
+    experiment: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment("alone", slurm={"flags": ["--hold"]})
+    run_dir = tmp_path / "runs" / "alone"
+    submit(config, "--stage", "teacher-logits")
+    assert run_duet("cancel", str(run_dir)).returncode == 0
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "nowhere"))
+    done = run_duet("status", str(run_dir), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "squeue refused" in done.stderr
+    assert {job["state"] for job in json.loads(done.stdout)["jobs"]} == {"UNKNOWN"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, read_all, run_duet, small_disk, write_jsonl
+from conftest import ROOT, read_all, run_duet, small_disk, two_sets, write_jsonl
 from test_cli import _restore_signals, refused  # noqa: F401  for every test here
 
 from cache.manifest import read_manifest
@@ -31,7 +31,7 @@ QUESTIONS = [{"question": f"Where was person {n} born?", "answer": f"In town {n}
 @pytest.fixture
 def config(lab_config, tmp_path) -> str:
     """12 queries, four shards, stores in a folder of their own."""
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", QUESTIONS))} for name in ("forget", "retain")}
+    data = two_sets(tmp_path, QUESTIONS)
     return str(lab_config(data=data, store__dir=str(tmp_path / "stores"), store__shard_rows=3, train__epochs=1))
 
 
@@ -126,7 +126,7 @@ def test_a_limit_of_file_sizes_is_told_before_an_engine_starts(config, monkeypat
 @pytest.mark.usefixtures("no_engine")
 def test_a_real_small_disk_is_told_before_an_engine_starts(lab_config, tmp_path, capsys):
     rows = [{"question": f"Where was person {n} born?"} for n in range(1000)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
+    data = two_sets(tmp_path, rows)
     with small_disk(tmp_path / "disk", 64) as disk:
         what, _ = refused(
             capsys, "teacher-logits", "--config", str(lab_config(data=data, store__dir=str(disk / "stores")))

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from stages.metrics import (
+    distinctive_recall,
+    distinctive_words,
     exact_match,
     floors,
     performance_shift,
@@ -107,3 +109,22 @@ def test_performance_shift_reproduces_the_paper(row, expected):
     assert sum(terms.values()) == total
     with pytest.raises(ValueError, match="base has"):
         performance_shift(PAPER, {"forget": 1.0}, {"forget"})
+
+
+def test_distinctive_words_are_what_tells_one_answer_from_the_others():
+    """Worked out by hand: 40 references of one form, of which "in the town of" tells nothing and the names do."""
+    towns = [f"Town{chr(97 + n % 20)}{chr(97 + n // 20)}x" for n in range(40)]
+    questions = {"born": [f"Where was person {n} born?" for n in range(40)], "kept": ["Is water wet?"]}
+    answers = {"born": [f"In the town of {town}." for town in towns], "kept": ["Water is wet."]}
+    words = distinctive_words(questions, answers)
+    assert [len(own) for own in words["born"]] == [1] * 40
+    assert words["kept"] == [frozenset({"water", "is", "wet"})], "nothing is left without the question's words: all"
+    right, form, nothing = f"I {towns[0]}.", "In the town of Nowhere.", "I know nothing."
+    found = distinctive_recall([words["born"][0]] * 3, [right, form, nothing])
+    assert found.tolist() == [1.0, 0.0, 0.0]
+    recall, _ = rouge_l([answers["born"][0]] * 3, [right, form, nothing])
+    assert recall.tolist() == [0.2, 0.8, 0.0], "what it is for: ROUGE-L sees the form first"
+    assert distinctive_recall([frozenset()], [""]).tolist() == [0.0]
+    assert distinctive_words({"a": ["Who?"]}, {"a": ["Anna"]}) == {"a": [frozenset({"anna"})]}, (
+        "few references: none is common"
+    )
