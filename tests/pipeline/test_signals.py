@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAB_SMALL, ROOT, nearly_same_rows, read_all, run_duet, write_jsonl
+from conftest import LAB_SMALL, ROOT, nearly_same_rows, read_all, run_duet, two_sets
 from safetensors.torch import load_file
 
 from cache.places import Folder
@@ -58,7 +58,7 @@ def interrupted(patch: str, *arguments: str, after: int, name: str = "SIGTERM") 
 @pytest.fixture
 def config(lab_config, tmp_path) -> Path:
     rows = [{"question": f"Where was person {i} born?"} for i in range(10)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
+    data = two_sets(tmp_path, rows)
     students = [{"name": "s", "model": str(LAB_SMALL)}]
     return lab_config(
         data=data, students=students, store__shard_rows=4, teacher__batch_size=1, train__epochs=4, train__batch_size=4

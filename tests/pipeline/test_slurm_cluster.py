@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -263,8 +264,8 @@ def test_a_run_has_a_status_where_the_queue_cannot_be_asked(
     run_dir = tmp_path / "runs" / "alone"
     submit(config, "--stage", "teacher-logits")
     assert run_duet("cancel", str(run_dir)).returncode == 0
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # a machine without Slurm that sees the same files
     done = run_duet("status", str(run_dir), "--json")
     assert done.returncode == 0, done.stderr
-    assert "squeue refused" in done.stderr
+    assert "no squeue here" in done.stderr
     assert {job["state"] for job in json.loads(done.stdout)["jobs"]} == {"UNKNOWN"}

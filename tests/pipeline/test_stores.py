@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, read_all, run_duet, small_disk, two_sets, write_jsonl
+from conftest import ROOT, read_all, run_duet, small_disk, two_sets
 from test_cli import _restore_signals, refused  # noqa: F401  for every test here
 
 from cache.manifest import read_manifest
@@ -165,7 +165,7 @@ def outside() -> Iterator[Path]:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_somebody_elses_store_is_used_without_a_write_to_it(lab_config, outside):
-    data = {name: {"path": str(write_jsonl(outside / f"{name}.jsonl", QUESTIONS))} for name in ("forget", "retain")}
+    data = two_sets(outside, QUESTIONS)
     changes = {"data": data, "store__dir": str(outside / "stores"), "train__epochs": 1, "evaluate__attacks": []}
     config = shutil.copy(lab_config(**changes, evaluate__max_new_tokens=4), outside / "config.yaml")
     assert run_duet("teacher-logits", "--config", str(config), "--set", f"runs_dir={outside / 'first'}").returncode == 0
