@@ -57,7 +57,7 @@ def interrupted(patch: str, *arguments: str, after: int, name: str = "SIGTERM") 
 
 @pytest.fixture
 def config(lab_config, tmp_path) -> Path:
-    rows = [{"question": f"Where was person {i} born?"} for i in range(10)]
+    rows = [{"question": f"Where was person {i} born?", "answer": "In a town."} for i in range(10)]
     data = two_sets(tmp_path, rows)
     students = [{"name": "s", "model": str(LAB_SMALL)}]
     return lab_config(
