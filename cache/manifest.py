@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,14 @@ class Plan:
     def side_name(self, index: int) -> str:
         """The file that says that shard `index` is written."""
         return f"shard-{index:05d}.json"
+
+    def written(self, names: Collection[str]) -> list[int]:
+        """Indices of the shards that are written, going by the names of the store's files."""
+        return [index for index in range(self.num_shards) if self.side_name(index) in names]
+
+    def rows_of(self, shards: Iterable[int]) -> int:
+        """Rows of these shards together."""
+        return sum(len(self.shard_range(index)) for index in shards)
 
 
 def block_rows(max_positions: int) -> int:
@@ -277,7 +285,7 @@ def _no_manifest(place: Place) -> tuple[str, str]:
     plan = read_plan(place)
     if plan:
         names = place.entries()
-        done = sum(plan.side_name(index) in names for index in range(plan.num_shards))
+        done = len(plan.written(names))
         return (
             f"the store {place} is incomplete: {done} of {plan.num_shards} shards are written and there is no {MANIFEST_NAME}",
             "run `duet teacher-logits` with the same config: it resumes at the next shard",

@@ -141,7 +141,7 @@ class StoreWriter:
     def _list(self) -> None:
         there = self.place.entries()
         self._stamps = self._leases.stamps() if self._leases else {}
-        self._missing = {i for i in range(self.plan.num_shards) if self.plan.side_name(i) not in there}
+        self._missing = set(range(self.plan.num_shards)) - set(self.plan.written(there))
         self._listings, self._surprises = self._listings + 1, 0
 
     def _is_written(self, index: int) -> bool:

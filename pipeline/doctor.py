@@ -224,13 +224,13 @@ def needed_extras(config: Any) -> dict[str, str]:
         needed["lm-eval"] = "evaluate.lm_eval"
     if (config.store.dir or "").startswith("s3://"):
         needed["s3"] = "store.dir"
-    for key, settings in query_sets(config).items():
+    for key, settings in data_of(config).items():
         if settings.path.startswith("hf://"):
             needed.setdefault("datasets", f"{key}.path")
     return needed
 
 
-def query_sets(config: Any) -> dict[str, Any]:
+def data_of(config: Any) -> dict[str, Any]:
     """The settings of every query set of a config, by their key."""
     found = {f"data.{subset}": getattr(config.data, subset) for subset in ("forget", "retain")}
     for number, request in enumerate(config.requests):

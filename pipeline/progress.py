@@ -64,8 +64,8 @@ def stores_progress(config: Config) -> list[StoreProgress]:
 
 
 def _store_progress(teacher: str, place: Place, plan: Plan) -> StoreProgress:
-    names = set(place.names())
-    done = [index for index in range(plan.num_shards) if plan.side_name(index) in names]
+    names = place.entries()
+    done = plan.written(names)
     complete = MANIFEST_NAME in names
     leased, rate = 0, None
     if isinstance(place, Folder) and not complete:
@@ -76,7 +76,7 @@ def _store_progress(teacher: str, place: Place, plan: Plan) -> StoreProgress:
         place=place,
         complete=complete,
         rows=plan.rows,
-        rows_done=sum(len(plan.shard_range(index)) for index in done),
+        rows_done=plan.rows_of(done),
         shards=plan.num_shards,
         shards_done=len(done),
         leased=leased,

@@ -73,7 +73,7 @@ def _state(place: Place, plan: Plan) -> dict[str, Any]:
     """What is there of a store. When it was begun, and by whom, only a file system says."""
     complete = place.size(MANIFEST_NAME) is not None
     there = place.entries()
-    rows = sum(len(plan.shard_range(index)) for index in range(plan.num_shards) if plan.side_name(index) in there)
+    rows = plan.rows_of(plan.written(there))
     begun, owner, writers = None, None, 0
     if isinstance(place, Folder) and PLAN_NAME in there:
         stat = (place.path / PLAN_NAME).stat()

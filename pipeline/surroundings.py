@@ -163,7 +163,7 @@ def config_checks(config: Config) -> Iterator[Check]:
 
     for key, model in doctor.models_of(config).items():
         yield model_check(key, model)
-    for key, settings in doctor.query_sets(config).items():
+    for key, settings in doctor.data_of(config).items():
         try:
             yield Check(key, OK, f"{settings.path}: {len(load_queries(settings, key, need_answers=True))} questions")
         except UserError as error:

@@ -142,9 +142,8 @@ def _check_file_size(prepared: Prepared, plan: Plan, place: Folder) -> None:
 
 
 def _missing_rows(plan: Plan, place: Folder) -> list[int]:
-    there = place.entries()
-    shards = (index for index in range(plan.num_shards) if plan.side_name(index) not in there)
-    return [row for index in shards for row in plan.shard_range(index)]
+    there = set(plan.written(place.entries()))
+    return [row for index in range(plan.num_shards) if index not in there for row in plan.shard_range(index)]
 
 
 def _bytes(prepared: Prepared, plan: Plan, numbers: Sequence[int], least: bool) -> int:

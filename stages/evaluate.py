@@ -22,6 +22,7 @@ from stages.uncertainty import Score
 
 NUM_SAMPLES = 40
 DISTINCTIVE = "distinctive_recall"
+DistinctiveWords = Mapping[str, Sequence[frozenset[str]]]  # of every reference, by set
 
 
 def answer_all(
@@ -70,10 +71,11 @@ def results_of(
     of `reading.py`, by subject. Every subject is compared with its own base, or all with the one that `against` names.
     """
     given, not_finite = finite(given)
-    models = {subject.name: _scores(answers[subject.name], given.get(subject.name, {}), exam) for subject in subjects}
+    words = _distinctive_words(exam)
+    models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam, words) for s in subjects}
     for name in models:
         models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
-    floors = _floors(exam) | knowmem.floors_of(exam) | reading.floors_of(exam)
+    floors = _floors(exam, words) | knowmem.floors_of(exam) | reading.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
         "models": {
@@ -93,11 +95,12 @@ def results_of(
     }
 
 
-def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
+def _scores(
+    answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam, words: DistinctiveWords
+) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
-    words = _distinctive_words(exam)
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
         items = metrics.score_texts(references, answers[name], extra)
@@ -114,14 +117,14 @@ def _questions_of(query_set: QuerySet) -> list[str]:
     return [query.question for query in query_set.queries]
 
 
-def _distinctive_words(exam: Exam) -> dict[str, list[frozenset[str]]]:
+def _distinctive_words(exam: Exam) -> DistinctiveWords:
     """Of every reference, by set; which words are common is counted over all sets."""
     questions = {name: _questions_of(query_set) for name, query_set in exam.sets.items()}
     return metrics.distinctive_words(questions, {name: references_of(s) for name, s in exam.sets.items()})
 
 
-def _floors(exam: Exam) -> dict[str, dict[str, float]]:
-    found, words, refusal = {}, _distinctive_words(exam), exam.settings.refusal
+def _floors(exam: Exam, words: DistinctiveWords) -> dict[str, dict[str, float]]:
+    found, refusal = {}, exam.settings.refusal
     for name, query_set in exam.sets.items():
         questions = _questions_of(query_set)
         found[f"{name}.{DISTINCTIVE}"] = {

@@ -344,4 +344,4 @@ def rows_there(prepared: Prepared, store: StoreSettings, root: Place, engine: st
     plan = plan_for(prepared, store, engine)
     place = root / store_name(plan.fingerprint, plan.format)
     names = place.entries()
-    return sum(len(plan.shard_range(i)) for i in range(plan.num_shards) if plan.side_name(i) in names)
+    return plan.rows_of(plan.written(names))

@@ -96,7 +96,7 @@ def test_what_a_config_needs(lab_config, tmp_path):
     needed = doctor.needed_extras(config)
     assert set(needed) == {"8bit", "wandb", "trackio", "s3", "lm-eval", "datasets"}
     assert needed["datasets"] == "data.forget.path"
-    assert list(doctor.query_sets(config)) == ["data.forget", "data.retain", "requests.0.data.forget"]
+    assert list(doctor.data_of(config)) == ["data.forget", "data.retain", "requests.0.data.forget"]
     assert doctor.models_of(config)["students.s.model"] == str(LAB_SMALL)
     assert doctor.engine_needed(config) == "teacher teacher: vllm"
 
