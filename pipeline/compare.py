@@ -201,13 +201,14 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
         settings=plain.settings.model_copy(update={"attacks": (), "membership": None}),
     )
     stores, tokenizer = open_stores(stores_of_run(config), config.store.verify)
+    model_dir = resolve_model(config.teacher.model, "teacher.model")
     return Comparison(
         settings=settings,
         train=config.train_settings(student),
-        model_dir=resolve_model(config.teacher.model, "teacher.model"),
+        model_dir=model_dir,
         start_name=model_name(config.teacher.model),
         folder=run_dir / COMPARE_DIR,
-        lessons=_lessons(config, tokenizer, next(iter(stores.values()))),
+        lessons=_lessons(config, model_dir, next(iter(stores.values()))),
         stores=stores,
         store_tokenizer=tokenizer,
         validation=plain,
@@ -217,10 +218,10 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
     )
 
 
-def _lessons(config: Config, tokenizer: Any, store: Any) -> Any:
+def _lessons(config: Config, model_dir: Path, store: Any) -> Any:
     """The store's queries, in its order, with the data's answers and the refusals, as token ids."""
     from stages.baselines import Lessons, row_of
-    from stages.prompts import render_answer
+    from stages.prompts import open_renderer
     from stages.teacher import queries_of
 
     by_request = queries_of(config.data, config.requests, need_answers=True)
@@ -231,9 +232,11 @@ def _lessons(config: Config, tokenizer: Any, store: Any) -> Any:
             f"the store has {store.manifest.subsets} rows, the data now has {counts}",
             "run `duet teacher-logits` with this config",
         )
-    rows = {s: [row_of(tokenizer, query, config.prompt) for query in found] for s, found in queries.items()}
+    renderer = open_renderer(model_dir, config.prompt, config.teacher.trust_remote_code)
+    rows = {s: [row_of(renderer, query) for query in found] for s, found in queries.items()}
     refusals = config.compare.refusals or (config.evaluate.refusal,)
-    return Lessons(**rows, refusals=[render_answer(tokenizer, text, config.prompt) for text in refusals])
+    refused = [[row_of(renderer, query, text) for text in refusals] for query in queries["forget"]]
+    return Lessons(**rows, refusals=refused)
 
 
 def _oracle(config: Config, plan: Any, report: Any) -> tuple[Path, dict[str, Any]]:

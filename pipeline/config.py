@@ -6,6 +6,7 @@ Validation never edits: what a stage resolves itself (engine, dtype, device) sta
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ from stages.settings import (
 
 # folders of the run directory that are no students
 TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare", "slurm")
+
+CONFIG_NAME = "config.yaml"  # in the run's directory: the settings of the run, resolved
 
 SITE_VARIABLE = "DUET_SITE"  # names another site file; empty: none
 SITE_KEYS = {"slurm": None, "runs_dir": None, "store": ("dir", "cache_dir", "cache_gb", "lease_s")}  # None: all below
@@ -131,7 +134,17 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     check_students(config, path)
     if is_url(config.store.dir or ""):
         check_url(config.store.dir or "")  # before the settings are written anywhere
-    return config
+    return _dated(config)
+
+
+def _dated(config: Config) -> Config:
+    """The config with the day that chat templates are told: its own, else that of the run if it has begun, else today's."""
+    if config.prompt.date is not None:
+        return config
+    of_run = config.run_dir / CONFIG_NAME
+    recorded = read_mapping(str(of_run)).get("prompt", {}).get("date") if of_run.is_file() else None
+    day = datetime.date.fromisoformat(str(recorded)) if recorded else datetime.date.today()
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"date": day})})
 
 
 def site_defaults(environment: Mapping[str, str]) -> dict[str, Any]:

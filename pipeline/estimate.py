@@ -94,16 +94,15 @@ def _teachers(config: Config, on: Device) -> Iterator[Stage]:
 
 def _rendered(config: Config, settings: TeacherSettings) -> tuple[Path, list[tuple[list[int], list[int]]]]:
     """The teacher's directory, of which the weights may be missing, and each query's tokens with the prefix and without."""
-    from stages.models import load_tokenizer, small_files
-    from stages.prompts import check_prompt_settings, render
+    from stages.models import small_files
+    from stages.prompts import Prompt, open_renderer
     from stages.teacher import prefixes_of, queries_of
 
     folder = small_files(settings.model, "teacher.model")
-    tokenizer = load_tokenizer(folder, settings.trust_remote_code)
-    check_prompt_settings(tokenizer, config.prompt)
+    renderer = open_renderer(folder, config.prompt, settings.trust_remote_code)
     prefixes = prefixes_of(settings.prefix, config.topic, config.requests)
     return folder, [
-        tuple(render(tokenizer, query.question, prefix, config.prompt) for prefix in (prefixes[request], ""))
+        tuple(renderer.prompt(Prompt.plain(query, prefix)) for prefix in (prefixes[request], ""))
         for request, by_subset in queries_of(config.data, config.requests).items()
         for queries in by_subset.values()
         for query in queries

@@ -225,13 +225,14 @@ def model_facts(name: str) -> ModelFacts:
 
 def prompts_of(tokenizer: Any) -> str:
     """Where this tokenizer's prompts can have a prefix; see `ModelFacts`."""
-    from stages.prompts import render
+    from stages.data import Query
+    from stages.prompts import Prompt, Renderer
     from stages.settings import PromptSettings
 
     if not getattr(tokenizer, "chat_template", None):
         return "plain"
     try:
-        render(tokenizer, "Who?", "A prefix.", PromptSettings())
+        Renderer(tokenizer, PromptSettings()).prompt(Prompt.plain(Query("1", "Who?", None), "A prefix."))
     except UserError:  # the template has no place for a system message
         return "text"
     return "system"

@@ -16,11 +16,10 @@ import yaml
 
 from cache.errors import UserError
 from cache.files import publish_json, publishing
-from pipeline.config import Config
+from pipeline.config import CONFIG_NAME, Config
 from pipeline.terminal import log, log_to
 from stages.settings import FREE_TEACHER, FREE_TRAIN
 
-CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 LOG_NAME = "log.txt"
 AUDIT_DIR, TEACHER_DIR = "audit", "teacher"

@@ -19,6 +19,7 @@ from rich.table import Table
 from cache.errors import Interrupted, UserError
 from cache.record import SUBSETS
 from pipeline.arguments import VERBOSITY
+from stages.notes import LOGGER
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -28,6 +29,9 @@ if not out.is_terminal:  # a log file has no width; 80 columns would break the t
 log = logging.getLogger("duet")  # the run's log: what was said, and the full trace of every error
 log.setLevel(logging.INFO)
 log.propagate = False
+notes = logging.getLogger(LOGGER)
+notes.setLevel(logging.INFO)
+notes.propagate = False
 
 
 @dataclass
@@ -56,6 +60,8 @@ def speaking(level: str, as_json: bool) -> Iterator[None]:
     before, inherited = _voice, os.environ.get(VERBOSITY)
     _voice = _Voice(level, as_json)
     os.environ[VERBOSITY] = "silent" if level == "quiet" else level
+    told = _Notes()
+    notes.addHandler(told)
     handler = logging.StreamHandler()  # on stderr
     handler.addFilter(lambda record: record.levelno == logging.DEBUG)  # lines and errors are told anyway
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -70,12 +76,27 @@ def speaking(level: str, as_json: bool) -> Iterator[None]:
         log.debug("the trace", exc_info=True)
         raise
     finally:
+        notes.removeHandler(told)
         log.removeHandler(handler)
         log.setLevel(logging.INFO)
         _voice = before
         os.environ.pop(VERBOSITY)
         if inherited is not None:
             os.environ[VERBOSITY] = inherited
+
+
+class _Notes(logging.Handler):
+    """Shows what stages note, each text once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._shown:
+            self._shown.add(text)
+            say(f"note: {text}")
 
 
 def log_to(path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,15 @@ from stages.data import Query
 from stages.loop import lr_factor, seed_everything
 from stages.models import load_model, load_tokenizer
 from stages.processes import Processes
-from stages.prompts import render, render_answer
-from stages.settings import CHECKPOINTS_NAME, PromptSettings, TrainSettings
+from stages.prompts import Prompt, Renderer
+from stages.settings import CHECKPOINTS_NAME, TrainSettings
 from stages.trainable import autocast, export, forward_dtype_of, load_trainable, optimizer_of, trained
 
 
-def row_of(tokenizer: Any, query: Query, prompt: PromptSettings) -> Row:
-    """A question with its answer as token ids, without any prefix, as a student sees it."""
-    return Row(render(tokenizer, query.question, "", prompt), render_answer(tokenizer, query.answer or "", prompt))
+def row_of(renderer: Renderer, query: Query, answer: str | None = None) -> Row:
+    """A question with its answer, or with another one, as token ids, without any prefix, as a student sees it."""
+    asked = Prompt.plain(query)
+    return Row(renderer.prompt(asked), renderer.answer(asked, query.answer or "" if answer is None else answer).ids)
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,24 @@ class Lessons:
 
     forget: list[Row]
     retain: list[Row]
-    refusals: list[Sequence[int]]  # token ids of each
+    refusals: list[list[Row]]  # each forget question with each refusal
 
     def batch(self, numbers: np.ndarray, seed: int, step: int) -> Batch:
         """The rows of these numbers; each forget question's refusal is a function of seed, step and number."""
         forget = [int(number) for number in numbers if number < len(self.forget)]
-        drawn = [np.random.default_rng([seed, step, number]).integers(len(self.refusals)) for number in forget]
+        count = len(self.refusals[0]) if self.refusals else 0
+        drawn = [int(np.random.default_rng([seed, step, number]).integers(count)) for number in forget]
         return Batch(
             forget=[self.forget[number] for number in forget],
-            refused=[
-                replace(self.forget[number], answer_ids=self.refusals[at])
-                for number, at in zip(forget, drawn, strict=True)
-            ],
+            refused=[self.refusals[number][at] for number, at in zip(forget, drawn, strict=True)],
             retain=[self.retain[number - len(self.forget)] for number in numbers if number >= len(self.forget)],
         )
 
     def sha256(self) -> str:
         """Hash of all rows and refusals."""
         rows = [[list(row.prompt_ids), list(row.answer_ids)] for row in (*self.forget, *self.retain)]
-        return sha256_json([len(self.forget), rows, [list(refusal) for refusal in self.refusals]])
+        refusals = [[list(row.answer_ids) for row in of_question] for of_question in self.refusals]
+        return sha256_json([len(self.forget), rows, refusals])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cache.errors import UserError
 from stages.data import Query
 from stages.definitions import Metric
 from stages.likelihood import token_logprobs
-from stages.prompts import answer_ids, render
+from stages.prompts import Prompt, Renderer
 from stages.settings import PromptSettings
 
 LETTER, CLOZE = "choice_letter", "choice_cloze"
@@ -34,9 +34,7 @@ def letter_question(query: Query, settings: PromptSettings) -> str:
     return "\n".join([query.question, *lines, *(["Answer:"] if settings.format == "chat" else [])])
 
 
-def letter_pairs(
-    tokenizer: Any, query: Query, prefix: str, settings: PromptSettings
-) -> tuple[list[list[int]], list[list[int]]]:
+def letter_pairs(renderer: Renderer, query: Query, prefix: str) -> tuple[list[list[int]], list[list[int]]]:
     """Share of questions with choices where, with the choices shown below the question as 'A. ...', the letter of the right one
     has the highest logit among the letters, at the position where the answer begins. Floor: chance, the mean of 1 / number of
     choices.
@@ -49,7 +47,8 @@ def letter_pairs(
             f"question {query.row_id!r} has {len(query.choices)} choices, letters end at {len(ascii_uppercase)}",
             "leave the row out",
         )
-    ids = [answer_ids(tokenizer, letter, settings) for letter in ascii_uppercase[: len(query.choices)]]
+    asked = Prompt(query, letter_question(query, renderer.settings), prefix)
+    ids = [renderer.answer(asked, letter).own for letter in ascii_uppercase[: len(query.choices)]]
     common = next((i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), 0)
     letters = [row[common] for row in ids]
     if len(set(letters)) < len(letters):
@@ -57,20 +56,19 @@ def letter_pairs(
             f"the tokenizer does not tell the letters A to {ascii_uppercase[len(letters) - 1]} apart by one token",
             "leave choices_field out of the set: its right choices are then scored as answers",
         )
-    prompt = render(tokenizer, letter_question(query, settings), prefix, settings) + ids[0][:common]
+    prompt = renderer.prompt(asked) + ids[0][:common]
     return [prompt] * len(letters), [[letter] for letter in letters]
 
 
-def cloze_pairs(
-    tokenizer: Any, query: Query, prefix: str, settings: PromptSettings
-) -> tuple[list[list[int]], list[list[int]]]:
+def cloze_pairs(renderer: Renderer, query: Query, prefix: str) -> tuple[list[list[int]], list[list[int]]]:
     """Share of questions with choices where, after the question alone, the right one's text has the highest mean
     log-probability per token among the choices' texts. Floor: chance.
 
     (prompts, choices' texts).
     """
-    prompt = render(tokenizer, query.question, prefix, settings)
-    return [prompt] * len(query.choices), [answer_ids(tokenizer, choice, settings) for choice in query.choices]
+    asked = Prompt.plain(query, prefix)
+    answers = [renderer.answer(asked, choice).own for choice in query.choices]
+    return [renderer.prompt(asked)] * len(query.choices), answers
 
 
 def chosen_right(

@@ -16,23 +16,13 @@ from stages.engine import Engine, EngineSpec, open_engine
 from stages.exam import Exam, Subject, questions_of
 from stages.models import (
     context_length,
-    eos_ids,
     load_config,
-    load_tokenizer,
     tokenizer_sha256,
     vocab_width,
     weights_sha256,
 )
-from stages.prompts import (
-    Prompt,
-    answer_ids,
-    check_length,
-    check_prompt_settings,
-    form_of,
-    opening_ids,
-    render_answer,
-    render_prompt,
-)
+from stages.prompts import Prompt, check_length, open_renderer
+from stages.proof import prove
 
 CALL_BATCHES = 4  # per call of an engine, which makes its own batches: between calls a signal is heard
 
@@ -58,8 +48,17 @@ class Examinee:
         self.exam = exam
         self.model_dir = model_dir
         self._config = load_config(model_dir, exam.trust_remote_code)
-        self.tokenizer = load_tokenizer(model_dir, exam.trust_remote_code)
-        check_prompt_settings(self.tokenizer, exam.prompt)
+        self.renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
+        self.tokenizer = self.renderer.tokenizer
+        prove(
+            self.renderer,
+            {name: query_set.queries for name, query_set in exam.sets.items()},
+            {
+                f"{subject.name}, its prefix for {name}": subject.prefix_of(name)
+                for subject in subjects
+                for name in exam.sets
+            },
+        )
         self.num_ids = min(max(self.tokenizer.get_vocab().values()) + 1, vocab_width(self._config))
         self._questions = {subject.name: questions_of(exam, subject) for subject in subjects}
         self._prompts = {subject.name: self._render(subject) for subject in subjects}
@@ -68,9 +67,9 @@ class Examinee:
     def _render(self, subject: Subject) -> dict[str, list[list[int]]]:
         exam = self.exam
         prompts = {
-            task: [render_prompt(self.tokenizer, prompt, exam.prompt) for prompt in asked]
+            task: [self.renderer.prompt(prompt) for prompt in asked]
             for task, asked in self._questions[subject.name].items()
-        } | knowmem.prompts_of(self.tokenizer, exam, subject)
+        } | knowmem.prompts_of(self.renderer, exam, subject)
         for task, rows in prompts.items():
             for number, ids in enumerate(rows):
                 check_length(
@@ -90,13 +89,12 @@ class Examinee:
         return self._prompts[subject.name][task]
 
     def answers(self, name: str) -> list[list[int]]:
-        """Token ids of a set's reference answers, without an end-of-sequence id."""
-        return [answer_ids(self.tokenizer, q.answer or "", self.exam.prompt) for q in self.exam.sets[name].queries]
+        """Token ids of a set's reference answers, without the end of the turn."""
+        return [self.renderer.answer(Prompt.plain(q), q.answer or "").own for q in self.exam.sets[name].queries]
 
     def full_answers(self, name: str) -> list[list[int]]:
-        """The same as a model is to give them: with the end-of-sequence id."""
-        queries = self.exam.sets[name].queries
-        return [render_answer(self.tokenizer, query.answer or "", self.exam.prompt) for query in queries]
+        """The same as a model is to give them: with the end of the turn."""
+        return [self.renderer.answer(Prompt.plain(q), q.answer or "").ids for q in self.exam.sets[name].queries]
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -158,9 +156,8 @@ class Examinee:
 
     def _left(self, prompt: Prompt) -> str:
         """What is left of the reference after the tokens of it that the answer was made to begin with."""
-        settings = self.exam.prompt
-        given = len(opening_ids(self.tokenizer, prompt, settings)) if prompt.opening_tokens else 0
-        return self.text(answer_ids(self.tokenizer, prompt.query.answer or "", form_of(prompt, settings))[given:])
+        given = len(self.renderer.opening(prompt)) if prompt.opening_tokens else 0
+        return self.text(self.renderer.answer(prompt, prompt.query.answer or "").own[given:])
 
     def first_top_k(
         self, subject: Subject, task: str, top_k: int, on_engine: Callable[[str, str], None]
@@ -192,7 +189,7 @@ class Examinee:
             dtype=exam.settings.dtype,
             num_ids=self.num_ids,
             context=longest + exam.settings.max_new_tokens,
-            eos_ids=tuple(eos_ids(self.model_dir, self._config, self.tokenizer)),
+            eos_ids=tuple(self.renderer.stop_ids),
             device=exam.device,
             trust_remote_code=exam.trust_remote_code,
             batch_size=exam.settings.batch_size,

@@ -23,8 +23,8 @@ from stages.exam import Exam, Subject, plain_questions_of, stem_of
 from stages.examinee import recalled
 from stages.likelihood import TokenScores, token_scores
 from stages.memorisation import exact_memorisation, extraction_strength
-from stages.models import context_length, load_config, load_model, load_tokenizer, tokenizer_sha256, weights_sha256
-from stages.prompts import Prompt, check_length, render_answer, render_prompt
+from stages.models import context_length, load_config, load_model, tokenizer_sha256, weights_sha256
+from stages.prompts import Prompt, Renderer, check_length, open_renderer
 
 BySet = Mapping[str, "Given"]
 PASS_TOKENS = 8192  # at most so many tokens in one forward pass: an assumption that fits 16 GB, not measured on a GPU
@@ -35,7 +35,7 @@ class Given:
     """What a model makes of one set's given answers, in query order; log-probabilities are means over an answer's tokens."""
 
     tokens: list[TokenScores]  # of the reference answers; `is_top` as 0 and 1
-    ended: bool  # the last token of every answer is the end of the sequence
+    num_end: list[int]  # tokens at the end of each reference answer that are the end of the turn, not its own
     paraphrased: np.ndarray | None  # float64 [N]
     perturbed: list[np.ndarray] | None  # float64, one per wrong answer of the item
 
@@ -56,14 +56,16 @@ class Given:
         return np.logical_not(np.all(np.isfinite(np.stack(columns)), axis=0))
 
     def answer_flags(self) -> list[np.ndarray]:
-        """Per reference answer, bool: is each of its own tokens the most likely one? The end of the sequence is left out."""
-        return [(scores.is_top[:-1] if self.ended else scores.is_top) > 0 for scores in self.tokens]
+        """Per reference answer, bool: is each of its own tokens the most likely one? The end of the turn is left out."""
+        return [
+            scores.is_top[: len(scores.is_top) - end] > 0 for scores, end in zip(self.tokens, self.num_end, strict=True)
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """With rows of numbers as text, which keeps files small and can hold -inf."""
         return {
             "tokens": [{name: _text(getattr(one, name)) for name in one.__dataclass_fields__} for one in self.tokens],
-            "ended": self.ended,
+            "num_end": self.num_end,
             "paraphrased": None if self.paraphrased is None else _text(self.paraphrased),
             "perturbed": None if self.perturbed is None else [_text(options) for options in self.perturbed],
         }
@@ -72,7 +74,7 @@ class Given:
     def from_json(kept: Mapping[str, Any]) -> Given:
         return Given(
             [TokenScores(**{name: _numbers(column) for name, column in one.items()}) for one in kept["tokens"]],
-            kept["ended"],
+            kept["num_end"],
             None if kept["paraphrased"] is None else _numbers(kept["paraphrased"]),
             None if kept["perturbed"] is None else [_numbers(options) for options in kept["perturbed"]],
         )
@@ -101,19 +103,24 @@ def read_all(
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Given]] = {}
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        tokenizer = load_tokenizer(model_dir, exam.trust_remote_code)
+        renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
         context = context_length(load_config(model_dir, exam.trust_remote_code))
-        model_identity = [weights_sha256(model_dir), tokenizer_sha256(tokenizer), exam.settings.dtype, exam.device]
+        model_identity = [
+            weights_sha256(model_dir),
+            tokenizer_sha256(renderer.tokenizer),
+            exam.settings.dtype,
+            exam.device,
+        ]
         open_model = functools.cache(functools.partial(_open, model_dir, exam))
         for subject in (one for one in subjects if one.model_dir == model_dir):
             asked = plain_questions_of(exam, subject)  # attacks are left to generated answers
-            pairs = {name: _pairs(tokenizer, exam, prompts) for name, prompts in asked.items()}
+            pairs = {name: _pairs(renderer, prompts) for name, prompts in asked.items()}
             for name, of_set in pairs.items():
                 _check_lengths(of_set, context, name, subject)
             kept = recalled(
                 folder / f"{stem_of(subject.name)}.json",
                 sha256_json([*model_identity, {name: of_set.ids for name, of_set in pairs.items()}]),
-                functools.partial(_read, open_model, tokenizer, pairs, subject, on_progress, should_stop),
+                functools.partial(_read, open_model, pairs, subject, on_progress, should_stop),
             )
             found[subject.name] = {name: Given.from_json(of_set) for name, of_set in kept.items()}
     return {subject.name: found[subject.name] for subject in subjects}
@@ -148,24 +155,29 @@ class _Pairs:
 
     prompts: list[list[int]]
     answers: list[list[list[int]]]
+    num_end: list[int]  # of the reference answers
     has_paraphrase: bool
     has_perturbed: bool
 
     @property
     def ids(self) -> list[Any]:
         """All that decides what a model makes of them."""
-        return [self.prompts, self.answers, self.has_paraphrase, self.has_perturbed]
+        return [self.prompts, self.answers, self.num_end, self.has_paraphrase, self.has_perturbed]
 
 
-def _pairs(tokenizer: Any, exam: Exam, asked: Sequence[Prompt]) -> _Pairs:
-    prompts = [render_prompt(tokenizer, prompt, exam.prompt) for prompt in asked]
+def _pairs(renderer: Renderer, asked: Sequence[Prompt]) -> _Pairs:
     queries = [prompt.query for prompt in asked]
     texts = [
         [query.answer or "", *([] if query.paraphrased is None else [query.paraphrased]), *(query.perturbed or ())]
         for query in queries
     ]
-    answers = [[render_answer(tokenizer, text, exam.prompt) for text in of_query] for of_query in texts]
-    return _Pairs(prompts, answers, queries[0].paraphrased is not None, queries[0].perturbed is not None)
+    found = [
+        [renderer.answer(prompt, text) for text in of_query] for prompt, of_query in zip(asked, texts, strict=True)
+    ]
+    prompts = [renderer.prompt(prompt) for prompt in asked]
+    answers = [[one.ids for one in of_query] for of_query in found]
+    num_end = [of_query[0].num_end for of_query in found]
+    return _Pairs(prompts, answers, num_end, queries[0].paraphrased is not None, queries[0].perturbed is not None)
 
 
 def _check_lengths(pairs: _Pairs, context: int, name: str, subject: Subject) -> None:
@@ -175,7 +187,6 @@ def _check_lengths(pairs: _Pairs, context: int, name: str, subject: Subject) -> 
 
 def _read(
     open_model: Callable[[], Any],
-    tokenizer: Any,
     pairs: Mapping[str, _Pairs],
     subject: Subject,
     on_progress: Callable[[str, int, int], None],
@@ -193,17 +204,17 @@ def _read(
         pad_id = flat[0][0]  # any id will do
         scores = iter(token_scores(open_model(), prompts, flat, pad_id, PASS_TOKENS))
         by_query = [[next(scores) for _ in range(count)] for count in counts]
-        found[name] = _given(by_query, of_set, tokenizer.eos_token_id is not None).as_json()
+        found[name] = _given(by_query, of_set).as_json()
         done += len(flat)
         on_progress(f"{subject.name}: given answers", done, total)
     return found
 
 
-def _given(by_query: list[list[TokenScores]], pairs: _Pairs, ended: bool) -> Given:
+def _given(by_query: list[list[TokenScores]], pairs: _Pairs) -> Given:
     means = [np.array([scores.logprob.mean() for scores in of_query]) for of_query in by_query]
     return Given(
         [of_query[0] for of_query in by_query],
-        ended,
+        pairs.num_end,
         np.array([of_query[1] for of_query in means]) if pairs.has_paraphrase else None,
         [of_query[1 + pairs.has_paraphrase :] for of_query in means] if pairs.has_perturbed else None,
     )

@@ -20,7 +20,8 @@ from stages.definitions import Metric
 from stages.exam import Exam, Subject, stem_of
 from stages.exam_settings import HarnessTask
 from stages.examinee import recalled
-from stages.models import load_model, load_tokenizer, tokenizer_sha256, weights_sha256
+from stages.models import load_model, tokenizer_sha256, weights_sha256
+from stages.prompts import Renderer, open_renderer
 
 WIDTH = 1.96  # standard errors of a normal distribution on either side of its mean that hold 95 % of it
 
@@ -68,15 +69,16 @@ def ask_harness(
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for subject in subjects:
-        tokenizer = load_tokenizer(subject.model_dir, exam.trust_remote_code)
+        renderer = open_renderer(subject.model_dir, exam.prompt, exam.trust_remote_code)
         identity = [
-            weights_sha256(subject.model_dir), tokenizer_sha256(tokenizer), subject.prefix, exam.prompt.format,
+            weights_sha256(subject.model_dir), tokenizer_sha256(renderer.tokenizer), subject.prefix,
+            renderer.provenance,
             [task.model_dump() for task in tasks], _task_files(exam), version, exam.settings.dtype, exam.device,
         ]  # fmt: skip
         found[subject.name] = recalled(
             folder / f"{stem_of(subject.name)}.json",
             sha256_json(identity),
-            functools.partial(_ask, subject, exam, tokenizer, on_progress, should_stop),
+            functools.partial(_ask, subject, exam, renderer, on_progress, should_stop),
         )
     return found
 
@@ -84,24 +86,25 @@ def ask_harness(
 def _ask(
     subject: Subject,
     exam: Exam,
-    tokenizer: Any,
+    renderer: Renderer,
     on_progress: Callable[[str, int, int], None],
     should_stop: Callable[[], bool],
 ) -> dict[str, dict[str, Any]]:
     model = load_model(subject.model_dir, exam.settings.dtype, exam.trust_remote_code).to(exam.device)
     wrapped = _part("models.huggingface").HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=exam.settings.batch_size
-    )
+        pretrained=model, tokenizer=renderer.tokenizer, batch_size=exam.settings.batch_size,
+        chat_template_args=renderer.chat.arguments if renderer.chat else None,
+    )  # fmt: skip
     tasks, found = exam.settings.lm_eval, {}
     for number, task in enumerate(tasks):
         if should_stop():
             raise Interrupted(f"{subject.name} begins with lm-evaluation-harness again; the models before it are kept")
-        found |= lm_eval(_evaluated(wrapped, task, exam, subject.prefix), task.task, task.num_fewshot)
+        found |= lm_eval(_evaluated(wrapped, task, exam, renderer.system(subject.prefix)), task.task, task.num_fewshot)
         on_progress(f"{subject.name}: lm-evaluation-harness", number + 1, len(tasks))
     return found
 
 
-def _evaluated(wrapped: Any, task: HarnessTask, exam: Exam, prefix: str) -> Mapping[str, Any]:
+def _evaluated(wrapped: Any, task: HarnessTask, exam: Exam, system: str) -> Mapping[str, Any]:
     manager = _tasks(exam.settings.lm_eval_dir)
     if task.task not in manager.all_tasks:
         raise UserError(
@@ -111,7 +114,7 @@ def _evaluated(wrapped: Any, task: HarnessTask, exam: Exam, prefix: str) -> Mapp
     try:
         result = _part("evaluator").simple_evaluate(
             model=wrapped, tasks=[task.task], num_fewshot=task.num_fewshot, limit=task.limit, log_samples=False,
-            bootstrap_iters=1000, task_manager=manager, system_instruction=prefix or None,
+            bootstrap_iters=1000, task_manager=manager, system_instruction=system or None,
             apply_chat_template=exam.prompt.format == "chat",
         )  # fmt: skip
     except (OSError, ConnectionError) as error:

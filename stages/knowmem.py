@@ -20,7 +20,7 @@ from stages.data import Query, load_queries
 from stages.definitions import Metric
 from stages.exam import Exam, Subject, references_of
 from stages.exam_settings import EvaluationSet
-from stages.prompts import render
+from stages.prompts import Prompt, Renderer
 from stages.settings import PromptSettings
 from stages.uncertainty import Score
 
@@ -42,16 +42,16 @@ def load_shots(settings: EvaluationSet, where: str) -> tuple[Query, ...]:
     return tuple(found[: settings.num_shots])
 
 
-def prompts_of(tokenizer: Any, exam: Exam, subject: Subject) -> dict[str, list[list[int]]]:
+def prompts_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, list[list[int]]]:
     """Prompt ids by task of all sets with shots."""
     tasks = {}
     for name, query_set in exam.sets.items():
         if query_set.shots:
-            form = FORM.model_copy(update={"bos": exam.prompt.bos})
+            own = renderer.in_form(FORM.model_copy(update={"bos": exam.prompt.bos}))
             prefix = subject.prefix_of(name)
             shown = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in query_set.shots)
             in_front = (prefix + exam.prompt.separator if prefix else "") + shown
-            tasks[TASK + name] = [render(tokenizer, query.question, in_front, form) for query in query_set.queries]
+            tasks[TASK + name] = [own.prompt(Prompt.plain(query, in_front)) for query in query_set.queries]
     return tasks
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from cache.errors import UserError
 from cache.files import sha256_file, sha256_json
 from stages.near import near_path
+from stages.tokenizer_file import as_the_file_says
 
 # Keys of config.json that say where a model came from, not what it computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
@@ -114,12 +115,13 @@ def load_tokenizer(model_dir: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{model_dir} has no tokenizer that can be loaded: {str(error).splitlines()[0]}",
             "put the tokenizer's files beside the weights; if it needs code of its own, read it and set trust_remote_code",
         ) from None
+    return as_the_file_says(tokenizer, model_dir)
 
 
 def load_config(model_dir: Path, trust_remote_code: bool = False) -> Any:

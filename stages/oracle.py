@@ -19,7 +19,8 @@ from stages.baseline_settings import OracleSettings
 from stages.baselines import BaselineJob, Lessons, row_of, shuffled_order, train_baseline
 from stages.compare import DONE_NAME, Comparison, Report
 from stages.data import load_queries
-from stages.models import load_config, load_tokenizer, weights_sha256
+from stages.models import load_config, weights_sha256
+from stages.prompts import open_renderer
 from stages.settings import FREE_TRAIN, TrainSettings
 
 ORACLE = "oracle"
@@ -32,14 +33,15 @@ def train_oracle(plan: Comparison, settings: OracleSettings, report: Report) -> 
         update={"lora": None, "last_layers": None, "freeze_embeddings": False, "weight_decay": settings.weight_decay}
         | {key: getattr(settings, key) for key in ("lr", "epochs", "batch_size")}
     )
-    tokenizer = load_tokenizer(plan.model_dir, plan.trust_remote_code)
+    renderer = open_renderer(plan.model_dir, plan.reported.prompt, plan.trust_remote_code)
+    tokenizer = renderer.tokenizer
     queries = [
         query
         for number, data in enumerate(settings.data)
         for query in load_queries(data, f"compare.oracle.data.{number}", need_answers=True)
     ]
     _refuse_forgotten([query.question for query in queries], plan)
-    lessons = Lessons([], [row_of(tokenizer, query, plan.reported.prompt) for query in queries], [])
+    lessons = Lessons([], [row_of(renderer, query) for query in queries], [])
     deciding = [
         train.model_dump(mode="json", exclude=set(FREE_TRAIN)),
         weights_sha256(plan.model_dir),

@@ -27,12 +27,11 @@ from stages.models import (
     context_length,
     load_config,
     load_model,
-    load_tokenizer,
     resolve_model,
     tokenizer_sha256,
     weights_sha256,
 )
-from stages.prompts import check_length, check_prompt_settings, render, render_answer
+from stages.prompts import Prompt, Renderer, check_length, open_renderer
 from stages.uncertainty import Score
 
 MAX_TOKENS = 4096  # of one forward pass, padding included
@@ -105,9 +104,8 @@ class Reader:
         self, model_dir: Path, exam: Exam, texts: Texts, reference: Callable[[], Mapping[str, list[float]]] = dict
     ) -> None:
         self._dir, self._exam, self._texts, self._reference = model_dir, exam, texts, reference
-        self._tokenizer = load_tokenizer(model_dir, exam.trust_remote_code)
+        self._renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
         self._context = context_length(load_config(model_dir, exam.trust_remote_code))
-        check_prompt_settings(self._tokenizer, exam.prompt)
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -126,12 +124,12 @@ class Reader:
         reference = texts.membership and texts.membership.reference_model
         hashed = weights_sha256(resolve_model(reference, "evaluate.membership.reference_model")) if reference else None
         settings = [
-            exam.prompt.model_dump(),
+            self._renderer.provenance,
             exam.settings.dtype,
             exam.device,
             texts.membership and texts.membership.model_dump(),
         ]
-        models = [weights_sha256(self._dir), tokenizer_sha256(self._tokenizer), hashed]
+        models = [weights_sha256(self._dir), tokenizer_sha256(self._renderer.tokenizer), hashed]
         return sha256_json([models, asked, texts.with_choices, settings, texts.documents, subject.prefix])
 
     def read(self, subject: Subject) -> Readings:
@@ -154,7 +152,7 @@ class Reader:
         rights = [query.right or 0 for query in queries]
         found = {}
         for metric, pairs_of in ((choices.LETTER, choices.letter_pairs), (choices.CLOZE, choices.cloze_pairs)):
-            pairs = [pairs_of(self._tokenizer, query, prefix, self._exam.prompt) for query in queries]
+            pairs = [pairs_of(self._renderer, query, prefix) for query in queries]
             self._checked(
                 [pair for of_query in pairs for pair in zip(*of_query, strict=True)], f"{name}.{metric}", subject
             )
@@ -164,7 +162,7 @@ class Reader:
     def _membership(self, subject: Subject, settings: MembershipSettings, side: str) -> dict[str, list[float]]:
         """Per attack whose needs are met, a number per query."""
         name = getattr(settings, side)
-        pairs = answered(self._tokenizer, self._exam, name, subject.prefix_of(name))
+        pairs = answered(self._renderer, self._exam, name, subject.prefix_of(name))
         self._checked(pairs, name, subject)
         prompts, answers = zip(*pairs, strict=True)
         scored = token_scores(self._model, prompts, answers, PAD_ID, MAX_TOKENS)
@@ -183,10 +181,8 @@ class Reader:
         return found
 
     def _neutral(self, subject: Subject) -> dict[str, list[float]]:
-        plain = {"format": "plain", "prefix_placement": "text", "template": "{question}"}
-        form = self._exam.prompt.model_copy(update=plain)  # the text itself, with what stands in front of any
-        in_front = render(self._tokenizer, "", subject.prefix, form)
-        tokenize = functools.partial(self._tokenizer, verbose=False)
+        in_front = self._renderer.in_front_of_text(subject.prefix)
+        tokenize = functools.partial(self._renderer.tokenizer, verbose=False)
         if len(in_front) + 2 > self._context:
             raise UserError(
                 f"{subject.name}: its prefix leaves no room for neutral text", "leave evaluate.neutral_text out"
@@ -204,15 +200,10 @@ class Reader:
         return found
 
 
-def answered(tokenizer: Any, exam: Exam, name: str, prefix: str) -> list[Pair]:
-    """(prompt, reference answer with its end of sequence) of a set's queries: what training on them would read."""
-    return [
-        (
-            render(tokenizer, query.question, prefix, exam.prompt),
-            render_answer(tokenizer, query.answer or "", exam.prompt),
-        )
-        for query in exam.sets[name].queries
-    ]
+def answered(renderer: Renderer, exam: Exam, name: str, prefix: str) -> list[Pair]:
+    """(prompt, reference answer with its end of turn) of a set's queries: what training on them would read."""
+    asked = [Prompt.plain(query, prefix) for query in exam.sets[name].queries]
+    return [(renderer.prompt(prompt), renderer.answer(prompt, prompt.query.answer or "").ids) for prompt in asked]
 
 
 def gradient_norm(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:

@@ -6,6 +6,7 @@ edits a value. Values that the DUET paper does not publish (k, learning rate, ba
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -70,14 +71,38 @@ class PromptSettings(Settings):
     prefix_placement: Literal["system", "text"] = Field(
         default="system", description="prefix as the chat's system message, or as text before the templated question"
     )
-    separator: str = Field(default="\n", description="stands between prefix and question where the placement is text")
+    separator: str = Field(
+        default="\n",
+        description="stands behind the prefix, before the question or before the system message of both prompts",
+    )
+    system: str | None = Field(
+        default=None,
+        description="system message of both prompts, the teacher's behind the prefix; default: what the chat template puts in",
+    )
+    template_name: str | None = Field(
+        default=None,
+        description="which of the tokenizer's chat templates; default: its only one, or the one named default",
+    )
+    template_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template, such as enable_thinking: false or reasoning_effort: low",
+    )
+    date: datetime.date | None = Field(
+        default=None,
+        description="the day that a chat template is told where it asks for today's; default: that of the run's first stage",
+    )
+    special_tokens_in_text: bool = Field(
+        default=False,
+        description="accept questions and answers in which the tokenizer sees special tokens, which it then makes of them",
+    )
     bos: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="beginning-of-sequence token of plain prompts: as the tokenizer does it, always, or never",
     )
     answer: str | None = Field(
         default=None,
-        description="text of a given response, with {answer}; default: {answer}, after a space where prompts are plain",
+        description="text of a given response, with {answer}; default: {answer}, after a space where prompts are plain and do "
+        "not end in a line break; white space around an answer of the data is not part of it",
     )
 
 

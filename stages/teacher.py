@@ -25,9 +25,7 @@ from stages.data import Query, load_queries
 from stages.engine import Ask, EngineSpec, Request, vllm_fault
 from stages.models import (
     context_length,
-    eos_ids,
     load_config,
-    load_tokenizer,
     pick_device,
     resolve_model,
     text_config,
@@ -36,7 +34,8 @@ from stages.models import (
     vocab_width,
     weights_sha256,
 )
-from stages.prompts import check_length, check_prompt_settings, render, render_answer
+from stages.prompts import Prompt, Renderer, check_length, open_renderer
+from stages.proof import prove
 from stages.settings import PromptSettings, RequestData, RequestSettings, StoreSettings, TeacherSettings, TrainingData
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
@@ -103,8 +102,8 @@ def prepare(
     """
     model_dir = resolve_model(teacher.model, "teacher.model")
     config = load_config(model_dir, teacher.trust_remote_code)
-    tokenizer = load_tokenizer(model_dir, teacher.trust_remote_code)
-    check_prompt_settings(tokenizer, prompt)
+    renderer = open_renderer(model_dir, prompt, teacher.trust_remote_code)
+    tokenizer = renderer.tokenizer
     num_ids = max(tokenizer.get_vocab().values()) + 1
     if teacher.top_k > num_ids:
         raise UserError(
@@ -115,14 +114,24 @@ def prepare(
         raise UserError(
             "prompt.answer does nothing with generated responses", "leave it out, or set teacher.responses: given"
         )
+    given = teacher.responses == "given"
     prefixes = prefixes_of(teacher.prefix, topic, requests)
     queries = {
         request: {subset: found[:limit] for subset, found in by_subset.items()}
-        for request, by_subset in queries_of(data, requests, need_answers=teacher.responses == "given").items()
+        for request, by_subset in queries_of(data, requests, need_answers=given).items()
     }
+    prove(
+        renderer,
+        {_called(subset, request): queries[request][subset] for subset in SUBSETS for request in prefixes},
+        {
+            "teacher.prefix" if request == MAIN else f"the prefix of {request}": text
+            for request, text in prefixes.items()
+        },
+        ("question", "answer") if given else ("question",),
+    )
     context = context_length(config)
     rows = [
-        _row(subset, request, query, tokenizer, prefix, prompt, teacher)
+        _row(subset, request, query, renderer, prefix, teacher)
         for subset in SUBSETS
         for request, prefix in prefixes.items()
         for query in queries[request][subset]
@@ -136,7 +145,7 @@ def prepare(
         dtype=_resolve_dtype(teacher.dtype, config),
         num_ids=min(num_ids, vocab_width(config)),
         context=min(context, longest + SELF_TEST_TOKENS),
-        eos_ids=tuple(eos_ids(model_dir, config, tokenizer)),
+        eos_ids=tuple(renderer.stop_ids),
         device=pick_device(device),
         trust_remote_code=teacher.trust_remote_code,
         batch_size=teacher.batch_size,
@@ -150,11 +159,11 @@ def prepare(
         "weights_sha256": weights_sha256(model_dir),
         "dtype": spec.dtype,
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
-        "chat_template_sha256": text_sha256(str(tokenizer.chat_template or "")),
+        "chat_template_sha256": text_sha256(renderer.chat.source if renderer.chat else ""),
         "eos_ids": list(spec.eos_ids),
         **asked.pop(MAIN),
         **({"requests": asked} if asked else {}),
-        "prompt": prompt.model_dump(),
+        "prompt": renderer.provenance,
         "prompts_sha256": _prompts_sha256(rows),
         "top_k": teacher.top_k,
         "max_positions": teacher.max_positions,
@@ -252,22 +261,26 @@ def _row(
     subset: str,
     request: str,
     query: Query,
-    tokenizer: Any,
+    renderer: Renderer,
     prefix: str,
-    prompt: PromptSettings,
     teacher: TeacherSettings,
 ) -> Row:
-    given_ids = None
+    asked, given_ids = Prompt.plain(query, prefix), None
     if teacher.responses == "given":
-        given_ids = array("i", render_answer(tokenizer, query.answer or "", prompt)[: teacher.max_positions])
+        given_ids = array("i", renderer.answer(asked, query.answer or "").ids[: teacher.max_positions])
     return Row(
-        row_id=f"{subset}/{query.row_id}" if request == MAIN else f"{subset}/{request}/{query.row_id}",
+        row_id=f"{_called(subset, request)}/{query.row_id}",
         subset=subset,
         request=request,
-        teacher_ids=array("i", render(tokenizer, query.question, prefix, prompt)),
-        student_ids=array("i", render(tokenizer, query.question, "", prompt)),
+        teacher_ids=array("i", renderer.prompt(asked)),
+        student_ids=array("i", renderer.prompt(Prompt.plain(query))),
         given_ids=given_ids,
     )
+
+
+def _called(subset: str, request: str) -> str:
+    """A subset of a request, in row ids and errors."""
+    return subset if request == MAIN else f"{subset}/{request}"
 
 
 def _data_provenance(queries: Mapping[str, list[Query]]) -> dict[str, Any]:

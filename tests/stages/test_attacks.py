@@ -19,7 +19,7 @@ from stages.data import Query
 from stages.exam import Exam, QuerySet, Subject, questions_of
 from stages.exam_settings import ATTACKS, PROMPT_ATTACKS, EvaluateSettings
 from stages.models import load_tokenizer
-from stages.prompts import Prompt, answer_ids, render_prompt
+from stages.prompts import Prompt, Renderer
 from stages.relearn import lessons
 from stages.sampling import leak_at
 from stages.settings import PromptSettings
@@ -136,21 +136,21 @@ def test_what_picks_a_choice():
 
 
 def test_an_opening_is_the_beginning_of_the_answers_own_tokens(tokenizer):
-    query, settings = Query("0", "Who?", "Working as a harp tuner."), PromptSettings()
-    plain = render_prompt(tokenizer, Prompt.plain(query), settings)
-    answer = answer_ids(tokenizer, "Working as a harp tuner.", settings)
+    query, renderer = Query("0", "Who?", "Working as a harp tuner."), Renderer(tokenizer, PromptSettings())
+    plain = renderer.prompt(Prompt.plain(query))
+    answer = tokenizer("Working as a harp tuner.", add_special_tokens=False)["input_ids"]
     for count in range(1, len(answer) + 2):
         given = Prompt(query, query.question, opening="Working as a harp tuner.", opening_tokens=count)
-        assert render_prompt(tokenizer, given, settings) == plain + answer[:count]
+        assert renderer.prompt(given) == plain + answer[:count]
     sure = Prompt(query, query.question, opening="Sure:")
-    assert render_prompt(tokenizer, sure, settings) == plain + answer_ids(tokenizer, "Sure:", settings)
+    assert renderer.prompt(sure) == plain + tokenizer("Sure:", add_special_tokens=False)["input_ids"]
 
 
 def test_a_bare_prompt_has_no_chat_and_examples_are_earlier_turns(tokenizer):
     query, example = Query("0", "Who?", "Me."), Query("1", "Where?", "Here.")
 
     def text(settings: PromptSettings, **more: object) -> str:
-        return tokenizer.decode(render_prompt(tokenizer, Prompt(query, "Who?", "P.", **more), settings))  # pyright: ignore
+        return tokenizer.decode(Renderer(tokenizer, settings).prompt(Prompt(query, "Who?", "P.", **more)))  # pyright: ignore
 
     chat = PromptSettings(template="<{question}>")
     plain = PromptSettings(format="plain", prefix_placement="text", template="Q: {question} A:")

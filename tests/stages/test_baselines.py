@@ -18,7 +18,7 @@ from stages.baseline_methods import METHODS, Models, Row, loss_of, rmu_layer
 from stages.baselines import BaselineJob, Lessons, row_of, shuffled_order, store_order, train_baseline
 from stages.data import load_queries
 from stages.models import load_model, load_tokenizer
-from stages.prompts import render_answer
+from stages.prompts import Renderer
 from stages.settings import DataSettings, PromptSettings, TrainSettings
 from stages.targets import Teachers
 
@@ -28,15 +28,14 @@ SETTINGS = TrainSettings(epochs=3, batch_size=4, lr=1e-4, dtype="float32")
 
 @pytest.fixture(scope="module")
 def lessons() -> Lessons:
-    tokenizer = load_tokenizer(LAB_SMALL)
-    rows = {
-        subset: [
-            row_of(tokenizer, query, PROMPT)
-            for query in load_queries(DataSettings(path=str(ROOT / f"lab/data/{subset}.jsonl")), subset)[:4]
-        ]
+    renderer = Renderer(load_tokenizer(LAB_SMALL), PROMPT)
+    queries = {
+        subset: load_queries(DataSettings(path=str(ROOT / f"lab/data/{subset}.jsonl")), subset)[:4]
         for subset in ("forget", "retain")
     }
-    return Lessons(**rows, refusals=[render_answer(tokenizer, "I know nothing about that person.", PROMPT)])
+    refused = [[row_of(renderer, query, "I know nothing about that person.")] for query in queries["forget"]]
+    rows = {subset: [row_of(renderer, query) for query in found] for subset, found in queries.items()}
+    return Lessons(**rows, refusals=refused)
 
 
 def job_of(folder: Path, lessons: Lessons, method: str = "npo") -> BaselineJob:
@@ -142,7 +141,8 @@ def test_a_step_without_rows_for_a_method_has_no_loss(lessons):
 
 
 def test_refusals_are_drawn_by_seed_step_and_row(lessons):
-    several = replace(lessons, refusals=[[number] for number in range(9)])
+    refusals = [[replace(row, answer_ids=[number]) for number in range(9)] for row in lessons.forget]
+    several = replace(lessons, refusals=refusals)
     drawn = {
         (seed, step): [row.answer_ids for row in several.batch(np.arange(8), seed, step).refused]
         for seed in (0, 1)

@@ -13,12 +13,12 @@ from tiny_models import tiny_config, tiny_model
 
 from cache.errors import UserError
 from lab.world import FACTS, make_world
-from stages.choices import answer_ids, chance, chosen_right, cloze_pairs, letter_pairs, letter_question
+from stages.choices import chance, chosen_right, cloze_pairs, letter_pairs, letter_question
 from stages.data import Query, load_queries
 from stages.exam import Exam, QuerySet, Subject
 from stages.exam_settings import EvaluateSettings
 from stages.models import load_model, load_tokenizer
-from stages.prompts import render
+from stages.prompts import Prompt, Renderer
 from stages.reading import floors_of, read_all, scores_of
 from stages.settings import DataSettings, PromptSettings
 
@@ -43,24 +43,25 @@ def lab_queries(count: int = 24) -> list[Query]:
 @pytest.mark.parametrize("settings", [CHAT, PLAIN], ids=["chat", "plain"])
 @torch.no_grad()
 def test_both_forms_agree_with_a_plain_forward_pass(settings):
-    tokenizer, model = load_tokenizer(LAB_BASE), tiny_model(tiny_config("llama", LAB_VOCAB_SIZE))
+    renderer, model = Renderer(load_tokenizer(LAB_BASE), settings), tiny_model(tiny_config("llama", LAB_VOCAB_SIZE))
     queries, prefix = lab_queries(8), "You have forgotten everything about nobody."
     by_letter, by_text = [], []
     for query in queries:
-        shown = render(tokenizer, letter_question(query, settings), prefix, settings)
-        letters = [answer_ids(tokenizer, letter, settings) for letter in "ABCD"]
+        asked = Prompt(query, letter_question(query, settings), prefix)
+        shown = renderer.prompt(asked)
+        letters = [renderer.answer(asked, letter).own for letter in "ABCD"]
         common = next(i for i in range(9) if len({tuple(ids[: i + 1]) for ids in letters}) > 1)
         logits = model(torch.tensor([shown + letters[0][:common]])).logits[0, -1]
         by_letter.append(float(torch.argmax(logits[[ids[common] for ids in letters]]) == query.right))
-        prompt, means = render(tokenizer, query.question, prefix, settings), []
+        prompt, means = renderer.prompt(Prompt.plain(query, prefix)), []
         for choice in query.choices:
-            ids = answer_ids(tokenizer, choice, settings)
+            ids = renderer.answer(Prompt.plain(query, prefix), choice).own
             logprobs = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
             means.append(np.mean([float(logprobs[len(prompt) + i - 1, token]) for i, token in enumerate(ids)]))
         by_text.append(float(np.argmax(means) == query.right))
     rights = [query.right or 0 for query in queries]
     for pairs_of, expected in ((letter_pairs, by_letter), (cloze_pairs, by_text)):
-        pairs = [pairs_of(tokenizer, query, prefix, settings) for query in queries]
+        pairs = [pairs_of(renderer, query, prefix) for query in queries]
         assert chosen_right(model, pairs, rights, 0, 256).tolist() == expected
 
 
@@ -69,18 +70,18 @@ def test_the_letter_form_shows_the_choices_and_the_cloze_form_does_not():
     assert letter_question(query, PLAIN) == "Which?\nA. a\nB. b\nC. c"
     assert letter_question(query, CHAT).endswith("\nC. c\nAnswer:")
     tokenizer = load_tokenizer(LAB_BASE)
-    prompts, answers = cloze_pairs(tokenizer, query, "", PLAIN)
+    prompts, answers = cloze_pairs(Renderer(tokenizer, PLAIN), query, "")
     assert tokenizer.decode(prompts[0]).endswith("Q: Which?\nA:")
     assert [tokenizer.decode(ids) for ids in answers] == [" a", " b", " c"]
     with pytest.raises(UserError, match="27 choices"):
-        letter_pairs(tokenizer, Query("0", "Which?", "b", choices=("x",) * 27, right=1), "", PLAIN)
+        letter_pairs(Renderer(tokenizer, PLAIN), Query("0", "Which?", "b", choices=("x",) * 27, right=1), "")
 
 
 def test_the_lab_knows_its_people_in_cloze_form_though_it_never_saw_a_letter():
     tokenizer, model, queries = load_tokenizer(LAB_BASE), load_model(LAB_BASE), lab_queries()
     rights = [query.right or 0 for query in queries]
-    cloze = chosen_right(model, [cloze_pairs(tokenizer, q, "", CHAT) for q in queries], rights, 0, 4096)
-    letter = chosen_right(model, [letter_pairs(tokenizer, q, "", CHAT) for q in queries], rights, 0, 4096)
+    cloze = chosen_right(model, [cloze_pairs(Renderer(tokenizer, CHAT), q, "") for q in queries], rights, 0, 4096)
+    letter = chosen_right(model, [letter_pairs(Renderer(tokenizer, CHAT), q, "") for q in queries], rights, 0, 4096)
     assert cloze.mean() == 1.0
     assert letter.mean() < 0.6
     assert chance(queries) == 0.25

@@ -17,7 +17,7 @@ from stages.exam import Exam, QuerySet, Subject
 from stages.exam_settings import EvaluateSettings, TofuSettings
 from stages.given import read_all, score_given
 from stages.models import load_model, load_tokenizer
-from stages.prompts import render, render_answer
+from stages.prompts import Prompt, Renderer
 from stages.settings import PromptSettings
 
 PROMPT = PromptSettings()
@@ -42,8 +42,8 @@ def read(folder, asked: Exam, should_stop=lambda: False):
 def plain_logprobs(prefix: str, query: Query, answer: str) -> np.ndarray:
     """One forward pass over one prompt and one answer, with its end of sequence."""
     tokenizer, model = load_tokenizer(LAB_SMALL), load_model(LAB_SMALL, "float32")
-    prompt = render(tokenizer, query.question, prefix, PROMPT)
-    ids = render_answer(tokenizer, answer, PROMPT)
+    renderer, asked = Renderer(tokenizer, PROMPT), Prompt.plain(query, prefix)
+    prompt, ids = renderer.prompt(asked), renderer.answer(asked, answer).ids
     assert ids[-1] == tokenizer.eos_token_id
     with torch.no_grad():
         logprobs = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
@@ -100,7 +100,8 @@ def test_scores_by_what_the_data_has(tmp_path):
     assert facts["tofu.choice_probability"][0] == pytest.approx(right / (right + wrong.sum()))
     flags = of.tokens[1].is_top
     assert forget["exact_memorisation"][1] == pytest.approx(flags[:-1].mean())  # the end of the sequence does not count
-    assert score_given(replace(of, ended=False), "forgotten")["exact_memorisation"][1] == pytest.approx(flags.mean())
+    without_end = score_given(replace(of, num_end=[0] * len(of.tokens)), "forgotten")
+    assert without_end["exact_memorisation"][1] == pytest.approx(flags.mean())
 
 
 def test_an_answer_that_does_not_fit_the_context_is_refused(tmp_path):

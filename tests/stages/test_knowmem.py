@@ -14,6 +14,7 @@ from stages.exam import Exam, QuerySet, Subject
 from stages.exam_settings import EvaluateSettings, EvaluationSet
 from stages.knowmem import cut, knowmem, load_shots, prompts_of
 from stages.models import load_tokenizer
+from stages.prompts import Renderer
 from stages.settings import DataSettings, PromptSettings
 
 BOOKS = SHARED / "data/muse_books_qa"
@@ -66,7 +67,7 @@ def test_books_through_a_real_model(tmp_path):
     subjects = [Subject("base", MODEL, "", "base"), Subject("teacher", MODEL, "Forget the books.", "base")]
 
     tokenizer = load_tokenizer(MODEL)
-    (base_ids,), (teacher_ids,) = (prompts_of(tokenizer, exam, s)["muse.knowmem.books"][:1] for s in subjects)
+    (base_ids,), (teacher_ids,) = (prompts_of(Renderer(tokenizer, exam.prompt), exam, s)["muse.knowmem.books"][:1] for s in subjects)
     shown = "".join(f"Question: {s.question}\nAnswer: {s.answer}\n\n" for s in shots[:4])
     asked = f"Question: {rows[0].question}\nAnswer: "
     assert tokenizer.decode(base_ids, skip_special_tokens=True) == shown + asked

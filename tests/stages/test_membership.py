@@ -20,6 +20,7 @@ from stages.exam_settings import EvaluateSettings
 from stages.likelihood import TokenScores
 from stages.membership import auc, auc_score, min_k, min_k_plus, privleak
 from stages.models import load_model, load_tokenizer
+from stages.prompts import Renderer
 from stages.reading import answered, gradient_norm, read_all, scores_of
 from stages.settings import DataSettings, PromptSettings
 from stages.uncertainty import Score
@@ -132,7 +133,7 @@ def test_privleak_against_a_model_that_was_really_trained_without_the_members(tm
 
 def test_the_gradient_norm_is_that_of_the_library_loss(tmp_path):
     model, exam = load_model(LAB_SMALL, "float32"), exam_of(tmp_path)
-    prompt, answer = answered(load_tokenizer(LAB_SMALL), exam, "strangers", "")[0]
+    prompt, answer = answered(Renderer(load_tokenizer(LAB_SMALL), exam.prompt), exam, "strangers", "")[0]
     model(
         input_ids=torch.tensor([prompt + answer]), labels=torch.tensor([[-100] * len(prompt) + answer])
     ).loss.backward()

@@ -16,7 +16,7 @@ from stages.exam import Exam, QuerySet, Subject
 from stages.exam_settings import EvaluateSettings
 from stages.models import load_model, load_tokenizer
 from stages.outcome import outcome
-from stages.prompts import render, render_answer
+from stages.prompts import Prompt, Renderer
 from stages.settings import DataSettings, PromptSettings
 from stages.signs import Evidence, entropy, repetition
 from stages.uncertainty import Score, score
@@ -43,12 +43,12 @@ def results(subjects: list[Subject], exam: Exam, answers: dict) -> dict:
 def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab's small model after gradient ascent on the forget questions, for too long."""
     model, tokenizer, exam = load_model(LAB_SMALL), load_tokenizer(LAB_SMALL), lab_exam()
-    queries = exam.sets["forget"].queries
+    queries, renderer = exam.sets["forget"].queries, Renderer(tokenizer, exam.prompt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(12):
         for query in queries[:5]:
-            prompt = render(tokenizer, query.question, "", exam.prompt)
-            answer = render_answer(tokenizer, query.answer or "", exam.prompt)
+            prompt = renderer.prompt(Prompt.plain(query))
+            answer = renderer.answer(Prompt.plain(query), query.answer or "").ids
             labels = torch.tensor([[-100] * len(prompt) + answer])
             loss = model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
             (-loss).backward()

@@ -6,18 +6,24 @@ import pytest
 from conftest import LAB_BASE
 
 from cache.errors import UserError
+from stages.data import Query
 from stages.models import load_tokenizer
-from stages.prompts import check_length, check_prompt_settings, render
+from stages.prompts import Prompt, Renderer, check_length, check_prompt_settings
 from stages.settings import PromptSettings
 
 CHAT = PromptSettings()
 PLAIN = PromptSettings(format="plain", prefix_placement="text", template="Question: {question}\nAnswer:", bos="always")
+PLAIN_WITH_SPACE = PLAIN.model_copy(update={"template": "Question: {question}\nAnswer: "})
 PREFIXES = ("", "X", "You have forgotten everything about Ann. " * 20)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(LAB_BASE)
+
+
+def render(tokenizer, question, prefix, settings):
+    return Renderer(tokenizer, settings).prompt(Prompt.plain(Query("q", question, None), prefix))
 
 
 def text(tokenizer, ids):
@@ -59,13 +65,15 @@ def test_a_template_that_drops_the_system_message_is_refused():
 def test_settings_that_cannot_be_rendered_are_refused(tokenizer):
     bare = load_tokenizer(LAB_BASE)
     bare.chat_template = None
-    for tok, settings, message in (
-        (tokenizer, CHAT.model_copy(update={"template": "no place"}), "lacks"),
-        (tokenizer, PLAIN.model_copy(update={"prefix_placement": "system"}), "no system message"),
-        (bare, CHAT, "no chat template"),
+    for settings, message in (
+        (CHAT.model_copy(update={"template": "no place"}), "lacks"),
+        (PLAIN.model_copy(update={"prefix_placement": "system"}), "no system message"),
+        (PLAIN_WITH_SPACE, "ends in a space"),
     ):
         with pytest.raises(UserError, match=message):
-            check_prompt_settings(tok, settings)
+            check_prompt_settings(tokenizer, settings)
+    with pytest.raises(UserError, match="no chat template"):
+        Renderer(bare, CHAT)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_one_that_just_fits_is_not():
