@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +36,7 @@ from pipeline.terminal import (
     say_for_children,
     show,
 )
+from stages.notes import note
 from stages.settings import TRAINING_NAME, StudentSettings, TeacherSettings
 
 RESULTS_NAME = "results.json"
@@ -55,6 +56,8 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     from stages import evaluate as stage
     from stages import given as of_given
     from stages.harness import ask_harness
+    from stages.models import load_tokenizer
+    from stages.proof import cut_references
     from stages.tofu_run import read_reference
 
     stop = StopSignal()
@@ -64,6 +67,9 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     stores = {} if only_models else stores_of_run(config)
     run_dir = None if dry_run else claim_run_dir(config)
     exam = exam_of(config)
+    remarks = cut_references(load_tokenizer(subjects[0].model_dir), exam.queries, exam.settings.max_new_tokens)
+    for text in remarks:
+        note(text)
     costs = battery.costs(subjects, exam)
     if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
         show(costs_table(costs, len(subjects)), result=dry_run)
@@ -88,6 +94,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},
+        "remarks": remarks,
         "environment": environment(),
         "provenance": provenance(config, subjects, exam),
     }
@@ -143,27 +150,39 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
         say(f"kept the earlier {what}: {kept}")
 
 
+def base_and_teachers(config: Config, find: Callable[[str, str], Path]) -> list[Any]:
+    """Base and teachers, each teacher after its own base where that is another model; `find` is `resolve_model`, or
+    `small_files` where no weights are needed."""
+    from stages.exam import Subject
+
+    base_dir = find(config.teacher.model, "teacher.model")
+    subjects = [Subject("base", base_dir, "", "base")]
+    for name, settings in config.teacher_settings().items():
+        model_dir = find(settings.model, "teacher.model")
+        prefix, set_prefixes = _prefixes(config, settings)
+        called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
+        base = _base_of(subjects, name, model_dir)
+        subjects.append(Subject(called, model_dir, prefix, base, set_prefixes))
+    return subjects
+
+
+def _base_of(subjects: list[Any], name: str, model_dir: Path) -> str:
+    """The base of a model that started as this one: the first of the subjects, or another that is put behind them."""
+    from stages.exam import Subject
+
+    if model_dir.resolve() == subjects[0].model_dir.resolve():
+        return "base"
+    subjects.append(Subject(f"base:{name}", model_dir, "", f"base:{name}"))
+    return f"base:{name}"
+
+
 def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
-    """Base, teachers, then students, each teacher and student after its own base where that is another model; then models
-    that were made elsewhere, measured against the run's base."""
+    """Base, teachers, then students, each after its own base where that is another model; then models that were made elsewhere,
+    measured against the run's base."""
     from stages.exam import Subject
     from stages.models import resolve_model
 
-    base_dir = resolve_model(config.teacher.model, "teacher.model")
-    subjects = [Subject("base", base_dir, "", "base")]
-
-    def base_of(name: str, model_dir: Path) -> str:
-        """The base of a model that started as this one; the run's own, or another that is asked too."""
-        if model_dir.resolve() == base_dir.resolve():
-            return "base"
-        subjects.append(Subject(f"base:{name}", model_dir, "", f"base:{name}"))
-        return f"base:{name}"
-
-    for name, settings in config.teacher_settings().items():
-        model_dir = resolve_model(settings.model, "teacher.model")
-        prefix, set_prefixes = _prefixes(config, settings)
-        called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
-        subjects.append(Subject(called, model_dir, prefix, base_of(name, model_dir), set_prefixes))
+    subjects = base_and_teachers(config, resolve_model)
     for student in students:
         student_dir = config.run_dir / student.name
         if not (student_dir / TRAINING_NAME).is_file():
@@ -171,7 +190,7 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any
                 f"student {student.name!r} is not trained: {student_dir}", "run `duet distill` with this config"
             )
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
-        base = base_of(student.name, start_dir)
+        base = _base_of(subjects, student.name, start_dir)
         subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
     for name, model in config.evaluate.models.items():
         subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
@@ -288,8 +307,10 @@ def run_all(request: Request) -> int:
 
     Returns the first exit code that is not 0. A signal to this process is handed to the stage that runs.
     """
+    from pipeline.preflight import preflight
+
     stop = StopSignal()
-    query_sets(request.load())  # a fault in what only the last stage reads should not wait for it
+    preflight(request.load())
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")

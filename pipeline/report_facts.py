@@ -132,6 +132,7 @@ def limits_section(numbers: Numbers) -> str:
     sets = numbers.data["sets"]
     smallest = min(sets, key=lambda name: sets[name]["n"]) if sets else None
     items = [
+        *(numbers.at("remarks") or ()),
         "Suppressed under these tests is all that can be said: what no test here brings back may still be in the weights.",
         "Another wording, language or attack may find what these questions did not.",
     ]

@@ -19,9 +19,10 @@ from cache.errors import UserError
 from cache.files import publish_json, publishing, read_json
 from pipeline import slurm
 from pipeline.capture import check_one_teacher
-from pipeline.commands import RESULTS_NAME, STAGES, query_sets
+from pipeline.commands import RESULTS_NAME, STAGES
 from pipeline.config import Config, load_config
 from pipeline.jobs import THIS_PROGRAM
+from pipeline.preflight import preflight
 from pipeline.progress import files_answered, newest_checkpoint, shards_left, stores_progress, student_progress
 from pipeline.provenance import without_places
 from pipeline.run import claim_run_dir
@@ -63,7 +64,7 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
     if config.slurm == SlurmSettings():
         say("no resources are set (slurm: in the config or the site's file): the cluster's defaults hold, often no GPU")
     if STAGE_THREE in (job.name for job in new):
-        query_sets(config)  # a fault in what only the last job reads should not wait for it
+        preflight(config)  # a fault in what only the last job reads should not wait for it
     claim_run_dir(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:

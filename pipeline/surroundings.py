@@ -18,6 +18,7 @@ from cache.errors import UserError
 from pipeline import doctor
 from pipeline.config import Config, load_config
 from pipeline.doctor import FAILED, OK, Check
+from pipeline.preflight import checks_of
 from pipeline.printing import BROWSERS
 
 PACKAGE = "duet-unlearn"
@@ -157,7 +158,7 @@ def _sinfo() -> tuple[int, str]:
 
 
 def config_checks(config: Config) -> Iterator[Check]:
-    """Models found, questions readable, and which engine stage one will take."""
+    """Models found, questions readable, what each stage would refuse, and which engine stage one will take."""
     from stages.data import load_queries
     from stages.teacher import engine_order
 
@@ -168,6 +169,11 @@ def config_checks(config: Config) -> Iterator[Check]:
             yield Check(key, OK, f"{settings.path}: {len(load_queries(settings, key, need_answers=True))} questions")
         except UserError as error:
             yield Check(key, FAILED, error.what, error.hint)
+    for what, check in checks_of(config):
+        try:
+            yield Check(what, OK, check())
+        except UserError as error:
+            yield Check(what, FAILED, error.what, error.hint)
     for name, settings in config.teacher_settings().items():
         order = engine_order(settings.engine)
         otherwise = f"; if it does not start, {order[1]}" if len(order) > 1 else ""

@@ -62,6 +62,11 @@ class Exam:
     control: Path | None = None  # directory of a model that never knew the topic
 
     @property
+    def queries(self) -> dict[str, list[Query]]:
+        """The queries of each set."""
+        return {name: query_set.queries for name, query_set in self.sets.items()}
+
+    @property
     def judged(self) -> dict[str, QuerySet]:
         """The sets that count for or against a model: all but the membership attacks' non-members, whom no model knows."""
         membership = self.settings.membership

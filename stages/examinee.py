@@ -52,7 +52,7 @@ class Examinee:
         self.tokenizer = self.renderer.tokenizer
         prove(
             self.renderer,
-            {name: query_set.queries for name, query_set in exam.sets.items()},
+            exam.queries,
             {
                 f"{subject.name}, its prefix for {name}": subject.prefix_of(name)
                 for subject in subjects

@@ -113,8 +113,7 @@ def read_all(
         ]
         open_model = functools.cache(functools.partial(_open, model_dir, exam))
         for subject in (one for one in subjects if one.model_dir == model_dir):
-            asked = plain_questions_of(exam, subject)  # attacks are left to generated answers
-            pairs = {name: _pairs(renderer, prompts) for name, prompts in asked.items()}
+            pairs = pairs_of(renderer, exam, subject)
             for name, of_set in pairs.items():
                 _check_lengths(of_set, context, name, subject)
             kept = recalled(
@@ -163,6 +162,11 @@ class _Pairs:
     def ids(self) -> list[Any]:
         """All that decides what a model makes of them."""
         return [self.prompts, self.answers, self.num_end, self.has_paraphrase, self.has_perturbed]
+
+
+def pairs_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, _Pairs]:
+    """What a subject is read, by set; attacks are left to generated answers."""
+    return {name: _pairs(renderer, prompts) for name, prompts in plain_questions_of(exam, subject).items()}
 
 
 def _pairs(renderer: Renderer, asked: Sequence[Prompt]) -> _Pairs:

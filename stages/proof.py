@@ -61,6 +61,21 @@ def check_given_back(tokenizer: Any, text: str, where: str) -> None:
         )
 
 
+def cut_references(tokenizer: Any, sets: Mapping[str, Sequence[Query]], max_new_tokens: int) -> list[str]:
+    """Of each set with reference answers that are longer than what may be generated, a sentence that says so."""
+    found = []
+    for name, queries in sets.items():
+        texts = [(query.answer or "").strip() for query in queries]
+        lengths = [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+        longer = [length for length in lengths if length > max_new_tokens]
+        if longer:
+            found.append(
+                f"{len(longer)} of {len(lengths)} reference answers of {name} have more than {max_new_tokens} tokens, the "
+                f"longest {max(longer)}: no model can give them whole; set evaluate.max_new_tokens to at least {max(longer) + 1}"
+            )
+    return found
+
+
 def _check_no_special_tokens(texts: Sequence[tuple[str, str]], tokens: Sequence[str]) -> None:
     if not tokens:
         return

@@ -13,6 +13,7 @@ import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cache.errors import UserError
@@ -87,6 +88,68 @@ class StoreResult:
     cached_share: float = 0.0  # of the prompt tokens, computed once and used again
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """What a teacher is asked, before any weight is read."""
+
+    config: Any  # the model's
+    renderer: Renderer
+    prefixes: dict[str, str]  # by request
+    queries: dict[str, dict[str, list[Query]]]  # by request and subset
+    rows: list[Row]  # in plan order
+    num_ids: int  # ids of the tokenizer
+
+
+def render_rows(
+    model_dir: Path,
+    teacher: TeacherSettings,
+    prompt: PromptSettings,
+    data: TrainingData,
+    topic: str,
+    requests: Sequence[RequestSettings] = (),
+    limit: int | None = None,
+) -> Rendered:
+    """Load, render and check every row; of the model, config and tokenizer are read.
+
+    `limit` takes the first so many queries of each subset.
+    """
+    config = load_config(model_dir, teacher.trust_remote_code)
+    renderer = open_renderer(model_dir, prompt, teacher.trust_remote_code)
+    num_ids = max(renderer.tokenizer.get_vocab().values()) + 1
+    if teacher.top_k > num_ids:
+        raise UserError(
+            f"teacher.top_k is {teacher.top_k}, the vocabulary of {teacher.model} has {num_ids} ids",
+            f"set teacher.top_k to at most {num_ids}",
+        )
+    given = teacher.responses == "given"
+    if prompt.answer is not None and not given:
+        raise UserError(
+            "prompt.answer does nothing with generated responses", "leave it out, or set teacher.responses: given"
+        )
+    prefixes = prefixes_of(teacher.prefix, topic, requests)
+    queries = {
+        request: {subset: found[:limit] for subset, found in by_subset.items()}
+        for request, by_subset in queries_of(data, requests, need_answers=given).items()
+    }
+    prove(
+        renderer,
+        {_called(subset, request): queries[request][subset] for subset in SUBSETS for request in prefixes},
+        {f"the prefix of {request}" if request else "teacher.prefix": text for request, text in prefixes.items()},
+        ("question", "answer") if given else ("question",),
+    )
+    rows = [
+        _row(subset, request, query, renderer, prefix, teacher)
+        for subset in SUBSETS
+        for request, prefix in prefixes.items()
+        for query in queries[request][subset]
+    ]
+    _check_requests(rows)
+    context = context_length(config)
+    for row in rows:
+        check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
+    return Rendered(config, renderer, prefixes, queries, rows, num_ids)
+
+
 def prepare(
     teacher: TeacherSettings,
     prompt: PromptSettings,
@@ -96,49 +159,14 @@ def prepare(
     requests: Sequence[RequestSettings] = (),
     limit: int | None = None,
 ) -> Prepared:
-    """Load, render and check every row, and hash everything that can change the numbers but the engine.
+    """`render_rows`, and a hash of everything that can change the numbers but the engine.
 
-    `limit` takes the first so many queries of each subset: a trial, with a fingerprint of its own.
+    A trial (`limit`) has a fingerprint of its own.
     """
     model_dir = resolve_model(teacher.model, "teacher.model")
-    config = load_config(model_dir, teacher.trust_remote_code)
-    renderer = open_renderer(model_dir, prompt, teacher.trust_remote_code)
-    tokenizer = renderer.tokenizer
-    num_ids = max(tokenizer.get_vocab().values()) + 1
-    if teacher.top_k > num_ids:
-        raise UserError(
-            f"teacher.top_k is {teacher.top_k}, the vocabulary of {teacher.model} has {num_ids} ids",
-            f"set teacher.top_k to at most {num_ids}",
-        )
-    if prompt.answer is not None and teacher.responses != "given":
-        raise UserError(
-            "prompt.answer does nothing with generated responses", "leave it out, or set teacher.responses: given"
-        )
-    given = teacher.responses == "given"
-    prefixes = prefixes_of(teacher.prefix, topic, requests)
-    queries = {
-        request: {subset: found[:limit] for subset, found in by_subset.items()}
-        for request, by_subset in queries_of(data, requests, need_answers=given).items()
-    }
-    prove(
-        renderer,
-        {_called(subset, request): queries[request][subset] for subset in SUBSETS for request in prefixes},
-        {
-            "teacher.prefix" if request == MAIN else f"the prefix of {request}": text
-            for request, text in prefixes.items()
-        },
-        ("question", "answer") if given else ("question",),
-    )
-    context = context_length(config)
-    rows = [
-        _row(subset, request, query, renderer, prefix, teacher)
-        for subset in SUBSETS
-        for request, prefix in prefixes.items()
-        for query in queries[request][subset]
-    ]
-    _check_requests(rows)
-    for row in rows:
-        check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
+    found = render_rows(model_dir, teacher, prompt, data, topic, requests, limit)
+    config, renderer, rows, num_ids = found.config, found.renderer, found.rows, found.num_ids
+    tokenizer, context = renderer.tokenizer, context_length(config)
     longest = max(len(row.teacher_ids) for row in rows) + teacher.max_positions
     spec = EngineSpec(
         model_dir=model_dir,
@@ -154,7 +182,9 @@ def prepare(
         pipeline_parallel=teacher.pipeline_parallel,
         quantization=teacher.quantization,
     )
-    asked = {name: {"prefix": prefixes[name], "data": _data_provenance(queries[name])} for name in prefixes}
+    asked = {
+        name: {"prefix": text, "data": _data_provenance(found.queries[name])} for name, text in found.prefixes.items()
+    }
     provenance = {
         "weights_sha256": weights_sha256(model_dir),
         "dtype": spec.dtype,

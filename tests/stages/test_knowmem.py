@@ -67,7 +67,8 @@ def test_books_through_a_real_model(tmp_path):
     subjects = [Subject("base", MODEL, "", "base"), Subject("teacher", MODEL, "Forget the books.", "base")]
 
     tokenizer = load_tokenizer(MODEL)
-    (base_ids,), (teacher_ids,) = (prompts_of(Renderer(tokenizer, exam.prompt), exam, s)["muse.knowmem.books"][:1] for s in subjects)
+    renderer = Renderer(tokenizer, exam.prompt)
+    (base_ids,), (teacher_ids,) = (prompts_of(renderer, exam, s)["muse.knowmem.books"][:1] for s in subjects)
     shown = "".join(f"Question: {s.question}\nAnswer: {s.answer}\n\n" for s in shots[:4])
     asked = f"Question: {rows[0].question}\nAnswer: "
     assert tokenizer.decode(base_ids, skip_special_tokens=True) == shown + asked
