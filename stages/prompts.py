@@ -223,7 +223,7 @@ class Renderer:
         if cut := self._up_to_special(last):
             return cut
         if last.strip():
-            return last.rstrip()  # as many ordinary tokens: the tokenizer does not know this template's tokens
+            return last  # in ordinary tokens: the tokenizer does not know those of this template
         cut = self._up_to_special(between)
         return cut if cut and self._ids(cut)[-1] in self._all_ends | {self.tokenizer.eos_token_id} else ""
 

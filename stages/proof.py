@@ -71,7 +71,7 @@ def cut_references(tokenizer: Any, sets: Mapping[str, Sequence[Query]], max_new_
         if longer:
             found.append(
                 f"{len(longer)} of {len(lengths)} reference answers of {name} have more than {max_new_tokens} tokens, the "
-                f"longest {max(longer)}: no model can give them whole; set evaluate.max_new_tokens to at least {max(longer) + 1}"
+                f"longest {max(longer)}, and are cut: set evaluate.max_new_tokens to {max(longer) + 1} or more"
             )
     return found
 
