@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-images test-slurm lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-reference clean-venv
+.PHONY: help setup demo test test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-reference clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ test: $(STAMP) ## all tests
 
 test-images: $(STAMP) ## build the images with Docker, Podman or Apptainer and run them; gigabytes
 	@DUET_TEST_IMAGES=1 $(BIN)/python -m pytest tests/test_docs_containers.py -rs $(ARGS)
+
+soak-store: $(STAMP) ## 1,000 random bit flips in each kind of store, found and repaired
+	@DUET_FLIPS=1000 $(BIN)/python -m pytest tests/cache/test_damage.py -k random_bit_flips --durations=4 $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check .

@@ -25,6 +25,10 @@ class DiskFull(UserError):
     """No space left for a file."""
 
 
+class Damaged(UserError):
+    """A file is not as it was written."""
+
+
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`."""
@@ -129,6 +133,31 @@ def parse_json(raw: bytes, name: str) -> Any:
         raise UserError(f"{name} is nested too deeply", hint) from None
     except ValueError as error:  # no UTF-8, no JSON, a number of too many digits
         raise UserError(f"{name} is not valid JSON: {error}", hint) from None
+
+
+def signed(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    """The fields and, as `key`, the hash of their canonical JSON: a changed byte is noticed."""
+    return {**fields, key: sha256_json(fields)}
+
+
+def read_signed(raw: bytes, name: str, key: str, hint: str, unsigned: bool = False) -> dict[str, Any]:
+    """The fields that `signed` was given; Damaged, with this hint, unless every byte is as `json_bytes` wrote it.
+
+    `unsigned`: a file without `key` is taken, of which only the form can be checked.
+    """
+    try:
+        value = parse_json(raw, name)
+    except UserError as error:
+        raise Damaged(error.what, hint) from error
+    fields = {field: found for field, found in value.items() if field != key} if isinstance(value, dict) else {}
+    try:
+        expected = sha256_json(fields)
+        stated = value.get(key, expected if unsigned else None) if fields else None
+        if stated == expected and raw == json_bytes(value):
+            return fields
+    except (ValueError, RecursionError):  # NaN, half a surrogate pair, too deep: we write none of these
+        pass
+    raise Damaged(f"{name} is not as it was written", hint)
 
 
 def sha256_file(path: Path) -> str:

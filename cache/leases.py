@@ -216,7 +216,9 @@ def _read_owner(folder: str) -> dict[str, Any] | None:
             owner = json.loads(file.read())
     except (FileNotFoundError, PermissionError, ValueError):
         return None
-    return owner if isinstance(owner, dict) else None
+    kinds = {"machine": str, "pid": int, "started": str, "lease_s": (int, float)}
+    whole = isinstance(owner, dict) and all(isinstance(owner.get(name), kind) for name, kind in kinds.items())
+    return owner if whole else None
 
 
 def _known_dead(owner: dict[str, Any]) -> bool:

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from cache.errors import UserError
-from cache.files import TEMPORARY
+from cache.files import TEMPORARY, Damaged, json_bytes
 from cache.leases import Leases
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, read_manifest, read_plan
+from cache.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    Manifest,
+    Plan,
+    Shard,
+    is_signed,
+    no_manifest,
+    read_entry,
+    read_manifest,
+    read_plan,
+    side_name,
+)
 from cache.places import Folder, Place, check_file
 from cache.reader import Store
-from cache.writer import LEASE_S, LEASES_NAME, StoreWriter, written_shard
+from cache.writer import LEASE_S, LEASES_NAME, StoreWriter, check_same_plan, written_shard
 
+T = TypeVar("T")
 OURS = re.compile(
     rf"{MANIFEST_NAME}|{PLAN_NAME}|shard-\d{{5,}}\.(json|arrow|zarr\.zip)|{LEASES_NAME}/.*|{TEMPORARY.pattern}"
 )
 
 
 def verify(place: Place, manifest: Manifest, hashed: bool = True) -> Iterator[str]:
-    """Describe each file that is missing, of another size or (`hashed`) of other bytes than the manifest says."""
+    """Describe each file that readers need and that is missing, of another size or (`hashed`) of other bytes.
+
+    `check` looks at the other files, too.
+    """
     for shard in manifest.shards:
         if fault := check_file(place, shard.name, shard.bytes, shard.sha256, hashed):
             yield fault
@@ -37,22 +55,137 @@ def _damaged_attachments(place: Place, attachments: dict[str, str], hashed: bool
     return {name: fault for name, fault in found.items() if fault}
 
 
-def invalidate(place: Place, plan: Plan) -> list[int]:
-    """Make a store incomplete where it is damaged: removes the manifest and the files that are not as they were written.
+@dataclass(frozen=True)
+class Checked:
+    """A store, complete or not, of which every byte was looked at."""
 
-    Returns the shards that are to be written again; a `StoreWriter` does that, and restores attachments.
+    complete: bool
+    shards: int
+    written: int
+    faults: tuple[str, ...]  # files that are missing or not as they were written
+    unread: tuple[str, ...]  # names of files that nothing reads, which were not checked
+    unsigned: tuple[str, ...]  # names of files of an earlier version, without a hash of their own: only their form was
+
+
+def check(place: Place) -> Checked:
+    """Look at every file of a store; a UserError where there is none, or what describes it is damaged."""
+    if place.size(MANIFEST_NAME) is not None:
+        return _check_complete(place, read_manifest(place))
+    plan = read_plan(place)
+    if plan is None:
+        raise UserError(*no_manifest(place))
+    return _check_unfinished(place, plan)
+
+
+def _check_complete(place: Place, manifest: Manifest) -> Checked:
+    faults, copies = list(verify(place, manifest)), _copies(manifest)
+    for name, expected in copies.items():
+        raw = place.read(name)
+        if raw is None or raw not in expected:
+            faults.append(f"{place.name_of(name)} is {'missing' if raw is None else 'not as it was written'}")
+    try:
+        plan = read_plan(place)
+        if plan is None or plan.differing(manifest) or plan.attachments != manifest.attachments:
+            faults.append(f"{place.name_of(PLAN_NAME)} is {'missing' if plan is None else 'not that of the manifest'}")
+    except Damaged as error:
+        faults.append(error.what)
+    ours = {MANIFEST_NAME, PLAN_NAME, *copies, *manifest.attachments, *(shard.name for shard in manifest.shards)}
+    unread = sorted(set(place.names()) - ours)
+    return Checked(True, len(manifest.shards), len(manifest.shards), tuple(faults), tuple(unread), ())
+
+
+def _copies(manifest: Manifest) -> dict[str, tuple[bytes, ...]]:
+    """Names of the side files and the bytes that each may have: signed, or as earlier versions wrote it."""
+    return {
+        side_name(index): (json_bytes(shard.as_json()), json_bytes(dataclasses.asdict(shard)))
+        for index, shard in enumerate(manifest.shards)
+    }
+
+
+def _check_unfinished(place: Place, plan: Plan) -> Checked:
+    names = place.names()
+    written = plan.written(names)
+    faults = [fault for index in written if (fault := _shard_fault(place, plan, index))]
+    faults += _damaged_attachments(place, plan.attachments).values()
+    if len(written) == plan.num_shards:
+        faults.append(f"{place.name_of(MANIFEST_NAME)} is missing, though all {plan.num_shards} shards are written")
+    sides = [plan.side_name(index) for index in written]
+    ours = {PLAN_NAME, *sides, *plan.attachments, *(plan.shard_name(index) for index in written)}
+    unsigned = tuple(name for name in (PLAN_NAME, *sides) if not is_signed(place.read(name) or b""))
+    unread = sorted(set(names) - ours)
+    return Checked(False, plan.num_shards, len(written), tuple(faults), tuple(unread), unsigned)
+
+
+def _shard_fault(place: Place, plan: Plan, index: int) -> str | None:
+    """What is wrong with a written shard or its side file."""
+    try:
+        shard = read_entry(place, plan, index)
+    except Damaged as error:
+        return error.what
+    if shard is None:
+        return f"{place.name_of(plan.side_name(index))} is missing"
+    return check_file(place, shard.name, shard.bytes, shard.sha256, whose=plan.side_name(index))
+
+
+def invalidate(place: Place, plan: Plan) -> list[int]:
+    """Make a store unfinished where it is damaged, and bring back what the rest of it, or `plan`, tells.
+
+    Returns the shards that are to be written again; a `StoreWriter` does that, and restores attachments. Where a manifest
+    is as it was written and all shards are, it stays. Until it goes, the store is the damaged one that it was; after that
+    it is an unfinished one: to be stopped in between harms nothing. `plan` names attachments where nothing else does.
     """
-    bad = []
-    place.remove(MANIFEST_NAME)
+    manifest = _undamaged(read_manifest, place) if place.size(MANIFEST_NAME) is not None else None
+    found = _undamaged(read_plan, place)
+    for there in (manifest, found):
+        if there:
+            check_same_plan(place, there, plan)
+    attachments = (manifest or found or plan).attachments
+    entries = _entries(place, plan, manifest)
+    bad = [index for index in range(plan.num_shards) if not _is_whole(place, entries.get(index))]
+    _restore(place, PLAN_NAME, json_bytes(dataclasses.replace(plan, attachments=attachments).as_json()))
     for index in range(plan.num_shards):
-        shard = written_shard(place, plan, index)
-        if shard is None or check_file(place, shard.name, shard.bytes, shard.sha256):
-            bad.append(index)
+        if index in bad:
             place.remove(plan.side_name(index))
-            place.remove(plan.shard_name(index))
-    for name in _damaged_attachments(place, plan.attachments):
+        else:
+            _restore(place, plan.side_name(index), json_bytes(entries[index].as_json()))
+    for name in _damaged_attachments(place, attachments):
         place.remove(name)
+    if bad or manifest is None:
+        place.remove(MANIFEST_NAME)
+    for index in bad:
+        place.remove(plan.shard_name(index))
     return bad
+
+
+def provenance_of(place: Place) -> dict[str, Any] | None:
+    """What the manifest or, where that is missing or damaged, the plan tells; None where both are."""
+    manifest = _undamaged(read_manifest, place) if place.size(MANIFEST_NAME) is not None else None
+    there = manifest or _undamaged(read_plan, place)
+    return there.provenance if there else None
+
+
+def _undamaged(read: Callable[[Place], T | None], place: Place) -> T | None:
+    try:
+        return read(place)
+    except Damaged:
+        return None
+
+
+def _entries(place: Place, plan: Plan, manifest: Manifest | None) -> dict[int, Shard]:
+    """What is known of the shards, by index."""
+    if manifest:
+        return dict(enumerate(manifest.shards))
+    found = ((index, written_shard(place, plan, index)) for index in range(plan.num_shards))
+    return {index: shard for index, shard in found if shard}
+
+
+def _is_whole(place: Place, shard: Shard | None) -> bool:
+    return shard is not None and check_file(place, shard.name, shard.bytes, shard.sha256) is None
+
+
+def _restore(place: Place, name: str, data: bytes) -> None:
+    if place.read(name) != data:
+        place.write(name, data)
 
 
 def convert(source: Place, target: Place, store_format: str, compression: str) -> Manifest:
@@ -137,9 +270,11 @@ def removable(root: Folder, unused_days: float | None) -> list[Found]:
 def remove_store(path: Path) -> list[str]:
     """Remove a store's files, the manifest first; returns what was left because it is not ours."""
     place = Folder(path)
-    plan = read_plan(place)
+    described = read_manifest(place) if place.size(MANIFEST_NAME) is not None else read_plan(place)
     names = place.names()
-    ours = {name for name in names if OURS.fullmatch(name)} | (set(plan.attachments) & set(names) if plan else set())
+    ours = {name for name in names if OURS.fullmatch(name)} | (
+        set(described.attachments if described else ()) & set(names)
+    )
     place.remove(MANIFEST_NAME)
     for name in sorted(ours - {PLAN_NAME}):
         place.remove(name)

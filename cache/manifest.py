@@ -1,7 +1,9 @@
-"""The plan, written before any work, and the manifest, written last: what a store holds and where it came from.
+"""The plan, written before any work, an entry per shard, and the manifest, written last: what a store holds and from where.
 
 `manifest.json` is the only sign of completeness. Its fields are a contract with other programs (docs/store-format.md).
-Whatever it says is checked before it is used: a store may come from somebody else.
+Whatever it says is checked before it is used: a store may come from somebody else. Each of these files carries its own
+hash. The plan and the entries stay in a complete store, where only `duet cache repair` reads them: to write the manifest
+anew. It restores them from the manifest in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Layout, common_dtype
 from cache.errors import UserError
-from cache.files import json_bytes, parse_json, sha256_json
+from cache.files import Damaged, read_signed, sha256_json, signed
 from cache.places import Place
 from cache.record import SUBSETS
 
@@ -23,8 +25,10 @@ MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 FORMATS = {"arrow": "arrow", "zarr": "zarr.zip"}  # format: how the names of its shards end
 BLOCK_POSITIONS = 4096
+REPAIR_HINT = "run: duet cache repair STORE --config FILE, with the config that made it"
 _ATTACHMENT = re.compile(r"[a-z]+/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SIGNED = "self_sha256"  # in plan and entries; a shard's entry has a `sha256` already
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Plan:
 
     def side_name(self, index: int) -> str:
         """The file that says that shard `index` is written."""
-        return f"shard-{index:05d}.json"
+        return side_name(index)
 
     def written(self, names: Collection[str]) -> list[int]:
         """Indices of the shards that are written, going by the names of the store's files."""
@@ -83,10 +87,23 @@ class Plan:
         """Rows of these shards together."""
         return sum(len(self.shard_range(index)) for index in shards)
 
+    def as_json(self) -> dict[str, Any]:
+        """What its file holds."""
+        return signed(dataclasses.asdict(self), _SIGNED)
+
+    def differing(self, other: Plan | Manifest) -> list[str]:
+        """Names of the fields that differ, but for the attachments; a manifest has no `values`."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "attachments"]
+        return [name for name in names if hasattr(other, name) and getattr(other, name) != getattr(self, name)]
+
 
 def block_rows(max_positions: int) -> int:
     """Rows of a block: BLOCK_POSITIONS positions or somewhat fewer."""
     return max(1, BLOCK_POSITIONS // max_positions)
+
+
+def side_name(index: int) -> str:
+    return f"shard-{index:05d}.json"
 
 
 def shard_name(index: int, store_format: str) -> str:
@@ -106,6 +123,10 @@ class Shard:
     value_error: float  # largest absolute error of a stored logit
     longest: int  # tokens of the longest prompt with its response
     logsumexp: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """What its side file holds."""
+        return signed(dataclasses.asdict(self), _SIGNED)
 
 
 @dataclass(frozen=True)
@@ -147,9 +168,8 @@ class Manifest:
         return max(shard.longest for shard in self.shards)
 
     def as_json(self) -> dict[str, Any]:
-        """The fields and, as `sha256`, the hash of their canonical JSON: a changed byte is noticed."""
-        fields = dataclasses.asdict(self)
-        return {**fields, "sha256": sha256_json(fields)}
+        """What its file holds: the fields and, as `sha256`, the hash of their canonical JSON."""
+        return signed(dataclasses.asdict(self), "sha256")
 
 
 def manifest_of(plan: Plan, shards: list[Shard], environment: dict[str, Any]) -> Manifest:
@@ -190,32 +210,27 @@ def read_manifest(place: Place) -> Manifest:
     name = place.name_of(MANIFEST_NAME)
     raw = place.read(MANIFEST_NAME)
     if raw is None:
-        raise UserError(*_no_manifest(place))
-    value = parse_json(raw, name)
-    version = value.get("format_version") if isinstance(value, dict) else None
-    if not isinstance(version, int):
-        raise UserError(f"{name} has no format_version", "this is not a store of ours, or it is damaged")
-    check_version(version, name)
+        raise UserError(*no_manifest(place))
+    value = read_signed(raw, name, "sha256", REPAIR_HINT)
+    check_version(value, name)
+    hint = "whoever signed it changed it: make the store anew"
     try:
-        stated = value.pop("sha256")
         manifest = Manifest(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
         fault = next(_faults(manifest), None)
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{name} has missing, unknown or ill-formed fields: {error}", "make the store anew, or restore the file"
-        ) from None
-    hint = "the manifest was edited or damaged: `duet cache repair` writes it anew, or restore the file"
+        raise UserError(f"{name} has missing, unknown or ill-formed fields: {error}", hint) from None
     if fault:
         raise UserError(f"{name}: {fault}", hint)
     if manifest.fingerprint != sha256_json(manifest.provenance):
         raise UserError(f"{name}: the provenance does not give the fingerprint {manifest.fingerprint[:16]}", hint)
-    if stated != sha256_json(value) or raw != json_bytes(manifest.as_json()):
-        raise UserError(f"{name} is not as it was written", hint)
     return manifest
 
 
-def check_version(version: int, name: str) -> None:
+def check_version(value: dict[str, Any], name: str) -> None:
     """Refuse a format that this program does not know."""
+    version = value.get("format_version")
+    if not isinstance(version, int):
+        raise UserError(f"{name} has no format_version", "this is not a store of ours")
     if version > FORMAT_VERSION:
         raise UserError(
             f"{name} has format_version {version}, this program reads {FORMAT_VERSION}",
@@ -272,16 +287,39 @@ def read_plan(place: Place) -> Plan | None:
     if raw is None:
         return None
     name = place.name_of(PLAN_NAME)
-    value = parse_json(raw, name)
-    if isinstance(value, dict) and isinstance(value.get("format_version"), int):
-        check_version(value["format_version"], name)
+    value = read_signed(raw, name, _SIGNED, REPAIR_HINT, unsigned=True)
+    check_version(value, name)
     try:
-        return Plan(**value)
+        plan = Plan(**value)
     except TypeError as error:
-        raise UserError(f"{name} is not a plan: {error}", "remove the store and make it anew") from None
+        raise Damaged(f"{name} is not a plan: {error}", REPAIR_HINT) from None
+    if plan.values not in ("lossless", *VALUE_DTYPES):
+        raise Damaged(f"{name} is not a plan: its values are {plan.values!r}", REPAIR_HINT)
+    return plan
 
 
-def _no_manifest(place: Place) -> tuple[str, str]:
+def read_entry(place: Place, plan: Plan, index: int) -> Shard | None:
+    """A shard's entry by its side file, None where there is none; Damaged if it is not one of this plan's shard."""
+    raw = place.read(plan.side_name(index))
+    if raw is None:
+        return None
+    name = place.name_of(plan.side_name(index))
+    try:
+        shard = Shard(**read_signed(raw, name, _SIGNED, REPAIR_HINT, unsigned=True))
+    except TypeError as error:
+        raise Damaged(f"{name} is not the entry of a shard: {error}", REPAIR_HINT) from None
+    if shard.name != plan.shard_name(index) or shard.rows != len(plan.shard_range(index)):
+        raise Damaged(f"{name} is the entry of another shard", REPAIR_HINT)
+    return shard
+
+
+def is_signed(raw: bytes) -> bool:
+    """Whether a plan or an entry, which was read, carries its own hash: those of earlier versions do not."""
+    return f'"{_SIGNED}"'.encode() in raw
+
+
+def no_manifest(place: Place) -> tuple[str, str]:
+    """What to say, and a hint, of a place without a manifest."""
     plan = read_plan(place)
     if plan:
         names = place.entries()

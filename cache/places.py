@@ -341,22 +341,27 @@ def _cached(path: Path, size: int) -> BufferedReader | None:
     return file
 
 
-def check_file(place: Place, name: str, size: int, sha256: str, hashed: bool = True) -> str | None:
+MANIFEST = "the manifest"  # or what else says what a file should be
+
+
+def check_file(
+    place: Place, name: str, size: int, sha256: str, hashed: bool = True, whose: str = MANIFEST
+) -> str | None:
     """What is wrong with a file, where it lies, that should have this size and hash; None if nothing is."""
-    if fault := wrong_size(place, name, place.size(name), size):
+    if fault := wrong_size(place, name, place.size(name), size, whose):
         return fault
     digest = place.sha256(name) if hashed else sha256
-    return None if digest == sha256 else damaged(place, name, digest, sha256)
+    return None if digest == sha256 else damaged(place, name, digest, sha256, whose)
 
 
-def wrong_size(place: Place, name: str, found: int | None, expected: int) -> str | None:
+def wrong_size(place: Place, name: str, found: int | None, expected: int, whose: str = MANIFEST) -> str | None:
     if found is None:
         return f"{place.name_of(name)} is missing or is not a regular file"
-    return None if found == expected else f"{place.name_of(name)} has {found} bytes, the manifest says {expected}"
+    return None if found == expected else f"{place.name_of(name)} has {found} bytes, {whose} says {expected}"
 
 
-def damaged(place: Place, name: str, found: str, expected: str) -> str:
-    return f"{place.name_of(name)} is damaged: sha256 {found[:16]}…, the manifest says {expected[:16]}…"
+def damaged(place: Place, name: str, found: str, expected: str, whose: str = MANIFEST) -> str:
+    return f"{place.name_of(name)} is damaged: sha256 {found[:16]}…, {whose} says {expected[:16]}…"
 
 
 def local_folder(place: Place, folder: str, attachments: dict[str, str]) -> Path:

@@ -28,9 +28,19 @@ from typing import Any, Self
 from cache import arrow_format, zarr_format
 from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one_dtype, position_columns
 from cache.errors import UserError
-from cache.files import TEMPORARY, json_bytes, parse_json, sha256_file, sync_dir, sync_file, telling_of_full_disks
+from cache.files import TEMPORARY, Damaged, json_bytes, sha256_file, sync_dir, sync_file, telling_of_full_disks
 from cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, Shard, manifest_of, read_manifest, read_plan
+from cache.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    Manifest,
+    Plan,
+    Shard,
+    manifest_of,
+    read_entry,
+    read_manifest,
+    read_plan,
+)
 from cache.places import Folder, Place
 from cache.record import Rows, check_rows, concat_rows, counts_of
 
@@ -245,7 +255,7 @@ class StoreWriter:
             with telling_of_full_disks((self._folder or directory) / name, needed):
                 entry = self._write(directory / name, blocks, shard)
                 blocks.clear()  # their memory is the next shard's
-                (directory / side).write_bytes(json_bytes(dataclasses.asdict(entry)))
+                (directory / side).write_bytes(json_bytes(entry.as_json()))
                 for file in (name, side):
                     sync_file(directory / file)
                 for file in (name, side):
@@ -346,15 +356,12 @@ class StoreWriter:
 
 
 def written_shard(place: Place, plan: Plan, index: int) -> Shard | None:
-    """The shard's entry if its file has the size that was written, else None."""
-    raw = place.read(plan.side_name(index))
-    if raw is None:
-        return None
+    """The shard's entry if its file has the size that was written, else None: the shard is written anew."""
     try:
-        shard = Shard(**parse_json(raw, place.name_of(plan.side_name(index))))
-    except (UserError, TypeError):  # damaged: the shard is written anew
+        shard = read_entry(place, plan, index)
+    except Damaged:
         return None
-    return shard if shard.name == plan.shard_name(index) and place.size(shard.name) == shard.bytes else None
+    return shard if shard and place.size(shard.name) == shard.bytes else None
 
 
 def _most_bytes(plan: Plan) -> int:
@@ -374,10 +381,28 @@ def _rank(stamp: float | None, young: float) -> int:
     return 1 if stamp is None else 0 if stamp < young else 2
 
 
+def planned(plan: Plan, attachments: dict[str, bytes]) -> Plan:
+    """The plan of a store that gets these attachments."""
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(attachments.items())}
+    return dataclasses.replace(plan, attachments=hashes)
+
+
+def check_same_plan(place: Place, there: Plan | Manifest, plan: Plan) -> None:
+    """Refuse to write a store by another plan than the one that it was begun with."""
+    if differing := plan.differing(there):
+        shown = ", ".join(
+            f"{name} {getattr(there, name)!r} there and {getattr(plan, name)!r} now"
+            for name in differing
+            if name != "provenance"
+        )
+        raise UserError(
+            f"{place} was begun with another plan: {shown or 'provenance differs'}",
+            "set it back, name another store.dir, or remove the directory if nobody needs it",
+        )
+
+
 def _begin(place: Place, plan: Plan, attachments: dict[str, bytes]) -> Plan:
-    plan = dataclasses.replace(
-        plan, attachments={name: hashlib.sha256(data).hexdigest() for name, data in sorted(attachments.items())}
-    )
+    plan = planned(plan, attachments)
     found = read_plan(place)
     if found is None and any(_is_foreign(name) for name in place.names() if name not in attachments):
         found = read_plan(place)  # or another writer has begun it meanwhile
@@ -386,18 +411,9 @@ def _begin(place: Place, plan: Plan, attachments: dict[str, bytes]) -> Plan:
     if found is None:
         for name, data in attachments.items():
             place.write(name, data)
-        place.write(PLAN_NAME, json_bytes(dataclasses.asdict(plan)))
+        place.write(PLAN_NAME, json_bytes(plan.as_json()))
         return plan
-    if dataclasses.replace(found, attachments={}) != dataclasses.replace(plan, attachments={}):
-        old, new = dataclasses.asdict(found), dataclasses.asdict(plan)
-        differing = [name for name in old if old[name] != new[name] and name != "attachments"]
-        shown = ", ".join(
-            f"{name} {old[name]!r} there and {new[name]!r} now" for name in differing if name != "provenance"
-        )
-        raise UserError(
-            f"{place} was begun with another plan: {shown or 'provenance differs'}",
-            "set it back, name another store.dir, or remove the directory if nobody needs it",
-        )
+    check_same_plan(place, found, plan)
     for name, digest in found.attachments.items():
         if place.size(name) is None:
             if plan.attachments.get(name) != digest:

@@ -48,7 +48,7 @@ def inspect(store: str, as_json: bool) -> None:
 @cache_group.command()
 @_store_argument
 def verify(store: str) -> None:
-    """Check every byte of a store against its hashes."""
+    """Check every byte of a store, complete or not, against its hashes."""
     from pipeline import stores
 
     stores.verify_store(store)
@@ -58,7 +58,7 @@ def verify(store: str) -> None:
 @_store_argument
 @experiment
 def repair(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
-    """Write a store's damaged and missing shards anew."""
+    """Write a store's damaged and missing shards anew, and restore its other files."""
     from pipeline import stores
 
     stores.repair_store(store, config_path, overrides)

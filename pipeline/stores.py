@@ -14,9 +14,9 @@ from rich.table import Table
 from cache import maintain
 from cache.errors import UserError
 from cache.leases import Leases
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, read_manifest, read_plan, store_name
+from cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, read_manifest, store_name
 from cache.places import Folder, Place, place_of
-from cache.writer import LEASE_S, LEASES_NAME
+from cache.writer import LEASE_S, LEASES_NAME, StoreWriter, planned
 from pipeline.terminal import say, say_json, show
 
 
@@ -120,48 +120,78 @@ def inspect_store(store: str, as_json: bool) -> None:
 
 
 def verify_store(store: str) -> None:
-    """Check every byte of a store; a damaged one is a UserError that names the first fault."""
+    """Check every byte of a store, complete or not; a damaged one is a UserError that names the first fault."""
     place = place_of(store)
-    manifest = read_manifest(place)
-    faults = list(maintain.verify(place, manifest))
-    if faults:
+    found = maintain.check(place)
+    if found.faults:
         raise UserError(
-            f"{len(faults)} of the store's files are damaged: {faults[0]}",
+            f"{len(found.faults)} of the store's files are damaged: {found.faults[0]}",
             f"run: duet cache repair {place} --config FILE, with the config that made it",
         )
-    say(f"{place}: all {len(manifest.shards)} shards are as they were written")
+    if found.complete:
+        say(f"{place}: all {found.shards} shards and all other files are as they were written")
+    else:
+        say(
+            f"{place}: unfinished, {found.written} of {found.shards} shards are written, all files are as they were written; "
+            "`duet teacher-logits` with the same config goes on"
+        )
+    for names, why in ((found.unread, "nothing reads"), (found.unsigned, "earlier versions wrote without a hash")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            say(f"not checked, files that {why}: {', '.join(names[:3])}{more}")
 
 
 def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
-    """Write the damaged and missing shards anew, with the engine that wrote the others."""
+    """Bring back what is damaged or missing: shards with the engine that wrote the others, the rest from what is left."""
     from pipeline.capture import prepare_teacher, store_line, write_stores
     from pipeline.config import load_config
     from pipeline.run import StopSignal
     from stages import teacher
+    from stages.models import tokenizer_files
 
     config = load_config(config_path, overrides)
     place = _of_config(place_of(store), config.store_root)
-    plan = read_plan(place)
-    if plan is None:
-        raise UserError(f"{place} has no plan: it is not a store", "run `duet teacher-logits` to make one")
-    engine = plan.provenance["engine"].split()[0]
-    teachers = [(settings, prepare_teacher(config, settings)) for settings in config.teacher_settings().values()]
-    plans = [teacher.plan_for(prepared, config.store, engine) for _, prepared in teachers]
-    whose = next((number for number, expected in enumerate(plans) if expected.fingerprint == plan.fingerprint), None)
-    if whose is None:
-        old, new = plan.provenance, plans[0].provenance
-        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        raise UserError(
-            f"{place} was made by another config: {differing[0]} is {old.get(differing[0])} there "
-            f"and {new.get(differing[0])} now",
-            "name the config, and install the engine's version, that made it",
-        )
-    bad = maintain.invalidate(place, plan)
-    if not bad and place.size(MANIFEST_NAME) is None:
+    teachers = [prepare_teacher(config, settings) for settings in config.teacher_settings().values()]
+    names = _engines(place, teacher.engine_order("auto"))
+    plans = {
+        (at, name): teacher.plan_for(teachers[at], config.store, name) for at in range(len(teachers)) for name in names
+    }
+    whose, engine = _same_fingerprint(place, plans)
+    plan, attachments = plans[whose, engine], tokenizer_files(teachers[whose].tokenizer)
+    bad = maintain.invalidate(place, planned(plan, attachments))
+    if place.size(MANIFEST_NAME) is not None:
+        with StoreWriter(place, plan, attachments):
+            say(f"{place}: every shard is as it was written, and so are all other files now")
+        return
+    if not bad:
         say(f"{place}: every shard is as it was written; writing its manifest anew")
-    _, prepared = teachers[whose]
-    [result] = write_stores(config, engine, [prepared], StopSignal())
+    [result] = write_stores(config, engine, [teachers[whose]], StopSignal())
     say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.place)}")
+
+
+def _engines(place: Place, all_engines: list[str]) -> list[str]:
+    """The engine that wrote a store, or where nothing of it tells any more, all."""
+    provenance = maintain.provenance_of(place)
+    if provenance is None and place.size(MANIFEST_NAME) is None and place.size(PLAN_NAME) is None:
+        raise UserError(f"{place} has no plan: it is not a store", "run `duet teacher-logits` to make one")
+    return all_engines if provenance is None else [provenance["engine"].split()[0]]
+
+
+def _same_fingerprint(place: Place, plans: dict[tuple[int, str], Plan]) -> tuple[int, str]:
+    """Teacher and engine whose plan is that of the store, by what it says of itself or, where it says nothing, its name."""
+    provenance = maintain.provenance_of(place)
+    for key, plan in plans.items():
+        name = store_name(plan.fingerprint, plan.format)
+        if plan.provenance == provenance or (provenance is None and str(place).rstrip("/").endswith(f"/{name}")):
+            return key
+    old, new = provenance or {}, next(iter(plans.values())).provenance
+    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    raise UserError(
+        f"{place} was made by another config: {differing[0]} is {old.get(differing[0])} there and {new.get(differing[0])} now"
+        if old
+        else f"{place} was made by another config, or its name is another: nothing is left of its manifest and its plan",
+        "name the config, and install the engine's version, that made it",
+    )
 
 
 def _of_config(place: Place, root: Place) -> Place:

@@ -16,7 +16,7 @@ import pytest
 from conftest import make_plan, make_rows, read_all, same_rows, write_store
 
 from cache import maintain
-from cache.manifest import FORMAT_VERSION, read_manifest
+from cache.manifest import FORMAT_VERSION, Plan, read_manifest
 from cache.places import Folder
 from cache.reader import Store
 from cache.record import Rows
@@ -37,10 +37,14 @@ def golden_rows(vocab_size: int) -> Rows:
     return make_rows(range(10), None, vocab_size=vocab_size, forget=4, logsumexp=vocab_size > 900)
 
 
-def write_golden(folder: Path, name: str) -> None:
+def plan_of_golden(name: str) -> Plan:
     fmt, vocab_size, more = GOLDEN[name]
-    plan = make_plan(10, 4, format=fmt, vocab_size=vocab_size, provenance={"golden": name}, **more)
-    write_store(folder / name, plan, golden_rows(vocab_size), {"tokenizer/tokenizer.json": b"{}\n"})
+    return make_plan(10, 4, format=fmt, vocab_size=vocab_size, provenance={"golden": name}, **more)
+
+
+def write_golden(folder: Path, name: str) -> None:
+    rows = golden_rows(GOLDEN[name][1])
+    write_store(folder / name, plan_of_golden(name), rows, {"tokenizer/tokenizer.json": b"{}\n"})
 
 
 def test_every_version_and_format_has_a_golden_store():

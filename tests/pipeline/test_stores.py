@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, read_all, run_duet, small_disk, two_sets
+from conftest import ROOT, flip_byte, nearly_same_rows, read_all, run_duet, small_disk, two_sets
 from test_cli import _restore_signals, refused  # noqa: F401  for every test here
 
 from cache.manifest import read_manifest
@@ -222,3 +222,81 @@ def test_two_runs_at_once_write_one_store_and_both_point_to_it(config, tmp_path)
     pointers = [json.loads((tmp_path / "runs" / name / "teacher/store.json").read_text()) for name in ("one", "two")]
     assert pointers[0] == pointers[1]
     assert store.name in json.dumps(pointers[0])
+
+
+def unfinished(store: Path) -> Path:
+    """A finished store of four shards as it was before the last one and the manifest."""
+    for name in ("manifest.json", "shard-00003.json", "shard-00003.arrow"):
+        (store / name).unlink()
+    return store
+
+
+def written(config: str, tmp_path: Path) -> Path:
+    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    [store] = (tmp_path / "stores").iterdir()
+    return store
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["plan.json"], ["shard-00002.json"], ["tokenizer/tokenizer.json"], ["plan.json", "shard-00000.json"]],
+    ids=" ".join,
+)
+def test_what_the_manifest_tells_is_repaired_without_an_engine(config, tmp_path, capsys, monkeypatch, names):
+    store = written(config, tmp_path)
+    monkeypatch.setattr("stages.capture.open_engine", None)
+    good = {name: (store / name).read_bytes() for name in names}
+    for name in names:
+        flip_byte(store / name)
+    what, hint = refused(capsys, "cache", "verify", str(store))
+    assert what.startswith(f"error: {len(names)} of the store's files are damaged: {store}/")
+    assert hint == f"hint: run: duet cache repair {store} --config FILE, with the config that made it"
+    assert main(["cache", "repair", str(store), "--config", config]) == EXIT_DONE
+    assert "every shard is as it was written" in capsys.readouterr().out
+    assert {name: (store / name).read_bytes() for name in names} == good
+    assert main(["cache", "verify", str(store)]) == EXIT_DONE
+    assert "all 4 shards and all other files are as they were written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["plan.json"], "plan.json is not"),
+        (["shard-00001.json"], "shard-00001.json is not"),
+        (["shard-00001.arrow"], "shard-00001.arrow is damaged: sha256"),
+    ],
+    ids=str,
+)
+def test_an_unfinished_store_is_verified_and_repaired(config, tmp_path, capsys, names, told):
+    store = written(config, tmp_path)
+    before = read_all(store)
+    unfinished(store)
+    (store / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(["cache", "verify", str(store)]) == EXIT_DONE
+    out = capsys.readouterr().out
+    assert f"{store}: unfinished, 3 of 4 shards are written, all files are as they were written" in out
+    assert "not checked, files that nothing reads: notes.txt" in out
+    good = {name: (store / name).read_bytes() for name in names}
+    for name in names:
+        flip_byte(store / name, 90)
+    what, hint = refused(capsys, "cache", "verify", str(store))
+    assert told in what
+    assert "duet cache repair" in hint
+    assert main(["cache", "repair", str(store), "--config", config]) == EXIT_DONE
+    assert main(["cache", "verify", str(store)]) == EXIT_DONE
+    assert names != ["plan.json"] or (store / "plan.json").read_bytes() == good["plan.json"]
+    assert nearly_same_rows(read_all(store), before)
+
+
+def test_a_store_that_says_nothing_of_itself_any_more_is_known_by_its_name(config, tmp_path, capsys):
+    """Manifest and plan are both damaged: the shards that their side files vouch for stay."""
+    store = written(config, tmp_path)
+    good = {name: (store / name).read_bytes() for name in Folder(store).names()}
+    for name in ("manifest.json", "plan.json"):
+        flip_byte(store / name)
+    repair = ["cache", "repair", str(store), "--config", config]
+    assert "nothing is left of its manifest and its plan" in refused(capsys, *repair, "--set", "teacher.top_k=9")[0]
+    assert main(repair) == EXIT_DONE
+    assert "wrote 0 rows of 0 shards anew" in capsys.readouterr().out
+    assert {name: (store / name).read_bytes() for name in Folder(store).names()} == good
