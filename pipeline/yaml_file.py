@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from cache.errors import UserError
-from stages.data import KINDS
+from stages.data import READERS
 from stages.near import near_path
 
 HOW_TO_GET_ONE = "`duet init` writes one, and those that come with Duet are in configs/"
@@ -25,7 +25,7 @@ def read_mapping(path: str) -> dict[str, Any]:
         )
     if not file.is_file():
         raise UserError(f"no such config file: {path}", near_path(path) + HOW_TO_GET_ONE)
-    if file.suffix.lower() in KINDS:
+    if file.suffix.lower() in READERS and file.suffix.lower() != ".json":  # JSON is YAML, too
         raise UserError(f"{path} is a file of questions, expected a config file", HOW_TO_GET_ONE)
     try:
         if file.stat().st_size > MAX_BYTES:
