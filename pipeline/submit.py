@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cache.errors import UserError
 from cache.files import publish_json, publishing, read_json
 from pipeline import slurm
@@ -29,6 +27,7 @@ from pipeline.slurm import Job, Submission
 from pipeline.slurm_settings import SlurmSettings
 from pipeline.sweep import Request
 from pipeline.terminal import say
+from stages.yaml_text import dump_yaml
 
 JOBS_NAME = "jobs.json"  # all jobs that were ever submitted: [{name, id, submitted}]
 STAGE_ONE, STAGE_TWO, STAGE_THREE = STAGES
@@ -39,7 +38,7 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
     """Submit what the named stages (default: all) still need; `print_only` shows the scripts and changes nothing."""
     config = request.load()
     check_one_teacher(config)
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    settings = dump_yaml(config.model_dump(mode="json"))
     folder = config.run_dir / slurm.SLURM_DIR
     path = folder / f"config-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.yaml"
     of = Submission(config.run_dir, config.slurm, path, THIS_PROGRAM, slurm.comment_of(config.run_dir))

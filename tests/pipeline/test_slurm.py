@@ -83,7 +83,7 @@ def test_the_narrower_settings_win_and_flags_add_up() -> None:
     [
         ({"partition": "a b"}, "is not one word"),
         ({"time": "soon"}, "is no time limit"),
-        ({"time": 14400}, "valid string"),  # what YAML makes of 4:00:00 without quotes
+        ({"time": 14400}, "valid string"),  # what YAML 1.1 makes of 4:00:00 without quotes
         ({"memory": "much"}, "is no amount of memory"),
         ({"flags": ["exclusive"]}, "is no option of sbatch"),
         ({"flags": ["--x\n#SBATCH --y"]}, "is no option of sbatch"),
@@ -98,10 +98,11 @@ def test_what_sbatch_would_misread_is_refused(group: dict[str, object], says: st
         SlurmSettings.model_validate(group)
 
 
-def test_a_time_without_quotes_is_told_to_want_them(tmp_path: Path) -> None:
+def test_a_time_needs_quotes_only_where_it_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(Path(LAB).read_text() + "\nslurm:\n  time: 4:00:00\n")
+    assert load_config(str(tmp_path / "c.yaml")).slurm.time == "4:00:00"
     with pytest.raises(UserError, match="in quotes"):
-        load_config(str(tmp_path / "c.yaml"))
+        load_config(LAB, ("slurm.time=90",))
 
 
 def test_a_site_file_fills_in_what_the_config_leaves_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
