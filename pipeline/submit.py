@@ -38,6 +38,7 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
     """Submit what the named stages (default: all) still need; `print_only` shows the scripts and changes nothing."""
     config = request.load()
     check_one_teacher(config)
+    slurm.check_place(config.run_dir)
     settings = dump_yaml(config.model_dump(mode="json"))
     folder = config.run_dir / slurm.SLURM_DIR
     path = folder / f"config-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.yaml"
@@ -63,6 +64,9 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
         say("no resources are set (slurm: in the config or the site's file): the cluster's defaults hold, often no GPU")
     if STAGE_THREE in (job.name for job in new):
         query_sets(config)  # a fault in what only the last job reads should not wait for it
+    for job in new:
+        if job.array:
+            slurm.check_array(job)
     claim_run_dir(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:
