@@ -5,6 +5,7 @@ Every reader of users' files begins here, so that the fault that they all share 
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -37,6 +38,7 @@ _OTHERS = (  # what a file begins with, what it is then, and what to do
     (b"<?xml", "XML, perhaps a server's refusal", "look into it, and download the file again"),
 )
 _HEAD_BYTES = 512
+_FAULTS = re.compile("[\\0\ud800-\udfff]")
 
 
 def refuse_other_kind(head: bytes, path: Path | str, where: str) -> None:
@@ -85,12 +87,13 @@ def _wide_encoding(head: bytes) -> str | None:
 
 def fault_of(text: str) -> str | None:
     """What makes a text one that no model can be asked: half a surrogate pair, or a NUL character. None if nothing does."""
-    for at, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            return f"holds half of a surrogate pair (\\u{ord(character):04x}, character {at})"
-        if character == "\0":
-            return f"holds a NUL character (character {at})"
-    return None
+    found = _FAULTS.search(text)
+    if found is None:
+        return None
+    at, character = found.start(), found[0]
+    if character == "\0":
+        return f"holds a NUL character (character {at})"
+    return f"holds half of a surrogate pair (\\u{ord(character):04x}, character {at})"
 
 
 FAULT_HINT = "a text was cut within a character, or its encoding was misread: write the whole character there"
