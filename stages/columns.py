@@ -12,7 +12,7 @@ from typing import Any
 
 from cache.errors import UserError
 from stages.settings import DataSettings
-from stages.text_files import bytes_of, refuse_other_kind
+from stages.text_files import LFS_POINTER, bytes_of, refuse_other_kind
 
 HUB_SCHEME = "hf://"
 _MAGIC = b"PAR1"
@@ -55,6 +55,7 @@ def read_hub(settings: DataSettings, where: str) -> Iterator[dict[str, Any]]:
             f"{where}: {settings.path} needs the package datasets", "pip install 'duet-unlearn[datasets]'"
         ) from None
     target = settings.path.removeprefix(HUB_SCHEME)
+    _refuse_pointers(Path(target), where)
     try:
         found = datasets.load_dataset(target, settings.name, split=settings.split)
         names = found.column_names
@@ -65,6 +66,15 @@ def read_hub(settings: DataSettings, where: str) -> Iterator[dict[str, Any]]:
             "check owner, name and split, and that the hub can be reached; or download it and name the .parquet file",
         ) from None
     yield from _rows(names, rows)
+
+
+def _refuse_pointers(folder: Path, where: str) -> None:
+    """Refuse a data set in a directory here whose files were not fetched; `datasets` would call them damaged."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(file, "rb") as content:
+            head = content.read(len(LFS_POINTER))
+        if head == LFS_POINTER:
+            refuse_other_kind(head, file, where)
 
 
 def _asked(names: Sequence[str], settings: DataSettings, path: Path | str, where: str) -> list[str]:

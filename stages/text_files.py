@@ -11,11 +11,12 @@ from pathlib import Path
 
 from cache.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how one begins
 _CALL_IT = "give the file the ending of its kind"
 _UNPACK = "unpack it"
 _OTHERS = (  # what a file begins with, what it is then, and what to do
     (
-        b"version https://git-lfs.github.com/spec/",
+        LFS_POINTER,
         "a Git LFS pointer, not the file itself",
         "fetch the file: git lfs pull",
     ),

@@ -148,6 +148,13 @@ def test_a_file_of_another_kind_is_told_by_its_first_bytes(tmp_path, name, head)
     assert hint in caught.value.hint
 
 
+def test_a_pointer_in_a_data_set_of_several_files_is_told(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "train-00000-of-00002.parquet")
+    (tmp_path / "train-00001-of-00002.parquet").write_text(POINTER)
+    with pytest.raises(UserError, match=r"train-00001-of-00002.parquet is a Git LFS pointer"):
+        load(f"hf://{tmp_path}")
+
+
 def test_a_kind_of_file_under_another_ones_name_is_told(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.jsonl")
     write_jsonl(tmp_path / "a.csv", ROWS)
