@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 import click
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from cache.errors import UserError
@@ -38,6 +37,7 @@ from stages.settings import (
     TrainSettings,
     teacher_weights,
 )
+from stages.yaml_text import parse_yaml
 
 # folders of the run directory that are no students
 TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare", "slurm")
@@ -199,17 +199,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A value of the command line: YAML, and 1e-5 is a number."""
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"{where}: the value is not valid YAML", "quote texts with special characters") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text; people mean a number
-        try:
-            return float(value) if any(c.isdigit() for c in value) else value
-        except ValueError:
-            return value
-    return value
+    """A value of the command line, as YAML reads it."""
+    return parse_yaml(text, f"{where}: the value") if text else ""
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
@@ -234,7 +225,10 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tupl
         what, _, hint = str(first.get("ctx", {})["error"]).partition(": ")
         return f"{at}: {what}", hint or _describe(model, loc)
     found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
-    return f"{at}: {first['msg']}{found}", _describe(model, loc)
+    quotes = ""
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+        quotes = 'YAML reads it as another kind of value: write it in quotes, "…"; '
+    return f"{at}: {first['msg']}{found}", f"{quotes}{_describe(model, loc)}"
 
 
 def _node(model: type[BaseModel], loc: list[Any]) -> Any:

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from cache.errors import UserError
 from cache.files import publish_json, publishing
 from pipeline.config import CONFIG_NAME, Config
 from pipeline.terminal import log, log_to
+from pipeline.yaml_file import read_mapping
 from stages.settings import FREE_TEACHER, FREE_TRAIN
+from stages.yaml_text import dump_yaml
 
 ENVIRONMENT_NAME = "environment.json"
 LOG_NAME = "log.txt"
@@ -52,7 +52,7 @@ def claim_run_dir(config: Config) -> Path:
     path = run_dir / CONFIG_NAME
     resolved = config.model_dump(mode="json")
     if path.is_file():
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = read_mapping(str(path))
         differing = sorted(_differences(_identity(found), _identity(resolved)))
         if differing:
             key, old, new = differing[0]
@@ -67,7 +67,7 @@ def claim_run_dir(config: Config) -> Path:
         raise UserError(f"{run_dir} is not empty and is no run of ours", "choose another run with --set name=NEW_NAME")
     run_dir.mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(dump_yaml(resolved), encoding="utf-8")
     publish_json(run_dir / ENVIRONMENT_NAME, environment())
     log_to(run_dir / LOG_NAME)
     log.debug("run directory %s, %s", run_dir, environment())

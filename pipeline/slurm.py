@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import re
 import shlex
 import shutil
 import signal
@@ -71,7 +72,11 @@ class Submission:
 def script(job: Job, of: Submission) -> str:
     """The text that sbatch gets; what it depends on is told to sbatch beside it."""
     settings, resources = of.settings, job.resources
-    options = [f"--job-name={of.run_dir.name}:{job.name}", f"--comment={of.comment}", f"--output={of.log_of(job)}"]
+    options = [
+        f"--job-name={of.run_dir.name}:{job.name}",
+        f"--comment={of.comment}",
+        f"--output={_pattern(of.log_of(job))}",
+    ]
     options += ["--open-mode=append", "--requeue", "--kill-on-invalid-dep=yes", f"--signal=TERM@{settings.signal_s}"]
     if job.array:
         at_once = f"%{settings.workers_at_once}" if settings.workers_at_once else ""
@@ -81,7 +86,7 @@ def script(job: Job, of: Submission) -> str:
     options += [f"--ntasks-per-node={(job.ranks and resources.gpus) or 1}", *resources.flags]
     task = f"{job.name}-$SLURM_ARRAY_TASK_ID" if job.array else job.name
     duet, arguments = shlex.join(of.duet), shlex.join(job.arguments)
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "", *settings.setup]
+    lines = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(option)}" for option in options), "", *settings.setup]
     lines.append(f'{duet} attempt {shlex.quote(str(of.config_path))} "{task}" || exit')
     if resources.cpus:
         lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
@@ -92,6 +97,39 @@ def script(job: Job, of: Submission) -> str:
     again = f"{EXIT_INTERRUPTED} | {128 + signal.SIGTERM}"  # interrupted; and told to stop before Duet could listen
     lines += ["code=$?", f'case "$code" in {again}) scontrol requeue "$SLURM_JOB_ID" ;; esac', 'exit "$code"']
     return "\n".join(lines) + "\n"
+
+
+def _pattern(log: Path) -> str:
+    """A log's path as sbatch reads it: what stands after % in the name is for Slurm, a % of the folders is itself."""
+    return str(log.parent / "x").removesuffix("x").replace("%", "%%") + log.name
+
+
+def check_place(run_dir: Path) -> None:
+    """Refuse a run directory whose name sbatch cannot be told, however it is quoted."""
+    if any(mark in str(run_dir) for mark in ("\n", "\r", "\\")):
+        raise UserError(f"{str(run_dir)!r} has a line break or a backslash, which Slurm misreads", "change runs_dir")
+    here = str(Path.cwd())
+    if not run_dir.is_absolute() and ("%" in here or "\\" in here):  # Slurm puts it in front of the log's pattern
+        raise UserError(
+            f"the current directory {here!r} has a % or a backslash, which Slurm would replace in the logs' paths",
+            "set an absolute runs_dir, or submit from another directory",
+        )
+
+
+def largest_array(settings_of_cluster: str) -> int | None:
+    """How many jobs an array may have, from what `scontrol show config` says; None if it says nothing of it."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)\s*$", settings_of_cluster, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def check_array(job: Job) -> None:
+    """Refuse an array that this cluster would not take."""
+    most = largest_array(_ask("scontrol", "show", "config"))
+    if most is not None and job.array > most:
+        raise UserError(
+            f"{job.name}: an array of {job.array} jobs, this cluster takes {most} (MaxArraySize)",
+            f"set slurm.workers to at most {most}" if most else "this cluster takes no arrays: ask those who run it",
+        )
 
 
 def comment_of(run_dir: Path) -> str:

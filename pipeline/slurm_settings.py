@@ -11,6 +11,11 @@ from stages.settings import Name, Settings
 
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 _MEMORY = re.compile(r"\d+[KMGT]?")
+_FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=[^\n\r]*)?")
+OWN_FLAGS = (  # what tells a run's jobs apart, and how they are queued again
+    "array chdir comment dependency job-name no-requeue ntasks ntasks-per-node open-mode output parsable requeue signal "
+    "wrap"
+).split()
 
 
 def _one_word(text: str) -> str:
@@ -32,14 +37,21 @@ def _memory(text: str) -> str:
 
 
 def _flag(text: str) -> str:
-    if not text.startswith("--") or "\n" in text:
-        raise ValueError(f"{text!r} is no option of sbatch: write for example --exclude=node17")
+    found = _FLAG.fullmatch(text)
+    if not found or " --" in text:
+        raise ValueError(f"{text!r} is no option of sbatch: write one option per entry, for example --exclude=node17")
+    if any(mark in text for mark in "\"'\\"):
+        raise ValueError(f"{text!r} has quotes or a backslash: leave them out, values with spaces are quoted for you")
+    if found["name"] in OWN_FLAGS:
+        raise ValueError(f"--{found['name']} is set by Duet itself: leave it out")
     return text
 
 
 def _line(text: str) -> str:
-    if "\n" in text:
+    if len(text.splitlines()) > 1:
         raise ValueError("a line of shell has no line break: make several entries of it")
+    if text.lstrip().startswith("#SBATCH"):
+        raise ValueError(f"{text!r} is an option of sbatch: write it in flags, without #SBATCH")
     return text
 
 
@@ -102,6 +114,7 @@ class SlurmSettings(Resources):
     signal_s: int = Field(
         default=300,
         ge=0,
+        le=65535,
         description="seconds before its time limit at which a job is told to save its state and be queued again; "
         "Slurm may be a minute early",
     )

@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cache.errors import UserError
 from cache.files import publish_json, publishing, read_json
 from pipeline import slurm
@@ -30,6 +28,7 @@ from pipeline.slurm import Job, Submission
 from pipeline.slurm_settings import SlurmSettings
 from pipeline.sweep import Request
 from pipeline.terminal import say
+from stages.yaml_text import dump_yaml
 
 JOBS_NAME = "jobs.json"  # all jobs that were ever submitted: [{name, id, submitted}]
 STAGE_ONE, STAGE_TWO, STAGE_THREE = STAGES
@@ -40,7 +39,8 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
     """Submit what the named stages (default: all) still need; `print_only` shows the scripts and changes nothing."""
     config = request.load()
     check_one_teacher(config)
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    slurm.check_place(config.run_dir)
+    settings = dump_yaml(config.model_dump(mode="json"))
     folder = config.run_dir / slurm.SLURM_DIR
     path = folder / f"config-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.yaml"
     of = Submission(config.run_dir, config.slurm, path, THIS_PROGRAM, slurm.comment_of(config.run_dir))
@@ -65,6 +65,9 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
         say("no resources are set (slurm: in the config or the site's file): the cluster's defaults hold, often no GPU")
     if STAGE_THREE in (job.name for job in new):
         preflight(config)  # a fault in what only the last job reads should not wait for it
+    for job in new:
+        if job.array:
+            slurm.check_array(job)
     claim_run_dir(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cache.errors import UserError
-from stages.data import KINDS
+from stages.data import READERS
 from stages.near import near_path
+from stages.text_files import refuse_other_kind
+from stages.yaml_text import parse_yaml
 
 HOW_TO_GET_ONE = "`duet init` writes one, and those that come with Duet are in configs/"
 MAX_BYTES = 10**7  # no config is larger; weights are
@@ -25,20 +25,18 @@ def read_mapping(path: str) -> dict[str, Any]:
         )
     if not file.is_file():
         raise UserError(f"no such config file: {path}", near_path(path) + HOW_TO_GET_ONE)
-    if file.suffix.lower() in KINDS:
+    if file.suffix.lower() in READERS and file.suffix.lower() != ".json":  # JSON is YAML, too
         raise UserError(f"{path} is a file of questions, expected a config file", HOW_TO_GET_ONE)
     try:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} has {file.stat().st_size:,} bytes: it is no config file", HOW_TO_GET_ONE)
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        refuse_other_kind(content, path, "--config")
+        raw = parse_yaml(content.decode("utf-8"), path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text in UTF-8, expected a config file", HOW_TO_GET_ONE) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{at}: {error.problem}", "mind indentation and quotes") from None
-    except yaml.YAMLError as error:  # characters that YAML does not have
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}", "mind odd characters") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "check the file and its mode") from None
     if raw is None:
         raise UserError(f"{path} is empty: it must hold a mapping of settings", HOW_TO_GET_ONE)
     if not isinstance(raw, dict):

@@ -44,6 +44,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=20
 MinJobAge=600
+MaxArraySize=101
 SlurmdParameters=config_overrides
 ReturnToService=2
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[n1]} CPUs=2

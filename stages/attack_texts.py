@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cache.errors import UserError
 from stages.exam_settings import PROMPT_ATTACKS, TRANSLATION
 from stages.settings import Settings
+from stages.text_files import text_of
+from stages.yaml_text import parse_yaml
 
 TEXTS_PATH = Path(__file__).with_name("attacks.yaml")
 WORDS = "words"  # the table of synonyms
@@ -78,12 +79,7 @@ def texts(path: str | None) -> tuple[dict[str, dict[str, Variant]], dict[str, li
 
 
 def _read(source: str) -> dict[str, Any]:
-    try:
-        read = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"evaluate.attack_texts: {source} cannot be read: {error.strerror}", "name a file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}", "quote texts") from None
+    read = parse_yaml(text_of(Path(source), "evaluate.attack_texts"), source)
     if not isinstance(read, dict):
         raise UserError(f"{source} must hold a mapping of attacks, found {type(read).__name__}", "see docs/attacks.md")
     return read

@@ -1,13 +1,12 @@
 """Query sets: from a file or a Hugging Face data set to checked rows. Nothing is dropped or mended on the way.
 
-What a table of text (CSV) must look like, and how it is read, is in `tables.py`.
+How a file becomes rows is in `json_rows.py`, `tables.py` (CSV) and `columns.py` (Parquet, the hub).
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,20 @@ from typing import Any
 import numpy as np
 
 from cache.errors import UserError
+from stages.columns import HUB_SCHEME, read_hub, read_parquet
+from stages.json_rows import KINDS as JSON_KINDS
+from stages.json_rows import read_json_rows
 from stages.near import near_path
 from stages.settings import DataSettings
-from stages.tables import DELIMITERS, read_table, text_of
+from stages.tables import DELIMITERS, read_table
+from stages.text_files import FAULT_HINT, bytes_of, fault_of, refuse_other_kind
 
-HUB_SCHEME = "hf://"
-KINDS = (".jsonl", ".ndjson", ".parquet", *DELIMITERS)  # of files, by the ends of their names
+READERS: dict[str, Callable[[Path, DataSettings, str], Iterator[Any]]] = {  # of files, by the ends of their names
+    **dict.fromkeys(JSON_KINDS, read_json_rows),
+    ".parquet": read_parquet,
+    **dict.fromkeys(DELIMITERS, read_table),
+}
+SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,16 @@ def load_queries(settings: DataSettings, where: str, need_answers: bool = False)
 
 def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
     if settings.path.startswith(HUB_SCHEME):
-        return _read_hub(settings, where)
+        return read_hub(settings, where)
+    if "://" in settings.path:
+        raise UserError(
+            f"{where}.path: {settings.path} is an address, expected a file",
+            "download it; of addresses only hf:// is read",
+        )
     path = Path(settings.path)
     if path.is_dir():
-        files = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in KINDS)
-        there = f"name one of its files: {', '.join(files[:5])}" if files else f"name a file ({', '.join(KINDS)})"
+        files = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in READERS)
+        there = f"name one of its files: {', '.join(files[:5])}" if files else f"name a file ({', '.join(READERS)})"
         raise UserError(f"{where}.path: {settings.path} is a directory, expected a file", there)
     if not path.is_file():
         raise UserError(
@@ -61,142 +73,109 @@ def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
             near_path(settings.path)
             + "paths are relative to the current directory; a data set on the Hugging Face hub is hf://OWNER/NAME",
         )
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _read_parquet(path, where)
-    if kind in (".jsonl", ".ndjson"):
-        return _read_jsonl(path, where)
-    if kind in DELIMITERS:
-        return read_table(path, settings, where)
-    raise UserError(
-        f"{where}.path: unknown kind of file: {settings.path}", f"use {', '.join(KINDS)} or hf://OWNER/NAME"
-    )
-
-
-def _read_jsonl(path: Path, where: str) -> Iterator[Any]:
-    for number, line in enumerate(io.StringIO(text_of(path, where), newline=None), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: {path}, line {number} is not JSON: {error.msg}, column {error.colno}",
-                    "each line must be one JSON object",
-                ) from None
-
-
-def _read_parquet(path: Path, where: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        yield from pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{where}: {path} is not a Parquet file: {error}", "write it with pyarrow or pandas") from None
-
-
-def _read_hub(settings: DataSettings, where: str) -> Iterator[Any]:
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        refuse_other_kind(bytes_of(path, where), path, where)
         raise UserError(
-            f"{where}: {settings.path} needs the package datasets", "pip install 'duet-unlearn[datasets]'"
-        ) from None
-    target = settings.path.removeprefix(HUB_SCHEME)
-    try:
-        yield from datasets.load_dataset(target, settings.name, split=settings.split)
-    except (ValueError, OSError, DatasetsError) as error:
-        raise UserError(
-            f"{where}: cannot load {settings.path} (name {settings.name}, split {settings.split}): {error}",
-            "check owner, name and split, and that the hub can be reached; or download it and name the .parquet file",
-        ) from None
+            f"{where}.path: unknown kind of file: {settings.path}", f"use {', '.join(READERS)} or hf://OWNER/NAME"
+        )
+    return reader(path, settings, where)
 
 
 def _query(row: Any, number: int, settings: DataSettings, where: str, need_answers: bool) -> Query:
+    at = f"{where}: {settings.path}, row {number}"
     if not isinstance(row, dict):
-        raise UserError(
-            f"{where}: row {number} of {settings.path} is {type(row).__name__}, expected an object",
-            "write one object per row",
-        )
+        raise UserError(f"{at} is {shown(row)}, expected an object", 'write one object per row: {"question": "…"}')
     choices, right = (), None
     if settings.choices_field is not None:
-        choices, right = _choices(row, number, settings, where)
+        choices, right = _choices(row, settings, at, where)
         row = row | {settings.answer_field: choices[right]}
-    question = _text(row, settings.question_field, "question_field", number, settings, where)
+    question = _text(row, "question_field", settings, at, where)
     has_answer = row.get(settings.answer_field) is not None
-    answer = (
-        _text(row, settings.answer_field, "answer_field", number, settings, where)
-        if has_answer or need_answers
-        else None
-    )
+    answer = _text(row, "answer_field", settings, at, where) if has_answer or need_answers else None
     paraphrased = (
-        _text(row, settings.paraphrased_field, "paraphrased_field", number, settings, where)
-        if settings.paraphrased_field is not None
-        else None
+        _text(row, "paraphrased_field", settings, at, where) if settings.paraphrased_field is not None else None
     )
-    perturbed = _perturbed(row, number, settings, where)
-    if settings.id_field is None:
-        return Query(str(number), question, answer, paraphrased, perturbed, choices, right)
-    if row.get(settings.id_field) is None:
-        raise UserError(*_lacks(row, settings.id_field, "id_field", number, settings, where))
-    return Query(str(row[settings.id_field]), question, answer, paraphrased, perturbed, choices, right)
+    perturbed = _texts(row, "perturbed_field", settings, at, where) if settings.perturbed_field is not None else None
+    row_id = _row_id(row, settings, at, where) if settings.id_field is not None else str(number)
+    return Query(row_id, question, answer, paraphrased, perturbed, choices, right)
 
 
-def _text(row: dict[str, Any], field: str, setting: str, number: int, settings: DataSettings, where: str) -> str:
+def shown(value: Any) -> str:
+    """A value as a message shows it: in full if it is short."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters)"
+
+
+def _field(row: dict[str, Any], setting: str, settings: DataSettings, at: str, where: str) -> Any:
+    """What the row holds in the field that a setting names; UserError if that is nothing."""
+    field = getattr(settings, setting)
     if field not in row:
-        raise UserError(*_lacks(row, field, setting, number, settings, where))
-    if not isinstance(row[field], str) or not row[field].strip():
         raise UserError(
-            f"{where}: row {number} of {settings.path} has {row[field]!r} in field {field!r}, expected text",
+            f"{at} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}",
+            f"name the field with {where}.{setting}",
+        )
+    value = row[field]
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise UserError(
+            f"{at}: {field} is {'null' if value is None else 'NaN'}",
+            f"fill it, take the row out, or name another field with {where}.{setting}",
+        )
+    return value
+
+
+def _text(row: dict[str, Any], setting: str, settings: DataSettings, at: str, where: str) -> str:
+    field, value = getattr(settings, setting), _field(row, setting, settings, at, where)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(
+            f"{at} has {shown(value)} in field {field!r}, expected text",
             f"mend the row, or name another field with {where}.{setting}",
         )
-    return row[field]
+    _check_whole(value, f"{at}: {field}")
+    return value
 
 
-def _perturbed(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> tuple[str, ...] | None:
-    """The wrong answers, if a field for them is named."""
-    field = settings.perturbed_field
-    if field is None:
-        return None
-    if field not in row:
-        raise UserError(*_lacks(row, field, "perturbed_field", number, settings, where))
-    found = row[field]
+def _check_whole(text: str, at: str) -> None:
+    if fault := fault_of(text):
+        raise UserError(f"{at} {fault}", FAULT_HINT)
+
+
+def _texts(row: dict[str, Any], setting: str, settings: DataSettings, at: str, where: str) -> tuple[str, ...]:
+    """A list of texts, at least one."""
+    field, found = getattr(settings, setting), _field(row, setting, settings, at, where)
     if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
+        wanted = "texts" if setting == "choices_field" else "wrong answers"
         raise UserError(
-            f"{where}: row {number} of {settings.path} has {found!r} in field {field!r}, expected a list of wrong answers",
-            f"mend the row, or name another field with {where}.perturbed_field",
+            f"{at} has {shown(found)} in field {field!r}, expected a list of {wanted}",
+            f"mend the row, or name another field with {where}.{setting}",
         )
+    for number, text in enumerate(found):
+        _check_whole(text, f"{at}: {field}, entry {number},")
     return tuple(found)
 
 
-def _choices(row: dict[str, Any], number: int, settings: DataSettings, where: str) -> tuple[tuple[str, ...], int]:
-    """The choices' texts and the number of the right one."""
-    field = settings.choices_field or ""
-    for name, setting in ((field, "choices_field"), (settings.answer_field, "answer_field")):
-        if name not in row:
-            raise UserError(*_lacks(row, name, setting, number, settings, where))
-    choices, index = row[field], row[settings.answer_field]
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+def _row_id(row: dict[str, Any], settings: DataSettings, at: str, where: str) -> str:
+    """The row's own id, which is text or a number."""
+    field, value = settings.id_field, _field(row, "id_field", settings, at, where)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise UserError(
-            f"{where}: row {number} of {settings.path} has {choices!r} in field {field!r}, expected a list of texts",
-            f"mend the row, or name another field with {where}.choices_field",
+            f"{at} has {shown(value)} in field {field!r}, expected an id: text or a number",
+            f"mend the row, name another field with {where}.id_field, or leave that out",
         )
+    _check_whole(str(value), f"{at}: {field}")
+    return str(value)
+
+
+def _choices(row: dict[str, Any], settings: DataSettings, at: str, where: str) -> tuple[tuple[str, ...], int]:
+    """The choices' texts and the number of the right one."""
+    choices = _texts(row, "choices_field", settings, at, where)
+    index = _field(row, "answer_field", settings, at, where)
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise UserError(
-            f"{where}: row {number} of {settings.path}: {index!r} is not an index into its choices {choices!r}",
-            f"{where}.answer_field must hold the index (from 0) of the right entry of {field!r}",
+            f"{at}: {shown(index)} is not an index into its choices {shown(list(choices))}",
+            f"{where}.answer_field must hold the index (from 0) of the right entry of {settings.choices_field!r}",
         )
-    return tuple(choices), index
-
-
-def _lacks(
-    row: dict[str, Any], field: str, setting: str, number: int, settings: DataSettings, where: str
-) -> tuple[str, str]:
-    return (
-        f"{where}: row {number} of {settings.path} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}",
-        f"name the field with {where}.{setting}",
-    )
+    return choices, index
 
 
 def _check_unique(queries: list[Query], settings: DataSettings, where: str) -> None:

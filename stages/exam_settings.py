@@ -229,7 +229,7 @@ class EvaluateSettings(Settings):
     membership: MembershipSettings | None = Field(default=None, description="membership inference; null leaves it out")
     neutral_text: str | None = Field(
         default=None,
-        description=".txt (a document ends at a blank line) or .jsonl (field text) whose perplexity is taken",
+        description=".txt (a document ends at a blank line) or JSON (field text) whose perplexity is taken",
     )
     outcome: OutcomeSettings = Field(default=OutcomeSettings(), description="limits of the verdict on each model")
     refusal: str = Field(default="I don't know.", description="the constant refusal whose scores are the floor")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 def near_path(path: str) -> str:
     """`did you mean X? ` where each part of the path is there or has a name like it beside it; else nothing."""
+    if path.startswith("~"):
+        return f"~ is the shell's: did you mean {Path(path).expanduser()}? "
     wanted = Path(path)
     found = Path(wanted.anchor or ".")
     for part in wanted.parts[1:] if wanted.anchor else wanted.parts:

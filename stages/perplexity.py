@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,47 +9,45 @@ import numpy as np
 
 from cache.errors import UserError
 from stages.definitions import Metric
+from stages.json_rows import KINDS, read_json_rows
+from stages.settings import DataSettings
+from stages.text_files import FAULT_HINT, fault_of, text_of
 from stages.uncertainty import Score, interval
 
 METRIC = "neutral.perplexity"
+FIELD = "text"  # of a document in a JSON file
 
 
 def load_documents(path: str, where: str) -> list[str]:
-    """The documents of a .txt file, parted by blank lines, or of a .jsonl file with a field `text`."""
+    """The documents of a .txt file, parted by blank lines, or of a JSON file whose rows have a field `text`."""
     file = Path(path)
     if not file.is_file():
         raise UserError(
             f"{where}: no such file: {path}", "name a .txt or .jsonl file of text that has nothing to do with the topic"
         )
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{where}: unknown kind of file: {path}", "use .txt or .jsonl")
-    text = file.read_text(encoding="utf-8")
+    if file.suffix not in (".txt", *KINDS):
+        raise UserError(f"{where}: unknown kind of file: {path}", f"use .txt, {', '.join(KINDS)}")
     documents = (
-        [part.strip("\n") for part in re.split(r"\n\s*\n", text)]
+        [part.strip("\n") for part in re.split(r"\n\s*\n", text_of(file, where).replace("\r\n", "\n"))]
         if file.suffix == ".txt"
-        else _of_jsonl(text, path, where)
+        else _of_rows(file, where)
     )
     documents = [document for document in documents if document.strip()]
+    for number, document in enumerate(documents):
+        if fault := fault_of(document):
+            raise UserError(f"{where}: {path}, document {number} {fault}", FAULT_HINT)
     if not documents:
         raise UserError(f"{where}: {path} has no text", "name a file with at least one document")
     return documents
 
 
-def _of_jsonl(text: str, path: str, where: str) -> list[str]:
+def _of_rows(path: Path, where: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{where}: {path}, line {number} is not JSON: {error}", "each line must be one JSON object"
-                ) from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-                raise UserError(
-                    f"{where}: {path}, line {number} has no text in a field 'text'", "mend or remove the line"
-                )
-            documents.append(row["text"])
+    for number, row in enumerate(read_json_rows(path, DataSettings(path=str(path), question_field=FIELD), where)):
+        text = row.get(FIELD) if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: {path}, row {number} has no text in a field {FIELD!r}", "mend or remove the row")
+        documents.append(text)
     return documents
 
 

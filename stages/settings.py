@@ -27,7 +27,7 @@ class DataSettings(Settings):
     """Where a query set comes from and which of its rows are taken."""
 
     path: str = Field(
-        description="a .jsonl, .parquet, .csv or .tsv file, or hf://OWNER/NAME for a Hugging Face data set"
+        description="a .jsonl, .json, .parquet, .csv or .tsv file, or hf://OWNER/NAME for a Hugging Face data set"
     )
     name: str | None = Field(default=None, description="configuration of the Hugging Face data set")
     split: str = Field(default="train", description="split of the Hugging Face data set")

@@ -26,6 +26,10 @@ class Desk:
     def set(self, *overrides: str, command: str = "teacher-logits") -> list[str]:
         return [command, "--config", self.config, *(part for text in overrides for part in ("--set", text))]
 
+    def run_with(self, name: str, more: str) -> list[str]:
+        """A run with the sound config and `more` below it."""
+        return ["run", "--config", self.file(name, Path(self.config).read_text(encoding="utf-8") + more)]
+
     def edited(self, old: str, new: str) -> list[str]:
         text = Path(self.config).read_text(encoding="utf-8")
         assert old in text
@@ -62,6 +66,14 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str, str]] = {
     "empty config": (lambda d: ["run", "--config", d.file("e.yaml", "# nothing\n")], "is empty", "duet init"),
     "list as config": (lambda d: ["run", "--config", d.file("l.yaml", "- a\n")], "found list", "configs/lab.yaml"),
     "no YAML": (lambda d: ["run", "--config", d.file("b.yaml", "a: 1\nb: [c\n")], "line 3, column 1", "quotes"),
+    "key twice": (lambda d: d.run_with("c.yaml", "\nname: again\n"), "the key 'name' occurs twice", "keep one of the two"),
+    "half a character": (lambda d: d.set('topic="\\ud83d"'), "half of a surrogate pair", "the whole character"),
+    "no as a text": (lambda d: d.set("topic=no"), "valid string, found False", "in quotes"),
+    "pointer as config": (
+        lambda d: ["run", "--config", d.file("p.yaml", "version https://git-lfs.github.com/spec/v1\n")],
+        "Git LFS pointer",
+        "git lfs pull",
+    ),
     # the data
     "no answers, before stage one": (
         lambda d: d.set(f"data.forget.path={write_jsonl(d.path / 'x.jsonl', [{'question': 'Who?'}])}", command="run"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 
 from cache.errors import UserError
 from pipeline.config import load_config
-from pipeline.slurm import Job, Submission, comment_of, script
+from pipeline.slurm import Job, Submission, check_place, comment_of, largest_array, script
 from pipeline.slurm_settings import Resources, SlurmSettings
 from pipeline.submit import _reason_to_stop, attempt, jobs_of
 
@@ -69,6 +71,54 @@ def test_a_script_is_valid_shell() -> None:
         subprocess.run(["bash", "-n"], input=script(job, submission()), text=True, check=True)
 
 
+def options_of(text: str) -> list[str]:
+    """The options of a script as sbatch reads them: it takes quotes away as a shell does."""
+    lines = [line for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return [word for line in lines for word in shlex.split(line.removeprefix("#SBATCH "))]
+
+
+@pytest.mark.parametrize("place", ["two words", "it's", 'so "called"', "100% %A", "a#b", "$HOME `x`", "Zoë"])
+def test_odd_characters_of_a_path_reach_sbatch_as_they_are(place: str) -> None:
+    of = replace(submission(), run_dir=Path(place) / "lab", config_path=Path(place) / "config.yaml")
+    job = Job("evaluate", ("evaluate", "--config", str(of.config_path)), CLUSTER.of("evaluate"))
+    text = script(job, of)
+    outputs = [option for option in options_of(text) if option.startswith("--output=")]
+    assert outputs == [f"--output={place.replace('%', '%%')}/lab/slurm/logs/evaluate-%j.log"]
+    calls = [shlex.split(line) for line in text.splitlines() if "pipeline.cli" in line]
+    assert all(str(of.config_path) in words for words in calls)
+
+
+def test_values_with_spaces_and_signs_are_one_option_each() -> None:
+    settings = SlurmSettings(constraint="a100|h100&[big*2]", flags=("--reservation=two words",))
+    job = Job("evaluate", ("evaluate",), settings.of("evaluate"))
+    found = options_of(script(job, submission(settings)))
+    assert "--constraint=a100|h100&[big*2]" in found
+    assert "--reservation=two words" in found
+    assert all(option.startswith("--") for option in found)
+
+
+@pytest.mark.parametrize("place", ["a\nb", "a\\b", "a\rb"])
+def test_a_path_that_sbatch_cannot_be_told_is_refused(place: str) -> None:
+    with pytest.raises(UserError, match="which Slurm misreads"):
+        check_place(Path(place) / "lab")
+
+
+def test_a_current_directory_that_slurm_would_replace_in_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "100%A").mkdir()
+    monkeypatch.chdir(tmp_path / "100%A")
+    with pytest.raises(UserError, match="has a % or a backslash"):
+        check_place(Path("runs/lab"))
+    check_place(tmp_path / "100%A" / "runs" / "lab")  # absolute, which the script can quote
+
+
+def test_the_largest_array_is_read_from_what_the_cluster_says() -> None:
+    said = "MailProg                = /bin/mail\nMaxArraySize            = 1001\nMaxBatchRequeue         = 5\n"
+    assert largest_array(said) == 1001
+    assert largest_array("MailProg = /bin/mail\n") is None
+
+
 def test_the_narrower_settings_win_and_flags_add_up() -> None:
     of_base, of_small = CLUSTER.of("distill", "base"), CLUSTER.of("distill", "small")
     assert (of_base.time, of_base.gpus, of_base.nodes, of_base.partition) == ("1-12:00:00", 4, 2, "gpu")
@@ -83,11 +133,18 @@ def test_the_narrower_settings_win_and_flags_add_up() -> None:
     [
         ({"partition": "a b"}, "is not one word"),
         ({"time": "soon"}, "is no time limit"),
-        ({"time": 14400}, "valid string"),  # what YAML makes of 4:00:00 without quotes
+        ({"time": 14400}, "valid string"),  # what YAML 1.1 makes of 4:00:00 without quotes
         ({"memory": "much"}, "is no amount of memory"),
         ({"flags": ["exclusive"]}, "is no option of sbatch"),
         ({"flags": ["--x\n#SBATCH --y"]}, "is no option of sbatch"),
         ({"setup": ["a\nb"]}, "has no line break"),
+        ({"flags": ["--mail-type=END --mail-user=me"]}, "one option per entry"),
+        ({"flags": ["--exclude node17"]}, "one option per entry"),
+        ({"flags": ["--comment=mine"]}, "is set by Duet itself"),
+        ({"flags": ['--reservation="two words"']}, "quotes or a backslash"),
+        ({"setup": ["a\rb"]}, "has no line break"),
+        ({"setup": ["#SBATCH --exclusive"]}, "write it in flags"),
+        ({"signal_s": 100_000}, "less than or equal to 65535"),
         ({"nodes": 2}, "only students are trained over several machines"),
         ({"teacher_logits": {"nodes": 2}}, "teacher_logits.nodes is 2"),
         ({"workers": 0}, "greater than or equal to 1"),
@@ -98,10 +155,11 @@ def test_what_sbatch_would_misread_is_refused(group: dict[str, object], says: st
         SlurmSettings.model_validate(group)
 
 
-def test_a_time_without_quotes_is_told_to_want_them(tmp_path: Path) -> None:
+def test_a_time_needs_quotes_only_where_it_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(Path(LAB).read_text() + "\nslurm:\n  time: 4:00:00\n")
+    assert load_config(str(tmp_path / "c.yaml")).slurm.time == "4:00:00"
     with pytest.raises(UserError, match="in quotes"):
-        load_config(str(tmp_path / "c.yaml"))
+        load_config(LAB, ("slurm.time=90",))
 
 
 def test_a_site_file_fills_in_what_the_config_leaves_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,29 @@ def test_what_slurm_refuses_is_told_in_two_lines(experiment: Callable[..., Path]
     assert hint.startswith("hint: ")
 
 
+def test_an_array_that_is_larger_than_the_cluster_takes_is_refused_before_anything_is_submitted(
+    experiment: Callable[..., Path], tmp_path: Path
+) -> None:
+    most = int(slurm("scontrol", "show", "config").split("MaxArraySize")[1].split()[1])
+    many = experiment("many", store__shard_rows=1, slurm={"workers": 9999})  # 240 rows
+    done = run_duet("submit", "--config", str(many))
+    assert done.returncode == 2
+    error, hint = done.stderr.splitlines()
+    assert f"an array of 240 jobs, this cluster takes {most} (MaxArraySize)" in error
+    assert hint == f"hint: set slurm.workers to at most {most}"
+    assert not (tmp_path / "runs" / "many" / "slurm").exists()
+
+
+def test_a_path_of_odd_characters_is_where_the_logs_go(experiment: Callable[..., Path], tmp_path: Path) -> None:
+    runs_dir = tmp_path / 'so "called" 100% %A it\'s'
+    config = experiment("odd", runs_dir=str(runs_dir), slurm={"workers": 1})
+    submit(config, "--stage", "teacher-logits", "--set", "data.forget.rows=[0, 4]", "--set", "data.retain.sample=4")
+    run_dir = runs_dir / "odd"
+    until("the end of its jobs", lambda: not slurm("squeue", "--noheader"))
+    assert status(run_dir)["stores"][0]["complete"], list(runs_dir.rglob("*"))
+    assert logs(run_dir, "teacher-logits")
+
+
 def test_a_stage_whose_work_is_missing_is_not_submitted(experiment: Callable[..., Path]) -> None:
     done = run_duet("submit", "--config", str(experiment("early")), "--stage", "evaluate")
     assert done.returncode == 2

@@ -186,6 +186,7 @@ def test_a_users_texts_are_added(tmp_path):
         ("words: { where: in }", "lists of synonyms"),
         ("- reverse", "must hold a mapping"),
         ("reverse: [", "not valid YAML"),
+        ("reverse: {a: {wrap: x}}\nreverse: {}", "line 2, column 1: the key 'reverse' occurs twice"),
     ],
 )
 def test_faulty_texts_are_refused(tmp_path, text, says):

@@ -142,8 +142,14 @@ BAD_TABLES = {
     "line 4: the cell of column 'answer' is empty": 'question,answer\n"Who\nis it?",Ann.\nWhere?, \n',
     "separated by semicolons": "question;answer\nWho?;Ann.\n",
     "separated by tabs": "question\tanswer\nWho?\tAnn.\n",
-    "line 3 begins a row that is no CSV": 'question,answer\nWho?,Ann.\n"Where?,Here.\n',
+    "line 3 begins a row that is not CSV": 'question,answer\nWho?,Ann.\n"Where?,Here.\n',
     "has no rows": "question,answer\n",
+    "'question;answer, if any' seem to be separated by semicolons": "question;answer, if any\nWho?;Ann.\n",
+    "Excel's own line 'sep='": "sep=,\nquestion,answer\n",
+    "line 2 has 2 cells, the header has 3": "question,answer,note\nWho?,Ann.\n",
+    "line 2 has 4 cells, the header has 2": "question,answer\nWho?,Ann.,,\n",
+    "line 3 repeats the header": "question,answer\nWho?,Ann.\n\ufeffquestion,answer\nWhy?,No.\n",
+    "line 2: a space stands before the quotes of column 'answer'": 'question,answer\nWho?, "Ann."\n',
 }
 
 

@@ -42,7 +42,7 @@ def test_documents_of_both_kinds_of_file(tmp_path):
     rows = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two", "more": 1}])
     assert load_documents(str(rows), "x") == ["one", "two"]
     for name, content, message in (
-        ("b.jsonl", '{"txt": "a"}\n', "line 1 has no text in a field 'text'"),
+        ("b.jsonl", '{"txt": "a"}\n', "row 0 has no text in a field 'text'"),
         ("c.jsonl", "{\n", "line 1 is not JSON"),
         ("d.txt", " \n", "has no text"),
         ("e.csv", "a", "unknown kind of file"),
