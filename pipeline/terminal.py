@@ -211,6 +211,18 @@ def outcome_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def refusal_lines(results: Mapping[str, Any]) -> list[str]:
+    """A line for each set whose refusal rate says little, since no answer is in a language that the patterns know."""
+    refusals = results.get("refusals", {})
+    own = len(refusals.get("own_patterns", ()))
+    what = f"only the {own} of evaluate.refusal_patterns can count there" if own else "0 there means nothing"
+    return [
+        f"refusal_rate of {name}: its answers are in no language that the refusal patterns know: {what}"
+        + ("" if own else "; add patterns with evaluate.refusal_patterns")
+        for name in refusals.get("unknown_sets", ())
+    ]
+
+
 def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
     """What an evaluation will ask, by attack: prompts, tokens and training steps over all models."""
     table = Table(
