@@ -86,6 +86,8 @@ def run_section(numbers: Numbers) -> str:
         body += folded("All settings", _settings(numbers, ("provenance", "config")))
     elif numbers.at("evaluate"):
         body += folded("Settings of the evaluation", numbers.facts("evaluate"))
+    if numbers.at("refusals"):
+        body += folded("What refusals are counted with", _settings(numbers, ("refusals",)))
     return section("run", "What was run", body)
 
 

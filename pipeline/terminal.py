@@ -214,11 +214,13 @@ def outcome_lines(results: dict[str, Any]) -> list[str]:
 def refusal_lines(results: Mapping[str, Any]) -> list[str]:
     """A line for each set whose refusal rate says little, since no answer is in a language that the patterns know."""
     refusals = results.get("refusals", {})
-    own = len(refusals.get("own_patterns", ()))
-    what = f"only the {own} of evaluate.refusal_patterns can count there" if own else "0 there means nothing"
+    what = (
+        "only evaluate.refusal_patterns count there"
+        if refusals.get("own_patterns")
+        else "a rate of 0 means nothing there; add patterns with evaluate.refusal_patterns"
+    )
     return [
         f"refusal_rate of {name}: its answers are in no language that the refusal patterns know: {what}"
-        + ("" if own else "; add patterns with evaluate.refusal_patterns")
         for name in refusals.get("unknown_sets", ())
     ]
 

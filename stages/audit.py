@@ -184,7 +184,7 @@ def _results(plan: Audit, ask: _Asking, candidates: list[Candidate], choosing: P
         "sets": {name: {"n": len(shown[name]), "expect": s.expect} for name, s in plan.exam.sets.items()},
         "candidates": [{"rank": rank, **row} for rank, row in enumerate(ranked, start=1)],
         "verdicts": verdicts,
-        "refusals": refusals.results_of(plan.exam, {name: of_prefix.answers for name, of_prefix in said.items()}),
+        "refusals": refusals.results_of(plan.exam, {name: said.answers for name, said in ask.said.items()}),
         "definitions": DEFINITIONS
         | definitions(m for m in all_metrics() if m.id in (HEADLINE, "refusal_rate", "ci95")),
     }

@@ -257,7 +257,7 @@ def test_a_rate_says_what_it_was_counted_with():
     assert refusals(said["base"]["forget"], found["own_patterns"]).tolist() == [0, 1, 0]
     (line,) = refusal_lines({"refusals": found})
     assert "refusal_rate of forget" in line
-    assert "only the 1 of evaluate.refusal_patterns" in line
+    assert "only evaluate.refusal_patterns count" in line
     (line,) = refusal_lines({"refusals": results_of(exam_of("Hän syntyi pienessä kylässä."), said)})
     assert line.endswith("add patterns with evaluate.refusal_patterns")
     english = {"base": {"forget": ["She lives in the same village and writes of it."] * 3}}
