@@ -36,7 +36,7 @@ _ONE_BY_ONE = regex.compile(_CLUSTER, regex.V1)
 _SHOWS_NOTHING = regex.compile(r"[\p{Default_Ignorable_Code_Point}\u0640--\u200b]", regex.V1)
 _BETWEEN = regex.compile(r"[\p{P}\p{Z}\s\u200b]+")
 # Compatibility forms that are not the same text as what Unicode decomposes them to: 10² is not 102.
-_OF_THEIR_OWN = ("<super>", "<sub>", "<fraction>", "<circle>", "<square>")
+_OF_THEIR_OWN = ("<super>", "<sub>", "<fraction>", "<circle>")
 
 
 class _OneForm(dict[int, str]):
