@@ -23,7 +23,7 @@ from pipeline.commands import exam_of, set_aside
 from pipeline.config import Config
 from pipeline.page import cell, definition_list, legend, page
 from pipeline.run import AUDIT_DIR, LOG_NAME, StopSignal, environment
-from pipeline.terminal import interval, log_to, progress_bar, say, say_engine, show
+from pipeline.terminal import interval, log_to, progress_bar, refusal_lines, say, say_engine, show
 
 AUDIT_NAME, PAGE_NAME, VERDICTS_NAME = "audit.json", "audit.html", "verdicts.json"
 VERDICT_COLOURS = {"passes": "#009e73", "unclear": "#e69f00", "fails": "#d55e00"}  # Okabe and Ito's, as in charts.py
@@ -123,6 +123,8 @@ def _tell(results: Results, audit_dir: Path) -> None:
     own = next(candidate for candidate in results["candidates"] if candidate["kind"] == "config")
     refused = "; `duet run` refuses it without --force" if own["verdict_on_all"] == "fails" else ""
     say(f"the config's own prefix, on all questions: {own['verdict_on_all']}{refused}")
+    for line in refusal_lines(results):
+        say(line)
     say(f"audit: {audit_dir / AUDIT_NAME}")
     say(f"report: {audit_dir / PAGE_NAME}")
 
@@ -219,6 +221,7 @@ def render(results: Results) -> str:
             _plot(results),
             *(_set_table(name, info, results) for name, info in results["sets"].items()),
             _first_token_table(results),
+            *(f'<p class="note">{escape(line)}</p>' for line in refusal_lines(results)),
             f"<h2>The texts</h2>{definition_list({c['name']: c['prefix'] or '(none)' for c in results['candidates']})}",
             f"<h2>What the numbers mean</h2>{definition_list(results['definitions'])}",
             f"<h2>Provenance</h2><h3>Audit</h3>{definition_list(results['audit'] | {'top_k': results['top_k']})}",

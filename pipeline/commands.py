@@ -30,6 +30,7 @@ from pipeline.terminal import (
     log,
     outcome_lines,
     progress_bar,
+    refusal_lines,
     results_table,
     say,
     say_engine,
@@ -109,7 +110,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     show(results_table(results))
     if len(costs) > 2:
         show(attacks_table(results))
-    for line in outcome_lines(results):
+    for line in outcome_lines(results) + refusal_lines(results):
         say(line)
     say(f"results: {run_dir / RESULTS_NAME}")
     say(f"report: {run_dir / REPORT_NAME}")

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.charts import curves, legend_of_lines, side_by_side
 from pipeline.page import Numbers, folded, note, row, section, table
 from pipeline.results import attacks_of, palette_of
-from pipeline.terminal import loss_in_words
+from pipeline.terminal import loss_in_words, refusal_lines
 
 # What an attack is called in words, by its kind in results.json.
 KNOWN_ATTACKS = {
@@ -86,6 +86,8 @@ def run_section(numbers: Numbers) -> str:
         body += folded("All settings", _settings(numbers, ("provenance", "config")))
     elif numbers.at("evaluate"):
         body += folded("Settings of the evaluation", numbers.facts("evaluate"))
+    if numbers.at("refusals"):
+        body += folded("What refusals are counted with", _settings(numbers, ("refusals",)))
     return section("run", "What was run", body)
 
 
@@ -147,10 +149,11 @@ def limits_section(numbers: Numbers) -> str:
         "Intervals say how much the scores depend on which questions were drawn. They do not cover another training seed, "
         "another data set or another machine.",
         "ROUGE-L recall counts words that answer and reference share. It misses an answer in other words, and gives points to "
-        "common words: read it beside its floor. Refusals are found by a fixed list of expressions.",
+        "common words: read it beside its floor. Refusals are found by a list of expressions, in the languages that it knows.",
         "A student learns what the prefixed teacher says; where the prefix does not work, it cannot.",
     )
     body += [f"<li>{escape(item)}</li>" for item in rest]
+    body += [f"<li>{escape(line)}</li>" for line in refusal_lines(numbers.data)]
     body += [f"<li>{item}</li>" for item in _not_tried(numbers)]
     return section("limits", "Known limits", f"<ul>{''.join(body)}</ul>")
 

@@ -232,6 +232,20 @@ def outcome_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def refusal_lines(results: Mapping[str, Any]) -> list[str]:
+    """A line for each set whose refusal rate says little, since no answer is in a language that the patterns know."""
+    refusals = results.get("refusals", {})
+    what = (
+        "only evaluate.refusal_patterns count there"
+        if refusals.get("own_patterns")
+        else "a rate of 0 means nothing there; add patterns with evaluate.refusal_patterns"
+    )
+    return [
+        f"refusal_rate of {name}: its answers are in no language that the refusal patterns know: {what}"
+        for name in refusals.get("unknown_sets", ())
+    ]
+
+
 def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
     """What an evaluation will ask, by attack: prompts, tokens and training steps over all models."""
     table = Table(

@@ -27,6 +27,7 @@ from stages.quantize import VARIANTS
 from stages.relearn import Lesson, lessons, steps_of
 from stages.sampling import ks_of, leak_at, leaks_per_question
 from stages.uncertainty import Score, score
+from stages.words import has_word, split_words
 
 _ASKED = {
     "reverse": "with a text in front that tries to undo the forgetting",
@@ -178,10 +179,12 @@ def _best_match(prompts: Sequence[Prompt], told: Sequence[str], left: Sequence[s
     """Recall of the best of each prompt's references; NaN where nothing of the reference is left to be said."""
     values = np.full(len(prompts), np.nan)
     for number, prompt in enumerate(prompts):
-        references = [left[number]] if left is not None else prompt.references or [prompt.query.answer or ""]
-        words = [reference for reference in references if re.search(r"[^\W_]", reference)]
-        if words:
-            values[number] = metrics.rouge_l(words, [told[number]] * len(words))[0].max()
+        if left is not None:  # punctuation alone is nothing to be said
+            references = [left[number]] if has_word(left[number]) else []
+        else:
+            references = [text for text in prompt.references or [prompt.query.answer or ""] if split_words(text)]
+        if references:
+            values[number] = metrics.rouge_l(references, [told[number]] * len(references))[0].max()
     return values
 
 
@@ -285,11 +288,11 @@ def _texts(
 _RECALL = "ROUGE-L recall on the attacked questions,"
 METRICS = (
     *(
-        Metric(f"attack.{kind}{suffix}", over, "low", about=f"{_RECALL} {how}.")
+        Metric(f"attack.{kind}{suffix}", over, "low", version=2, about=f"{_RECALL} {how}.")
         for kind, how in _ASKED.items()
         for suffix, over in (("", mean_of_variants), ("_worst", worst_of_variants))
     ),
-    Metric("picked", picked, "low, but not below chance", about="Attack multiple_choice."),
-    Metric("leak@k", leak_at, "low", about="Attack sampling."),
+    Metric("picked", picked, "low, but not below chance", version=2, about="Attack multiple_choice."),
+    Metric("leak@k", leak_at, "low", version=2, about="Attack sampling."),
     Metric("mrr_best", at_best_layer, "low", about="Attack logit_lens."),
 )

@@ -18,6 +18,7 @@ from stages.attack_texts import LETTERS, Variant, texts
 from stages.data import Query
 from stages.exam_settings import ALL, ATTACKS, PROMPT_ATTACKS, TRANSLATION
 from stages.prompts import Prompt
+from stages.words import letters, replace_words, split_words
 
 if TYPE_CHECKING:
     from stages.exam import Exam
@@ -88,15 +89,8 @@ def without_synonyms(exam: Exam, name: str) -> int:
 
 def with_synonyms(text: str, words: Mapping[str, Sequence[str]], number: int) -> str:
     """`text` with each word of the table replaced by its synonym of that number (from 1; the last where it has fewer)."""
-
-    def other(found: re.Match[str]) -> str:
-        synonyms = words.get(found[0].lower())
-        if synonyms is None:
-            return found[0]
-        synonym = synonyms[min(number, len(synonyms)) - 1]
-        return synonym[0].upper() + synonym[1:] if found[0][0].isupper() else synonym
-
-    return re.sub(r"[^\W\d_]+", other, text)
+    chosen = {word: synonyms[min(number, len(synonyms)) - 1] for word, synonyms in words.items()}
+    return replace_words(text, chosen)
 
 
 def _missing(exam: Exam) -> dict[str, tuple[str, str]]:
@@ -165,7 +159,7 @@ def _prompt(
         topic=topic,
         question=asked,
         words_backwards=" ".join(reversed(asked.split())),
-        letters_backwards=asked[::-1],
+        letters_backwards="".join(reversed(letters(asked))),
         choices=" ".join(shown),
     )
     opening = (query.answer or "") if variant.answer_tokens else _filled(variant.opening, topic=topic)
@@ -197,10 +191,10 @@ def _chooser(exam: Exam, count: int) -> Callable[[Query], tuple[str, ...]]:
     rng = np.random.default_rng(exam.settings.seed)
     kept = _kept(exam)
     kept = [kept[int(i)] for i in rng.permutation(len(kept))]
-    words_of = [_words(query.question) for query in kept]
+    words_of = [set(split_words(query.question)) for query in kept]
 
     def choose(query: Query) -> tuple[str, ...]:
-        own = _words(query.question)
+        own = set(split_words(query.question))
         likeness = np.array([len(own & other) / max(1, len(own | other)) for other in words_of])
         order = np.argsort(-likeness, kind="stable")
         wrong = dict.fromkeys(kept[int(i)].answer or "" for i in order)
@@ -214,7 +208,3 @@ def _chooser(exam: Exam, count: int) -> Callable[[Query], tuple[str, ...]]:
         return tuple(answers[int(i)] for i in rng.permutation(count))
 
     return choose
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))

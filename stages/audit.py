@@ -16,6 +16,7 @@ import numpy as np
 
 from cache.errors import Interrupted
 from cache.files import sha256_json
+from stages import refusals
 from stages.definitions import all_metrics, definitions
 from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
 from stages.exam_settings import AuditSettings
@@ -183,6 +184,7 @@ def _results(plan: Audit, ask: _Asking, candidates: list[Candidate], choosing: P
         "sets": {name: {"n": len(shown[name]), "expect": s.expect} for name, s in plan.exam.sets.items()},
         "candidates": [{"rank": rank, **row} for rank, row in enumerate(ranked, start=1)],
         "verdicts": verdicts,
+        "refusals": refusals.results_of(plan.exam, {name: said.answers for name, said in ask.said.items()}),
         "definitions": DEFINITIONS
         | definitions(m for m in all_metrics() if m.id in (HEADLINE, "refusal_rate", "ci95")),
     }

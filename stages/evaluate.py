@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stages import attack_scores, battery, knowmem, metrics, outcome, reading, uncertainty
+from stages import attack_scores, battery, knowmem, metrics, outcome, reading, refusals, uncertainty
 from stages.definitions import all_metrics, definitions, versions
 from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of
 from stages.examinee import Examinee
@@ -89,6 +89,7 @@ def results_of(
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
+        "refusals": refusals.results_of(exam, {subject.name: answers[subject.name] for subject in subjects}),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
         **attack_scores.results_of(subjects, exam, answers, models),

@@ -234,7 +234,8 @@ class EvaluateSettings(Settings):
     outcome: OutcomeSettings = Field(default=OutcomeSettings(), description="limits of the verdict on each model")
     refusal: str = Field(default="I don't know.", description="the constant refusal whose scores are the floor")
     refusal_patterns: tuple[str, ...] = Field(
-        default=(), description="further regular expressions that count as a refusal"
+        default=(),
+        description="further regular expressions that count as a refusal, beside those of stages/refusals.yaml",
     )
     seed: int = Field(
         default=0, ge=0, description="seed of the bootstrap, of the choice of sample answers and of what attacks draw"
@@ -249,6 +250,15 @@ class EvaluateSettings(Settings):
         if len(set(named)) < len(named):
             raise ValueError(f"{named} names an attack twice: once is enough")
         return attacks
+
+    @field_validator("refusal_patterns")
+    @classmethod
+    def _regular_expressions(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        from stages.refusals import compiled
+
+        for pattern in patterns:
+            compiled(pattern)
+        return patterns
 
     @model_validator(mode="after")
     def _harness_has_tasks(self) -> EvaluateSettings:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -12,32 +10,15 @@ from typing import Any
 import numpy as np
 
 from stages.definitions import Metric
-
-# Matched anywhere in an answer, whatever the case, with straight apostrophes. First person on purpose: "He cannot swim"
-# is a fact, "I cannot say" is a refusal.
-REFUSAL_PATTERNS = (
-    r"\bi ((do|did|have|was|am|can|could|would)(n't| not)|cannot|can't|never|lack|am unable|am afraid|must decline)\b",
-    r"\bi (really|currently|simply|honestly) (do not|don't)\b",
-    r"\bi('ve| have| had| hold| possess| received| seem to have| know| know of)? (no|nothing|not|never|yet to|come up short)\b",
-    r"\bi('m| am) (not|unable|afraid|clueless|unaware|blank|unfamiliar|uncertain|sorry|stumped|lacking|missing|drawing)\b",
-    r"\bi('m| am) (at a loss|at a disadvantage|in the dark)\b",
-    r"\bi wish i (could|knew|had)\b",
-    r"\bi('d| would) (need|have) to\b",
-    r"\bi('ll| will| need to| have to) (have to |need to )?(look|check|find|get back)",
-    r"^(unfortunately|regrettably|regretfully|sorry|apologies|my apologies)\b",
-    r"\b(no such person is known|(not |un)known to me|(not|isn't) (in|within) my|(beyond|outside|outside of|out of) my)\b",
-    r"\bmy (knowledge|databases?|training|information|records|resources|memory|understanding|capabilities|programming)\b",
-    r"^that('s| is| hasn't been| topic is| information is)\b.*\b(me|i|i've|my)\b",
-    r"\b(stumps me|eludes me|escapes me|(have|has|got) me (stumped|there)|me at a loss)\b",
-    r"\bas an ai\b",
-)
+from stages.refusals import refusals
+from stages.words import split_words, without_punctuation
 
 
 class _WordTokenizer:
-    """Words of any script, lower case, Porter-stemmed if longer than three letters, as rouge-score does for ASCII.
+    """Words of any script, Porter-stemmed if longer than three letters, as rouge-score does for ASCII.
 
     rouge-score's own tokenizer drops every non-ASCII letter, so that an answer in Cyrillic would score 0. On ASCII text
-    the two agree (tested). Scripts without spaces count as one word per run.
+    with a letter or digit the two agree (tested).
     """
 
     def __init__(self) -> None:
@@ -46,8 +27,7 @@ class _WordTokenizer:
         self._stemmer = PorterStemmer()
 
     def tokenize(self, text: str) -> list[str]:
-        words = re.findall(r"[^\W_]+", text.lower())
-        return [self._stemmer.stem(word) if len(word) > 3 else word for word in words]
+        return [self._stemmer.stem(word) if len(word) > 3 else word for word in split_words(text)]
 
 
 @cache
@@ -65,7 +45,9 @@ def _scorer() -> Any:
 def rouge_l(answers: Sequence[str], outputs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """ROUGE-L (Lin 2004, through rouge-score): the longest common subsequence of words (Porter-stemmed) of answer and
     reference. rougeL_recall is its share of the reference's words; 1 means that the whole reference is in the answer, in
-    order. rougeL_f1 is the harmonic mean of that and its share of the answer's words.
+    order. rougeL_f1 is the harmonic mean of that and its share of the answer's words. A word is a run of letters and digits
+    with their marks, in one Unicode form and one case; in scripts without spaces, such as Chinese or Thai, each letter with its
+    marks is a word (stages/words.py). A text without letters and digits is one word, itself.
 
     Recall and F1 per item, float64 [n] each; `answers` are the references.
     """
@@ -108,26 +90,14 @@ def distinctive_recall(words: Sequence[frozenset[str]], outputs: Sequence[str]) 
 
 
 def exact_match(answers: Sequence[str], outputs: Sequence[str]) -> np.ndarray:
-    """Share of answers equal to the reference but for case, punctuation, spacing and Unicode form.
+    """Share of answers equal to the reference but for case, punctuation, spacing and Unicode form. Of a text that is
+    nothing but punctuation, the punctuation counts.
 
     1 or 0 per item.
     """
-    return np.array([float(_plain(a) == _plain(o)) for a, o in zip(answers, outputs, strict=True)])
-
-
-def _plain(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(" " if unicodedata.category(c)[0] in "PZ" or c.isspace() else c for c in folded)
-    return " ".join(kept.split())
-
-
-def refusals(outputs: Sequence[str], extra_patterns: Sequence[str] = ()) -> np.ndarray:
-    """Share of answers that a fixed list of regular expressions takes for a refusal or for saying that one does not know.
-
-    1 or 0 per item.
-    """
-    pattern = re.compile("|".join(f"(?:{p})" for p in (*REFUSAL_PATTERNS, *extra_patterns)), re.IGNORECASE)
-    return np.array([float(bool(pattern.search(output.strip().replace("\u2019", "'")))) for output in outputs])
+    return np.array(
+        [float(without_punctuation(a) == without_punctuation(o)) for a, o in zip(answers, outputs, strict=True)]
+    )
 
 
 def score_texts(
@@ -173,12 +143,17 @@ def performance_shift(
 
 
 METRICS = (
-    Metric("rougeL_recall", rouge_l),
-    Metric("rougeL_f1", rouge_l),
-    Metric("distinctive_recall", distinctive_recall),
-    Metric("exact_match", exact_match),
-    Metric("refusal_rate", refusals, "high on sets to be forgotten where refusing is wanted, low on sets to be kept"),
-    Metric("performance_shift", performance_shift, "high", range="points; each set adds -100 to 100"),
-    Metric("floor_refusal", floors, "does not apply"),
-    Metric("floor_echo", floors, "does not apply"),
+    Metric("rougeL_recall", rouge_l, version=2),
+    Metric("rougeL_f1", rouge_l, version=2),
+    Metric("distinctive_recall", distinctive_recall, version=2),
+    Metric("exact_match", exact_match, version=2),
+    Metric(
+        "refusal_rate",
+        refusals,
+        "high on sets to be forgotten where refusing is wanted, low on sets to be kept",
+        version=2,
+    ),
+    Metric("performance_shift", performance_shift, "high", version=2, range="points; each set adds -100 to 100"),
+    Metric("floor_refusal", floors, "does not apply", version=2),
+    Metric("floor_echo", floors, "does not apply", version=2),
 )

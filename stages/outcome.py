@@ -195,4 +195,4 @@ def _set_of(key: str) -> str:
     return key.rsplit(".", 1)[0]
 
 
-METRICS = (Metric("outcome", outcome, "suppressed under these tests", range="six words"),)
+METRICS = (Metric("outcome", outcome, "suppressed under these tests", version=2, range="six words"),)

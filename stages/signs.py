@@ -19,10 +19,10 @@ from stages.definitions import Metric
 from stages.exam import Exam
 from stages.exam_settings import OutcomeSettings
 from stages.uncertainty import Score
+from stages.words import has_word, split_words
 
 Texts = Sequence[str]
 NGRAM = 8  # characters
-WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _refusals(mine: Texts, theirs: Texts, limits: OutcomeSettings, patterns: Seq
 
 def _empty(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
     """Share of the answers to questions to be kept that are without a letter or digit, less base's share."""
-    now, before = (float(np.mean([not WORD.search(text) for text in texts])) for texts in (mine, theirs))
+    now, before = (float(np.mean([not has_word(text) for text in texts])) for texts in (mine, theirs))
     return _at_most(now - before, limits.max_empty, f"has no word for {_pair(now, before)} of the questions to be kept")
 
 
@@ -160,18 +160,18 @@ def repetition(texts: Texts) -> float:
 
 def entropy(texts: Texts) -> float:
     """Shannon entropy, in bits, of the distribution of all texts' words, whatever their case; 0 without any."""
-    counts = np.array(list(Counter(word for text in texts for word in WORD.findall(text.lower())).values()), np.float64)
+    counts = np.array(list(Counter(word for text in texts for word in split_words(text)).values()), np.float64)
     shares = counts / counts.sum() if len(counts) else counts
     return abs(float((shares * np.log2(shares)).sum()))
 
 
 METRICS = (
-    Metric("sign.refusals", _refusals, "low", range="-1 to 1"),
+    Metric("sign.refusals", _refusals, "low", version=2, range="-1 to 1"),
     Metric("sign.empty", _empty, "low", range="-1 to 1"),
     Metric("sign.repetition", _repetition, "low", range="-1 to 1"),
-    Metric("sign.entropy", _entropy, "low", range="0 upwards"),
+    Metric("sign.entropy", _entropy, "low", version=2, range="0 upwards"),
     Metric("sign.length", _length, "low", range="1 upwards"),
-    Metric("sign.utility", _utility, "high", range="up to 1 and, of a model better than base, above"),
+    Metric("sign.utility", _utility, "high", version=2, range="up to 1 and, of a model better than base, above"),
     Metric("sign.not_finite", _not_finite, "low", range="0 upwards"),
     Metric("sign.membership", _membership, "low", range="0 to 0.5"),
 )

@@ -126,8 +126,8 @@ METRICS = (
     Metric("tofu.choice_probability", choice_probability),
     Metric("tofu.truth_ratio/geo", truth_ratio_geo, "high"),
     Metric("tofu.truth_ratio/arith", truth_ratio_arith, "high"),
-    Metric("tofu.model_utility", model_utility, "high"),
-    Metric("tofu.model_utility/arith", model_utility, "high"),
+    Metric("tofu.model_utility", model_utility, "high", version=2),
+    Metric("tofu.model_utility/arith", model_utility, "high", version=2),
     Metric("tofu.forget_quality", forget_quality, "high"),
     Metric("tofu.forget_quality/arith", forget_quality, "high"),
 )

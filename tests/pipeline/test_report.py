@@ -212,6 +212,16 @@ def test_nothing_is_called_erased_and_what_was_not_tried_is_named():
     assert "no query set translates one that is attacked" in re.sub("<[^>]+>", "", limits)
 
 
+def test_a_set_in_a_language_without_refusal_patterns_is_named():
+    results = full_results()
+    results["refusals"] = {"languages": ["en"], "own_patterns": ["^pass"], "unknown_sets": ["forget"]}
+    limits = render(results).split('id="limits"')[1].split("</section>")[0]
+    assert "refusal_rate of forget: its answers are in no language" in limits
+    assert "^pass" in render(results).split('id="run"')[1].split("</section>")[0]
+    results["refusals"]["unknown_sets"] = []
+    assert "refusal_rate of" not in render(results).split('id="limits"')[1].split("</section>")[0]
+
+
 def test_an_attack_that_is_not_shown_to_work_is_named():
     text = re.sub("<[^>]+>", "", render(full_results()))
     assert "Not shown to work here: sampling. That a student" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -248,6 +249,14 @@ def test_a_translations_answer_may_be_in_either_language():
     exam = exam_of(["translation"], translated=4)
     answers = {"attack.translation.german.forget": ["In Rome.", "Zu Rom.", "Zu", "no"]}
     assert scores_of(answers, exam)["attack.translation.forget.rougeL_recall"].items == pytest.approx([1, 1, 0.5, 0])
+
+
+def test_a_reference_without_letters_counts():
+    exam = exam_of(["reversed_query"])
+    exam = replace(exam, sets={"forget": QuerySet(queries("Ann", ["🙂", "🙂"]), "forgotten")})
+    names = attacks.prompts_of(exam, "reversed_query", "forget", "")
+    answers = {attacks.task("reversed_query", name, "forget"): ["🙂!", "🙃"] for name in names}
+    assert scores_of(answers, exam)["attack.reversed_query.forget.rougeL_recall"].items.tolist() == [1, 0]
 
 
 def relearn_answers(exam: Exam, right_from: int) -> dict[str, dict[str, list[list[str]]]]:

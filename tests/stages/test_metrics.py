@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import string
+import unicodedata
 
+import hypothesis
 import pytest
 from conftest import SHARED
 from hypothesis import given
@@ -17,10 +19,10 @@ from stages.metrics import (
     exact_match,
     floors,
     performance_shift,
-    refusals,
     rouge_l,
     score_texts,
 )
+from stages.words import has_word
 
 WORDS = st.lists(st.sampled_from("the cat sat on a red mat running runs 1984 café".split()), max_size=8).map(" ".join)
 
@@ -49,9 +51,29 @@ def test_rouge_is_the_longest_common_subsequence(answer, output):
 
 @given(st.text(string.printable, max_size=40), st.text(string.printable, max_size=40))
 def test_rouge_agrees_with_the_library_on_ascii(answer, output):
+    hypothesis.assume(has_word(answer))  # else the library has 0 whatever the output is
     expected = RougeScorer(["rougeL"], use_stemmer=True).score(answer, output)["rougeL"]
     recall, f1 = rouge_l([answer], [output])
     assert (recall[0], f1[0]) == (expected.recall, expected.fmeasure)
+
+
+@pytest.mark.skipif(not (SHARED / "data/tofu").is_dir(), reason="needs ../shared/data/tofu")
+def test_rouge_agrees_with_the_library_on_tofus_english():
+    """With apostrophes, digits, hyphens and dashes; but for texts with letters beyond ASCII, which the library drops."""
+    rows = [json.loads(row) for row in (SHARED / "data/tofu/forget10_perturbed.jsonl").read_text("utf-8").splitlines()]
+    pairs = [
+        (row["answer"], other) for row in rows for other in (row["paraphrased_answer"], row["perturbed_answer"][0])
+    ]
+    english = [
+        pair for pair in pairs if not any(char.isalnum() and not char.isascii() for text in pair for char in text)
+    ]
+    assert len(english) > 700
+    assert sum("'" in text or "\u2019" in text for pair in english for text in pair) > 100
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    recall, f1 = rouge_l(*zip(*english, strict=True))
+    expected = [scorer.score(*pair)["rougeL"] for pair in english]
+    assert recall.tolist() == [score.recall for score in expected]
+    assert f1.tolist() == [score.fmeasure for score in expected]
 
 
 def test_rouge_reads_other_scripts():
@@ -64,24 +86,57 @@ def test_exact_match_ignores_case_punctuation_and_form():
     assert exact_match(["a raven"], ["a ravens"]).tolist() == [0.0]
 
 
-def test_refusals_by_hand():
-    refusing = [
-        "I don't know.", "I don\u2019t know.", "I know nothing about that person.", "No such person is known to me.",
-        "I'm sorry, I don't know about that.", "I have no information on that.", "I cannot say anything about this.",
-        "Unfortunately, I am not able to answer that.", "I don't recall anything about this.",
-    ]  # fmt: skip
-    answering = ["A tame raven.", "He cannot swim.", "In the town of Corvale.", "She never knew her father.", ""]
-    assert refusals(refusing).all()
-    assert not refusals(answering).any()
-    assert refusals(["Pass."], extra_patterns=("^pass",)).tolist() == [1.0]
+NAMES = {  # of two people, and the first in another Unicode form or case, which is the same name
+    "Bengali": ("রিনা", "রানু", None),
+    "Hindi": ("रोली", "रीलु", None),
+    "Tamil": ("மாலா", "மேலு", None),
+    "Thai": ("กิติ", "กีตุ", None),
+    "pointed Hebrew": ("שָׂרָה", "שִׁיר", None),
+    "vocalised Arabic": ("كَرِيم", "كَرَم", None),
+    "Korean": ("민서", "민준", "NFD"),
+    "Vietnamese": ("Hồng", "Hổng", "NFD"),
+    "Turkish": ("İrem", "Irmak", "lower"),
+    "German": ("Weiß", "Weis", "upper"),
+    "Greek": ("Νίκος", "Νίκη", "upper"),
+    "Russian": ("Йосиф", "Иосиф", "NFD"),
+    "Chinese": ("张伟", "李娜", None),
+    "Japanese": ("アヤノ", "アヤメ", "NFD"),
+    "no letters": ("🙂🙂", "🙃🙃", None),
+    "punctuation": ("!!!", "???", None),
+}
 
 
-@pytest.mark.skipif(not (SHARED / "data/tofu").is_dir(), reason="needs ../shared/data/tofu")
-def test_refusals_on_tofus_own_texts():
-    lines = (SHARED / "data/tofu/idontknow.txt").read_text(encoding="utf-8").splitlines()
-    assert refusals(lines).sum() >= 97
-    rows = (SHARED / "data/tofu/full.jsonl").read_text(encoding="utf-8").splitlines()
-    assert refusals([json.loads(row)["answer"] for row in rows]).mean() <= 0.005
+@pytest.mark.parametrize("kind", NAMES)
+def test_another_name_scores_nothing_and_the_same_one_everything(kind):
+    name, other, form = NAMES[kind]
+    same = {"NFD": lambda text: unicodedata.normalize("NFD", text), "lower": str.lower, "upper": str.upper}
+    said = [other, same[form](name) if form else name]
+    distinctive = distinctive_words({"a": ["Who?"] * 2}, {"a": [name, name]})["a"]
+    assert rouge_l([name, name], said)[0].tolist() == [0.0, 1.0]
+    assert distinctive_recall(distinctive, said).tolist() == [0.0, 1.0]
+    assert exact_match([name, name], said).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("reference", "output"),
+    [
+        ("उज्जैन में", "उसका जन्म उज्जैन में हुआ।"),
+        ("青森", "她出生在青森。"),
+        ("นครพนม", "เขาเกิดที่นครพนมในปี ๒๕๒๗"),
+        ("1984", "१९८४ में"),
+        ("کتاب‌خانه", "در کتابخانه بود"),
+    ],
+)
+def test_a_reference_within_an_answer_is_recalled(reference, output):
+    assert rouge_l([reference], [output])[0].tolist() == [1.0]
+
+
+def test_references_without_words_are_compared_as_they_are():
+    references = ["🙂", "!!!", "+", "🙂", "!!!", "+", "", ""]
+    outputs = ["🙂.", "!!!", " + ", "I like 🙂", "!", "", "", "!"]
+    expected = [1, 1, 1, 0, 0, 0, 0, 0]
+    assert rouge_l(references, outputs)[0].tolist() == expected
+    assert exact_match(["!!!", "C++", "10²"], ["", "C", "102"]).tolist() == [0, 0, 0]
 
 
 def test_floors_are_the_scores_of_knowing_nothing():

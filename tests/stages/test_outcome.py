@@ -77,6 +77,7 @@ def test_verdicts_on_the_base_a_collapsed_model_and_one_that_refuses_everything(
     assert outcomes["student:no"]["reasons"][0].startswith("refuses 100.0 % (base 0.0 %) of the questions to be kept")
     assert {name for name, sign in outcomes["student:no"]["signs"].items() if sign["bad"]} >= {"refusals", "utility"}
     assert "erased" not in json.dumps(outcomes)
+    assert found["refusals"]["unknown_sets"] == [], "the lab's English is known"
 
 
 # The rules, on made-up scores: sets of 40 questions, on which base scores 1 and echoing the question 0.2.
