@@ -22,6 +22,7 @@ from cache.record import SUBSETS
 from pipeline.capture import stores_of_run
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
+from pipeline.named_models import check_before_stage_one, model_name, start_model
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
 from pipeline.terminal import (
@@ -147,14 +148,14 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any
     """Base, teachers, then students, each teacher and student after its own base where that is another model; then models
     that were made elsewhere, measured against the run's base."""
     from stages.exam import Subject
-    from stages.models import resolve_model
+    from stages.models import resolve_model, same_model
 
     base_dir = resolve_model(config.teacher.model, "teacher.model")
     subjects = [Subject("base", base_dir, "", "base")]
 
     def base_of(name: str, model_dir: Path) -> str:
         """The base of a model that started as this one; the run's own, or another that is asked too."""
-        if model_dir.resolve() == base_dir.resolve():
+        if same_model(model_dir, base_dir, config.teacher.trust_remote_code):
             return "base"
         subjects.append(Subject(f"base:{name}", model_dir, "", f"base:{name}"))
         return f"base:{name}"
@@ -273,16 +274,6 @@ def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]
     }
 
 
-def start_model(config: Config, student: StudentSettings) -> str:
-    """The directory or hub id of the model that a student starts from."""
-    return student.model or config.teacher.model
-
-
-def model_name(model: str) -> str:
-    """How a model is called in what we write: its hub id or its directory's name."""
-    return Path(model).resolve().name if Path(model).exists() or Path(model).is_absolute() else model
-
-
 def run_all(request: Request) -> int:
     """All stages, each in a process of its own: what one leaves in memory, on the GPU above all, is gone before the next.
 
@@ -290,6 +281,7 @@ def run_all(request: Request) -> int:
     """
     stop = StopSignal()
     query_sets(request.load())  # a fault in what only the last stage reads should not wait for it
+    check_before_stage_one(request.load(), whole_run=True)
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")

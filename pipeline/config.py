@@ -207,7 +207,7 @@ def _index(node: list[Any], part: str, key: str) -> int:
 
 def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tuple[str, str]:
     first = error.errors(include_url=False)[0]
-    loc = [part for part in first["loc"] if part != "[key]"]
+    loc = [part for part in first["loc"] if part not in ("[key]", "str", "AdaptedModel")]
     key = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(model, loc[:-1])
