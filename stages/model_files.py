@@ -177,7 +177,7 @@ def check_whole(path: Path) -> None:
 def _no_config(folder: Path, called: str) -> tuple[str, str]:
     if list(folder.glob("*.gguf")):
         return _only_gguf(folder, called)
-    inside = ", ".join(sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}")))
+    inside = ", ".join(sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG_NAME}")))
     return (
         f"{called} has no {CONFIG_NAME}",
         f"name one of the models in it: {inside}" if inside else "name a model directory as save_pretrained writes it",

@@ -34,6 +34,7 @@ from stages.model_files import (
     tensors_of,
 )
 from stages.model_places import find_base, find_model
+from stages.model_places import is_hub_id as is_hub_id
 from stages.settings import AdaptedModel
 
 # What a config says of a model's origin and form on disk, not of what it computes. Its dtype counts, in one spelling.
