@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeline.config import Config
@@ -14,8 +14,10 @@ def start_model(config: Config, student: StudentSettings) -> Model:
     return student.model or config.teacher.model
 
 
-def model_name(model: Model) -> str:
-    """How a model is called in what we write: its hub id or its directory's name."""
+def model_name(model: Model | Mapping[str, str]) -> str:
+    """How a model is called in what we write: its hub id or its directory's name. A mapping is an adapted one, as plain data."""
+    if isinstance(model, Mapping):
+        return model_name(AdaptedModel(**model))
     if isinstance(model, AdaptedModel):
         return f"{model_name(model.model)} + {model_name(model.adapter)}"
     return Path(model).resolve().name if Path(model).exists() or Path(model).is_absolute() else model

@@ -190,7 +190,11 @@ def _start_checks(config: Config) -> Iterator[Check]:
             try:
                 check_trainable_start(small_files(model, key), key)
             except UserError as error:
-                yield Check(key, FAILED, error.what, error.hint)
+                yield _failed(key, error)
+
+
+def _failed(key: str, error: UserError) -> Check:
+    return Check(key, FAILED, error.what.removeprefix(f"{key}: "), error.hint)
 
 
 def model_check(key: str, model: Model, trust_remote_code: bool = False) -> Check:
@@ -207,7 +211,7 @@ def model_check(key: str, model: Model, trust_remote_code: bool = False) -> Chec
         check_quantisation(folder, f"{key}: {model}", trust_remote_code)
         load_tokenizer(folder, trust_remote_code)
     except UserError as error:
-        return Check(key, FAILED, error.what, error.hint)
+        return _failed(key, error)
     files = described(folder)
     notes = [
         f", an adapter for {files.folder}" if files.adapter else ", a directory",

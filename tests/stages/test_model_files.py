@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from stages.models import (
     num_parameters,
     resolve_model,
     same_model,
+    small_files,
     weights_sha256,
     whole_folder,
 )
@@ -267,6 +269,8 @@ def test_a_bitsandbytes_checkpoint_runs_and_is_no_start(tmp_path):
         assert torch.isfinite(load_model(folder, "float32")(IDS).logits).all()
     assert "bitsandbytes" in refused(check_trainable_start, folder, "students.s.model")
     check_trainable_start(tmp_path / "base", "students.s.model")
+    with torch.no_grad():  # at widths that are not multiples of 64, too
+        assert torch.isfinite(load_model(packed(LAB_BASE, tmp_path / "lab"), "float32")(IDS).logits).all()
 
 
 def test_quantised_weights_whose_kernels_fail_are_refused_when_they_are_loaded(tmp_path, monkeypatch):
@@ -292,6 +296,7 @@ def test_an_adapter_directory_is_a_model(tmp_path, more):
     assert not torch.allclose(ours, plain, atol=1e-2)
     assert len({weights_sha256(folder), weights_sha256(base)}) == 2
     assert num_parameters(folder) == num_parameters(base)
+    assert all(parameter.requires_grad for parameter in load_model(folder).parameters())  # a student may start from it
     with whole_folder(folder, "float32") as whole:
         assert not (whole / ADAPTER_CONFIG_NAME).exists()
         assert torch.equal(load_model(whole)(IDS).logits, ours)
@@ -400,3 +405,28 @@ def test_families_without_the_usual_names_have_shapes(tmp_path, config, heads):
     model.save_pretrained(tmp_path / "m")
     assert Shape.of(tmp_path / "m").parameters == num_parameters(tmp_path / "m")
     assert context_length(load_config(tmp_path / "m")) > 0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_a_model_on_the_hub_only_what_is_loaded_is_fetched(tmp_path, monkeypatch, sharded):
+    hub, here = tmp_path / "hub", tmp_path / "here"
+    load_model(LAB_BASE).save_pretrained(hub, max_shard_size="300KB" if sharded else "1GB")
+    for extra in ("consolidated.safetensors", "original/model.safetensors", "model.fp16.safetensors", "model.gguf"):
+        (hub / extra).parent.mkdir(exist_ok=True)
+        (hub / extra).write_text("large")
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "owner/name"
+        for path in (path for path in hub.rglob("*") if path.is_file()):
+            inside = path.relative_to(hub)
+            if any(fnmatch.fnmatch(str(inside), pattern) for pattern in allow_patterns):
+                (here / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, here / inside)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    small = small_files("owner/name", "teacher.model")
+    assert not list(small.rglob("*.safetensors"))
+    assert weights_sha256(resolve_model("owner/name", "teacher.model")) == weights_sha256(LAB_BASE)
+    assert described(here).unread == []
+    assert not list(here.rglob("consolidated*")) + list(here.glob("original/*")) + list(here.glob("*.gguf"))
