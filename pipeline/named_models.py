@@ -15,7 +15,10 @@ def start_model(config: Config, student: StudentSettings) -> Model:
 
 
 def model_name(model: Model | Mapping[str, str]) -> str:
-    """How a model is called in what we write: its hub id or its directory's name. A mapping is an adapted one, as plain data."""
+    """How a model is called in what we write: its hub id or its directory's name.
+
+    A mapping is an adapted model as plain data.
+    """
     if isinstance(model, Mapping):
         return model_name(AdaptedModel(**model))
     if isinstance(model, AdaptedModel):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, noisy, tiny_config, tiny_model
 
 from cache.errors import UserError
+from stages.engine import EngineSpec
+from stages.engine_vllm import _ENVIRONMENT, VllmEngine, VllmUnusable
 from stages.model_files import ADAPTER_CONFIG_NAME
 from stages.models import (
     NO_LIMIT,
@@ -430,3 +435,23 @@ def test_of_a_model_on_the_hub_only_what_is_loaded_is_fetched(tmp_path, monkeypa
     assert weights_sha256(resolve_model("owner/name", "teacher.model")) == weights_sha256(LAB_BASE)
     assert described(here).unread == []
     assert not list(here.rglob("consolidated*")) + list(here.glob("original/*")) + list(here.glob("*.gguf"))
+
+
+def test_vllm_is_given_whole_weights_and_no_others(tmp_path, monkeypatch):
+    given: list[tuple[Path, list[str]]] = []
+
+    def start(model: str, **_: Any) -> None:
+        given.append((Path(model), sorted(path.name for path in Path(model).glob("*.safetensors"))))
+        raise RuntimeError("not today")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    for name in _ENVIRONMENT:
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    base = saved(tmp_path / "base")
+    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    adapter_for(base, tmp_path / "tuned")
+    for folder in (base, tmp_path / "tuned"):
+        with pytest.raises(VllmUnusable, match="not today"):
+            VllmEngine(EngineSpec(folder, "float32", VOCABULARY, 32, (2,), "cpu"))
+    assert [names for _, names in given] == [["model.safetensors"]] * 2
+    assert not any(folder.exists() for folder, _ in given)  # temporary ones are removed
