@@ -445,8 +445,8 @@ def test_vllm_is_given_whole_weights_and_no_others(tmp_path, monkeypatch):
         raise RuntimeError("not today")
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
-    for name in _ENVIRONMENT:
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    for name, value in _ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
     base = saved(tmp_path / "base")
     shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
     adapter_for(base, tmp_path / "tuned")
