@@ -19,6 +19,7 @@ from cache.order import check_alike
 from cache.places import Folder, Place
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM, places, run_jobs, visible_gpus
+from pipeline.named_models import check_before_stage_one
 from pipeline.run import LOG_NAME, StopSignal, claim_run_dir
 from pipeline.sweep import Request
 from pipeline.terminal import log_to, progress_bar, say, say_engine
@@ -44,6 +45,7 @@ def teacher_logits(
     config = request.load()
     if worker:
         check_one_teacher(config)
+    check_before_stage_one(config)
     teachers = config.teacher_settings()
     prepared = {name: prepare_teacher(config, settings, limit) for name, settings in teachers.items()}
     teacher.check_alike(prepared)

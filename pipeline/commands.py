@@ -22,6 +22,7 @@ from cache.record import SUBSETS
 from pipeline.capture import stores_of_run
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
+from pipeline.named_models import check_before_stage_one, model_name, start_model
 from pipeline.run import StopSignal, claim_run_dir, environment
 from pipeline.sweep import Request
 from pipeline.terminal import (
@@ -151,9 +152,11 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
         say(f"kept the earlier {what}: {kept}")
 
 
-def base_and_teachers(config: Config, find: Callable[[str, str], Path]) -> list[Any]:
-    """Base and teachers, each teacher after its own base where that is another model; `find` is `resolve_model`, or
-    `small_files` where no weights are needed."""
+def base_and_teachers(config: Config, find: Callable[[Any, str], Path], same: Callable[[Path, Path], bool]) -> list[Any]:
+    """Base and teachers, each teacher after its own base where that is another model.
+
+    `find` is `resolve_model`, or `small_files` where no weights are needed; `same` says whether two directories hold one model.
+    """
     from stages.exam import Subject
 
     base_dir = find(config.teacher.model, "teacher.model")
@@ -162,16 +165,16 @@ def base_and_teachers(config: Config, find: Callable[[str, str], Path]) -> list[
         model_dir = find(settings.model, "teacher.model")
         prefix, set_prefixes = _prefixes(config, settings)
         called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
-        base = _base_of(subjects, name, model_dir)
+        base = _base_of(subjects, name, model_dir, same)
         subjects.append(Subject(called, model_dir, prefix, base, set_prefixes))
     return subjects
 
 
-def _base_of(subjects: list[Any], name: str, model_dir: Path) -> str:
+def _base_of(subjects: list[Any], name: str, model_dir: Path, same: Callable[[Path, Path], bool]) -> str:
     """The base of a model that started as this one: the first of the subjects, or another that is put behind them."""
     from stages.exam import Subject
 
-    if model_dir.resolve() == subjects[0].model_dir.resolve():
+    if same(model_dir, subjects[0].model_dir):
         return "base"
     subjects.append(Subject(f"base:{name}", model_dir, "", f"base:{name}"))
     return f"base:{name}"
@@ -181,9 +184,10 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any
     """Base, teachers, then students, each after its own base where that is another model; then models that were made elsewhere,
     measured against the run's base."""
     from stages.exam import Subject
-    from stages.models import resolve_model
+    from stages.models import resolve_model, same_model
 
-    subjects = base_and_teachers(config, resolve_model)
+    same = functools.partial(same_model, trust_remote_code=config.teacher.trust_remote_code)
+    subjects = base_and_teachers(config, resolve_model, same)
     for student in students:
         student_dir = config.run_dir / student.name
         if not (student_dir / TRAINING_NAME).is_file():
@@ -191,7 +195,7 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any
                 f"student {student.name!r} is not trained: {student_dir}", "run `duet distill` with this config"
             )
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
-        base = _base_of(subjects, student.name, start_dir)
+        base = _base_of(subjects, student.name, start_dir, same)
         subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
     for name, model in config.evaluate.models.items():
         subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
@@ -293,16 +297,6 @@ def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]
     }
 
 
-def start_model(config: Config, student: StudentSettings) -> str:
-    """The directory or hub id of the model that a student starts from."""
-    return student.model or config.teacher.model
-
-
-def model_name(model: str) -> str:
-    """How a model is called in what we write: its hub id or its directory's name."""
-    return Path(model).resolve().name if Path(model).exists() or Path(model).is_absolute() else model
-
-
 def run_all(request: Request) -> int:
     """All stages, each in a process of its own: what one leaves in memory, on the GPU above all, is gone before the next.
 
@@ -311,6 +305,7 @@ def run_all(request: Request) -> int:
     from pipeline.preflight import preflight
 
     stop = StopSignal()
+    check_before_stage_one(request.load(), whole_run=True)
     preflight(request.load())
     for stage in STAGES:
         if stop():

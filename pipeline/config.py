@@ -210,8 +210,10 @@ def _index(node: list[Any], part: str, key: str) -> int:
 
 
 def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tuple[str, str]:
-    first = error.errors(include_url=False)[0]
-    loc = [part for part in first["loc"] if part != "[key]"]
+    errors = error.errors(include_url=False)
+    # Of a group where a name would do as well, what is wrong in the group.
+    first = next((e for e in errors if not (e["type"] == "string_type" and isinstance(e["input"], dict))), errors[0])
+    loc = [part for part in first["loc"] if part not in ("[key]", "str", "AdaptedModel")]
     key = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(model, loc[:-1])

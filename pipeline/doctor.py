@@ -240,7 +240,7 @@ def data_of(config: Any) -> dict[str, Any]:
     return found | {f"evaluate.sets.{name}": settings for name, settings in config.evaluate.sets.items()}
 
 
-def models_of(config: Any) -> dict[str, str]:
+def models_of(config: Any) -> dict[str, Any]:
     """Every model that a config names, by its key."""
     found = {"teacher.model": config.teacher.model}
     found |= {f"teachers.{name}.model": settings.model for name, settings in config.teacher_settings().items()}

@@ -52,7 +52,7 @@ def _evaluation(config: Config) -> str:
     from stages.proof import cut_references
 
     exam = exam_of(config)
-    subjects = base_and_teachers(config, small_files)
+    subjects = base_and_teachers(config, small_files, lambda one, other: one.resolve() == other.resolve())
     tasks = 0
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         of_model = [subject for subject in subjects if subject.model_dir == model_dir]

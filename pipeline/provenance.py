@@ -13,7 +13,7 @@ from cache.files import sha256_json
 from pipeline.config import Config
 
 # Settings of these names, or that end with _dir, _path or _model, are places; so are the values of `models`.
-PLACES = ("path", "model", "dir", "oracle", "reference", "retrained", "neutral_text", "attack_texts")
+PLACES = ("path", "model", "dir", "oracle", "reference", "retrained", "neutral_text", "attack_texts", "adapter")
 
 
 def provenance(config: Config, subjects: Sequence[Any], exam: Any) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from cache.errors import UserError
 from pipeline import doctor
 from pipeline.config import Config, load_config
 from pipeline.doctor import FAILED, OK, Check
+from pipeline.named_models import is_here, start_model
 from pipeline.preflight import checks_of
 from pipeline.printing import BROWSERS
+from stages.settings import AdaptedModel, Model
 
 PACKAGE = "duet-unlearn"
 HUB_TIMEOUT_S, SINFO_TIMEOUT_S = 4, 10
@@ -105,12 +107,15 @@ def _existing(path: Path) -> Path:
 
 def _bytes_of_students(config: Config) -> int:
     """At most: of each student the weights in float32, and of one a checkpoint (weights and AdamW's two states)."""
-    from stages.models import num_parameters
+    from stages.models import num_parameters, resolve_model
 
     sizes = []
     for student in config.students:
-        folder = Path(student.model or config.teacher.model)
-        sizes.append(num_parameters(folder) if folder.is_dir() else 0)
+        model = start_model(config, student)
+        try:
+            sizes.append(num_parameters(resolve_model(model, "")) if is_here(model) else 0)
+        except UserError:
+            sizes.append(0)  # the check of that model says what is wrong with it
     return sum(4 * size for size in sizes) + 12 * max(sizes)
 
 
@@ -163,7 +168,8 @@ def config_checks(config: Config) -> Iterator[Check]:
     from stages.teacher import engine_order
 
     for key, model in doctor.models_of(config).items():
-        yield model_check(key, model)
+        yield model_check(key, model, config.teacher.trust_remote_code)
+    yield from _start_checks(config)
     for key, settings in doctor.data_of(config).items():
         try:
             yield Check(key, OK, f"{settings.path}: {len(load_queries(settings, key, need_answers=True))} questions")
@@ -180,18 +186,55 @@ def config_checks(config: Config) -> Iterator[Check]:
         yield Check(f"engine of {name}", OK, f"{order[0]}, teacher.engine is {settings.engine}{otherwise}")
 
 
-def model_check(key: str, model: str) -> Check:
+def _start_checks(config: Config) -> Iterator[Check]:
+    """Of students that cannot start from their models, though these are whole."""
+    from stages.models import check_trainable_start, small_files
+
+    for student in config.students:
+        key, model = f"students.{student.name}.model", start_model(config, student)
+        if is_here(model) and model_check(key, model).state == OK:
+            try:
+                check_trainable_start(small_files(model, key), key)
+            except UserError as error:
+                yield _failed(key, error)
+
+
+def _failed(key: str, error: UserError) -> Check:
+    return Check(key, FAILED, error.what.removeprefix(f"{key}: "), error.hint)
+
+
+def model_check(key: str, model: Model, trust_remote_code: bool = False) -> Check:
     """A directory must be whole; of the hub, a model must be there or in the cache: nothing large is fetched."""
+    from stages.models import check_quantisation, described, load_tokenizer, resolve_model
+
+    if isinstance(model, AdaptedModel) and not is_here(model):
+        parts = [model_check(key, part, trust_remote_code) for part in (model.model, model.adapter)]
+        return next((part for part in parts if part.state != OK), Check(key, OK, "; ".join(p.found for p in parts)))
+    if not isinstance(model, AdaptedModel) and (on_hub := _hub_model_check(key, model)):
+        return on_hub
+    try:
+        folder = resolve_model(model, key)
+        check_quantisation(folder, f"{key}: {model}", trust_remote_code)
+        load_tokenizer(folder, trust_remote_code)
+    except UserError as error:
+        return _failed(key, error)
+    files = described(folder)
+    notes = [
+        f", an adapter for {files.folder}" if files.adapter else ", a directory",
+        f", quantised with {files.quantised}" if files.quantised else "",
+        f"; not read: {', '.join(files.unread)}" if files.unread else "",
+    ]
+    return Check(key, OK, f"{model}{''.join(notes)}")
+
+
+def _hub_model_check(key: str, model: str) -> Check | None:
+    """Of a model on the hub; None for what is no hub id."""
     from huggingface_hub import HfApi, snapshot_download
 
-    from stages.models import is_hub_id, resolve_model
+    from stages.model_places import is_hub_id
 
     if Path(model).is_dir() or not is_hub_id(model):
-        try:
-            resolve_model(model, key)
-        except UserError as error:
-            return Check(key, FAILED, error.what, error.hint)
-        return Check(key, OK, f"{model}, a directory")
+        return None
     try:
         snapshot_download(model, local_files_only=True)
         return Check(key, OK, f"{model}, in the hub's cache on this machine")

@@ -13,6 +13,7 @@ import os
 import signal
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from cache.errors import Interrupted, UserError
 from cache.record import counts_of, offsets_of
 from stages.engine import Ask, Engine, EngineSpec, Request, Scored, Usage
-from stages.models import load_config, vocab_width
+from stages.models import load_config, vocab_width, whole_folder
 
 # Of the lists: rows of the head beyond the tokenizer's ids may have any logit. vLLM does not know which they are, so that
 # many more entries are asked for and such ids dropped; where more of them are in a top-k, the engine refuses.
@@ -63,8 +64,10 @@ class VllmEngine(Engine):
         if on_cpu and spec.tensor_parallel > 1:  # vLLM on a CPU refuses ranks that are not bound to cores
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(_cores_of_ranks(spec.tensor_parallel)))
         others = set(multiprocessing.active_children())
+        self._kept = ExitStack()
+        folder = self._kept.enter_context(whole_folder(spec.model_dir, spec.dtype, spec.trust_remote_code))
         options: dict[str, Any] = {
-            "model": str(spec.model_dir),
+            "model": str(folder),
             "skip_tokenizer_init": True,
             "dtype": spec.dtype,
             "trust_remote_code": spec.trust_remote_code,
@@ -89,6 +92,7 @@ class VllmEngine(Engine):
 
             self.llm = vllm.LLM(**options)
         except Exception as error:
+            self._kept.close()
             raise VllmUnusable(
                 f"it does not start: {str(error).strip().splitlines()[0] if str(error) else error!r}"
             ) from error
@@ -137,6 +141,7 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         del self._engine, self.llm
+        self._kept.close()
 
     def _params(self, request: Request, ask: Ask, logprobs: int) -> Any:
         given, chosen = request.given_ids, None

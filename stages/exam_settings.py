@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.settings import DataSettings, Name, Settings
+from stages.settings import DataSettings, Model, Name, Settings
 
 TRANSLATION = "translation"
 # Attacks that are made of prompts alone: texts of `attacks.yaml`, or (translation) questions of another set.
@@ -192,8 +192,8 @@ class EvaluateSettings(Settings):
     sets: dict[Name, EvaluationSet] = Field(
         default={}, description="query sets beside the training's forget and retain"
     )
-    models: dict[Name, str] = Field(
-        default={}, description="further models, made elsewhere, by name: a model directory or hub id each"
+    models: dict[Name, Model] = Field(
+        default={}, description="further models, made elsewhere, by name, each named as teacher.model is"
     )
     lm_eval: tuple[HarnessTask, ...] = Field(
         default=(), description="tasks of lm-evaluation-harness, which is an extra: pip install 'duet-unlearn[lm-eval]'"
@@ -208,9 +208,9 @@ class EvaluateSettings(Settings):
     )
     sampling: SamplingSettings = Field(default=SamplingSettings(), description="the attack sampling")
     relearn: RelearnSettings = Field(default=RelearnSettings(), description="the attack relearn")
-    control_model: str | None = Field(
+    control_model: Model | None = Field(
         default=None,
-        description="directory or hub id of a model that never knew the topic: relearned too, to compare with; default: none",
+        description="a model that never knew the topic, named as teacher.model is: relearned too, to compare; default: none",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
     batch_size: int = Field(default=64, ge=1, description="queries per engine call")

@@ -106,10 +106,27 @@ class PromptSettings(Settings):
     )
 
 
+class AdaptedModel(Settings):
+    """A model that is a PEFT adapter merged into a base of your choice, in memory."""
+
+    model: str = Field(description="the base: a model directory or hub id")
+    adapter: str = Field(description="the adapter: a directory or hub id, as peft writes it")
+
+    def __str__(self) -> str:
+        return f"{self.model} + {self.adapter}"
+
+
+# A directory of whole weights or of an adapter, which names its base itself; or both.
+Model = str | AdaptedModel
+
+
 class TeacherSettings(Settings):
     """Stage one: which model, behind which prefix, and what is kept of its logits."""
 
-    model: str = Field(description="model directory or hub id; must have safetensors weights")
+    model: Model = Field(
+        description="a model directory or hub id with safetensors weights, or that of a PEFT adapter, which names its base; or "
+        "both: {model: BASE, adapter: ADAPTER}"
+    )
     prefix: str = Field(description="the unlearning prefix; {topic} stands for the topic")
     engine: Literal["auto", "vllm", "transformers"] = Field(
         default="auto", description="auto takes vLLM where it works"
@@ -431,7 +448,9 @@ class StudentSettings(Settings):
     """One student; its `train` entries override the common ones."""
 
     name: Name = Field(description="folder of the student in the run directory")
-    model: str | None = Field(default=None, description="model to start from; default: the teacher's base model")
+    model: Model | None = Field(
+        default=None, description="model to start from, named as teacher.model is; default: the teacher's base model"
+    )
     train: dict[str, Any] = Field(default={}, description="entries of train: that differ for this student")
     push_to_hub: str | None = Field(
         default=None, description="OWNER/NAME of a private Hugging Face repository that gets the finished model"

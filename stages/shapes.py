@@ -31,8 +31,8 @@ class Shape:
         config = text_config(load_config(model_dir, trust_remote_code))
         model = meta_model(model_dir, trust_remote_code)
         ends = {id(p): p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = getattr(config, "num_attention_heads", None) or 0  # none: a recurrent model
+        head = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
         return Shape(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             embedding=sum(parameter.numel() for parameter in ends.values()),
@@ -61,6 +61,6 @@ def meta_model(model_dir: Path, trust_remote_code: bool = False) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"{model_dir} is no causal language model that transformers knows: {str(error).splitlines()[0]}",
+            f"{model_dir} is not a causal language model that transformers knows: {str(error).splitlines()[0]}",
             "name a model for text generation, or install the transformers release that has it",
         ) from None

@@ -202,7 +202,7 @@ def prepare(
         "quantization": teacher.quantization,
     }
     ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature)
-    return Prepared(rows, tokenizer, spec, ask, provenance, teacher.model)
+    return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model))
 
 
 def _responses(teacher: TeacherSettings) -> str | dict[str, float]:
