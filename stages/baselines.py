@@ -26,12 +26,13 @@ from stages import checkpoint
 from stages.baseline_methods import Batch, Method, Models, Row, loss_of, train_only_rmus_layers
 from stages.checkpoint import Progress
 from stages.data import Query
+from stages.export import export
 from stages.loop import lr_factor, seed_everything
 from stages.models import load_model, load_tokenizer
 from stages.processes import Processes
 from stages.prompts import render, render_answer
 from stages.settings import CHECKPOINTS_NAME, PromptSettings, TrainSettings
-from stages.trainable import autocast, export, forward_dtype_of, load_trainable, optimizer_of, trained
+from stages.trainable import autocast, forward_dtype_of, load_trainable, optimizer_of, trained
 
 
 def row_of(tokenizer: Any, query: Query, prompt: PromptSettings) -> Row:
