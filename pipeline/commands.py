@@ -19,6 +19,7 @@ from cache.files import publish_json, read_json
 from cache.manifest import read_manifest
 from cache.places import Place
 from cache.record import SUBSETS
+from pipeline.before import start_folder
 from pipeline.capture import stores_of_run
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
@@ -289,19 +290,22 @@ def run_all(request: Request) -> int:
     Returns the first exit code that is not 0. A signal to this process is handed to the stage that runs.
     """
     stop = StopSignal()
-    query_sets(request.load())  # a fault in what only the last stage reads should not wait for it
+    config = request.load()
+    query_sets(config)  # a fault in what only the last stage reads should not wait for it
+    for student in config.students:
+        start_folder(config, student)  # the rest of what stage two would refuse, stage one asks
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")
         if code := run_stage(stage, request, stop):
             return code
-    say_for_children(f"report: {request.load().run_dir / REPORT_NAME}")
+    say_for_children(f"report: {config.run_dir / REPORT_NAME}")
     return 0
 
 
 def run_stage(stage: str, request: Request, stop: StopSignal) -> int:
     """One stage in a process of its own, which gets our signals; its exit code, or an interruption's if it was killed."""
-    arguments = request.arguments(students=stage != "teacher-logits")
+    arguments = request.arguments()
     log.debug("starting %s %s", stage, arguments)
     child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
     stop.forward_to(child)
