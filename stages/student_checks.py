@@ -77,11 +77,11 @@ class Start:
     ) -> None:
         """Refuse a row that the student could not read, or would read otherwise than the teacher."""
         who, ids = f"student {self.student!r}", [*prompt_ids, *response_ids]
-        check_length(prompt_ids, len(response_ids) + to_follow, context_length(self.config), row_id, who)
+        check_length(prompt_ids, len(response_ids) + to_follow, context_length(self.config), row_id, "student")
         check_ids_within(ids, self.width, row_id, who)
         if unknown := self.ids_of_one.intersection(ids):
             raise UserError(
-                f"row {row_id!r} has the id {min(unknown)}, a token that only one of the {who}'s tokenizer and the store's has",
+                f"row {row_id!r} has the id {min(unknown)}, a token of one tokenizer only, of {who} or of the store",
                 "take a student with the teacher's tokenizer, or keep that token out of questions and chat template",
             )
 

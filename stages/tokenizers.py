@@ -52,11 +52,11 @@ def check_same_tokenizer(
 
 
 def check_ids_within(ids: Any, width: int, row_id: str, who: str) -> None:
-    """Refuse a row with a token for which the model's output head and embeddings have no row."""
+    """Refuse a row with a token for which the head and embeddings of `who` ("the teacher") have no row."""
     largest = int(np.max(ids, initial=0))
     if largest >= width:
         raise UserError(
-            f"row {row_id!r} has the id {largest}, and the {who}'s head has {width} rows",
+            f"row {row_id!r} has the id {largest}, and {who} has a head of {width} rows",
             "that token was added to the tokenizer and not to the model: keep it out of questions, prefix and chat template, "
             "or give the model a row for it (transformers' resize_token_embeddings) and save it",
         )
@@ -104,7 +104,7 @@ def _prompt_fault(expected: Any, found: Any, prompt: PromptSettings) -> tuple[st
     first = next((i for i, (a, b) in enumerate(zip(ids_expected, ids_found, strict=False)) if a != b), None)
     at = min(len(ids_expected), len(ids_found)) if first is None else first
     ours, theirs = (
-        repr(tokenizer.decode(ids[at : at + 16])) for tokenizer, ids in ((expected, ids_expected), (found, ids_found))
+        repr(tokenizer.decode(ids[at : at + 24])) for tokenizer, ids in ((expected, ids_expected), (found, ids_found))
     )
     return (
         f"it would be asked otherwise than it is trained: its prompts go on with {theirs} where the store's go on with {ours}",
