@@ -99,6 +99,7 @@ def train_student(
     with processes.first_first():
         claim(job, teachers, start_sha256)
     if start is None:
+        _drop_checkpoints(job, processes)  # a kill may have come between training.json and this
         return read_json(done)
     settings = job.settings
     order = teachers.order(settings)
@@ -226,5 +227,10 @@ def _finish(
         ends = [*start.eos_ids, *added] if added else []
         export(model, start.tokenizer, job.student_dir, dtype, job.settings.lora, card, ends)
         publish_json(job.student_dir / TRAINING_NAME, summary)
-        shutil.rmtree(job.student_dir / CHECKPOINTS_NAME, ignore_errors=True)
+    _drop_checkpoints(job, student.processes)
     student.processes.wait()
+
+
+def _drop_checkpoints(job: StudentJob, processes: Processes) -> None:
+    if processes.first:
+        shutil.rmtree(job.student_dir / CHECKPOINTS_NAME, ignore_errors=True)

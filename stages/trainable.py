@@ -75,7 +75,7 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
     """The language model's stack of layers, never a vision tower's: the list that is as long as its config says."""
     count = text_config(model.config).num_hidden_layers
-    decoder = model.get_decoder()
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
     lists = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     if not lists:
         raise UserError(

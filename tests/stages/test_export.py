@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import LAB_SMALL, ROOT
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_student import job, train
 from test_student import store as store  # noqa: PLC0414 - the fixture
@@ -122,6 +123,8 @@ elif moment == "in the export":
         if not more:
             kill()
     transformers.PreTrainedModel.save_pretrained = half
+elif moment == "after the end":
+    stages.student._drop_checkpoints = kill
 elif moment == "after the export":
     publish = stages.student.publish_json
     stages.student.publish_json = lambda path, value: (kill if path.name == "training.json" else publish)(path, value)
@@ -133,7 +136,7 @@ train_student(job, stores, tokenizer, alone, tell, lambda: False)
 """
 
 
-@pytest.mark.parametrize("moment", ["before the export", "in the export", "after the export"])
+@pytest.mark.parametrize("moment", ["before the export", "in the export", "after the export", "after the end"])
 def test_a_kill_around_the_export_ends_in_the_same_weights(tmp_path, store, moment):
     def live(folder: Path, moment: str) -> subprocess.CompletedProcess[str]:
         settings = json.dumps({"epochs": 1, "batch_size": 8, "lr": 1e-3})
@@ -209,4 +212,6 @@ def test_decoder_layers_are_the_language_models_beside_a_vision_tower_of_the_sam
         model = hf.Gemma3ForConditionalGeneration(config)
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2]
     assert len(lists) > 1, "the fixture must tempt the search"
-    assert all("Gemma3DecoderLayer" in type(layer).__name__ for layer in decoder_layers(model))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    for one in (model, adapted):
+        assert all("Gemma3DecoderLayer" in type(layer).__name__ for layer in decoder_layers(one))
