@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-reference clean-venv
+.PHONY: help setup demo test test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-families docs-reference clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,6 +76,9 @@ docs: $(STAMP) ## the documentation as a site in site/; warnings are errors
 
 docs-metrics: $(STAMP) ## write docs/metrics.md from the code's docstrings
 	@$(BIN)/python -m pipeline.metrics_page
+
+docs-families: $(STAMP) ## write docs/families.md from real tokenizers and chat templates, where they are
+	@PYTHONPATH=tests:tests/stages $(BIN)/python tests/stages/families.py
 
 docs-reference: $(STAMP) ## write docs/reference from the code's commands and settings
 	@$(BIN)/python -m pipeline.reference_pages

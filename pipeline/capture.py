@@ -49,6 +49,7 @@ def teacher_logits(
     teachers = config.teacher_settings()
     prepared = {name: prepare_teacher(config, settings, limit) for name, settings in teachers.items()}
     teacher.check_alike(prepared)
+    _check_students(config, prepared, child)
     if dry_run:
         _say_estimates(config, teachers, prepared)
         return 0
@@ -81,6 +82,15 @@ def teacher_logits(
     elif not child:
         _point_to(config, {name: _entry(result.manifest) for name, result in found.items()})
     return 0
+
+
+def _check_students(config: Config, prepared: Mapping[str, Any], child: bool) -> None:
+    """Refuse, before the teacher is asked, what stage two would refuse; the parent of a `child` has done it."""
+    from pipeline.before import check_students_before
+
+    rows = next(iter(prepared.values())).rows
+    for line in [] if child else check_students_before(config, rows, must_be_here=False):
+        say(line)
 
 
 def check_one_teacher(config: Config) -> None:

@@ -53,6 +53,10 @@ def init(file: str | None, yes: bool, **given: str | None) -> None:
 )
 @click.option("--worker", is_flag=True, help="Be one of many: end when all that is left is in others' hands.")
 @click.option("--child", is_flag=True, hidden=True)
+@click.option(
+    "--only", multiple=True, hidden=True
+)  # of `duet run`: which students are checked before the teacher is asked
+@click.option("--sweep", "sweeps", multiple=True, hidden=True)
 def teacher_logits(
     limit: int | None, dry_run: bool, workers: int | None, worker: bool, child: bool, **asked: Any
 ) -> int:

@@ -19,6 +19,7 @@ from cache.files import publish_json, read_json
 from cache.manifest import read_manifest
 from cache.places import Place
 from cache.record import SUBSETS
+from pipeline.before import start_folder
 from pipeline.capture import stores_of_run
 from pipeline.config import Config
 from pipeline.jobs import THIS_PROGRAM
@@ -152,7 +153,9 @@ def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
         say(f"kept the earlier {what}: {kept}")
 
 
-def base_and_teachers(config: Config, find: Callable[[Any, str], Path], same: Callable[[Path, Path], bool]) -> list[Any]:
+def base_and_teachers(
+    config: Config, find: Callable[[Any, str], Path], same: Callable[[Path, Path], bool]
+) -> list[Any]:
     """Base and teachers, each teacher after its own base where that is another model.
 
     `find` is `resolve_model`, or `small_files` where no weights are needed; `same` says whether two directories hold one model.
@@ -305,20 +308,23 @@ def run_all(request: Request) -> int:
     from pipeline.preflight import preflight
 
     stop = StopSignal()
-    check_before_stage_one(request.load(), whole_run=True)
-    preflight(request.load())
+    config = request.load()
+    check_before_stage_one(config, whole_run=True)
+    preflight(config)
+    for student in config.students:
+        start_folder(config, student)  # the rest of what stage two would refuse, stage one asks
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")
         if code := run_stage(stage, request, stop):
             return code
-    say_for_children(f"report: {request.load().run_dir / REPORT_NAME}")
+    say_for_children(f"report: {config.run_dir / REPORT_NAME}")
     return 0
 
 
 def run_stage(stage: str, request: Request, stop: StopSignal) -> int:
     """One stage in a process of its own, which gets our signals; its exit code, or an interruption's if it was killed."""
-    arguments = request.arguments(students=stage != "teacher-logits")
+    arguments = request.arguments()
     log.debug("starting %s %s", stage, arguments)
     child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
     stop.forward_to(child)

@@ -9,6 +9,7 @@ from typing import Any
 
 from cache.errors import Interrupted, UserError
 from cache.places import Place
+from pipeline.before import left_out_line
 from pipeline.capture import store_line, stores_of_run
 from pipeline.commands import model_name, start_model
 from pipeline.config import Config
@@ -195,3 +196,8 @@ def _say_result(summary: dict[str, Any], model_dir: Path, done_before: bool) -> 
     say(f"student {name}: {verb}, {loss} {first:.3g} -> {last:.3g}: {model_dir}")
     if not done_before:
         say(f"student {name}: {loss_in_words(summary)}, {summary['loss_reason']}; {summary['head']}")
+        if summary["left_out"]:
+            say(left_out_line(name, summary["left_out"]))
+        if summary["added_ends"]:
+            ends = ", ".join(map(str, summary["added_ends"]))
+            say(f"student {name}: generation_config.json also ends a response at {ends}, as its teacher does")

@@ -23,6 +23,7 @@ def checks_of(config: Config) -> Iterator[Check]:
     """The checks, cheap ones first."""
     for name in config.teacher_settings():
         yield f"prompts of {name}", lambda name=name: _teacher(config, name)
+    yield "students", lambda: _students(config)
     yield "evaluation", lambda: _evaluation(config)
 
 
@@ -36,6 +37,14 @@ def _teacher(config: Config, name: str) -> str:
     longest = max(len(row.teacher_ids) for row in found.rows)
     day = f"; the chat template is told the day {config.prompt.date}" if _asks_the_clock(found.renderer) else ""
     return f"{len(found.rows)}, the longest of {longest} tokens{day}"
+
+
+def _students(config: Config) -> str:
+    from pipeline.before import check_students_before
+
+    for text in check_students_before(config, must_be_here=False):
+        note(text)
+    return ", ".join(student.name for student in config.students)
 
 
 def _asks_the_clock(renderer: object) -> bool:

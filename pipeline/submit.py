@@ -16,6 +16,7 @@ from typing import Any
 from cache.errors import UserError
 from cache.files import publish_json, publishing, read_json
 from pipeline import slurm
+from pipeline.before import check_students_before
 from pipeline.capture import check_one_teacher
 from pipeline.commands import RESULTS_NAME, STAGES
 from pipeline.config import Config, load_config
@@ -61,6 +62,8 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
         say("nothing to submit" if ids else "nothing to submit: all of it is done")
         return
     _check_before(config, [*ids, *(job.name for job in new)])
+    for line in check_students_before(config):
+        say(line)
     if config.slurm == SlurmSettings():
         say("no resources are set (slurm: in the config or the site's file): the cluster's defaults hold, often no GPU")
     if STAGE_THREE in (job.name for job in new):

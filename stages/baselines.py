@@ -26,12 +26,14 @@ from stages import checkpoint
 from stages.baseline_methods import Batch, Method, Models, Row, loss_of, train_only_rmus_layers
 from stages.checkpoint import Progress
 from stages.data import Query
+from stages.export import export
 from stages.loop import lr_factor, seed_everything
 from stages.models import load_model, load_tokenizer
 from stages.processes import Processes
 from stages.prompts import Prompt, Renderer
 from stages.settings import CHECKPOINTS_NAME, TrainSettings
-from stages.trainable import autocast, export, forward_dtype_of, load_trainable, optimizer_of, trained
+from stages.tokenizers import pad_id_of
+from stages.trainable import autocast, forward_dtype_of, load_trainable, optimizer_of, trained
 
 
 def row_of(renderer: Renderer, query: Query, answer: str | None = None) -> Row:
@@ -136,7 +138,7 @@ def train_baseline(
     if job.method.reference:
         reference = load_model(job.model_dir, "auto", job.trust_remote_code).to(device, dtype).requires_grad_(False)
     tokenizer = load_tokenizer(job.model_dir, job.trust_remote_code)
-    models = Models(model, reference, tokenizer.pad_token_id or 0, device, job.seed)
+    models = Models(model, reference, pad_id_of(tokenizer, model.get_input_embeddings().weight.shape[0]), device, job.seed)
     optimizer = optimizer_of(list(trained(model).values()), settings)
     checkpoints, alone = job.folder / CHECKPOINTS_NAME, Processes(Rank(), device)
     progress = checkpoint.load_newest(checkpoints, model, optimizer) or Progress()

@@ -65,7 +65,7 @@ def write_stores(
     on_engine(engine.name, reason)
     try:
         for one in prepared:
-            self_test(engine, _tried(one), one.ask, one.spec.num_ids)
+            self_test(engine, _tried(one), one.ask, one.spec.num_ids, one.model)
         return [fill_store(engine, reason, one, store, root, on_progress, should_stop, wait) for one in prepared]
     finally:
         engine.close()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cache.files import publish_json, publishing, publishing_dir, read_json
 from cache.order import Cursor
+from stages.export import disk_errors
 from stages.processes import Processes, like, on_first
 from stages.trainable import trained
 
@@ -48,7 +49,7 @@ def save(
     state = _optimizer_tensors(model, optimizer, processes)
     if not processes.first:
         return
-    with publishing_dir(checkpoint_dir / f"step-{progress.step:09d}") as folder:
+    with publishing_dir(checkpoint_dir / f"step-{progress.step:09d}") as folder, disk_errors():
         save_file(parameters, folder / "model.safetensors")
         save_file(state, folder / "optimizer.safetensors")
         publish_json(folder / "progress.json", asdict(progress))
@@ -73,7 +74,7 @@ def save_best(checkpoint_dir: Path, model: torch.nn.Module, processes: Processes
     if not processes.first:
         return
     checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    with publishing(checkpoint_dir / BEST_NAME) as temporary:
+    with publishing(checkpoint_dir / BEST_NAME) as temporary, disk_errors():
         save_file(parameters, temporary)
 
 

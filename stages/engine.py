@@ -149,9 +149,22 @@ def _open_transformers(spec: EngineSpec) -> Engine:
     return TransformersEngine(spec)
 
 
-def self_test(engine: Engine, requests: Sequence[Request], ask: Ask, num_ids: int) -> None:
+def _refuse_not_finite(scored: Scored, dtype: str, model: str) -> None:
+    wrong = scored.topk_logits_PK[~np.isfinite(scored.topk_logits_PK)]
+    if len(wrong) == 0:
+        return
+    way = (
+        "float16 overflows above 65504: set dtype to bfloat16 or float32"
+        if dtype == "float16"
+        else "its weights are damaged, or overflow in this dtype: look for NaN in them, or set dtype: float32"
+    )
+    raise UserError(f"the model {model} gives logits that are not finite ({wrong[0]}) in {dtype}", way)
+
+
+def self_test(engine: Engine, requests: Sequence[Request], ask: Ask, num_ids: int, model: str) -> None:
     """Prove on real prompts that the engine returns raw, aligned logits of real ids; UserError if it does not.
 
+    Finite: every kept logit is a number; if not, `model` is at fault and not the engine.
     Raw: over all ids, log-probabilities have log-sum-exp 0 and raw logits do not; and the log-sum-exp that it returns is
     that of the logits. Aligned: a greedy token is the first id of its row, a given response comes back as it was given,
     and feeding response token r_0 as part of the prompt gives row 0 the logits that row 1 had. Repeatable: the second pass,
@@ -162,6 +175,8 @@ def self_test(engine: Engine, requests: Sequence[Request], ask: Ask, num_ids: in
     longer = [Request(r.key, [*r.prompt_ids, int(s.response_ids[0])]) for r, s in zip(requests, first, strict=True)]
     continued = engine.score_all(longer, replace(ask, max_positions=1, temperature=None))
     everything = engine.score_all([Request(0, requests[0].prompt_ids)], Ask(num_ids, 1, logsumexp=ask.logsumexp))[0]
+    for scored in (*first, *again, *continued):
+        _refuse_not_finite(scored, engine.dtype, model)
     rows = zip(requests, first, again, continued, strict=True)
     fault = (
         _raw_fault(everything, num_ids)

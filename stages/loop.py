@@ -74,7 +74,8 @@ def run_loop(
     on_step: Callable[[StepReport], None],
     should_stop: Callable[[], bool],
 ) -> tuple[Progress, list[dict[str, Any]]]:
-    """All steps from the newest checkpoint to the end; returns the progress and the lines of metrics.jsonl."""
+    """All steps from the newest checkpoint to the end, where the last one is made; returns the progress and the lines of
+    metrics.jsonl."""
     settings, processes, checkpoints = student.settings, student.processes, student_dir / CHECKPOINTS_NAME
     reset_peak_memory(processes.device)
     progress = checkpoint.load_newest(checkpoints, student.model, student.optimizer) or Progress()
@@ -128,7 +129,8 @@ def run_loop(
                 write(json.dumps(lines[-1]) + "\n")
                 on_step(report)
             stop = bool(processes.tell([should_stop()]).any()) and done < total
-            if stop or done % settings.checkpoint_steps == 0:
+            ended = done == total or _out_of_patience(progress, settings)  # what follows may fail, and is done again
+            if stop or ended or done % settings.checkpoint_steps == 0:
                 if processes.first:  # a checkpoint is never newer than its lines
                     sync_file(student_dir / METRICS_NAME)
                 checkpoint.save(checkpoints, student.model, student.optimizer, progress, processes, settings.keep_last)

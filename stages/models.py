@@ -210,23 +210,14 @@ def load_tokenizer(model_dir: Path, trust_remote_code: bool = False) -> Any:
         if path.is_file():
             check_whole(path)
     try:
-<<<<<<< HEAD
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{model_dir} has no tokenizer that can be loaded: {str(error).splitlines()[0]}",
-            "put the tokenizer's files beside the weights; if it needs code of its own, read it and set trust_remote_code",
-        ) from None
-    return as_the_file_says(tokenizer, model_dir)
-=======
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UserError(
             f"{model_dir} has no tokenizer that can be loaded: {_first_line(error)}",
             "put the tokenizer's files beside the weights; a tokenizer.json of a newer release needs `pip install --upgrade "
             "tokenizers transformers`; if it needs code of its own, read it and set trust_remote_code",
         ) from error
->>>>>>> h-models
+    return as_the_file_says(tokenizer, folder)
 
 
 def load_config(model_dir: Path, trust_remote_code: bool = False) -> Any:

@@ -15,30 +15,26 @@ from typing import Any
 import torch
 
 from cache.errors import UserError
-from cache.files import publish_json, read_json
+from cache.files import free_bytes, publish_json, read_json
 from cache.manifest import Manifest
 from cache.places import Place, local_folder
 from cache.reader import Store
-from cache.record import prompt_and_response
 from stages import checkpoint
 from stages.card import model_card
+from stages.export import export
 from stages.loop import StepReport, run_loop
-from stages.losses import LOSSES
 from stages.models import (
-    context_length,
-    load_config,
     load_tokenizer,
     tokenizer_sha256,
-    vocab_width,
     weights_sha256,
 )
 from stages.probe import Probe, ask
 from stages.processes import Processes
-from stages.prompts import check_length
-from stages.settings import CHECKPOINTS_NAME, FREE_TRAIN, TRAINING_NAME, TrainSettings
+from stages.settings import CHECKPOINTS_NAME, FREE_TRAIN, TRAINING_NAME, PromptSettings, TrainSettings
+from stages.student_checks import Start, check_settings
 from stages.targets import Teachers
-from stages.tokenizers import check_same_tokenizer
-from stages.trainable import Student, export
+from stages.tokenizers import pad_id_of
+from stages.trainable import Student
 
 IDENTITY_NAME = "student.json"
 
@@ -98,23 +94,20 @@ def train_student(
     teachers = Teachers.of(stores, job.settings)
     loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests)
     done = job.student_dir / TRAINING_NAME
-    if not done.is_file():
-        check_settings(job.settings, loss, teachers.manifests, teachers.combine, processes)
-    comparable = {} if done.is_file() else teachers.comparable()
+    start = None if done.is_file() else _checked_start(job, teachers, store_tokenizer, loss, processes)
+    comparable = {} if start is None else teachers.comparable()
     with processes.first_first():
         claim(job, teachers, start_sha256)
-    if done.is_file():
+    if start is None:
+        _drop_checkpoints(job, processes)  # a kill may have come between training.json and this
         return read_json(done)
-    config = load_config(job.model_dir, job.trust_remote_code)
-    tokenizer = load_tokenizer(job.model_dir, job.trust_remote_code)
-    check_same_tokenizer(store_tokenizer, tokenizer, vocab_width(config), job.name)
-    for store in teachers.stores.values():
-        check_context(store, context_length(config))
     settings = job.settings
     order = teachers.order(settings)
-    pad_id = tokenizer.pad_token_id or 0
+    pad_id = pad_id_of(start.tokenizer, start.width)
     probe = Probe.of(teachers, order, settings, pad_id)
     student = Student.of(job.model_dir, job.start_name, settings, loss, processes, job.trust_remote_code)
+    dtype = _export_dtype(settings, start.config)
+    check_room(job.student_dir, student, dtype)
     progress, lines = run_loop(job.name, job.student_dir, teachers, order, student, probe, pad_id, on_step, should_stop)
     if settings.probe and settings.probe.patience:
         checkpoint.load_parameters(job.student_dir / CHECKPOINTS_NAME / checkpoint.BEST_NAME, student.model)
@@ -140,12 +133,37 @@ def train_student(
         "parameters": student.num_parameters,
         "trained_parameters": student.num_trained,
         "processes": processes.rank.world,
+        "left_out": list(start.left_out),
+        "added_ends": start.missing_ends(teachers.manifests),
         "curve": [[line["step"], line["loss"]] for line in lines],
         "probe": ask(probe, student.answer, processes.device),
     }
-    stored_dtype = getattr(config, "dtype", None) or torch.float32
-    _finish(job, teachers.manifests, student, tokenizer, summary, start_sha256, stored_dtype)
+    card = model_card(summary, teachers.manifests, job.start_name, start_sha256, settings.model_dump())
+    _finish(job, student, start, dtype, card, summary)
     return summary
+
+
+def _checked_start(job: StudentJob, teachers: Teachers, store_tokenizer: Any, loss: str, processes: Processes) -> Start:
+    """The model that the student starts from, after all checks that need no weights."""
+    manifests = teachers.manifests
+    check_settings(job.settings, loss, manifests, teachers.combine, processes)
+    prompt = PromptSettings(**manifests[0].provenance.get("prompt", {}))
+    start = Start.of(job.model_dir, job.name, job.settings, store_tokenizer, prompt, job.trust_remote_code)
+    for store in teachers.stores.values():
+        start.check_store(store)
+    return start
+
+
+def check_room(student_dir: Path, student: Student, dtype: torch.dtype) -> None:
+    """Refuse to begin where the disk has no room for what training ends with: a checkpoint, and the model beside it."""
+    states = 8 if student.settings.optimizer == "adamw" else 2  # bytes of a weight's two
+    needed = (4 + states) * student.num_trained + dtype.itemsize * student.num_parameters
+    there = sum(path.stat().st_size for path in student_dir.rglob("*") if path.is_file())
+    if (free := free_bytes(student_dir)) + there < needed:
+        raise UserError(
+            f"student {student_dir.name!r}: {needed / 1e9:.2f} GB are needed in {student_dir}, {free / 1e9:.2f} are free",
+            "make space, set runs_dir, or train less with train.lora or train.last_layers",
+        )
 
 
 def chosen_loss(settings: TrainSettings, start_sha256: str, manifests: Sequence[Manifest]) -> tuple[str, str]:
@@ -155,54 +173,6 @@ def chosen_loss(settings: TrainSettings, start_sha256: str, manifests: Sequence[
     if all(start_sha256 == manifest.provenance["weights_sha256"] for manifest in manifests):
         return "huber_raw", "it starts from the teacher's own weights, so raw logits compare"
     return "huber_centred", "it starts from other weights than the teacher's, whose raw logits have another offset"
-
-
-def check_settings(
-    settings: TrainSettings, loss: str, manifests: Sequence[Manifest], combine: str | None, processes: Processes
-) -> None:
-    """Refuse what these stores cannot give, and what would do nothing with them."""
-    manifest, key = manifests[0], "train"  # what is asked of the first is the same of all
-    if LOSSES[loss].needs_logsumexp and combine == "average":
-        raise UserError(
-            f"{key}.loss: {loss} needs a log-sum-exp, and an average, of common ids only, has none",
-            "set train.combine: mix, or take a loss over the k ids alone such as forward_kl_topk",
-        )
-    for one in manifests:
-        if LOSSES[loss].needs_logsumexp and not one.logsumexp:
-            raise UserError(
-                f"{key}.loss: {loss} needs the teacher's log-sum-exp, and the store has none (engine: "
-                f"{one.provenance['engine']})",
-                "make one with teacher.logsumexp: true, or take a loss over the k ids alone such as forward_kl_topk",
-            )
-    if settings.top_k and settings.top_k > manifest.top_k:
-        raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")
-    if settings.position_decay != 1 and all(one.positions == one.rows for one in manifests):
-        raise UserError(
-            f"{key}.position_decay does nothing: every row of the store has one position",
-            "leave it out, or make a store with teacher.max_positions above 1",
-        )
-    for subset in ("forget", "retain"):
-        if getattr(settings, f"{subset}_weight") != 1 and 0 in manifest.subsets.values():
-            raise UserError(
-                f"{key}.{subset}_weight does nothing: the store has rows of one subset only", "leave it out"
-            )
-    if settings.parallel == "fsdp" and processes.rank.world == 1:
-        raise UserError(
-            f"{key}.parallel: fsdp does nothing with one process",
-            "leave it out, or start with `torchrun --nproc-per-node N -m pipeline.cli distill …`",
-        )
-    if settings.parallel == "fsdp" and settings.optimizer == "adamw8bit":
-        raise UserError(f"{key}.optimizer: adamw8bit cannot be spread over processes by fsdp", "use adamw, or ddp")
-
-
-def check_context(store: Store, context: int) -> None:
-    """Refuse a store with a row that a student of this context, in tokens, could not read whole."""
-    if store.manifest.longest <= context:
-        return
-    for rows in store.rows():
-        for row, row_id in enumerate(rows.row_ids):
-            prompt, response = prompt_and_response(rows, row)
-            check_length(prompt.tolist(), len(response), context, row_id, "student")
 
 
 def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
@@ -240,22 +210,27 @@ def _differences(found: dict[str, Any], expected: dict[str, Any], keys: list[str
     return "; ".join(parts)
 
 
+def _export_dtype(settings: TrainSettings, config: Any) -> torch.dtype:
+    """As set; on "auto" that of the model that the student starts from."""
+    if settings.export_dtype != "auto":
+        return getattr(torch, settings.export_dtype)
+    return getattr(config, "dtype", None) or torch.float32
+
+
 def _finish(
-    job: StudentJob,
-    manifests: Sequence[Manifest],
-    student: Student,
-    tokenizer: Any,
-    summary: dict[str, Any],
-    start_sha256: str,
-    stored_dtype: torch.dtype,
+    job: StudentJob, student: Student, start: Start, dtype: torch.dtype, card: str, summary: dict[str, Any]
 ) -> None:
     """Export the model, write training.json (the sign that the student is done) and drop the checkpoints."""
-    settings = job.settings
-    dtype = stored_dtype if settings.export_dtype == "auto" else getattr(torch, settings.export_dtype)
     model = student.whole_model()
     if student.processes.first:
-        card = model_card(summary, manifests, job.start_name, start_sha256, settings.model_dump())
-        export(model, tokenizer, job.student_dir, dtype, settings.lora, card)
+        added = summary["added_ends"]
+        ends = [*start.eos_ids, *added] if added else []
+        export(model, start.tokenizer, job.student_dir, dtype, job.settings.lora, card, ends)
         publish_json(job.student_dir / TRAINING_NAME, summary)
-        shutil.rmtree(job.student_dir / CHECKPOINTS_NAME, ignore_errors=True)
+    _drop_checkpoints(job, student.processes)
     student.processes.wait()
+
+
+def _drop_checkpoints(job: StudentJob, processes: Processes) -> None:
+    if processes.first:
+        shutil.rmtree(job.student_dir / CHECKPOINTS_NAME, ignore_errors=True)

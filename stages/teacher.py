@@ -38,6 +38,7 @@ from stages.models import (
 from stages.prompts import Prompt, Renderer, check_length, open_renderer
 from stages.proof import prove
 from stages.settings import PromptSettings, RequestData, RequestSettings, StoreSettings, TeacherSettings, TrainingData
+from stages.tokenizers import check_ids_within
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
 MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has no name
@@ -147,6 +148,7 @@ def render_rows(
     context = context_length(config)
     for row in rows:
         check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
+        check_ids_within([*row.teacher_ids, *(row.given_ids or ())], vocab_width(config), row.row_id, "the teacher")
     return Rendered(config, renderer, prefixes, queries, rows, num_ids)
 
 

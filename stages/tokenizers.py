@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cache.errors import UserError
+from stages.data import Query
+from stages.prompts import Prompt, Renderer
+from stages.settings import PromptSettings
+
+OTHER_FAMILY = (
+    "take a student of the same model family and tokenizer, or make a store with a teacher that has this tokenizer"
+)
 
 # Texts on which two tokenizers of one family but of different rules (digits, spaces, case, scripts) come apart.
 PROBES = (
@@ -18,49 +27,88 @@ PROBES = (
 )
 
 
-def check_same_tokenizer(store_tokenizer: Any, student_tokenizer: Any, student_width: int, student: str) -> None:
-    """Raise UserError unless ids mean the same and texts give the same ids; a wider, padded output head is fine."""
-    hint = (
-        "take a student of the same model family and tokenizer, or make a store with a teacher that has this tokenizer"
-    )
+SAMPLE = "What is the capital of France?"  # a question, to compare what chat templates make of it
+
+
+def check_same_tokenizer(
+    store_tokenizer: Any, student_tokenizer: Any, prompt: PromptSettings, student: str
+) -> set[int]:
+    """Raise UserError unless ids mean the same, texts give the same ids, and questions are rendered alike.
+
+    Students learn from the store's prompts, which are ids, and are then asked through their own tokenizer: a chat template may
+    read otherwise where prompts are plain, and must give the same prompt where they are not. Returns ids of added tokens that
+    only one of the two has, which no prompt or response of the store may use.
+    """
+    added = {*store_tokenizer.get_added_vocab().values(), *student_tokenizer.get_added_vocab().values()}
+    differing = _differing_ids(store_tokenizer.get_vocab(), student_tokenizer.get_vocab())
+    of_one = {i for i, (ours, theirs) in differing.items() if None in (ours, theirs) and i in added}
     fault = (
-        _vocabulary_fault(store_tokenizer.get_vocab(), student_tokenizer.get_vocab())
-        or _special_fault(store_tokenizer, student_tokenizer)
+        _vocabulary_fault({i: tokens for i, tokens in differing.items() if i not in of_one})
         or _probe_fault(store_tokenizer, student_tokenizer)
+        or _prompt_fault(store_tokenizer, student_tokenizer, prompt)
     )
     if fault:
-        raise UserError(f"student {student!r}: its tokenizer is not the store's: {fault}", hint)
-    largest = max(store_tokenizer.get_vocab().values())
-    if student_width <= largest:
+        raise UserError(f"student {student!r}: {fault[0]}", fault[1])
+    return of_one
+
+
+def check_ids_within(ids: Any, width: int, row_id: str, who: str) -> None:
+    """Refuse a row with a token for which the head and embeddings of `who` ("the teacher") have no row."""
+    largest = int(np.max(ids, initial=0))
+    if largest >= width:
         raise UserError(
-            f"student {student!r}: its head has {student_width} rows, the tokenizer's ids go up to {largest}", hint
+            f"row {row_id!r} has the id {largest}, and {who} has a head of {width} rows",
+            "that token was added to the tokenizer and not to the model: keep it out of questions, prefix and chat template, "
+            "or give the model a row for it (transformers' resize_token_embeddings) and save it",
         )
 
 
-def _vocabulary_fault(expected: dict[str, int], found: dict[str, int]) -> str | None:
+def pad_id_of(tokenizer: Any, width: int) -> int:
+    """What batches are padded with: the tokenizer's own id, or 0 where it has none or the model no row for it."""
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < width else 0
+
+
+def _differing_ids(expected: dict[str, int], found: dict[str, int]) -> dict[int, tuple[str | None, str | None]]:
+    """Each id that does not stand for the same, with what it stands for in both."""
     if expected == found:
+        return {}
+    ours, theirs = ({id_: token for token, id_ in vocab.items()} for vocab in (expected, found))
+    return {i: (ours.get(i), theirs.get(i)) for i in sorted({*ours, *theirs}) if ours.get(i) != theirs.get(i)}
+
+
+def _vocabulary_fault(differing: dict[int, tuple[str | None, str | None]]) -> tuple[str, str] | None:
+    if not differing:
         return None
-    by_id_expected, by_id_found = ({id_: token for token, id_ in vocab.items()} for vocab in (expected, found))
-    differing = [i for i in sorted({*by_id_expected, *by_id_found}) if by_id_expected.get(i) != by_id_found.get(i)]
-    first = differing[0]
-    return (
-        f"{len(differing)} ids differ, the first is {first}: "
-        f"{by_id_found.get(first)!r} instead of {by_id_expected.get(first)!r}"
-    )
+    first, (expected, found) = next(iter(differing.items()))
+    what = f"{len(differing)} ids differ, the first is {first}: {found!r} instead of {expected!r}"
+    return f"its tokenizer is not the store's: {what}", OTHER_FAMILY
 
 
-def _special_fault(expected: Any, found: Any) -> str | None:
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(expected, name) != getattr(found, name):
-            return f"{name} is {getattr(found, name)} instead of {getattr(expected, name)}"
-    if (expected.chat_template or None) != (found.chat_template or None):
-        return "the chat templates differ"
-    return None
-
-
-def _probe_fault(expected: Any, found: Any) -> str | None:
+def _probe_fault(expected: Any, found: Any) -> tuple[str, str] | None:
     for text in PROBES:
         ids_expected, ids_found = expected(text)["input_ids"], found(text)["input_ids"]
         if ids_expected != ids_found:
-            return f"{text!r} gives the ids {ids_found[:8]}… instead of {ids_expected[:8]}…"
+            what = f"{text!r} gives the ids {ids_found[:8]}… instead of {ids_expected[:8]}…"
+            return f"its tokenizer is not the store's: {what}", OTHER_FAMILY
     return None
+
+
+def _prompt_fault(expected: Any, found: Any, prompt: PromptSettings) -> tuple[str, str] | None:
+    try:
+        asked = Prompt.plain(Query("sample", SAMPLE, None))
+        ids_expected, ids_found = (Renderer(tokenizer, prompt).prompt(asked) for tokenizer in (expected, found))
+    except UserError as error:
+        return error.what, error.hint
+    if ids_expected == ids_found:
+        return None
+    first = next((i for i, (a, b) in enumerate(zip(ids_expected, ids_found, strict=False)) if a != b), None)
+    at = min(len(ids_expected), len(ids_found)) if first is None else first
+    ours, theirs = (
+        repr(tokenizer.decode(ids[at : at + 24])) for tokenizer, ids in ((expected, ids_expected), (found, ids_found))
+    )
+    return (
+        f"it would be asked otherwise than it is trained: its prompts go on with {theirs} where the store's go on with {ours}",
+        "give it the chat template of the teacher's model (a date in it is set by prompt.template_args or prompt.date, where "
+        "the template takes one), or make a store with prompt.format: plain",
+    )

@@ -1,4 +1,4 @@
-"""The model that a student is trained as: what of it is trained, in which dtype, and how it is written in the end.
+"""The model that a student is trained as: what of it is trained, and in which dtype. `export.py` writes it in the end.
 
 Trained weights are float32 whatever the forward pass is computed in; frozen matrices are kept in the forward pass's
 dtype, so that a frozen base costs half under bfloat16.
@@ -18,7 +18,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from cache.errors import UserError
-from cache.files import publishing_dir
 from stages.head import Head, Seen, student_at
 from stages.losses import LOSSES, TopK, loss_of
 from stages.models import load_model, text_config
@@ -74,9 +73,10 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
-    """The model's stack of layers: the list of modules that is as long as its config says."""
+    """The language model's stack of layers, never a vision tower's: the list that is as long as its config says."""
     count = text_config(model.config).num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+    lists = [module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
     if not lists:
         raise UserError(
             f"{type(model).__name__} has no list of its {count} decoder layers",
@@ -239,26 +239,3 @@ def optimizer_of(parameters: list[torch.nn.Parameter], settings: TrainSettings) 
             "train.optimizer: adamw8bit needs bitsandbytes, which is not installed", "pip install 'duet-unlearn[8bit]'"
         ) from None
     return AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-
-
-def export(
-    model: Any, tokenizer: Any, student_dir: Path, dtype: torch.dtype, lora: LoraSettings | None, card: str
-) -> None:
-    """Write `model/` in one rename: safetensors weights, config and tokenizer, as transformers and vLLM load them.
-
-    Adapters are merged; with `lora.save_adapter`, `adapter/` holds them as peft loads them. The model is used up.
-    """
-    if lora:
-        if lora.save_adapter:
-            with publishing_dir(student_dir / "adapter") as folder:
-                # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
-                model.save_pretrained(folder, save_embedding_layers=False)
-                (folder / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
-        for parameter in model.parameters():  # what adapters are added to, so that their product is rounded only once
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        model = model.merge_and_unload()
-    with publishing_dir(student_dir / "model") as folder:
-        model.to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")

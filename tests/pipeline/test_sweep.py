@@ -108,7 +108,7 @@ class NeverStop:
         pass
 
 
-def test_run_hands_the_choice_on_to_the_stages_that_have_students(lab_config, monkeypatch):
+def test_run_hands_the_choice_on_to_all_stages(lab_config, monkeypatch):
     started: list[list[str]] = []
 
     class Child:
@@ -123,4 +123,4 @@ def test_run_hands_the_choice_on_to_the_stages_that_have_students(lab_config, mo
     path = str(lab_config())
     assert main(["run", "--config", path, "--set", "name=x", "--only", "base", "--sweep", "train.lr=1,2"]) == EXIT_DONE
     sets, chosen = ["--config", path, "--set", "name=x"], ["--only", "base", "--sweep", "train.lr=1,2"]
-    assert started == [["teacher-logits", *sets], ["distill", *sets, *chosen], ["evaluate", *sets, *chosen]]
+    assert started == [[stage, *sets, *chosen] for stage in commands.STAGES]

@@ -187,7 +187,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 CHECKS = (
-    "prompt", "question", "BOS once", "no EOS", "prefix alone", "first answer token", "end of turn", "thinking off", "export loads",
+    "prompt", "question", "BOS once", "no EOS", "prefix alone", "first answer token", "end of turn", "thinking off",
+    "export loads",
 )  # fmt: skip
 
 
@@ -261,8 +262,8 @@ one text. Where its own tokenizer is not at hand, a stand-in is taken to which t
 * **prompt**: the ids are those of `apply_chat_template` with a generation prompt. **question**: it stands in it as it is.
 * **BOS once**: `-` means that the template writes none; none is added then, as transformers does it (Zephyr, Phi-3, Qwen).
 * **no EOS**: the prompt does not end in an end-of-sequence token.
-* **prefix alone**: teacher and student differ in the prefix and in nothing else. A template that puts in a system message of its
-  own where there is none gets the prefix and that message from the teacher; `prompt.system` sets one text for both.
+* **prefix alone**: teacher and student differ in the prefix and in nothing else. A template that puts in a system message of
+  its own where there is none gets the prefix and that message from the teacher; `prompt.system` sets one text for both.
 * **first answer token**, **end of turn**: a given answer has the ids that the model would have to say after the prompt, and
   ends as the template ends an assistant's turn. The answers generated in stage one do not need either.
 * **thinking off**: `no` means that the model says something before the answer, which is taken as it is.

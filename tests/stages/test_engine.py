@@ -84,7 +84,7 @@ def test_a_given_response_is_scored_and_not_changed(engine, spec, model, prompts
     ):
         assert scored.response_ids.tolist() == response
         check_against_forward(model, prompt, scored)
-    self_test(engine, [replace(r, given_ids=[7, 900]) for r in asked], Ask(TOP_K, 2, True), spec.num_ids)
+    self_test(engine, [replace(r, given_ids=[7, 900]) for r in asked], Ask(TOP_K, 2, True), spec.num_ids, "small")
 
 
 def test_sampled_responses_depend_on_their_seeds_alone(engine, model, prompts):
@@ -224,7 +224,7 @@ def test_head_padding_never_counts(tmp_path, spec, prompts):
     scored = engine.score(prompts, TOP_K, 2)
     assert max(s.topk_ids_PK.max() for s in scored) < spec.num_ids
     assert max(s.response_ids.max() for s in scored) < spec.num_ids
-    self_test(engine, requests(prompts), Ask(TOP_K, 1, logsumexp=True), spec.num_ids)
+    self_test(engine, requests(prompts), Ask(TOP_K, 1, logsumexp=True), spec.num_ids, "small")
 
 
 class Wrong:
@@ -285,9 +285,9 @@ def another_response(s: Scored, call: int) -> Scored:
 def test_the_self_test_fails_loudly(engine, prompts, spec, fault, message):
     ask = Ask(TOP_K, 1, logsumexp=True)
     asked = requests(prompts, given_ids=[7, 900] if fault is another_response else None)
-    self_test(engine, asked, ask, spec.num_ids)
+    self_test(engine, asked, ask, spec.num_ids, "small")
     with pytest.raises(UserError, match=message) as caught:
-        self_test(Wrong(engine, fault), asked, ask, spec.num_ids)
+        self_test(Wrong(engine, fault), asked, ask, spec.num_ids, "small")
     assert "wrong 1.0" in caught.value.what
 
 
@@ -298,3 +298,18 @@ def test_vllm_where_it_is_not_installed(spec, monkeypatch):
     assert "not installed" in reason
     with pytest.raises(UserError, match="not installed"):
         open_engine(spec, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "hint"), [("float16", 2e4, "bfloat16 or float32"), ("float32", float("nan"), "damaged")]
+)
+def test_a_model_whose_logits_are_not_finite_is_named_as_such(tmp_path, spec, prompts, dtype, factor, hint):
+    """float16 overflows in the head; a weight that is NaN is one in any dtype."""
+    model = load_model(LAB_SMALL, "float32")
+    with torch.no_grad():
+        model.model.norm.weight *= factor
+    model.save_pretrained(tmp_path / "broken")
+    engine = TransformersEngine(replace(spec, model_dir=tmp_path / "broken", dtype=dtype))
+    with pytest.raises(UserError, match="the model broken-7b gives logits that are not finite") as found:
+        self_test(engine, requests(prompts), Ask(TOP_K, 1), spec.num_ids, "broken-7b")
+    assert hint in found.value.hint

@@ -21,7 +21,7 @@ from stages.loop import lr_factor
 from stages.losses import LOSSES
 from stages.models import load_tokenizer, tokenizer_files, tokenizer_sha256, weights_sha256
 from stages.processes import Processes
-from stages.settings import TrainSettings
+from stages.settings import PromptSettings, TrainSettings
 from stages.student import StudentJob, chosen_loss, open_store, train_student
 from stages.tokenizers import check_same_tokenizer
 
@@ -258,7 +258,7 @@ def test_a_tokenizer_of_the_same_width_but_another_meaning_is_refused(tmp_path, 
     theirs = load_tokenizer(tmp_path / "theirs")
     assert len(theirs) == len(ours)
     with pytest.raises(UserError, match=message):
-        check_same_tokenizer(ours, theirs, LAB_VOCAB_SIZE, "s")
+        check_same_tokenizer(ours, theirs, PromptSettings(), "s")
 
 
 def test_a_merely_wider_head_is_accepted_and_trained(tmp_path, store):
@@ -270,8 +270,6 @@ def test_a_merely_wider_head_is_accepted_and_trained(tmp_path, store):
     tokenizer.save_pretrained(tmp_path / "wide")
     losses = train(job(tmp_path / "s", tmp_path / "wide"), store)
     assert losses[-1] < losses[0]
-    with pytest.raises(UserError, match="its head has 500 rows"):
-        check_same_tokenizer(tokenizer, tokenizer, 500, "s")
 
 
 def test_a_students_short_context_is_refused(tmp_path, store):
@@ -280,3 +278,43 @@ def test_a_students_short_context_is_refused(tmp_path, store):
     load_tokenizer(LAB_SMALL).save_pretrained(tmp_path / "short")
     with pytest.raises(UserError, match="context is 7"):
         train(job(tmp_path / "s", tmp_path / "short"), store)
+
+
+def test_a_head_that_is_too_narrow_for_the_stores_ids_is_refused_with_the_rows_id(tmp_path, store):
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**(TINY | {"vocab_size": 900})))
+    model.save_pretrained(tmp_path / "narrow")
+    load_tokenizer(LAB_SMALL).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(UserError, match=r"row 'forget/\d+' has the id \d+, and student 's' has a head of 900 rows"):
+        train(job(tmp_path / "s", tmp_path / "narrow"), store)
+    assert not (tmp_path / "s").exists()
+
+
+def test_only_what_a_template_makes_of_a_question_counts_and_only_where_prompts_are_chats():
+    ours, theirs = load_tokenizer(LAB_SMALL), load_tokenizer(LAB_SMALL)
+    plain = PromptSettings(format="plain", prefix_placement="text")
+    theirs.chat_template = "{# in other words #}" + ours.chat_template
+    check_same_tokenizer(ours, theirs, PromptSettings(), "s")
+    theirs.chat_template = ours.chat_template.replace("{%", "Today Date: 26 Jul 2024 {%", 1)
+    check_same_tokenizer(ours, theirs, plain, "s")
+    with pytest.raises(UserError, match=r"its prompts go on with .*26 Jul 2024") as found:
+        check_same_tokenizer(ours, theirs, PromptSettings(), "s")
+    assert "prompt.date" in found.value.hint
+    theirs.chat_template = None
+    check_same_tokenizer(ours, theirs, plain, "s")
+    with pytest.raises(UserError, match=r"student 's': .*no chat template"):
+        check_same_tokenizer(ours, theirs, PromptSettings(), "s")
+
+
+def test_a_student_ends_its_responses_where_its_teacher_does(tmp_path):
+    """A base model learns from an instruction-tuned one, whose turns end in another token."""
+    tokenizer = load_tokenizer(LAB_SMALL)
+    provenance = {
+        "tokenizer_sha256": tokenizer_sha256(tokenizer), "weights_sha256": "0" * 64, "engine": "none", "dtype": "float32",
+        "eos_ids": [2, 4],
+    }  # fmt: skip
+    plan = make_plan(20, 10, shard_rows=6, top_k=5, vocab_size=LAB_VOCAB_SIZE, provenance=provenance)
+    rows = make_rows(range(20), positions=3, top_k=5, vocab_size=LAB_VOCAB_SIZE, forget=10)
+    write_store(tmp_path / "store", plan, rows, tokenizer_files(tokenizer))
+    train(job(tmp_path / "s", epochs=1), open_store(Folder(tmp_path / "store"), verify=True))
+    assert json.loads((tmp_path / "s/training.json").read_text())["added_ends"] == [4]
+    assert json.loads((tmp_path / "s/model/generation_config.json").read_text())["eos_token_id"] == [2, 4]

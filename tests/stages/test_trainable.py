@@ -21,7 +21,7 @@ from stages.losses import LOSSES
 from stages.models import load_model, load_tokenizer
 from stages.passes import passes_of
 from stages.settings import FREE_TRAIN, LOSS_OPTIONS, TrainSettings
-from stages.student import check_settings
+from stages.student_checks import check_settings
 from stages.trainable import Student, decoder_layers, load_trainable, trained
 
 PARTS = {

@@ -26,7 +26,7 @@ def main(model_dir: Path, folder: Path, context: int) -> None:
         assert engine.route == route
         results = {}
         for name, (requests, ask) in asked[route].items():
-            self_test(engine, requests[:3], ask, spec.num_ids)
+            self_test(engine, requests[:3], ask, spec.num_ids, "small")
             engine.usage = Usage()
             results[name] = engine.score_all(requests, ask), replace(engine.usage)
         prompts = [list(request.prompt_ids) for request in asked["rows"]["greedy"][0]]
