@@ -163,9 +163,21 @@ def _sinfo() -> tuple[int, str]:
 
 
 def config_checks(config: Config) -> Iterator[Check]:
-    """Models found, questions readable, what each stage would refuse, and which engine stage one will take."""
-    from stages.data import load_queries
+    """Models found, questions readable, what each stage would refuse of them, and which engine stage one will take."""
     from stages.teacher import engine_order
+
+    found = [*_file_checks(config)]
+    yield from found
+    if all(check.state == OK for check in found):  # else each stage would refuse the same
+        yield from _stage_checks(config)
+    for name, settings in config.teacher_settings().items():
+        order = engine_order(settings.engine)
+        otherwise = f"; if it does not start, {order[1]}" if len(order) > 1 else ""
+        yield Check(f"engine of {name}", OK, f"{order[0]}, teacher.engine is {settings.engine}{otherwise}")
+
+
+def _file_checks(config: Config) -> Iterator[Check]:
+    from stages.data import load_queries
 
     for key, model in doctor.models_of(config).items():
         yield model_check(key, model, config.teacher.trust_remote_code)
@@ -174,16 +186,15 @@ def config_checks(config: Config) -> Iterator[Check]:
         try:
             yield Check(key, OK, f"{settings.path}: {len(load_queries(settings, key, need_answers=True))} questions")
         except UserError as error:
-            yield Check(key, FAILED, error.what, error.hint)
+            yield _failed(key, error)
+
+
+def _stage_checks(config: Config) -> Iterator[Check]:
     for what, check in checks_of(config):
         try:
             yield Check(what, OK, check())
         except UserError as error:
             yield Check(what, FAILED, error.what, error.hint)
-    for name, settings in config.teacher_settings().items():
-        order = engine_order(settings.engine)
-        otherwise = f"; if it does not start, {order[1]}" if len(order) > 1 else ""
-        yield Check(f"engine of {name}", OK, f"{order[0]}, teacher.engine is {settings.engine}{otherwise}")
 
 
 def _start_checks(config: Config) -> Iterator[Check]:

@@ -138,7 +138,9 @@ def train_baseline(
     if job.method.reference:
         reference = load_model(job.model_dir, "auto", job.trust_remote_code).to(device, dtype).requires_grad_(False)
     tokenizer = load_tokenizer(job.model_dir, job.trust_remote_code)
-    models = Models(model, reference, pad_id_of(tokenizer, model.get_input_embeddings().weight.shape[0]), device, job.seed)
+    models = Models(
+        model, reference, pad_id_of(tokenizer, model.get_input_embeddings().weight.shape[0]), device, job.seed
+    )
     optimizer = optimizer_of(list(trained(model).values()), settings)
     checkpoints, alone = job.folder / CHECKPOINTS_NAME, Processes(Rank(), device)
     progress = checkpoint.load_newest(checkpoints, model, optimizer) or Progress()
