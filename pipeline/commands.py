@@ -78,6 +78,8 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         show(costs_table(costs, len(subjects)), result=dry_run)
     if run_dir is None:
         return
+    if config.evaluate.likelihood:
+        of_given.check(subjects, exam)
     with progress_bar("answers") as bar:
         answers = stage.answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
         readings = reading.read_all(subjects, exam, run_dir / "answers", bar.update, stop)

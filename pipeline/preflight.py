@@ -55,8 +55,8 @@ def _asks_the_clock(renderer: object) -> bool:
 def _evaluation(config: Config) -> str:
     """Stage three's questions to base and teachers, given answers too where they are scored."""
     from pipeline.commands import base_and_teachers, exam_of
+    from stages import given
     from stages.examinee import Examinee
-    from stages.given import pairs_of
     from stages.models import small_files
     from stages.proof import cut_references
 
@@ -67,8 +67,8 @@ def _evaluation(config: Config) -> str:
         of_model = [subject for subject in subjects if subject.model_dir == model_dir]
         examinee = Examinee(model_dir, exam, of_model)
         tasks += sum(len(examinee.tasks(subject)) for subject in of_model)
-        for subject in of_model if exam.settings.likelihood else ():
-            pairs_of(examinee.renderer, exam, subject)
+        if exam.settings.likelihood:
+            given.check(of_model, exam)
         for text in cut_references(examinee.tokenizer, exam.queries, exam.settings.max_new_tokens):
             note(text)
     return f"{len(exam.sets)} sets of questions, {tasks} lists of prompts"

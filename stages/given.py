@@ -164,6 +164,12 @@ class _Pairs:
         return [self.prompts, self.answers, self.num_end, self.has_paraphrase, self.has_perturbed]
 
 
+def check(subjects: Sequence[Subject], exam: Exam) -> None:
+    """Refuse answers that a subject cannot be given, before anything is asked."""
+    for subject in subjects:
+        pairs_of(open_renderer(subject.model_dir, exam.prompt, exam.trust_remote_code), exam, subject)
+
+
 def pairs_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, _Pairs]:
     """What a subject is read, by set; attacks are left to generated answers."""
     return {name: _pairs(renderer, prompts) for name, prompts in plain_questions_of(exam, subject).items()}

@@ -35,6 +35,7 @@ from stages.models import (
     vocab_width,
     weights_sha256,
 )
+from stages.notes import note
 from stages.prompts import Prompt, Renderer, check_length, open_renderer
 from stages.proof import prove
 from stages.settings import PromptSettings, RequestData, RequestSettings, StoreSettings, TeacherSettings, TrainingData
@@ -169,6 +170,12 @@ def prepare(
     found = render_rows(model_dir, teacher, prompt, data, topic, requests, limit)
     config, renderer, rows, num_ids = found.config, found.renderer, found.rows, found.num_ids
     tokenizer, context = renderer.tokenizer, context_length(config)
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = renderer.chat.source if renderer.chat else None  # the store has the one that is used
+    if renderer.chat and renderer.chat.asks_the_clock:
+        note(
+            f"the chat template asks for the day: it is told {renderer.chat.date}, in every stage; prompt.date sets it"
+        )
     longest = max(len(row.teacher_ids) for row in rows) + teacher.max_positions
     spec = EngineSpec(
         model_dir=model_dir,

@@ -97,7 +97,12 @@ def _probe_fault(expected: Any, found: Any) -> tuple[str, str] | None:
 def _prompt_fault(expected: Any, found: Any, prompt: PromptSettings) -> tuple[str, str] | None:
     try:
         asked = Prompt.plain(Query("sample", SAMPLE, None))
-        ids_expected, ids_found = (Renderer(tokenizer, prompt).prompt(asked) for tokenizer in (expected, found))
+        several = isinstance(expected.chat_template, dict)
+        of_store = (
+            prompt if several else prompt.model_copy(update={"template_name": None})
+        )  # a store keeps the one it used
+        ids_expected = Renderer(expected, of_store).prompt(asked)
+        ids_found = Renderer(found, prompt).prompt(asked)
     except UserError as error:
         return error.what, error.hint
     if ids_expected == ids_found:
