@@ -62,13 +62,14 @@ def _evaluation(config: Config) -> str:
 
     exam = exam_of(config)
     subjects = base_and_teachers(config, small_files, lambda one, other: one.resolve() == other.resolve())
-    tasks = 0
+    tasks, remarks = 0, {}
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         of_model = [subject for subject in subjects if subject.model_dir == model_dir]
         examinee = Examinee(model_dir, exam, of_model)
         tasks += sum(len(examinee.tasks(subject)) for subject in of_model)
         if exam.settings.likelihood:
             given.check(of_model, exam)
-        for text in cut_references(examinee.tokenizer, exam.queries, exam.settings.max_new_tokens):
-            note(text)
+        remarks |= dict.fromkeys(cut_references(examinee.tokenizer, exam.queries, exam.settings.max_new_tokens))
+    for text in remarks:
+        note(text)
     return f"{len(exam.sets)} sets of questions, {tasks} lists of prompts"

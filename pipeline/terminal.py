@@ -60,8 +60,6 @@ def speaking(level: str, as_json: bool) -> Iterator[None]:
     before, inherited = _voice, os.environ.get(VERBOSITY)
     _voice = _Voice(level, as_json)
     os.environ[VERBOSITY] = "silent" if level == "quiet" else level
-    told = _Notes()
-    notes.addHandler(told)
     handler = logging.StreamHandler()  # on stderr
     handler.addFilter(lambda record: record.levelno == logging.DEBUG)  # lines and errors are told anyway
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -76,7 +74,6 @@ def speaking(level: str, as_json: bool) -> Iterator[None]:
         log.debug("the trace", exc_info=True)
         raise
     finally:
-        notes.removeHandler(told)
         log.removeHandler(handler)
         log.setLevel(logging.INFO)
         _voice = before
@@ -86,17 +83,13 @@ def speaking(level: str, as_json: bool) -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    """Shows what stages note, each text once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shown: set[str] = set()
+    """Shows what stages note."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if text not in self._shown:
-            self._shown.add(text)
-            say(f"note: {text}")
+        say(f"note: {record.getMessage()}")
+
+
+notes.addHandler(_Notes())
 
 
 def log_to(path: Path) -> None:

@@ -8,5 +8,5 @@ LOGGER = "duet.notes"  # `pipeline/terminal.py` listens to it; other programs ma
 
 
 def note(text: str) -> None:
-    """Tell the user something that stops nothing; the same line is shown once per command."""
+    """Tell the user something that stops nothing."""
     logging.getLogger(LOGGER).info(text)

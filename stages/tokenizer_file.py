@@ -42,10 +42,14 @@ def as_the_file_says(tokenizer: Any, model_dir: Path) -> Any:
             f"{model_dir}: the tokenizer {type(tokenizer).__name__} reads texts differently than its {FILE_NAME}",
             "update transformers and tokenizers, or take the tokenizer's files from the model's page again",
         )
-    note(
-        f"tokenizer of {model_dir.name}: {type(tokenizer).__name__} does not follow its {FILE_NAME}; the file's rules are taken"
-    )
+    _tell(model_dir, type(tokenizer).__name__)
     return plain
+
+
+@functools.cache
+def _tell(model_dir: Path, name: str) -> None:
+    """Once for all loads of a process."""
+    note(f"tokenizer of {model_dir.name}: {name} does not follow its {FILE_NAME}; the file's rules are taken")
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
