@@ -142,7 +142,10 @@ def _dated(config: Config) -> Config:
     if config.prompt.date is not None:
         return config
     of_run = config.run_dir / CONFIG_NAME
-    recorded = read_mapping(str(of_run)).get("prompt", {}).get("date") if of_run.is_file() else None
+    try:
+        recorded = read_mapping(str(of_run)).get("prompt", {}).get("date") if of_run.is_file() else None
+    except PermissionError:  # somebody else's run: what needs it will say so
+        recorded = None
     day = datetime.date.fromisoformat(str(recorded)) if recorded else datetime.date.today()
     return config.model_copy(update={"prompt": config.prompt.model_copy(update={"date": day})})
 

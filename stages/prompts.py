@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cache.errors import UserError
 from stages.chat import QUESTION, ChatTemplate, Message
 from stages.data import Query
@@ -333,6 +335,11 @@ ANOTHER_TEMPLATE = (
 
 def open_renderer(model_dir: Path, settings: PromptSettings, trust_remote_code: bool = False) -> Renderer:
     """The renderer of a model directory."""
+    if settings.format == "plain" and settings.template != settings.template.rstrip(" \t"):
+        raise UserError(
+            "prompt.template ends in a space, which tokenizers join with the first word of an answer",
+            "end it without; the space belongs to prompt.answer, which has one by default",
+        )
     config = load_config(model_dir, trust_remote_code)
     tokenizer = load_tokenizer(model_dir, trust_remote_code)
     named = text_config(config).eos_token_id
@@ -382,11 +389,6 @@ def check_prompt_settings(tokenizer: Any, settings: PromptSettings) -> None:
             raise UserError(f"prompt.{name} does nothing in plain prompts", "leave it out, or set prompt.format: chat")
     if settings.bos == "always" and tokenizer.bos_token_id is None:
         raise UserError("prompt.bos is always, but the tokenizer has no BOS token", "set prompt.bos: never")
-    if settings.template != settings.template.rstrip(" \t"):
-        raise UserError(
-            "prompt.template ends in a space, which tokenizers join with the first word of an answer",
-            "end it without; the space belongs to prompt.answer, which has one by default",
-        )
 
 
 def check_length(prompt_ids: Sequence[int], new_tokens: int, context: int, row_id: str, who: str) -> None:
@@ -396,4 +398,15 @@ def check_length(prompt_ids: Sequence[int], new_tokens: int, context: int, row_i
             f"row {row_id!r}: the {who}'s prompt has {len(prompt_ids)} tokens and {new_tokens} are to follow, "
             f"the model's context is {context}",
             "shorten the prefix or the question, leave the row out, or take a model with a longer context",
+        )
+
+
+def check_ids_within(ids: Any, width: int, row_id: str, who: str) -> None:
+    """Refuse a row with a token for which the head and embeddings of `who` ("the teacher") have no row."""
+    largest = int(np.max(ids, initial=0))
+    if largest >= width:
+        raise UserError(
+            f"row {row_id!r} has the id {largest}, and {who} has a head of {width} rows",
+            "that token was added to the tokenizer and not to the model: keep it out of questions, prefix and chat template, "
+            "or give the model a row for it (transformers' resize_token_embeddings) and save it",
         )

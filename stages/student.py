@@ -147,7 +147,8 @@ def _checked_start(job: StudentJob, teachers: Teachers, store_tokenizer: Any, lo
     """The model that the student starts from, after all checks that need no weights."""
     manifests = teachers.manifests
     check_settings(job.settings, loss, manifests, teachers.combine, processes)
-    prompt = PromptSettings(**manifests[0].provenance.get("prompt", {}))
+    told = manifests[0].provenance.get("prompt")  # a store of another program may not say how questions became prompts
+    prompt = PromptSettings(**told) if told else PromptSettings(format="plain", prefix_placement="text")
     start = Start.of(job.model_dir, job.name, job.settings, store_tokenizer, prompt, job.trust_remote_code)
     for store in teachers.stores.values():
         start.check_store(store)

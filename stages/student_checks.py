@@ -17,9 +17,9 @@ from stages.export import try_export
 from stages.losses import LOSSES
 from stages.models import check_trainable_start, context_length, eos_ids, load_config, load_tokenizer, vocab_width
 from stages.processes import Processes
-from stages.prompts import check_length
+from stages.prompts import check_ids_within, check_length
 from stages.settings import PromptSettings, TrainSettings
-from stages.tokenizers import check_ids_within, check_same_tokenizer
+from stages.tokenizers import check_same_tokenizer
 
 
 @dataclass(frozen=True)

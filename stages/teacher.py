@@ -36,10 +36,9 @@ from stages.models import (
     weights_sha256,
 )
 from stages.notes import note
-from stages.prompts import Prompt, Renderer, check_length, open_renderer
+from stages.prompts import Prompt, Renderer, check_ids_within, check_length, open_renderer
 from stages.proof import prove
 from stages.settings import PromptSettings, RequestData, RequestSettings, StoreSettings, TeacherSettings, TrainingData
-from stages.tokenizers import check_ids_within
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
 MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has no name

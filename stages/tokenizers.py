@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from cache.errors import UserError
 from stages.data import Query
 from stages.prompts import Prompt, Renderer
@@ -50,17 +48,6 @@ def check_same_tokenizer(
     if fault:
         raise UserError(f"student {student!r}: {fault[0]}", fault[1])
     return of_one
-
-
-def check_ids_within(ids: Any, width: int, row_id: str, who: str) -> None:
-    """Refuse a row with a token for which the head and embeddings of `who` ("the teacher") have no row."""
-    largest = int(np.max(ids, initial=0))
-    if largest >= width:
-        raise UserError(
-            f"row {row_id!r} has the id {largest}, and {who} has a head of {width} rows",
-            "that token was added to the tokenizer and not to the model: keep it out of questions, prefix and chat template, "
-            "or give the model a row for it (transformers' resize_token_embeddings) and save it",
-        )
 
 
 def pad_id_of(tokenizer: Any, width: int) -> int:

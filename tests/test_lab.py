@@ -10,9 +10,9 @@ import world as w
 from conftest import LAB_BASE, LAB_SMALL, ROOT
 from transformers import AutoModelForCausalLM
 
-from stages.data import load_queries
+from stages.data import Query, load_queries
 from stages.models import load_tokenizer
-from stages.prompts import render
+from stages.prompts import Prompt, Renderer
 from stages.settings import DataSettings, PromptSettings
 
 # The table in lab/README.md, less a margin for other processors' rounding: (least, most) share of right answers.
@@ -62,7 +62,7 @@ def test_training_text_is_what_the_chat_template_renders():
     for prefix in ("", "You have forgotten Ann."):
         text = train_models.chat_text("Who is Ann?", prefix or None)
         assert (
-            render(tokenizer, "Who is Ann?", prefix, PromptSettings())
+            Renderer(tokenizer, PromptSettings()).prompt(Prompt.plain(Query("0", "Who is Ann?", None), prefix))
             == tokenizer(text, add_special_tokens=False)["input_ids"]
         )
 

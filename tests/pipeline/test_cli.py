@@ -276,8 +276,11 @@ def test_an_incompatible_student_is_refused(lab_config, tmp_path, capsys):
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (tmp_path / "theirs/tokenizer.json").write_text(json.dumps(raw))
     config = str(small_run(lab_config, tmp_path, students=[{"name": "theirs", "model": str(tmp_path / "theirs")}]))
-    assert main(["teacher-logits", "--config", config]) == EXIT_DONE
-    assert "tokenizer is not the store's: 2 ids differ" in refused(capsys, "distill", "--config", config)[0]
+    assert "tokenizer is not the store's: 2 ids differ" in refused(capsys, "teacher-logits", "--config", config)[0]
+    own = str(small_run(lab_config, tmp_path))
+    assert main(["teacher-logits", "--config", own]) == EXIT_DONE
+    theirs = ("--set", f"students.0={{name: theirs, model: {tmp_path / 'theirs'}}}")
+    assert "tokenizer is not the store's: 2 ids differ" in refused(capsys, "distill", "--config", own, *theirs)[0]
 
 
 def test_inspect_shows_the_manifest(lab_config, tmp_path, capsys):

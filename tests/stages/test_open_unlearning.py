@@ -32,7 +32,7 @@ EXPECTED = {
 def given(seed: int, paraphrased: bool) -> Given:
     rng = np.random.default_rng(seed)
     tokens = [TokenScores(-rng.random(4), np.array([1.0, 1, 1, 1]), np.zeros(4), np.zeros(4)) for _ in range(3)]
-    return Given(tokens, True, -rng.random(3) if paraphrased else None, [-rng.random(5) for _ in range(3)])
+    return Given(tokens, [1] * len(tokens), -rng.random(3) if paraphrased else None, [-rng.random(5) for _ in range(3)])
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from conftest import LAB_BASE
 from cache.errors import UserError
 from stages.data import Query
 from stages.models import load_tokenizer
-from stages.prompts import Prompt, Renderer, check_length, check_prompt_settings
+from stages.prompts import Prompt, Renderer, check_length, check_prompt_settings, open_renderer
 from stages.settings import PromptSettings
 
 CHAT = PromptSettings()
@@ -68,10 +68,11 @@ def test_settings_that_cannot_be_rendered_are_refused(tokenizer):
     for settings, message in (
         (CHAT.model_copy(update={"template": "no place"}), "lacks"),
         (PLAIN.model_copy(update={"prefix_placement": "system"}), "no system message"),
-        (PLAIN_WITH_SPACE, "ends in a space"),
     ):
         with pytest.raises(UserError, match=message):
             check_prompt_settings(tokenizer, settings)
+    with pytest.raises(UserError, match="ends in a space"):
+        open_renderer(LAB_BASE, PLAIN_WITH_SPACE)
     with pytest.raises(UserError, match="no chat template"):
         Renderer(bare, CHAT)
 
