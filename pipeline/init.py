@@ -225,6 +225,7 @@ def model_facts(name: str) -> ModelFacts:
 
 def prompts_of(tokenizer: Any) -> str:
     """Where this tokenizer's prompts can have a prefix; see `ModelFacts`."""
+    from stages.chat import SWITCH
     from stages.data import Query
     from stages.prompts import Prompt, Renderer
     from stages.settings import PromptSettings
@@ -232,7 +233,8 @@ def prompts_of(tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return "plain"
     try:
-        Renderer(tokenizer, PromptSettings()).prompt(Prompt.plain(Query("1", "Who?", None), "A prefix."))
+        settings = PromptSettings(template_args={SWITCH: True})  # whether it thinks first is another question
+        Renderer(tokenizer, settings).prompt(Prompt.plain(Query("1", "Who?", None), "A prefix."))
     except UserError:  # the template has no place for a system message
         return "text"
     return "system"

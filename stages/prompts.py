@@ -24,6 +24,7 @@ from cache.errors import UserError
 from stages.chat import QUESTION, ChatTemplate, Message
 from stages.data import Query
 from stages.models import eos_ids, load_config, load_tokenizer, text_config
+from stages.notes import note
 from stages.settings import PromptSettings
 
 KEPT_PROMPTS = 256  # rendered prompts that are remembered: a question's answers come one after the other
@@ -123,7 +124,13 @@ class Renderer:
         """All ids that end a response, ascending: those of the model's files, and what the template puts behind an answer."""
         found = set(self._all_ends)
         if self.chat and self.chat.turn:
-            found |= set(self._ids(self._end_text)[-1:]) & self._special_ids
+            ends = set(self._ids(self._end_text)[-1:]) & self._special_ids
+            found |= ends
+            if self._end_text and not ends:
+                note(
+                    f"the chat template ends an answer with {self._end_text.strip()!r}, which is no single token here: no "
+                    "response stops there"
+                )
         return sorted(found)
 
     @property
