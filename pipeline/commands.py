@@ -55,9 +55,9 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     """
     from pipeline.provenance import provenance, without_places
     from pipeline.report import write_report
-    from stages import battery, reading
     from stages import evaluate as stage
     from stages import given as of_given
+    from stages import reading
     from stages.harness import ask_harness
     from stages.models import load_tokenizer
     from stages.proof import cut_references
@@ -73,7 +73,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     remarks = cut_references(load_tokenizer(subjects[0].model_dir), exam.queries, exam.settings.max_new_tokens)
     for text in remarks:
         note(text)
-    costs = battery.costs(subjects, exam)
+    costs = stage.costs(subjects, exam)
     if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
         show(costs_table(costs, len(subjects)), result=dry_run)
     if run_dir is None:

@@ -213,9 +213,8 @@ def _models(config: Config) -> dict[str, Path]:
 def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     """What one model is asked, by attack, and the longest prompt with its answer, in tokens."""
     from pipeline.commands import exam_of
-    from stages.battery import costs
+    from stages.evaluate import costs, session_of
     from stages.exam import Subject
-    from stages.examinee import Examinee
     from stages.teacher import fill_prefix
 
     plain = config.model_copy(
@@ -224,7 +223,7 @@ def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     exam = exam_of(plain)
     prefix = fill_prefix(config.teacher.prefix, config.topic)
     subject = Subject("teacher", folder, prefix, "base")  # whose prompts are the longest
-    examinee = Examinee(folder, exam, [subject])
+    examinee = session_of(folder, exam, [subject])
     prompts = [ids for task in examinee.tasks(subject) for ids in examinee.prompts(subject, task)]
     return costs([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens
 

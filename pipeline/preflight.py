@@ -56,7 +56,7 @@ def _evaluation(config: Config) -> str:
     """Stage three's questions to base and teachers, given answers too where they are scored."""
     from pipeline.commands import base_and_teachers, exam_of
     from stages import given
-    from stages.examinee import Examinee
+    from stages.evaluate import session_of
     from stages.models import small_files
     from stages.proof import cut_references
 
@@ -65,7 +65,7 @@ def _evaluation(config: Config) -> str:
     tasks, remarks = 0, {}
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         of_model = [subject for subject in subjects if subject.model_dir == model_dir]
-        examinee = Examinee(model_dir, exam, of_model)
+        examinee = session_of(model_dir, exam, of_model)
         tasks += sum(len(examinee.tasks(subject)) for subject in of_model)
         if exam.settings.likelihood:
             given.check(of_model, exam)

@@ -16,8 +16,8 @@ import numpy as np
 
 from cache.errors import Interrupted
 from cache.files import sha256_json
-from stages import refusals
 from stages.definitions import all_metrics, definitions
+from stages.evaluate import refusals_of, session_of
 from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
 from stages.exam_settings import AuditSettings
 from stages.examinee import Examinee, recalled
@@ -102,7 +102,7 @@ class _Asking:
         """Ask behind each prefix what is not on disk yet, with one engine; a candidate is kept as soon as it is through."""
         self._dir.mkdir(parents=True, exist_ok=True)
         subjects = _subjects(self._plan, candidates)
-        examinee = Examinee(self._plan.model_dir, self._plan.exam, subjects)
+        examinee = session_of(self._plan.model_dir, self._plan.exam, subjects)
         self.keys |= _keys(self._plan, examinee, subjects)
         try:
             for subject in subjects:
@@ -133,7 +133,7 @@ def verdict_keys(plan: Audit) -> dict[str, str]:
     Device and engine are not in it: they only round otherwise. Needs no engine.
     """
     subjects = _subjects(plan, plan.candidates)
-    return _keys(plan, Examinee(plan.model_dir, plan.exam, subjects), subjects)
+    return _keys(plan, session_of(plan.model_dir, plan.exam, subjects), subjects)
 
 
 def _keys(plan: Audit, examinee: Examinee, subjects: Sequence[Subject]) -> dict[str, str]:
@@ -184,7 +184,7 @@ def _results(plan: Audit, ask: _Asking, candidates: list[Candidate], choosing: P
         "sets": {name: {"n": len(shown[name]), "expect": s.expect} for name, s in plan.exam.sets.items()},
         "candidates": [{"rank": rank, **row} for rank, row in enumerate(ranked, start=1)],
         "verdicts": verdicts,
-        "refusals": refusals.results_of(plan.exam, {name: said.answers for name, said in ask.said.items()}),
+        "refusals": refusals_of(plan.exam, {name: said.answers for name, said in ask.said.items()}),
         "definitions": DEFINITIONS
         | definitions(m for m in all_metrics() if m.id in (HEADLINE, "refusal_rate", "ci95")),
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.errors import Interrupted
 from stages import attacks, lens, quantize, relearn, sampling
-from stages.exam import Exam, Subject, stem_of
+from stages.exam import Exam, Subject, sets_as_tasks, stem_of
 from stages.exam_settings import PROMPT_ATTACKS, QUANTIZE_ATTACKS
 from stages.examinee import Examinee, recalled
 
@@ -94,27 +94,12 @@ def control_attacked(exam: Exam, how: How) -> dict[str, dict[str, Any]]:
     """What the control relearns, under CONTROL; empty where there is none, or relearn is not tried."""
     if exam.control is None or "relearn" not in attacks.chosen(exam)[0]:
         return {}
-    subject = _control(exam, exam.control)
-    return {CONTROL: _relearned(Examinee(subject.model_dir, exam, [subject]), subject, how)}
+    examinee, subject = control_of(exam, exam.control)
+    return {CONTROL: _relearned(examinee, subject, how)}
 
 
-def costs(subjects: Sequence[Subject], exam: Exam) -> dict[str, Cost]:
-    """What the sets as they are and each attack will take, over all subjects; what is on disk already counts too."""
-    made = attacks.chosen(exam)[0]
-    total: dict[str, Cost] = {}
-    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        asked = [subject for subject in subjects if subject.model_dir == model_dir]
-        examinee = Examinee(model_dir, exam, asked)
-        for subject in asked:
-            for kind in (NO_ATTACK, *made):
-                total[kind] = total.get(kind, Cost()) + _cost(examinee, subject, kind)
-    if exam.control is not None and "relearn" in made:
-        subject = _control(exam, exam.control)
-        total["relearn"] += _cost(Examinee(subject.model_dir, exam, [subject]), subject, "relearn")
-    return total
-
-
-def _cost(examinee: Examinee, subject: Subject, kind: str) -> Cost:
+def cost_of(examinee: Examinee, subject: Subject, kind: str) -> Cost:
+    """What one subject takes under an attack of this kind."""
     exam = examinee.exam
     new, attacked = exam.settings.max_new_tokens, list(exam.attacked)
 
@@ -191,5 +176,7 @@ def _answers(examinee: Examinee, names: Sequence[str] | None = None) -> dict[str
     return {name: examinee.answers(name) for name in (names or examinee.exam.attacked)}
 
 
-def _control(exam: Exam, model_dir: Path) -> Subject:
-    return Subject(CONTROL, model_dir, "", "base")
+def control_of(exam: Exam, model_dir: Path) -> tuple[Examinee, Subject]:
+    """The model that never knew, asked the sets as they are."""
+    subject = Subject(CONTROL, model_dir, "", "base")
+    return Examinee(model_dir, exam, [(subject, sets_as_tasks(exam, subject))]), subject

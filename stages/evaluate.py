@@ -7,14 +7,15 @@ next model; `results_of` turns answers into scores. Every score carries n and an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages import attack_scores, battery, knowmem, metrics, outcome, reading, refusals, uncertainty
+from stages import attack_scores, attacks, battery, knowmem, metrics, outcome, reading, refusals, uncertainty
 from stages.definitions import all_metrics, definitions, versions
-from stages.exam import HEADLINE, Exam, QuerySet, Subject, references_of
+from stages.exam import HEADLINE, Exam, QuerySet, Subject, Task, references_of, sets_as_tasks
 from stages.examinee import Examinee
 from stages.given import Given, finite, score_given
 from stages.tofu_run import Reference, tofu_results
@@ -23,6 +24,21 @@ from stages.uncertainty import Score
 NUM_SAMPLES = 40
 DISTINCTIVE = "distinctive_recall"
 DistinctiveWords = Mapping[str, Sequence[frozenset[str]]]  # of every reference, by set
+
+
+def tasks_of(exam: Exam, subject: Subject) -> dict[str, Task]:
+    """All that a subject is asked: each set under its name, each variant of an attack as `attack.<kind>.<variant>.<set>`."""
+    tasks = sets_as_tasks(exam, subject)
+    for kind in attacks.prompt_kinds(exam):
+        for name in exam.attacked:
+            for variant, prompts in attacks.prompts_of(exam, kind, name, subject.prefix_of(name)).items():
+                tasks[attacks.task(kind, variant, name)] = Task(prompts)
+    return tasks | knowmem.tasks_of(exam, subject)
+
+
+def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> Examinee:
+    """One model directory with all that these subjects are asked."""
+    return Examinee(model_dir, exam, [(subject, tasks_of(exam, subject)) for subject in subjects])
 
 
 def answer_all(
@@ -43,7 +59,7 @@ def answer_all(
     how = battery.How(answers_dir, on_progress, on_engine, should_stop)
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
-        examinee = Examinee(model_dir, exam, asked)
+        examinee = session_of(model_dir, exam, asked)
         try:
             for subject in asked:
                 answers[subject.name] |= battery.answered(examinee, subject, how)
@@ -52,6 +68,38 @@ def answer_all(
         for subject in asked:
             answers[subject.name] |= battery.weights_attacked(examinee, subject, how)
     return answers | battery.control_attacked(exam, how)
+
+
+def costs(subjects: Sequence[Subject], exam: Exam) -> dict[str, battery.Cost]:
+    """What the sets as they are and each attack will take, over all subjects; what is on disk already counts too."""
+    made = attacks.chosen(exam)[0]
+    total: dict[str, battery.Cost] = {}
+    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
+        asked = [subject for subject in subjects if subject.model_dir == model_dir]
+        examinee = session_of(model_dir, exam, asked)
+        for subject in asked:
+            for kind in (battery.NO_ATTACK, *made):
+                total[kind] = total.get(kind, battery.Cost()) + battery.cost_of(examinee, subject, kind)
+    if exam.control is not None and "relearn" in made:
+        total["relearn"] += battery.cost_of(*battery.control_of(exam, exam.control), "relearn")
+    return total
+
+
+def refusals_of(exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What refusals are counted with, and the sets whose answers, given or not, are in no language that the patterns know.
+
+    `answers` are by model and set, whatever else they hold.
+    """
+    texts = {
+        name: references_of(query_set) + [text for of_model in answers.values() for text in of_model[name]]
+        for name, query_set in exam.sets.items()
+    }
+    return {
+        "languages": list(refusals.languages()),
+        "patterns_sha256": sha256(refusals.PATTERNS_PATH.read_bytes()).hexdigest(),
+        "own_patterns": list(exam.settings.refusal_patterns),
+        "unknown_sets": refusals.unknown_sets(texts),
+    }
 
 
 def results_of(
@@ -89,7 +137,7 @@ def results_of(
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
-        "refusals": refusals.results_of(exam, {subject.name: answers[subject.name] for subject in subjects}),
+        "refusals": refusals_of(exam, {subject.name: answers[subject.name] for subject in subjects}),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
         **attack_scores.results_of(subjects, exam, answers, models),

@@ -5,14 +5,13 @@ Data only: `examinee.py` puts the questions to a model, `evaluate.py` scores wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from cache.errors import UserError
-from stages import attacks
 from stages.data import Query
 from stages.exam_settings import EvaluateSettings
 from stages.prompts import Prompt
@@ -79,20 +78,19 @@ class Exam:
         return {name: topic for name, topic in topics.items() if name in self.sets}
 
 
-def questions_of(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
-    """All prompts per task: each set under its name, each variant of an attack as `attack.<kind>.<variant>.<set>`."""
-    tasks = plain_questions_of(exam, subject)
-    for kind in attacks.prompt_kinds(exam):
-        for name in exam.attacked:
-            for variant, prompts in attacks.prompts_of(exam, kind, name, subject.prefix_of(name)).items():
-                tasks[attacks.task(kind, variant, name)] = prompts
-    return tasks
+@dataclass(frozen=True)
+class Task:
+    """Prompts that a subject is asked, in query order."""
+
+    prompts: list[Prompt]
+    form: PromptSettings | None = None  # of these prompts, where it is not the exam's
+    ends: Callable[[str], str] = str.strip  # what counts of an answer
 
 
-def plain_questions_of(exam: Exam, subject: Subject) -> dict[str, list[Prompt]]:
-    """The prompts of every set, as they are."""
+def sets_as_tasks(exam: Exam, subject: Subject) -> dict[str, Task]:
+    """The questions of every set, as they are."""
     return {
-        name: [Prompt.plain(query, subject.prefix_of(name)) for query in query_set.queries]
+        name: Task([Prompt.plain(query, subject.prefix_of(name)) for query in query_set.queries])
         for name, query_set in exam.sets.items()
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import Field, field_validator, model_validator
 
 from stages.settings import DataSettings, Model, Name, Settings
@@ -17,6 +19,17 @@ PROMPT_ATTACKS = (
 QUANTIZE_ATTACKS = ("quantize_int8", "quantize_int4")
 ATTACKS = (*PROMPT_ATTACKS, "sampling", *QUANTIZE_ATTACKS, "relearn", "logit_lens")
 ALL = "all"
+
+
+def compiled(pattern: str) -> regex.Pattern[str]:
+    """One pattern; ValueError where it is no regular expression, or would take every answer for a refusal."""
+    try:
+        found = regex.compile(unicodedata.normalize("NFC", pattern), regex.IGNORECASE)
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    if found.search(""):
+        raise ValueError(f"{pattern!r} matches an empty text, so every answer would be a refusal")
+    return found
 
 
 class EvaluationSet(DataSettings):
@@ -254,8 +267,6 @@ class EvaluateSettings(Settings):
     @field_validator("refusal_patterns")
     @classmethod
     def _regular_expressions(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        from stages.refusals import compiled
-
         for pattern in patterns:
             compiled(pattern)
         return patterns

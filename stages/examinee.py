@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ import numpy as np
 
 from cache.errors import Interrupted, UserError
 from cache.files import publish_json, read_json, sha256_json
-from stages import knowmem
 from stages.engine import Engine, EngineSpec, open_engine
-from stages.exam import Exam, Subject, questions_of
+from stages.exam import Exam, Subject, Task
 from stages.models import (
     context_length,
     load_config,
@@ -44,7 +43,7 @@ def left_of(task: str) -> str:
 class Examinee:
     """One model directory: prompts rendered with its tokenizer, its engine opened when first needed."""
 
-    def __init__(self, model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> None:
+    def __init__(self, model_dir: Path, exam: Exam, asked: Sequence[tuple[Subject, Mapping[str, Task]]]) -> None:
         self.exam = exam
         self.model_dir = model_dir
         self._config = load_config(model_dir, exam.trust_remote_code)
@@ -55,26 +54,22 @@ class Examinee:
             exam.queries,
             {
                 f"{subject.name}, its prefix for {name}": subject.prefix_of(name)
-                for subject in subjects
+                for subject, _ in asked
                 for name in exam.sets
             },
         )
         self.num_ids = min(max(self.tokenizer.get_vocab().values()) + 1, vocab_width(self._config))
-        self._questions = {subject.name: questions_of(exam, subject) for subject in subjects}
-        self._prompts = {subject.name: self._render(subject) for subject in subjects}
+        self._tasks = {subject.name: tasks for subject, tasks in asked}
+        self._prompts = {subject.name: self._render(subject) for subject, _ in asked}
         self._engine: Engine | None = None
 
     def _render(self, subject: Subject) -> dict[str, list[list[int]]]:
-        exam = self.exam
-        prompts = {
-            task: [self.renderer.prompt(prompt) for prompt in asked]
-            for task, asked in self._questions[subject.name].items()
-        } | knowmem.prompts_of(self.renderer, exam, subject)
-        for task, rows in prompts.items():
-            for number, ids in enumerate(rows):
-                check_length(
-                    ids, exam.settings.max_new_tokens, context_length(self._config), f"{task}/{number}", subject.name
-                )
+        prompts, most = {}, self.exam.settings.max_new_tokens
+        for name, task in self._tasks[subject.name].items():
+            renderer = self.renderer.in_form(task.form) if task.form else self.renderer
+            prompts[name] = [renderer.prompt(prompt) for prompt in task.prompts]
+            for number, ids in enumerate(prompts[name]):
+                check_length(ids, most, context_length(self._config), f"{name}/{number}", subject.name)
         return prompts
 
     @cached_property
@@ -146,12 +141,11 @@ class Examinee:
         texts = [by_index[i] for i in range(len(flat))]
         result, start = {}, 0
         for task, rows in prompts.items():
-            ends = knowmem.cut if task.startswith(knowmem.TASK) else str.strip
-            result[task] = [ends(text) for text in texts[start : start + len(rows)]]
+            asked = self._tasks[subject.name][task]
+            result[task] = [asked.ends(text) for text in texts[start : start + len(rows)]]
             start += len(rows)
-            asked = self._questions[subject.name].get(task, [])
-            if any(prompt.opening_tokens for prompt in asked):
-                result[left_of(task)] = [self._left(prompt) for prompt in asked]
+            if any(prompt.opening_tokens for prompt in asked.prompts):
+                result[left_of(task)] = [self._left(prompt) for prompt in asked.prompts]
         return result
 
     def _left(self, prompt: Prompt) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from cache.errors import Interrupted
 from cache.files import sha256_json
 from stages import tofu
-from stages.exam import Exam, Subject, plain_questions_of, stem_of
+from stages.exam import Exam, Subject, sets_as_tasks, stem_of
 from stages.examinee import recalled
 from stages.likelihood import TokenScores, token_scores
 from stages.memorisation import exact_memorisation, extraction_strength
@@ -172,7 +172,7 @@ def check(subjects: Sequence[Subject], exam: Exam) -> None:
 
 def pairs_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, _Pairs]:
     """What a subject is read, by set; attacks are left to generated answers."""
-    return {name: _pairs(renderer, prompts) for name, prompts in plain_questions_of(exam, subject).items()}
+    return {name: _pairs(renderer, task.prompts) for name, task in sets_as_tasks(exam, subject).items()}
 
 
 def _pairs(renderer: Renderer, asked: Sequence[Prompt]) -> _Pairs:

@@ -18,9 +18,9 @@ from cache.errors import UserError
 from stages import uncertainty
 from stages.data import Query, load_queries
 from stages.definitions import Metric
-from stages.exam import Exam, Subject, references_of
+from stages.exam import Exam, Subject, Task, references_of
 from stages.exam_settings import EvaluationSet
-from stages.prompts import Prompt, Renderer
+from stages.prompts import Prompt
 from stages.settings import PromptSettings
 from stages.uncertainty import Score
 
@@ -42,16 +42,16 @@ def load_shots(settings: EvaluationSet, where: str) -> tuple[Query, ...]:
     return tuple(found[: settings.num_shots])
 
 
-def prompts_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, list[list[int]]]:
-    """Prompt ids by task of all sets with shots."""
+def tasks_of(exam: Exam, subject: Subject) -> dict[str, Task]:
+    """The second questions of all sets with shots."""
     tasks = {}
     for name, query_set in exam.sets.items():
         if query_set.shots:
-            own = renderer.in_form(FORM.model_copy(update={"bos": exam.prompt.bos}))
             prefix = subject.prefix_of(name)
             shown = "".join(f"Question: {shot.question}\nAnswer: {shot.answer}\n\n" for shot in query_set.shots)
             in_front = (prefix + exam.prompt.separator if prefix else "") + shown
-            tasks[TASK + name] = [own.prompt(Prompt.plain(query, in_front)) for query in query_set.queries]
+            prompts = [Prompt.plain(query, in_front) for query in query_set.queries]
+            tasks[TASK + name] = Task(prompts, FORM.model_copy(update={"bos": exam.prompt.bos}), cut)
     return tasks
 
 

@@ -10,7 +10,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import regex
 import yaml
 
-from stages.exam import Exam, references_of
+from stages.exam_settings import compiled
 from stages.words import split_words
 
 PATTERNS_PATH = Path(__file__).with_name("refusals.yaml")
@@ -27,43 +26,15 @@ SHORT = 4  # a text of fewer words in a script of several languages does not tel
 
 
 @cache
-def _languages() -> dict[str, dict[str, Any]]:
+def languages() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(PATTERNS_PATH.read_text(encoding="utf-8"))
-
-
-def results_of(exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What refusals are counted with, and the sets whose answers, given or not, are in no language that the patterns know.
-
-    `answers` are by model and set, whatever else they hold.
-    """
-    texts = {
-        name: references_of(query_set) + [text for of_model in answers.values() for text in of_model[name]]
-        for name, query_set in exam.sets.items()
-    }
-    return {
-        "languages": list(_languages()),
-        "patterns_sha256": sha256(PATTERNS_PATH.read_bytes()).hexdigest(),
-        "own_patterns": list(exam.settings.refusal_patterns),
-        "unknown_sets": unknown_sets(texts),
-    }
-
-
-def compiled(pattern: str) -> regex.Pattern[str]:
-    """One pattern; ValueError where it is no regular expression, or would take every answer for a refusal."""
-    try:
-        found = regex.compile(unicodedata.normalize("NFC", pattern), regex.IGNORECASE)
-    except regex.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    if found.search(""):
-        raise ValueError(f"{pattern!r} matches an empty text, so every answer would be a refusal")
-    return found
 
 
 @cache
 def _packaged() -> tuple[list[regex.Pattern[str]], regex.Pattern[str]]:
     """The patterns, each language's as one, and that of an I which is no pronoun."""
-    patterns = [compiled(_any_of(language["patterns"])) for language in _languages().values()]
-    numerals = [pattern for language in _languages().values() for pattern in language.get("not_pronoun", ())]
+    patterns = [compiled(_any_of(language["patterns"])) for language in languages().values()]
+    numerals = [pattern for language in languages().values() for pattern in language.get("not_pronoun", ())]
     return patterns, regex.compile(_any_of(numerals), regex.V1)
 
 
@@ -125,7 +96,7 @@ def _is_known(texts: Sequence[str]) -> bool | None:
 def _languages_by_script() -> dict[str, list[frozenset[str] | None]]:
     """Of each script the most frequent words of its languages; None of one that is known by its script alone."""
     found: dict[str, list[frozenset[str] | None]] = {}
-    for language in _languages().values():
+    for language in languages().values():
         common = frozenset(split_words(language["common"])) if "common" in language else None
         for script in language["script"].split():
             found.setdefault(script, []).append(common)

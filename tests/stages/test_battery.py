@@ -14,9 +14,9 @@ from conftest import LAB_BASE, LAB_SMALL, ROOT
 from cache.errors import Interrupted
 from stages import attacks, battery, evaluate
 from stages.data import load_queries
+from stages.evaluate import session_of
 from stages.exam import Exam, QuerySet, Subject
 from stages.exam_settings import ATTACKS, PROMPT_ATTACKS, EvaluateSettings
-from stages.examinee import Examinee
 from stages.sampling import sampled
 from stages.settings import DataSettings, PromptSettings
 
@@ -140,7 +140,7 @@ def test_nothing_is_asked_twice_and_a_further_attack_asks_only_its_own(exam, fol
 
 
 def test_the_cost_estimate_counts_what_is_asked(exam, answers):
-    costs = battery.costs(SUBJECTS, exam)
+    costs = evaluate.costs(SUBJECTS, exam)
     counted: Counter[str] = Counter()
     for of_subject in answers.values():
         for task, told in of_subject.items():
@@ -160,7 +160,7 @@ def _texts(told: Any) -> int:
 
 
 def test_samples_share_their_prompt_and_differ(exam):
-    examinee = Examinee(LAB_BASE, exam, SUBJECTS[:1])
+    examinee = session_of(LAB_BASE, exam, SUBJECTS[:1])
     quiet = lambda *_: None  # noqa: E731
     first, again = (sampled(examinee, SUBJECTS[0], "forget", quiet, quiet, lambda: False) for _ in range(2))
     usage = examinee.engine(quiet).usage

@@ -9,12 +9,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from cache.errors import UserError
 from stages.data import Query, load_queries
-from stages.evaluate import answer_all, results_of
+from stages.evaluate import answer_all, results_of, session_of
 from stages.exam import Exam, QuerySet, Subject
 from stages.exam_settings import EvaluateSettings, EvaluationSet
-from stages.knowmem import cut, knowmem, load_shots, prompts_of
-from stages.models import load_tokenizer
-from stages.prompts import Renderer
+from stages.knowmem import cut, knowmem, load_shots
 from stages.settings import DataSettings, PromptSettings
 
 BOOKS = SHARED / "data/muse_books_qa"
@@ -66,9 +64,9 @@ def test_books_through_a_real_model(tmp_path):
     )
     subjects = [Subject("base", MODEL, "", "base"), Subject("teacher", MODEL, "Forget the books.", "base")]
 
-    tokenizer = load_tokenizer(MODEL)
-    renderer = Renderer(tokenizer, exam.prompt)
-    (base_ids,), (teacher_ids,) = (prompts_of(renderer, exam, s)["muse.knowmem.books"][:1] for s in subjects)
+    session = session_of(MODEL, exam, subjects)
+    tokenizer = session.tokenizer
+    (base_ids,), (teacher_ids,) = (session.prompts(s, "muse.knowmem.books")[:1] for s in subjects)
     shown = "".join(f"Question: {s.question}\nAnswer: {s.answer}\n\n" for s in shots[:4])
     asked = f"Question: {rows[0].question}\nAnswer: "
     assert tokenizer.decode(base_ids, skip_special_tokens=True) == shown + asked

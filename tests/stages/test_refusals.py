@@ -13,9 +13,10 @@ from cache.errors import UserError
 from pipeline.config import load_config
 from pipeline.terminal import refusal_lines
 from stages.data import Query
+from stages.evaluate import refusals_of
 from stages.exam import Exam, QuerySet
 from stages.exam_settings import EvaluateSettings
-from stages.refusals import PATTERNS_PATH, refusals, results_of, unknown_sets
+from stages.refusals import PATTERNS_PATH, refusals, unknown_sets
 from stages.settings import PromptSettings
 
 PATTERNS = yaml.safe_load(PATTERNS_PATH.read_text(encoding="utf-8"))
@@ -262,7 +263,7 @@ def test_a_rate_says_what_it_was_counted_with():
         "base": {"forget": ["Hän asuu yhä samassa kylässä ja kirjoittaa.", "En tiedä.", "Hän on opettaja kylässä."]}
     }
     exam = exam_of("Hän syntyi pienessä kylässä.", refusal_patterns=["^en tiedä"])
-    found = results_of(exam, said)
+    found = refusals_of(exam, said)
     assert set(found["languages"]) == set(PATTERNS)
     assert len(found["patterns_sha256"]) == 64
     assert found["own_patterns"] == ["^en tiedä"]
@@ -270,10 +271,10 @@ def test_a_rate_says_what_it_was_counted_with():
     (line,) = refusal_lines({"refusals": found})
     assert "refusal_rate of forget" in line
     assert "only evaluate.refusal_patterns count" in line
-    (line,) = refusal_lines({"refusals": results_of(exam_of("Hän syntyi pienessä kylässä."), said)})
+    (line,) = refusal_lines({"refusals": refusals_of(exam_of("Hän syntyi pienessä kylässä."), said)})
     assert line.endswith("add patterns with evaluate.refusal_patterns")
     english = {"base": {"forget": ["She lives in the same village and writes of it."] * 3}}
-    assert refusal_lines({"refusals": results_of(exam_of("She was born in a village."), english)}) == []
+    assert refusal_lines({"refusals": refusals_of(exam_of("She was born in a village."), english)}) == []
 
 
 @pytest.mark.parametrize(
