@@ -12,6 +12,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-d
 WORKDIR /opt/duet
 COPY pyproject.toml README.md LICENSE constraints.txt constraints-cpu.txt ./
 COPY scripts/setup.sh scripts/setup.sh
+COPY api api
 COPY cache cache
 COPY stages stages
 COPY pipeline pipeline

@@ -7,6 +7,7 @@ LAUNCHER ?= local
 CLUSTER ?= /tmp/duet-slurm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.duet-setup
+DEV := $(VENV)/.duet-setup-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-families docs-reference clean-venv
@@ -14,26 +15,31 @@ STAMP := $(VENV)/.duet-setup
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
-setup: $(STAMP) ## make .venv and install Duet; picks GPU or CPU packages
+setup: $(STAMP) ## make .venv and install Duet and what a run needs; picks GPU or CPU packages
 
 $(STAMP): pyproject.toml constraints.txt constraints-cpu.txt scripts/setup.sh
 	@VENV=$(VENV) sh scripts/setup.sh
 
+$(DEV): pyproject.toml constraints.txt constraints-cpu.txt scripts/setup.sh
+	@VENV=$(VENV) EXTRAS=dev sh scripts/setup.sh
+
 demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in runs/lab
 	@$(BIN)/duet run --config configs/lab.yaml
 
-test: $(STAMP) ## all tests
+test: $(DEV) ## all tests
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-images: $(STAMP) ## build the images with Docker, Podman or Apptainer and run them; gigabytes
+test-images: $(DEV) ## build the images with Docker, Podman or Apptainer and run them; gigabytes
 	@DUET_TEST_IMAGES=1 $(BIN)/python -m pytest tests/test_docs_containers.py -rs $(ARGS)
 
-soak-store: $(STAMP) ## 1,000 random bit flips in each kind of store, found and repaired
+soak-store: $(DEV) ## 1,000 random bit flips in each kind of store, found and repaired
 	@DUET_FLIPS=1000 $(BIN)/python -m pytest tests/cache/test_damage.py -k random_bit_flips --durations=4 $(ARGS)
 
-lint: $(STAMP) ## ruff and pyright
+lint: $(DEV) ## ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@mkdir -p build/names/duet && ln -sfn ../../../api/__init__.py build/names/duet/__init__.py
+	@for package in cache pipeline stages; do ln -sfn ../../../$$package build/names/duet/$$package; done
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 lab-models: $(STAMP) ## train the lab's two base models anew
@@ -67,30 +73,30 @@ slurm-cluster: ## a two-node Slurm on this machine, to try LAUNCHER=slurm on (ro
 slurm-cluster-down: ## end it
 	@python3 scripts/slurm_cluster.py down $(CLUSTER)
 
-test-slurm: $(STAMP) ## the tests on a real Slurm, which they start and end (root, Debian)
+test-slurm: $(DEV) ## the tests on a real Slurm, which they start and end (root, Debian)
 	@sh scripts/install_slurm.sh
-	@$(BIN)/python -m pytest tests/pipeline/test_slurm_cluster.py $(ARGS)
+	@$(BIN)/python -m pytest tests/pipeline/run/test_slurm_cluster.py $(ARGS)
 
-docs: $(STAMP) ## the documentation as a site in site/; warnings are errors
+docs: $(DEV) ## the documentation as a site in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
-docs-metrics: $(STAMP) ## write docs/metrics.md from the code's docstrings
-	@$(BIN)/python -m pipeline.metrics_page
+docs-metrics: $(DEV) ## write docs/metrics.md from the code's docstrings
+	@$(BIN)/python scripts/metrics_page.py
 
-docs-families: $(STAMP) ## write docs/families.md from real tokenizers and chat templates, where they are
-	@PYTHONPATH=tests:tests/stages $(BIN)/python tests/stages/families.py
+docs-families: $(DEV) ## write docs/families.md from real tokenizers and chat templates, where they are
+	@PYTHONPATH=tests:tests/helpers $(BIN)/python tests/helpers/families.py
 
-docs-reference: $(STAMP) ## write docs/reference from the code's commands and settings
-	@$(BIN)/python -m pipeline.reference_pages
+docs-reference: $(DEV) ## write docs/reference from the code's commands and settings
+	@$(BIN)/python scripts/reference_pages.py
 
 clean-venv: ## remove .venv
 	@rm -rf $(VENV)
 
-bench-store: $(STAMP) ## what a store costs: bytes, rates, memory; ARGS=--json
+bench-store: $(DEV) ## what a store costs: bytes, rates, memory; ARGS=--json
 	@$(BIN)/python benchmarks/store.py $(ARGS)
 
-bench-student: $(STAMP) ## what a training step costs: head, whole step, waiting; ARGS=--json
+bench-student: $(DEV) ## what a training step costs: head, whole step, waiting; ARGS=--json
 	@$(BIN)/python benchmarks/student.py $(ARGS)
 
-bench-teacher: $(STAMP) ## what stage one costs beside plain generation; ARGS=--json
+bench-teacher: $(DEV) ## what stage one costs beside plain generation; ARGS=--json
 	@$(BIN)/python benchmarks/teacher.py $(ARGS)

@@ -44,12 +44,12 @@ import pyarrow as pa
 from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
 from numpy.lib.format import open_memmap
 
-from cache.codec import Layout, encode, position_columns
-from cache.manifest import Manifest, Plan
-from cache.places import Folder
-from cache.reader import Store
-from cache.record import Rows, offsets_of
-from cache.writer import StoreWriter
+from duet.cache.codec import Layout, encode, position_columns
+from duet.cache.location import Folder
+from duet.cache.manifest import Manifest, Plan
+from duet.cache.reader import Store
+from duet.cache.record import Rows, offsets_of
+from duet.cache.writer import StoreWriter
 
 K = 64
 QUESTION = 32  # tokens

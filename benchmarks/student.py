@@ -7,7 +7,7 @@ Here is the output head; the rest, with its definitions, is in student_loop.py.
 
 Data: 2,048 supervised rows of width 2,048, a vocabulary of 128,256, k = 64 ids of each row that follow Zipf's law as those
 of a tokenizer do. The whole head is a matrix product to [rows, vocabulary] in the weights' dtype and a gather at the ids,
-as DistillKit and others have it; the gathered head is that of stages/gather.py. Both: forward, the same Huber loss on
+as DistillKit and others have it; the gathered head is that of stages/student/gather.py. Both: forward, the same Huber loss on
 float32 logits at the ids, backward to the hidden states and, where the head is trained, to its weights.
 
 Definitions, each for bf16 and fp32 weights and hidden states, `trained` and `frozen` heads
@@ -34,8 +34,8 @@ from bench import machine, on_one_core, reset_peak, rounds, show, status_mb
 from store import make_rows
 from torch.nn.functional import linear
 
-from stages.gather import Parts, gathered_logits, logsumexp
-from stages.losses import TopK, huber_raw
+from duet.stages.student.gather import Parts, gathered_logits, logsumexp
+from duet.stages.student.losses import TopK, huber_raw
 
 BOUNDS = {
     "head.speedup.bf16.trained": (">=", 8),

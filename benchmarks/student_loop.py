@@ -46,19 +46,21 @@ import torch
 from bench import on_one_core, reset_peak, seconds, status_mb
 from store import make_rows
 
-from cache.manifest import Plan
-from cache.places import Folder
-from cache.reader import Rank, Store
-from cache.record import Rows, counts_of, offsets_of, prompt_and_response
-from cache.writer import StoreWriter
-from stages.alignment import align
-from stages.losses import TopK, huber_raw
-from stages.models import load_model, load_tokenizer, tokenizer_files, tokenizer_sha256
-from stages.passes import passes_of
-from stages.processes import Processes
-from stages.settings import StoreSettings, TrainSettings
-from stages.student import StudentJob, open_stores, train_student
-from stages.targets import mixed
+from duet.cache.location import Folder
+from duet.cache.manifest import Plan
+from duet.cache.reader import Rank, Store
+from duet.cache.record import Rows, counts_of, offsets_of, prompt_and_response
+from duet.cache.writer import StoreWriter
+from duet.stages.models.alignment import align
+from duet.stages.models.loading import load_model
+from duet.stages.models.tokenizers import load_tokenizer, tokenizer_files, tokenizer_sha256
+from duet.stages.settings.student import TrainSettings
+from duet.stages.settings.teacher import StoreSettings
+from duet.stages.student.losses import TopK, huber_raw
+from duet.stages.student.passes import passes_of
+from duet.stages.student.ranks import Processes
+from duet.stages.student.targets import mixed
+from duet.stages.student.train import StudentJob, open_stores, train_student
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "lab" / "models"

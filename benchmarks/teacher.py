@@ -40,11 +40,13 @@ from typing import Any
 import numpy as np
 from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
 
-from cache.places import Folder
-from stages.capture import fill_store
-from stages.engine import Ask, EngineSpec, Request
-from stages.settings import DataSettings, PromptSettings, StoreSettings, TeacherSettings, TrainingData
-from stages.teacher import Prepared, prepare
+from duet.cache.location import Folder
+from duet.stages.engines.interface import Ask, EngineSpec, Request
+from duet.stages.settings.data import DataSettings, PromptSettings, TrainingData
+from duet.stages.settings.teacher import StoreSettings, TeacherSettings
+from duet.stages.teacher.capture import fill_store
+from duet.stages.teacher.plan import Prepared
+from duet.stages.teacher.prepare import prepare
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
@@ -144,7 +146,7 @@ def fresh(engine: Any, work: Callable[[], None]) -> Callable[[], None]:
 
 
 def time_vs_plain(folder: Path, quick: bool, count: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    from stages.engine_vllm import VllmEngine
+    from duet.stages.engines.vllm_engine import VllmEngine
 
     claims, table, engine = {}, [], None
     for k, p in CASES:
@@ -184,7 +186,7 @@ def random_model(folder: Path, quick: bool) -> Path:
 
 def time_vs_others(folder: Path, quick: bool, count: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The random model, 64 ids at 16 positions. Its own process: a second vLLM in one process is not sure to start."""
-    from stages.engine_vllm import VllmEngine
+    from duet.stages.engines.vllm_engine import VllmEngine
 
     prepared = prepared_tofu(64, 16, 4 if quick else 128, folder)
     spec = replace(prepared.spec, model_dir=random_model(folder, quick), num_ids=VOCABULARY, eos_ids=())
@@ -209,8 +211,8 @@ def time_vs_others(folder: Path, quick: bool, count: int) -> tuple[dict[str, flo
 
 def prefix_seconds(engine_name: str, share: bool, num_rows: int, count: int) -> float:
     """Least seconds of one position each of prompts that begin with the same 300 tokens. In a process of its own."""
-    from stages.engine_transformers import TransformersEngine
-    from stages.engine_vllm import VllmEngine
+    from duet.stages.engines.transformers_engine import TransformersEngine
+    from duet.stages.engines.vllm_engine import VllmEngine
 
     spec = EngineSpec(TOFU_MODEL, "float32", 2048, 512, (2,), "cpu", share_prefix=share)
     engine = (VllmEngine if engine_name == "vllm" else TransformersEngine)(spec)
@@ -241,7 +243,7 @@ def prefix_speedups(folder: Path, quick: bool, count: int) -> tuple[dict[str, fl
 
 def growth(folder: Path, quick: bool, count: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Time and peak memory over the number of rows, smallest first."""
-    from stages.engine_vllm import VllmEngine
+    from duet.stages.engines.vllm_engine import VllmEngine
 
     sizes = (50, 200) if quick else (1_000, 100_000)
     table, engine = [], None

@@ -1,1 +1,1 @@
-"""How teacher logits are stored: record, fingerprint, manifest, shards, writer, reader. Imports neither torch nor vllm."""
+"""How logits are stored: the format, its readers and its writers. Needs neither torch nor vLLM."""

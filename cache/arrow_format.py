@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.codec import (
+from duet.cache.codec import (
     ZSTD_LEVEL,
     Block,
     Columns,
@@ -23,7 +23,7 @@ from cache.codec import (
     split_tokens,
     token_high_offsets,
 )
-from cache.record import SUBSETS
+from duet.cache.record import SUBSETS
 
 
 def schema(positions: Columns) -> pa.Schema:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from cache.errors import UserError
-from cache.record import Rows, counts_of, cut, join_offsets, offsets_of
+from duet.cache.errors import UserError
+from duet.cache.record import Rows, counts_of, cut, join_offsets, offsets_of
 
 MAX_VOCAB_SIZE = 2**20
 ZSTD_LEVEL = 3

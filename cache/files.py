@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache.errors import UserError
+from duet.cache.errors import UserError
 
 MAX_JSON_BYTES = 256 * 2**20  # a manifest of a million shards
 TEMPORARY = re.compile(r"(.*/)?\..*\.tmp")  # what a killed `publishing` leaves

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cache.errors import UserError
-from cache.files import TEMPORARY, Damaged, json_bytes
-from cache.leases import Leases
-from cache.manifest import (
+from duet.cache.errors import UserError
+from duet.cache.files import TEMPORARY, Damaged, json_bytes
+from duet.cache.leases import Leases
+from duet.cache.location import Folder, Place, check_file
+from duet.cache.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     Manifest,
@@ -28,9 +29,8 @@ from cache.manifest import (
     read_plan,
     side_name,
 )
-from cache.places import Folder, Place, check_file
-from cache.reader import Store
-from cache.writer import LEASE_S, LEASES_NAME, StoreWriter, check_same_plan, written_shard
+from duet.cache.reader import Store
+from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter, check_same_plan, written_shard
 
 T = TypeVar("T")
 OURS = re.compile(

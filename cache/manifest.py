@@ -14,11 +14,11 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Layout, common_dtype
-from cache.errors import UserError
-from cache.files import Damaged, read_signed, sha256_json, signed
-from cache.places import Place
-from cache.record import SUBSETS
+from duet.cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Layout, common_dtype
+from duet.cache.errors import UserError
+from duet.cache.files import Damaged, read_signed, sha256_json, signed
+from duet.cache.location import Place
+from duet.cache.record import SUBSETS
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"

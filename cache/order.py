@@ -16,9 +16,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from cache.errors import UserError
-from cache.manifest import Manifest
-from cache.record import SUBSETS
+from duet.cache.errors import UserError
+from duet.cache.manifest import Manifest
+from duet.cache.record import SUBSETS
 
 WINDOW_BLOCKS = 8  # blocks of up to 4096 positions: some 9 MB at k = 64
 GROUP_SHARDS = 8

@@ -14,15 +14,15 @@ from itertools import groupby
 
 import numpy as np
 
-from cache.arrow_format import ArrowShard
-from cache.codec import Block, concat_blocks, position_columns
-from cache.errors import UserError
-from cache.manifest import MANIFEST_NAME, Manifest, read_manifest
-from cache.order import GROUP_SHARDS, Cursor, Order, Window
-from cache.places import Folder, Place, damaged, wrong_size
-from cache.record import Rows
-from cache.window import OpenWindow, Recycler, gather, open_window
-from cache.zarr_format import ZarrShard
+from duet.cache.arrow_format import ArrowShard
+from duet.cache.codec import Block, concat_blocks, position_columns
+from duet.cache.errors import UserError
+from duet.cache.location import Folder, Place, damaged, wrong_size
+from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
+from duet.cache.order import GROUP_SHARDS, Cursor, Order, Window
+from duet.cache.record import Rows
+from duet.cache.window import OpenWindow, Recycler, gather, open_window
+from duet.cache.zarr_format import ZarrShard
 
 REPAIR_HINT = "`duet cache repair` with the store's config writes only the damaged shards anew"
 FORMAT_READERS = {"arrow": ArrowShard, "zarr": ZarrShard}

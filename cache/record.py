@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import UserError
+from duet.cache.errors import UserError
 
 SUBSETS = ("forget", "retain")
 CHECKED_LOGITS = 2**15  # at once

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from cache.codec import Block, Columns, Layout, empty_columns
-from cache.record import join_offsets, offsets_of
+from duet.cache.codec import Block, Columns, Layout, empty_columns
+from duet.cache.record import join_offsets, offsets_of
 
 LONG_ROW = 64  # positions
 

@@ -25,12 +25,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from cache import arrow_format, zarr_format
-from cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one_dtype, position_columns
-from cache.errors import UserError
-from cache.files import TEMPORARY, Damaged, json_bytes, sha256_file, sync_dir, sync_file, telling_of_full_disks
-from cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
-from cache.manifest import (
+from duet.cache import arrow_format, zarr_format
+from duet.cache.claims import PATIENCE, key, rank
+from duet.cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one_dtype, position_columns
+from duet.cache.errors import UserError
+from duet.cache.files import TEMPORARY, Damaged, json_bytes, sha256_file, sync_dir, sync_file, telling_of_full_disks
+from duet.cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
+from duet.cache.location import Folder, Place
+from duet.cache.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     Manifest,
@@ -41,12 +43,10 @@ from cache.manifest import (
     read_manifest,
     read_plan,
 )
-from cache.places import Folder, Place
-from cache.record import Rows, check_rows, concat_rows, counts_of
+from duet.cache.record import Rows, check_rows, concat_rows, counts_of
 
 LEASES_NAME = "leases"
 LEASE_S = 120.0
-PATIENCE = 8  # 4 times that many shards that are not as they were listed call for another listing; 4 times as many for the next
 FORMAT_WRITERS = {"arrow": arrow_format.write_shard, "zarr": zarr_format.write_shard}
 
 
@@ -179,7 +179,7 @@ class StoreWriter:
             random.shuffle(walk)
         if self._leases and self._stamps:
             young = self._leases.now() - self._leases.lease_s
-            walk.sort(key=lambda index: _rank(self._stamps.get(_key(index)), young))
+            walk.sort(key=lambda index: rank(self._stamps.get(key(index)), young))
         return deque(walk)
 
     def _claim_on_the_walk(self) -> ShardWriter | None:
@@ -197,16 +197,16 @@ class StoreWriter:
                 self._surprises += 1
             elif self._leases is None:
                 return self._take(index, None)
-            elif not self._leases.alive(_key(index), now) and (lease := self._acquire(index, self._leases)):
+            elif not self._leases.alive(key(index), now) and (lease := self._acquire(index, self._leases)):
                 return self._take(index, lease)
-            elif self._stamps.setdefault(_key(index), now) == now:
+            elif self._stamps.setdefault(key(index), now) == now:
                 self._surprises += 1
                 if len(self._stamps) == 1:  # the first other writer that we meet
                     random.shuffle(self._walk)
         return None
 
     def _acquire(self, index: int, leases: Leases) -> Lease | None:
-        lease = leases.acquire(_key(index))
+        lease = leases.acquire(key(index))
         if lease and self._is_written(index):  # between our look and the lease
             leases.release(lease)
             return None
@@ -370,15 +370,6 @@ def _most_bytes(plan: Plan) -> int:
     columns = position_columns(plan.layout, value_dtype, logsumexp=True)
     per_position = sum(dtype.itemsize * math.prod(shape) for dtype, shape in columns.values())
     return min(plan.shard_rows, plan.rows) * plan.max_positions * per_position
-
-
-def _key(index: int) -> str:
-    return f"shard-{index:05d}"
-
-
-def _rank(stamp: float | None, young: float) -> int:
-    """What the dead seem to have begun, what nobody has, what somebody seems to work on."""
-    return 1 if stamp is None else 0 if stamp < young else 2
 
 
 def planned(plan: Plan, attachments: dict[str, bytes]) -> Plan:

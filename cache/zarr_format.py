@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from cache.codec import (
+from duet.cache.codec import (
     ZSTD_LEVEL,
     Block,
     Columns,
@@ -26,7 +26,7 @@ from cache.codec import (
     split_tokens,
     token_high_offsets,
 )
-from cache.record import counts_of, cut, offsets_of
+from duet.cache.record import counts_of, cut, offsets_of
 
 ARRAYS_OF_ROWS = (
     "row_id",

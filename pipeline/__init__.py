@@ -1,1 +1,1 @@
-"""How a run starts: command line, config, run directory, report. May print, read arguments and the environment."""
+"""How a run starts: reads arguments and the environment, and prints."""

@@ -1,8 +1,9 @@
 """MkDocs hook: pages that lie outside docs/ join the site, and links to files that do not become their names.
 
-Documents are written for the repository: README.md links to docs/attacks.md, and that to ../stages/attacks.yaml. On the site
-the first is a page beside the second. The third is no page: it becomes `stages/attacks.yaml`, or, where pyproject.toml names a
-Repository under [project.urls], a link into that. A link to nothing is left as it is, for MkDocs to complain about.
+Documents are written for the repository: README.md links to docs/attacks.md, and that to ../stages/attacks/attacks.yaml. On the
+site the first is a page beside the second. The third is not a page: it becomes `stages/attacks/attacks.yaml`, or, where
+pyproject.toml names a Repository under [project.urls], a link into that. A link to nothing is left as it is, for MkDocs to
+complain about.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What is computed: prompts, engines, the teacher's stage, the student's loop, evaluation. No argv, no printing."""
+"""What is computed: teacher, student, exam and everything that they are made of. Prints nothing."""

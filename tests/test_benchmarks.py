@@ -11,7 +11,7 @@ import pytest
 import store as bench_store
 import student as bench_student
 import teacher as bench_teacher
-from conftest import ROOT, SHARED
+from support import ROOT, SHARED
 
 
 def claims_of(script: str, bounds: dict, *options: str) -> dict[str, float]:

@@ -15,11 +15,12 @@ from typing import Any
 import click
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 from test_docs import blocks
 
-from pipeline.cli import duet
-from pipeline.config import Config, load_config
+from duet.pipeline.cli.main import duet
+from duet.pipeline.config.load import load_config
+from duet.pipeline.config.schema import Config
 
 EXTEND = (ROOT / "docs/guides/extend.md").read_text(encoding="utf-8")
 CLUSTER = (ROOT / "docs/guides/kubernetes-and-ray.md").read_text(encoding="utf-8")
@@ -52,8 +53,12 @@ def test_the_extensions_of_the_guide_apply_and_pass_the_tests_that_it_names(tmp_
     assert [name for name, _ in files] == ["stages/engine_plain.py", "tests/stages/test_engine_plain.py"]
     for name, text in files:
         (tmp_path / name).write_text(text, encoding="utf-8")
-    tests = ["tests/stages/test_losses.py", "-k", "log_cosh or textbook or plain or attack or models_own_prefix"]
-    tests += ["tests/stages/test_engine_plain.py", "tests/stages/test_attacks.py"]
+    tests = [
+        "tests/stages/student/test_losses.py",
+        "-k",
+        "log_cosh or textbook or plain or attack or models_own_prefix",
+    ]
+    tests += ["tests/stages/test_engine_plain.py", "tests/stages/attacks/test_prompt_attacks.py"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import click
 import pytest
 from pydantic import BaseModel, Field
+from reference_pages import REFERENCE_DIR, cli_page, config_page, pages
 
-from pipeline.cli import duet
-from pipeline.config import Config
-from pipeline.reference_pages import REFERENCE_DIR, cli_page, config_page, pages
-from stages.settings import Name, Settings
+from duet.pipeline.cli.main import duet
+from duet.pipeline.config.schema import Config
+from duet.stages.settings.base import Name, Settings
 
 
 @pytest.mark.parametrize("name", ["cli.md", "config.md"])

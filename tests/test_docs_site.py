@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 SCRIPT = ROOT / "scripts" / "site_pages.py"
 needs_mkdocs = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def test_the_site_builds_strictly_and_every_document_is_a_page(site, site_pages)
         assert (site / page).with_suffix(".html").is_file(), page
     home = (site / "index.html").read_text(encoding="utf-8")
     assert 'href="concepts.html"' in home
-    assert "<code>stages/data.py</code>" in home, "a link to a source file is its name"
+    assert "<code>stages/questions/queries.py</code>" in home, "a link to a source file is its name"
 
 
 @needs_mkdocs
@@ -83,16 +83,19 @@ def test_links_become_those_of_the_site(site_pages):
     assert made("[a](../README.md#the-tree)", "teacher.md") == "[a](index.md#the-tree)"
     assert made("[a](../../lab/README.md)", "guides/extend.md") == "[a](../lab.md)"
     assert made("[a](../concepts.md#alignment)", "guides/extend.md") == "[a](../concepts.md#alignment)"
-    assert made("[stages/data.py](../stages/data.py)", "teacher.md") == "`stages/data.py`"
-    assert made("[the texts](../stages/attacks.yaml)", "teacher.md") == "the texts (`stages/attacks.yaml`)"
-    assert made("[x](../stages/data.py)", "teacher.md", "https://host/us/duet") == (
-        "[x](https://host/us/duet/blob/HEAD/stages/data.py)"
+    assert (
+        made("[stages/questions/queries.py](../stages/questions/queries.py)", "teacher.md")
+        == "`stages/questions/queries.py`"
+    )
+    assert made("[the texts](../stages/attacks.yaml)", "teacher.md") == "the texts (`stages/attacks/attacks.yaml`)"
+    assert made("[x](../stages/questions/queries.py)", "teacher.md", "https://host/us/duet") == (
+        "[x](https://host/us/duet/blob/HEAD/stages/questions/queries.py)"
     )
     for untouched in (
         "[a](https://arxiv.org/abs/1)",
         "[a](#here)",
         "[a](../none.py)",
-        "```\n[a](../stages/data.py)\n```\n",
+        "```\n[a](../stages/questions/queries.py)\n```\n",
     ):
         assert made(untouched, "teacher.md") == untouched
 

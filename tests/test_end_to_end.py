@@ -12,7 +12,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, read_all, run_duet
+from support import ROOT, read_all, run_duet
 from test_docs import DOCUMENTS, README, blocks, commands
 
 VLLM = pytest.mark.skipif(
@@ -47,7 +47,7 @@ def test_the_lab_forgets_three_people_and_nobody_else(demo):
     assert {"base:small", "student:small"} <= set(demo.results["models"])
 
 
-TORCHRUN = "torchrun --standalone --nproc-per-node 2 -m pipeline.cli"
+TORCHRUN = "torchrun --standalone --nproc-per-node 2 -m duet"
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import random
 import pytest
 import train_models
 import world as w
-from conftest import LAB_BASE, LAB_SMALL, ROOT
+from support import LAB_BASE, LAB_SMALL, ROOT
 from transformers import AutoModelForCausalLM
 
-from stages.data import Query, load_queries
-from stages.models import load_tokenizer
-from stages.prompts import Prompt, Renderer
-from stages.settings import DataSettings, PromptSettings
+from duet.stages.models.tokenizers import load_tokenizer
+from duet.stages.questions.prompts import Prompt, Renderer
+from duet.stages.questions.queries import Query, load_queries
+from duet.stages.settings.data import DataSettings, PromptSettings
 
 # The table in lab/README.md, less a margin for other processors' rounding: (least, most) share of right answers.
 EXPECTED = {

@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 NOTEBOOK = ROOT / "notebooks" / "lab.ipynb"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import SHARED
+from support import SHARED
 from test_end_to_end import VLLM, run, value
 
 

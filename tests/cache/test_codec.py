@@ -5,13 +5,13 @@ from __future__ import annotations
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from conftest import make_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from support import make_rows
 
-from cache.codec import Layout, encode, join_ids, join_tokens, split_ids, split_tokens, token_high_offsets, widened
-from cache.errors import UserError
-from cache.record import offsets_of
+from duet.cache.codec import Layout, encode, join_ids, join_tokens, split_ids, split_tokens, token_high_offsets, widened
+from duet.cache.errors import UserError
+from duet.cache.record import offsets_of
 
 WIDTHS = (2, 65_536, 65_537, 128_256, 131_072, 131_073, 151_936, 152_064, 262_144, 2**20)
 

@@ -14,19 +14,19 @@ import shutil
 from collections.abc import Callable
 
 import pytest
-from conftest import make_plan, make_rows, same_rows
+from support import make_plan, make_rows, same_rows
 from test_golden import FOLDER as GOLDEN_FOLDER
 from test_golden import GOLDEN, golden_rows, plan_of_golden
 
-from cache import maintain
-from cache.errors import UserError
-from cache.files import Damaged, json_bytes
-from cache.leases import Leases
-from cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, is_signed, read_entry, read_manifest, read_plan
-from cache.places import Folder, Place, place_of
-from cache.reader import Store
-from cache.record import concat_rows
-from cache.writer import LEASE_S, LEASES_NAME, StoreWriter, planned
+from duet.cache import maintain
+from duet.cache.errors import UserError
+from duet.cache.files import Damaged, json_bytes
+from duet.cache.leases import Leases
+from duet.cache.location import Folder, Place, place_of
+from duet.cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, is_signed, read_entry, read_manifest, read_plan
+from duet.cache.reader import Store
+from duet.cache.record import concat_rows
+from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter, planned
 
 FLIPS = int(os.environ.get("DUET_FLIPS", "50"))  # in each of the four kinds of store
 ROWS = make_rows(range(10), positions=None, forget=4)

@@ -13,7 +13,7 @@ from pathlib import Path
 import hostile
 import pytest
 import storm
-from conftest import (
+from support import (
     ROOT,
     make_plan,
     make_rows,
@@ -26,13 +26,13 @@ from conftest import (
     write_store,
 )
 
-from cache import maintain
-from cache.errors import UserError
-from cache.manifest import MANIFEST_NAME, Plan, read_manifest
-from cache.places import Folder, place_of
-from cache.reader import Store
-from cache.record import Rows
-from cache.writer import StoreWriter
+from duet.cache import maintain
+from duet.cache.errors import UserError
+from duet.cache.location import Folder, place_of
+from duet.cache.manifest import MANIFEST_NAME, Plan, read_manifest
+from duet.cache.reader import Store
+from duet.cache.record import Rows
+from duet.cache.writer import StoreWriter
 
 ROWS = make_rows(range(10), positions=None, forget=4)
 FILES = {"tokenizer/t.json": b"{}"}
@@ -88,7 +88,7 @@ def test_a_signed_shard_of_any_bytes_is_read_or_refused(tmp_path, fmt, compressi
 STOPPED = """
 import signal, sys, threading
 from pathlib import Path
-from cache import leases
+from duet.cache import leases
 
 at, calls = int(sys.argv[3]), []
 publish, acquire = leases.Lease.publish, leases.Leases.acquire

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_plan, make_rows, read_all, same_rows, write_store
+from support import make_plan, make_rows, read_all, same_rows, write_store
 
-from cache import maintain
-from cache.manifest import FORMAT_VERSION, Plan, read_manifest
-from cache.places import Folder
-from cache.reader import Store
-from cache.record import Rows
+from duet.cache import maintain
+from duet.cache.location import Folder
+from duet.cache.manifest import FORMAT_VERSION, Plan, read_manifest
+from duet.cache.reader import Store
+from duet.cache.record import Rows
 
 FOLDER = Path(__file__).parent / "golden"
 # name: format, vocabulary, and what else differs from the plan of `make_plan`

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, FakeClock, make_plan
+from support import ROOT, FakeClock, make_plan
 
-from cache import maintain
-from cache.leases import OWNER_NAME, Clock, Heartbeat, Lease, LeaseLost, Leases
-from cache.places import Folder
-from cache.writer import StoreWriter
+from duet.cache import maintain
+from duet.cache.leases import OWNER_NAME, Clock, Heartbeat, Lease, LeaseLost, Leases
+from duet.cache.location import Folder
+from duet.cache.writer import StoreWriter
 
 LEASE_S = 100.0
 
@@ -146,7 +146,7 @@ def test_who_is_slow_to_act_on_an_old_look_does_not_get_a_held_key(tmp_path, clo
 HOLDER = """
 import sys
 from pathlib import Path
-from cache.leases import Leases
+from duet.cache.leases import Leases
 assert Leases(Path(sys.argv[1]), 1e6).acquire("a")
 print("held", flush=True)
 sys.stdin.read()
@@ -232,7 +232,7 @@ def test_a_store_that_is_written_right_now_can_be_listed(tmp_path):
 HAMMER = """
 import sys
 from pathlib import Path
-from cache.leases import Leases
+from duet.cache.leases import Leases
 leases = Leases(Path(sys.argv[1]), 1e6)
 print("ready", flush=True)
 for key in sys.stdin:

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeClock, make_plan, make_rows, read_all, same_rows
+from support import FakeClock, make_plan, make_rows, read_all, same_rows
 
-from cache import writer
-from cache.leases import Lease, Leases
-from cache.manifest import MANIFEST_NAME, Plan
-from cache.places import Folder
-from cache.record import Rows
-from cache.writer import ShardWriter, StoreWriter
+from duet.cache import writer
+from duet.cache.leases import Lease, Leases
+from duet.cache.location import Folder
+from duet.cache.manifest import MANIFEST_NAME, Plan
+from duet.cache.record import Rows
+from duet.cache.writer import ShardWriter, StoreWriter
 
 LEASE_S = 1000.0  # of the clock that we set
 CHANGES = ("rename", "replace", "mkdir", "rmdir", "unlink")
@@ -201,7 +201,7 @@ class Array:
                 task.shard = None
                 yield
             self.clock.time += LEASE_S / 500
-            for _ in range(len(missing) // 20):  # as `stages.capture` waits: the longer, the more is left
+            for _ in range(len(missing) // 20):  # as `duet.stages.teacher.capture` waits: the longer, the more is left
                 yield
         if not (self.folder / MANIFEST_NAME).exists():  # to read it is one file for each of the others
             hand.finalise({"python": "3"})

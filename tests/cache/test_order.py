@@ -10,17 +10,17 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import make_plan, make_rows, same_rows, write_store
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from support import make_plan, make_rows, same_rows, write_store
 
-from cache.codec import concat_blocks
-from cache.errors import UserError
-from cache.manifest import Manifest
-from cache.order import Cursor, Order, check_alike
-from cache.places import Folder
-from cache.reader import Rank, Store
-from cache.window import Recycler
+from duet.cache.codec import concat_blocks
+from duet.cache.errors import UserError
+from duet.cache.location import Folder
+from duet.cache.manifest import Manifest
+from duet.cache.order import Cursor, Order, check_alike
+from duet.cache.reader import Rank, Store
+from duet.cache.window import Recycler
 
 
 def manifest(forget: int, retain: int, shard_rows: int = 7, block_rows: int = 3) -> Manifest:

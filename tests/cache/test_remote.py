@@ -19,16 +19,16 @@ from typing import Any
 
 import fsspec
 import pytest
-from conftest import ROOT, flip_byte, make_plan, make_rows, read_all, same_rows, two_sets, write_store
 from moto.server import ThreadedMotoServer
+from support import ROOT, flip_byte, make_plan, make_rows, read_all, same_rows, two_sets, write_store
 
-from cache import maintain, reader
-from cache.errors import UserError
-from cache.manifest import MANIFEST_NAME
-from cache.places import Folder, Place, local_folder, place_of
-from cache.reader import Store
-from cache.writer import StoreWriter
-from pipeline.cli import EXIT_DONE, EXIT_USER, main
+from duet.cache import maintain, reader
+from duet.cache.errors import EXIT_DONE, EXIT_USER, UserError
+from duet.cache.location import Folder, Place, local_folder, place_of
+from duet.cache.manifest import MANIFEST_NAME
+from duet.cache.reader import Store
+from duet.cache.writer import StoreWriter
+from duet.pipeline.cli.main import main
 
 FORMATS = ("arrow", "zarr")
 ROWS = make_rows(range(10), positions=None, forget=4)
@@ -224,8 +224,8 @@ def test_what_was_not_used_for_longest_goes_first(server, tmp_path):
 
 READ_ALL = """
 import sys
-from conftest import read_all
-from cache.places import place_of
+from support import read_all
+from duet.cache.location import place_of
 print(*read_all(place_of("s3://stores/s", sys.argv[1], int(sys.argv[2]))).row_ids)
 """
 
@@ -398,7 +398,7 @@ def test_a_full_local_disk_is_told_as_such(server, tmp_path, monkeypatch):
 def test_stores_are_read_without_torch_and_without_naming_s3fs(server, tmp_path):
     write_store(remote(tmp_path), PLAN, ROWS)
     code = (
-        "import sys; from pipeline.cli import main\n"
+        "import sys; from duet.pipeline.cli.main import main\n"
         "codes = [main(['cache', name, 's3://stores/s']) for name in ('inspect', 'verify', 'ls')]\n"
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)\nassert codes == [0, 0, 0], codes"
     )

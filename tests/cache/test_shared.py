@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_plan, make_rows, read_all, same_rows, write_store
+from support import make_plan, make_rows, read_all, same_rows, write_store
 
-from cache import maintain
-from cache.errors import UserError
-from cache.files import DiskFull, publish_json, publishing_dir
-from cache.leases import Leases
-from cache.manifest import read_manifest
-from cache.places import Folder, local_folder
-from cache.writer import LEASES_NAME, StoreWriter
+from duet.cache import maintain
+from duet.cache.errors import UserError
+from duet.cache.files import DiskFull, publish_json, publishing_dir
+from duet.cache.leases import Leases
+from duet.cache.location import Folder, local_folder
+from duet.cache.manifest import read_manifest
+from duet.cache.writer import LEASES_NAME, StoreWriter
 
 ROWS = make_rows(range(40), positions=None, forget=4)
 FILES = {"tokenizer/t.json": b"{}"}

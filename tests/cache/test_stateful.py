@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from conftest import FakeClock, make_plan, make_rows, same_rows
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from support import FakeClock, make_plan, make_rows, same_rows
 
-from cache.errors import UserError
-from cache.manifest import MANIFEST_NAME
-from cache.order import Cursor
-from cache.places import Folder
-from cache.reader import START, Store
-from cache.record import concat_rows
-from cache.writer import ShardWriter, StoreWriter, written_shard
+from duet.cache.errors import UserError
+from duet.cache.location import Folder
+from duet.cache.manifest import MANIFEST_NAME
+from duet.cache.order import Cursor
+from duet.cache.reader import START, Store
+from duet.cache.record import concat_rows
+from duet.cache.writer import ShardWriter, StoreWriter, written_shard
 
 ROWS = make_rows(range(10), positions=None, forget=4)
 LEASE_S = 1000.0  # of the clock that the machine sets; the real heartbeats, every 250 s, never come

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, FakeClock, flip_byte, make_plan, make_rows, read_all, same_rows, write_store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import ROOT, FakeClock, flip_byte, make_plan, make_rows, read_all, same_rows, write_store
 
-from cache import maintain, reader
-from cache.errors import UserError
-from cache.files import json_bytes, sha256_json
-from cache.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, read_manifest
-from cache.places import Folder
-from cache.reader import Store
-from cache.record import Rows, check_distinct, check_rows, concat_rows
-from cache.writer import StoreWriter
+from duet.cache import maintain, reader
+from duet.cache.errors import UserError
+from duet.cache.files import json_bytes, sha256_json
+from duet.cache.location import Folder
+from duet.cache.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, read_manifest
+from duet.cache.reader import Store
+from duet.cache.record import Rows, check_distinct, check_rows, concat_rows
+from duet.cache.writer import StoreWriter
 
 FORMATS = ("arrow", "zarr")
 ROWS = make_rows(range(10), positions=None, forget=4)
@@ -333,7 +333,7 @@ def test_json_bombs_are_refused(tmp_path, bomb):
 
 def test_a_manifest_too_large_is_not_parsed(tmp_path, monkeypatch):
     write_store(tmp_path / "s", make_plan(10, 4), ROWS)
-    for module in ("cache.files", "cache.places"):
+    for module in ("duet.cache.files", "duet.cache.location"):
         monkeypatch.setattr(f"{module}.MAX_JSON_BYTES", 100)
     with pytest.raises(UserError, match="larger than 100 bytes"):
         Store(Folder(tmp_path / "s"))
@@ -451,7 +451,7 @@ def test_a_vocabulary_beyond_20_bits_is_refused(tmp_path):
 
 def test_the_fingerprint_does_not_depend_on_the_process():
     value = {"b": [1, 2.5, "ü"], "a": {"x": None}}
-    code = f"from cache.files import sha256_json; print(sha256_json({value!r}))"
+    code = f"from duet.cache.files import sha256_json; print(sha256_json({value!r}))"
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         command = [sys.executable, "-c", code]

@@ -1,0 +1,1 @@
+"""Make a language model forget a topic, with proof."""

@@ -1,0 +1,312 @@
+"""The command `duet`: arguments in, exit codes out. 0 done, 2 the user can mend it, 75 interrupted but resumable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from duet.cache.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
+from duet.pipeline.cli.arguments import Group, experiment, files, students
+from duet.pipeline.cli.runs import RUN_COMMANDS
+from duet.pipeline.cli.stores import cache_group
+
+log = logging.getLogger("duet")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="duet-unlearn")
+def duet() -> None:
+    """Make a language model forget a topic: teacher logits to a store, store to students, and proof."""
+
+
+@duet.command()
+@click.argument("file", metavar="[FILE]", required=False)
+@click.option("--topic", help="What is to be forgotten, as a person would name it.")
+@click.option("--model", metavar="PATH", help="The base model: a directory, or OWNER/NAME on the hub.")
+@click.option(
+    "--forget", metavar="DATA", shell_complete=files, help="Questions about the topic (.jsonl, .csv, .parquet)."
+)
+@click.option("--retain", metavar="DATA", shell_complete=files, help="Questions about anything else.")
+@click.option("--name", help="Name of the run; default: after the topic.")
+@click.option("--question-field", metavar="FIELD", help="Field with the question, where it is not called so.")
+@click.option("--answer-field", metavar="FIELD", help="Field with the answer, where it is not called so.")
+@click.option("--yes", is_flag=True, help="Ask nothing: take what is given, and defaults for the rest.")
+def init(file: str | None, yes: bool, **given: str | None) -> None:
+    """Ask for topic, model and data, check them, and write a config; FILE defaults to NAME.yaml."""
+    from duet.pipeline.commands import init as questions
+
+    questions.init(file, {key.replace("_", "-"): value for key, value in given.items()}, yes)
+
+
+@duet.command("teacher-logits")
+@experiment
+@click.option("--dry-run", is_flag=True, help="Say what it would cost, and start nothing.")
+@click.option("--limit", type=click.IntRange(min=1), help="A trial: the first so many queries of each subset.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes here that share the work; as teacher.data_parallel."
+)
+@click.option("--worker", is_flag=True, help="Be one of many: end when all that is left is in others' hands.")
+@click.option("--child", is_flag=True, hidden=True)
+@click.option(
+    "--only", multiple=True, hidden=True
+)  # of `duet run`: which students are checked before the teacher is asked
+@click.option("--sweep", "sweeps", multiple=True, hidden=True)
+def teacher_logits(
+    limit: int | None, dry_run: bool, workers: int | None, worker: bool, child: bool, **asked: Any
+) -> int:
+    """Stage one: run the prefixed teacher once and store its top-k logits."""
+    from duet.pipeline.commands import teacher_logits as capture
+    from duet.pipeline.config.selection import Request
+    from duet.pipeline.run.launch import check_alone
+
+    check_alone("teacher-logits", os.environ)
+    for name, value in {"--workers": workers, "--limit": limit, "--dry-run": dry_run}.items():
+        if worker and value:
+            raise UserError(
+                f"--worker is one of many that write the whole store; {name} is none of it", f"leave out {name}"
+            )
+    if workers:
+        asked["overrides"] = (*asked["overrides"], f"teacher.data_parallel={workers}")
+    return capture.teacher_logits(Request(**asked), limit, dry_run, child, worker)
+
+
+@duet.command()
+@experiment
+@students
+@click.option("--jobs", type=click.IntRange(min=1), help="Students at a time; default: the number of GPUs, at least 1.")
+@click.option("--child", is_flag=True, hidden=True)
+def distill(jobs: int | None, child: bool, **asked: Any) -> int:
+    """Stage two: train the students on the store; through torchrun, each on several devices."""
+    from duet.pipeline.commands.distill import distill as train
+    from duet.pipeline.config.selection import Request
+
+    return train(Request(**asked), jobs, child)
+
+
+@duet.command()
+@experiment
+@students
+@click.option(
+    "--model", "models", multiple=True, metavar="[NAME=]PATH",
+    help="Score this model, made elsewhere, instead of the students; can be repeated. Needs no stage before.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what each attack will cost, and start nothing.")
+def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
+    """Stage three: score base, teacher and students; write results.json and report.html."""
+    from duet.pipeline.commands import evaluate as commands
+    from duet.pipeline.config.schema import with_models
+    from duet.pipeline.config.selection import Request
+    from duet.pipeline.run.launch import check_alone
+
+    check_alone("evaluate", os.environ)
+    request = Request(**asked)
+    if not models:
+        commands.evaluate(request.load(), dry_run)
+    elif request.only or request.sweeps:
+        raise UserError(
+            "--model leaves the students out: --only and --sweep do nothing with it", "leave out one of them"
+        )
+    else:
+        commands.evaluate(with_models(request.load(), models), dry_run, only_models=True)
+
+
+@duet.command("audit-prefix")
+@experiment
+@click.option(
+    "--prefix", "prefixes", multiple=True, metavar="TEXT", help="One more; {topic} is filled; can be repeated."
+)
+@click.option("--search", type=click.IntRange(min=1), metavar="N", help="Try N variations of the best, too.")
+def audit_prefix(config_path: str, overrides: tuple[str, ...], prefixes: tuple[str, ...], search: int | None) -> None:
+    """Ask, before any training, what prefixes make the base model forget and what they damage."""
+    from duet.pipeline.commands.audit_prefix import audit_prefixes
+    from duet.pipeline.config.load import load_config
+    from duet.pipeline.run.launch import check_alone
+
+    check_alone("audit-prefix", os.environ)
+    audit_prefixes(load_config(config_path, overrides), prefixes, search or 0)
+
+
+@duet.command()
+@experiment
+@students
+@click.option("--force", is_flag=True, help="Also with a prefix that failed its audit.")
+def run(force: bool, **asked: Any) -> int:
+    """All three stages, each in a process of its own."""
+    from duet.pipeline.commands.audit_prefix import refuse_failing
+    from duet.pipeline.commands.run import run_all
+    from duet.pipeline.config.selection import Request
+    from duet.pipeline.run.launch import check_alone
+
+    check_alone("run", os.environ)
+    request = Request(**asked)
+    config = request.load()  # a faulty config should not wait for a stage to say so
+    if not force:
+        refuse_failing(config)
+    return run_all(request)
+
+
+@duet.command()
+@experiment
+@click.option("--jobs", type=click.IntRange(min=1), help="Methods at a time; default: the number of GPUs, else 2.")
+@click.option("--part", hidden=True)
+def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
+    """DUET against other unlearning methods: same data, same budget, one table."""
+    from duet.pipeline.commands.compare import compare as compare_methods
+    from duet.pipeline.config.selection import Request
+    from duet.pipeline.run.launch import check_alone
+
+    check_alone("compare", os.environ)
+    return compare_methods(Request(**asked), jobs, part)
+
+
+@duet.command()
+@experiment
+@students
+@click.option(
+    "--stage", "stages", multiple=True, type=click.Choice(["teacher-logits", "distill", "evaluate"]),
+    help="Only this stage; can be repeated. Default: all.",
+)  # fmt: skip
+@click.option("--print", "print_only", is_flag=True, help="Show the jobs' scripts, and submit nothing.")
+@click.option("--force", is_flag=True, help="Also with a prefix that failed its audit.")
+def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any) -> None:
+    """A run as jobs on a Slurm cluster, chained; what is done or in the queue is not submitted again."""
+    from duet.pipeline.commands import submit as jobs
+    from duet.pipeline.commands.audit_prefix import refuse_failing
+    from duet.pipeline.config.selection import Request
+
+    request = Request(**asked)
+    if not force:
+        refuse_failing(request.load())
+    jobs.submit(request, stages, print_only)
+
+
+@duet.command()
+@click.option(
+    "--config", "config_path", metavar="FILE", shell_complete=files, help="Check what this experiment needs, too."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of that experiment.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
+def doctor(config_path: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Check that everything is here that Duet needs; exits with 2 where something needed is not."""
+    from duet.pipeline.commands.doctor import doctor
+
+    return doctor(config_path, overrides, as_json)
+
+
+def _gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from duet.stages.cost.gpus import gpu_names
+
+    return [CompletionItem(name) for name in gpu_names() if name.lower().startswith(incomplete.lower())]
+
+
+@duet.command("estimate")
+@experiment
+@click.option(
+    "--gpu", metavar="NAME", shell_complete=_gpu_names, help="A GPU by name, e.g. A100-80; default: what is here."
+)
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Or its memory, with --tflops."
+)
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Its dense 16-bit TFLOP/s.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="So many train each student together."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
+def estimate_costs(
+    config_path: str, overrides: tuple[str, ...], gpu: str | None, gpu_memory: float | None, tflops: float | None,
+    gpus: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Memory and time of each stage on a GPU, and what to change where it does not fit."""
+    from duet.pipeline.commands.estimate import chosen_device, estimate
+
+    estimate(config_path, overrides, chosen_device(gpu, gpu_memory, tflops), gpus, as_json)
+
+
+@duet.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that has your shell complete commands and options: eval "$(duet completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has all three
+    click.echo(kind(duet, {}, "duet", "_DUET_COMPLETE").source())
+
+
+for command in (*RUN_COMMANDS, cache_group):
+    duet.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code; errors of the user are two lines on stderr.
+
+    The run's log gets every error's full trace, once there is a run.
+    """
+    log.addHandler(logging.NullHandler())
+    try:
+        result = duet.main(args=arguments, prog_name="duet", standalone_mode=False)
+        return result if isinstance(result, int) else EXIT_DONE
+    except UserError as error:
+        log.error("%s", error, exc_info=True)
+        _tell(f"error: {error}")
+        return EXIT_USER
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return EXIT_USER
+    except click.ClickException as error:
+        _tell(f"error: {error.format_message()}\nhint: {_hint(error)}")
+        return EXIT_USER
+    except (Interrupted, KeyboardInterrupt, click.Abort) as error:
+        log.error("interrupted: %s", error)
+        if not _rank():
+            _tell(f"interrupted: {error}\nhint: run the same command again, it goes on from there")
+        return EXIT_INTERRUPTED
+    except Exception:
+        log.exception("a bug")
+        _tell(f"{traceback.format_exc()}error: this is a bug in Duet\nhint: please report it with the lines above")
+        return EXIT_BUG
+
+
+def _rank() -> str:
+    """Which process of a launch this is; empty for the first and where there is no other."""
+    number = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""
+    return "" if number == "0" else number
+
+
+def _tell(text: str) -> None:
+    """Write to stderr; each line says which process it is from, if not from the first."""
+    prefix = f"rank {_rank()}: " if _rank() else ""
+    click.echo("\n".join(prefix + line for line in text.splitlines()), err=True)
+
+
+def _hint(error: click.ClickException) -> str:
+    """What to do about a faulty command line."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "duet"
+    if isinstance(error, click.MissingParameter) and error.param and error.param.name == "config_path":
+        return f"{command} --config FILE, the experiment's YAML file; `duet init` writes one"
+    return f"{command} --help"
+
+
+def entry() -> None:
+    """The console script. Model libraries are kept from writing bars and notes of their own between our lines.
+
+    And torch's threads from spinning while they wait: on a machine that others use too, that makes small models train ten
+    times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,91 @@
+"""The commands `duet cache …`."""
+
+from __future__ import annotations
+
+import click
+
+from duet.pipeline.cli.arguments import Group, experiment
+
+
+@click.group("cache", cls=Group)
+def cache_group() -> None:
+    """Look into stores of teacher logits, and after them."""
+
+
+_store_argument = click.argument("store", metavar="STORE")
+_root_argument = click.argument("root", metavar="FOLDER")
+
+
+@cache_group.command("ls")
+@_root_argument
+def list_stores(root: str) -> None:
+    """List the stores in a folder or under a URL."""
+    from duet.pipeline.commands import cache as stores
+
+    stores.list_stores(root)
+
+
+@cache_group.command()
+@experiment
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, by teacher.")
+def find(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say which stores a config would use; exit code 0 if they are complete, else 2."""
+    from duet.pipeline.commands import cache as stores
+
+    stores.find_stores(config_path, overrides, as_json)
+
+
+@cache_group.command()
+@_store_argument
+@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as JSON.")
+def inspect(store: str, as_json: bool) -> None:
+    """Show what a store holds and where it came from."""
+    from duet.pipeline.commands import cache as stores
+
+    stores.inspect_store(store, as_json)
+
+
+@cache_group.command()
+@_store_argument
+def verify(store: str) -> None:
+    """Check every byte of a store, complete or not, against its hashes."""
+    from duet.pipeline.commands import cache as stores
+
+    stores.verify_store(store)
+
+
+@cache_group.command()
+@_store_argument
+@experiment
+def repair(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
+    """Write a store's damaged and missing shards anew, and restore its other files."""
+    from duet.pipeline.commands import cache as stores
+
+    stores.repair_store(store, config_path, overrides)
+
+
+@cache_group.command()
+@click.argument("source", metavar="STORE")
+@click.argument("target", metavar="NEW_STORE")
+@click.option(
+    "--format", "store_format", type=click.Choice(["arrow", "zarr"]), required=True, help="Format of the copy."
+)
+@click.option(
+    "--compression", type=click.Choice(["none", "lz4", "zstd"]), default="none", show_default=True, help="Of the copy."
+)
+def convert(source: str, target: str, store_format: str, compression: str) -> None:
+    """Write the same rows, bit for bit, in another format."""
+    from duet.pipeline.commands import cache as stores
+
+    stores.convert_store(source, target, store_format, compression)
+
+
+@cache_group.command()
+@_root_argument
+@click.option("--unused-days", type=float, help="Also complete stores that were not read for so many days.")
+@click.option("--yes", is_flag=True, help="Remove them; without it they are only listed.")
+def gc(root: str, unused_days: float | None, yes: bool) -> None:
+    """List or remove incomplete stores that nobody is writing, and unused ones."""
+    from duet.pipeline.commands import cache as stores
+
+    stores.collect_garbage(root, unused_days, yes)

@@ -1,0 +1,127 @@
+"""`duet audit-prefix`: settings in, a ranked table, audit.html and audit.json out; and `duet run`'s look at the verdict.
+
+Lies in `<run>/audit/`, which does not claim the run: prefixes are audited to choose the run's. verdicts.json there holds the
+verdict on every prefix that was audited, by the hash of all that decides it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from duet.cache.errors import UserError
+from duet.cache.files import publish_json, publishing, read_json
+from duet.pipeline.config.schema import Config
+from duet.pipeline.pages.audit import Results, audit_table, render, search_note
+from duet.pipeline.pages.tables import refusal_lines
+from duet.pipeline.run.directory import AUDIT_DIR, LOG_NAME, StopSignal, environment, set_aside
+from duet.pipeline.run.exam import exam_of
+from duet.pipeline.run.terminal import log_to, progress_bar, say, say_engine, show
+
+AUDIT_NAME, PAGE_NAME, VERDICTS_NAME = "audit.json", "audit.html", "verdicts.json"
+
+
+def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> None:
+    """Audit the config's own prefix, these and the bundled ones; with a search, so many variations of the best."""
+    from duet.stages.audit.run import run_audit
+
+    stop = StopSignal()
+    if config.teachers:
+        raise UserError(
+            "the audit asks one model, and this config has several teachers",
+            "add --set teachers=[] and name their prefixes with --prefix; another model is another --set teacher.model",
+        )
+    plan = _plan(config, prefixes, search)
+    audit_dir = config.run_dir / AUDIT_DIR
+    audit_dir.mkdir(parents=True, exist_ok=True)
+    log_to(audit_dir / LOG_NAME)
+    with progress_bar("answers") as bar:
+        found = run_audit(plan, audit_dir / "answers", bar.update, functools.cache(say_engine), stop)
+    verdicts = found.pop("verdicts")
+    results = {
+        "format_version": 1,
+        "run": config.name,
+        "topic": config.topic,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "audit": config.audit.model_dump(mode="json"),
+        "evaluate": plan.exam.settings.model_dump(mode="json"),
+        "top_k": config.teacher.top_k,
+        **found,
+        "environment": environment(),
+    }
+    recorded = read_json(audit_dir / VERDICTS_NAME) if (audit_dir / VERDICTS_NAME).is_file() else {}
+    publish_json(audit_dir / VERDICTS_NAME, recorded | verdicts)
+    _keep_earlier(audit_dir, results)
+    publish_json(audit_dir / AUDIT_NAME, results)
+    with publishing(audit_dir / PAGE_NAME) as temporary:
+        temporary.write_text(render(results), encoding="utf-8")
+    _tell(results, audit_dir)
+
+
+def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Any:
+    from duet.stages.audit.prefixes import candidates
+    from duet.stages.audit.run import Audit, audit_exam
+    from duet.stages.models.directory import resolve_model
+
+    exam = exam_of(config.model_copy(update={"requests": ()}))  # further requests have prefixes of their own
+    return Audit(
+        candidates=candidates(config.teacher.prefix, prefixes, config.topic),
+        model_dir=resolve_model(config.teacher.model, "teacher.model"),
+        exam=audit_exam(exam, config.audit, config.teacher.dtype),
+        top_k=config.teacher.top_k,
+        settings=config.audit,
+        search=search,
+    )
+
+
+def refuse_failing(config: Config) -> None:
+    """Raise UserError where this run's directory holds a failing verdict on the config's own prefix, as things are now."""
+    path = config.run_dir / AUDIT_DIR / VERDICTS_NAME
+    if config.teachers or not path.is_file():
+        return
+    from duet.stages.audit.judge import FAILS
+    from duet.stages.audit.prefixes import CONFIGS_OWN
+    from duet.stages.audit.run import verdict_keys
+
+    plan = _plan(config, (), 0)
+    own = replace(plan, candidates=[candidate for candidate in plan.candidates if candidate.name == CONFIGS_OWN])
+    found = read_json(path).get(verdict_keys(own)[CONFIGS_OWN])
+    if found and found["verdict"] == FAILS:
+        raise UserError(
+            f"the config's prefix failed its audit: {found['reason']}",
+            f"take a prefix that passes, see {path.with_name(PAGE_NAME)}; or say --force: the teacher bounds the student",
+        )
+
+
+def _keep_earlier(audit_dir: Path, results: Results) -> None:
+    """Move an audit that holds what this one does not aside: `audit-1.json` and so on."""
+    path = audit_dir / AUDIT_NAME
+    if not path.is_file():
+        return
+    earlier, now = read_json(path), results
+    keys = [{candidate["key"] for candidate in audit["candidates"]} for audit in (earlier, now)]
+    if earlier["search"] == now["search"] and earlier["top_k"] == now["top_k"] and keys[0] <= keys[1]:
+        return
+    set_aside(audit_dir, (AUDIT_NAME, PAGE_NAME), "audit")
+
+
+def _tell(results: Results, audit_dir: Path) -> None:
+    show(audit_table(results))
+    best = results["candidates"][0]
+    say(f"{_chosen(results)}: {best['name']} ({best['verdict']}): {best['prefix'] or '(none)'}")
+    if results["search"]:
+        say(f"note: {search_note(results)}")
+    own = next(candidate for candidate in results["candidates"] if candidate["kind"] == "config")
+    refused = "; `duet run` refuses it without --force" if own["verdict_on_all"] == "fails" else ""
+    say(f"the config's own prefix, on all questions: {own['verdict_on_all']}{refused}")
+    for line in refusal_lines(results):
+        say(line)
+    say(f"audit: {audit_dir / AUDIT_NAME}")
+    say(f"report: {audit_dir / PAGE_NAME}")
+
+
+def _chosen(results: Results) -> str:
+    return "best on the questions it was chosen on" if results["search"] else "best"

@@ -1,0 +1,253 @@
+"""`duet compare`: DUET against other unlearning methods on the same data and budget; compare.json, compare.html and a table.
+
+Lies in `<run>/compare/`, the two files in the run's directory. Runs stage one where the run has no teacher logits yet; the
+students that it trains are its own, one for each learning rate of DUET's grid.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from duet.cache.errors import Interrupted, UserError
+from duet.cache.files import publish_json, publishing, read_json
+from duet.cache.record import SUBSETS
+from duet.pipeline.commands.run import run_stage
+from duet.pipeline.config.schema import Config
+from duet.pipeline.config.selection import Request
+from duet.pipeline.pages.comparison import compare_table, render, sentences
+from duet.pipeline.run.children import THIS_PROGRAM, places, run_jobs, visible_gpus
+from duet.pipeline.run.directory import StopSignal, claim_run_dir, environment, set_aside
+from duet.pipeline.run.exam import exam_of, subjects_of
+from duet.pipeline.run.named_models import model_name, start_model
+from duet.pipeline.run.provenance import without_places
+from duet.pipeline.run.stores import store_summary, stores_of_run
+from duet.pipeline.run.terminal import progress_bar, say, say_engine, show
+from duet.stages.settings.compare import OracleSettings
+from duet.stages.settings.student import StudentSettings
+
+COMPARE_NAME, PAGE_NAME, COMPARE_DIR = "compare.json", "compare.html", "compare"
+REFERENCES, ORACLE = "references", "oracle"  # parts that are no method
+CPU_JOBS = 2  # parts at a time where there is no GPU and nobody says how many: each holds up to two models
+
+
+def compare(request: Request, num_jobs: int | None = None, part: str | None = None) -> int:
+    """Train, choose, ask and report, `num_jobs` parts at a time; returns an exit code.
+
+    A part is one method, the oracle, or base and teacher together. With `part`, a child of ours, that one only: what it leaves
+    on disk the parent finds.
+    """
+    from duet.stages.models.directory import resolve_model
+
+    config = request.load()
+    stop = StopSignal()
+    student = _student(config)
+    if isinstance(config.compare.oracle, str):
+        resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not wait for the methods to say so
+    if part is None and (code := _stage_one(config, request, stop)):
+        return code
+    run_dir, started = claim_run_dir(config), time.perf_counter()
+    plan = _plan(config, student, run_dir)
+    parts = _parts(config)
+    if part is None and (code := _in_children(request, config, parts, num_jobs, plan, stop)):
+        return code
+    with progress_bar("") as bar:
+        report = _report(bar, stop)
+        found = [_part(config, plan, name, report) for name in ([part] if part else parts)]
+        if part:
+            return 0
+        results = _results(config, plan, found, report)
+    if (run_dir / COMPARE_NAME).is_file() and read_json(run_dir / COMPARE_NAME)["compare"] != results["compare"]:
+        set_aside(run_dir, (COMPARE_NAME, PAGE_NAME), "comparison")
+    publish_json(run_dir / COMPARE_NAME, results)
+    with publishing(run_dir / PAGE_NAME) as temporary:
+        temporary.write_text(render(results), encoding="utf-8")
+    show(compare_table(results))
+    for sentence in sentences(results):
+        say(sentence)
+    say(f"this call took {time.perf_counter() - started:.0f} s; of each method the best model is kept, no other")
+    say(f"comparison: {run_dir / COMPARE_NAME}")
+    say(f"report: {run_dir / PAGE_NAME}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What came of one part: who is asked, and what is told of how they were made."""
+
+    subjects: list[Any]
+    method: tuple[str, dict[str, Any]] | None = None  # name, and what compare.json has of it
+    oracle: dict[str, Any] | None = None
+
+
+def _parts(config: Config) -> list[str]:
+    """The names of the parts in the order of the table."""
+    return [REFERENCES, "duet", *config.compare.methods, *([ORACLE] if config.compare.oracle is not None else [])]
+
+
+def _in_children(
+    request: Request, config: Config, parts: list[str], num_jobs: int | None, plan: Any, stop: StopSignal
+) -> int:
+    """Every part in a process of its own, several at a time; the first exit code that is not 0. One at a time needs none."""
+    from duet.stages.compare.grid import ANSWERS_TO_CHOOSE, ask
+
+    devices = visible_gpus(plan.reported.device)
+    num_jobs = min(num_jobs or len(devices) or CPU_JOBS, len(parts))
+    if num_jobs == 1:
+        return 0
+    with progress_bar("") as bar:  # what all of them need
+        ask(plan.validation, plan.references[:1], plan.folder / ANSWERS_TO_CHOOSE, _report(bar, stop))
+    commands = {
+        name: [*THIS_PROGRAM, "compare", *request.arguments(students=False), "--part", name] for name in reversed(parts)
+    }
+    return run_jobs(commands, places(num_jobs, devices, os.environ), stop, lambda running: None)
+
+
+def _report(bar: Any, stop: StopSignal) -> Any:
+    from duet.stages.compare.grid import Report
+
+    return Report(bar.update, bar.update, functools.cache(say_engine), say, stop)
+
+
+def _student(config: Config) -> StudentSettings:
+    """The first student that starts from the teacher's own model: what DUET's candidates are made of."""
+    for student in config.students:
+        if start_model(config, student) == config.teacher.model:
+            return student
+    raise UserError(
+        "no student starts from the teacher's model, and methods are compared on one model",
+        "add a student without a model of its own: students: [{name: base}]",
+    )
+
+
+def _stage_one(config: Config, request: Request, stop: StopSignal) -> int:
+    """Run stage one, in a process of its own, where the run has no teacher logits; its exit code."""
+    try:
+        stores_of_run(config)
+        return 0
+    except UserError:
+        if stop():
+            raise Interrupted("before stage one") from None
+    return run_stage("teacher-logits", request, stop)
+
+
+def _part(config: Config, plan: Any, name: str, report: Any) -> Part:
+    """Bring one part to the end: its models trained and chosen, and asked the questions that are reported."""
+    from duet.stages.compare import grid as stage
+    from duet.stages.compare.methods import METHODS
+    from duet.stages.exam.exam import Subject
+
+    if name == REFERENCES:
+        part = Part(list(plan.references))
+    elif name == ORACLE:
+        model_dir, facts = _oracle(config, plan, report)
+        part = Part([Subject(ORACLE, model_dir, "", "base")], oracle=facts)
+    else:
+        best, grid = stage.best_of(plan, name, report)
+        title, paper = (METHODS[name].title, METHODS[name].paper) if name in METHODS else ("DUET", "2601.21283")
+        facts = {"title": title, "paper": paper, "setting": best.setting, "grid": grid}
+        part = Part([Subject(name, best.folder / "model", "", "base")], method=(name, facts))
+    stage.ask(plan.reported, part.subjects, plan.folder / "answers", report)
+    return part
+
+
+def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[str, Any]:
+    """All that compare.json holds."""
+    from duet.stages.compare import grid as stage
+
+    subjects = [subject for part in parts for subject in part.subjects]
+    answers = stage.ask(plan.reported, subjects, plan.folder / "answers", report)  # all of it is there
+    return {
+        "format_version": 1,
+        "run": config.name,
+        "topic": config.topic,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "compare": without_places(config.compare.model_dump(mode="json")),
+        "evaluate": without_places(config.evaluate.model_dump(mode="json")),
+        "train": plan.train.model_dump(mode="json"),
+        "start": plan.start_name,
+        "methods": dict(part.method for part in parts if part.method),
+        "oracle": next((part.oracle for part in parts if part.oracle), None),
+        "split": {
+            what: {name: len(s.queries) for name, s in exam.sets.items()}
+            for what, exam in (("validation", plan.validation), ("reported", plan.reported))
+        },
+        **stage.results_of(plan.reported, subjects, answers),
+        "teacher_stores": {name: store_summary(place) for name, place in stores_of_run(config).items()},
+        "environment": environment(),
+    }
+
+
+def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
+    """Everything that is the same for all methods."""
+    from duet.stages.compare.grid import Comparison
+    from duet.stages.exam.exam import QuerySet, part_of, split_by_answer
+    from duet.stages.models.directory import resolve_model
+    from duet.stages.student.train import open_stores
+
+    settings = config.compare
+    exam = exam_of(config)
+    validation, reported = split_by_answer(
+        exam, settings.validation_share, settings.seed, "duet compare",
+        "give the set more questions, or move compare.validation_share towards 0.5",
+    )  # fmt: skip
+    plain = part_of(exam, validation)  # as it is: no attacks, and no shots in front
+    plain = replace(
+        plain,
+        sets={name: QuerySet(s.queries, s.expect) for name, s in plain.judged.items()},
+        settings=plain.settings.model_copy(update={"attacks": (), "membership": None}),
+    )
+    stores, tokenizer = open_stores(stores_of_run(config), config.store.verify)
+    model_dir = resolve_model(config.teacher.model, "teacher.model")
+    return Comparison(
+        settings=settings,
+        train=config.train_settings(student),
+        model_dir=model_dir,
+        start_name=model_name(config.teacher.model),
+        folder=run_dir / COMPARE_DIR,
+        lessons=_lessons(config, model_dir, next(iter(stores.values()))),
+        stores=stores,
+        store_tokenizer=tokenizer,
+        validation=plain,
+        reported=part_of(exam, reported),
+        references=subjects_of(config, ()),
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
+
+
+def _lessons(config: Config, model_dir: Path, store: Any) -> Any:
+    """The store's queries, in its order, with the data's answers and the refusals, as token ids."""
+    from duet.stages.compare.train import Lessons, row_of
+    from duet.stages.questions.prompts import open_renderer
+    from duet.stages.questions.requests import queries_of
+
+    by_request = queries_of(config.data, config.requests, need_answers=True)
+    queries = {s: [query for found in by_request.values() for query in found[s]] for s in SUBSETS}
+    counts = {subset: len(found) for subset, found in queries.items()}
+    if counts != store.manifest.subsets:
+        raise UserError(
+            f"the store has {store.manifest.subsets} rows, the data now has {counts}",
+            "run `duet teacher-logits` with this config",
+        )
+    renderer = open_renderer(model_dir, config.prompt, config.teacher.trust_remote_code)
+    rows = {s: [row_of(renderer, query) for query in found] for s, found in queries.items()}
+    refusals = config.compare.refusals or (config.evaluate.refusal,)
+    refused = [[row_of(renderer, query, text) for text in refusals] for query in queries["forget"]]
+    return Lessons(**rows, refusals=refused)
+
+
+def _oracle(config: Config, plan: Any, report: Any) -> tuple[Path, dict[str, Any]]:
+    """The oracle's model directory and what is told of it."""
+    from duet.stages.compare.oracle import train_oracle
+    from duet.stages.models.directory import resolve_model
+
+    oracle = config.compare.oracle
+    if not isinstance(oracle, OracleSettings):
+        return resolve_model(str(oracle), "compare.oracle"), {"model": model_name(str(oracle))}
+    model_dir, done = train_oracle(plan, oracle, report)
+    return model_dir, {key: done[key] for key in ("steps", "train_s", "rows")}

@@ -1,0 +1,212 @@
+"""`duet init`: from a topic, a model and two files of questions to a config that `duet run` takes as it is.
+
+Every answer is checked when it is given. What the model's own files tell is looked up, never asked; the text of the config is
+`template.py`'s.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from duet.cache.errors import UserError, near_path
+from duet.pipeline.commands.init_text import Answers, ModelFacts
+from duet.pipeline.run.terminal import say
+from duet.stages.questions.queries import Query, load_queries
+from duet.stages.settings.data import DataSettings
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+WHY_RETAIN = (
+    "without questions about anything else nothing tells the student what to keep, and it forgets more than the topic"
+)
+
+
+def init(file: str | None, given: dict[str, str | None], yes: bool) -> None:
+    """Ask for what `given` lacks, unless `yes` or nobody is there to be asked, and write the config to `file`."""
+    from duet.pipeline.commands.init_text import config_text
+
+    if file is not None:
+        check_new(Path(file))
+    answers = collect(given, None if yes or not sys.stdin.isatty() else _prompt)
+    path = Path(file or f"{answers.name}.yaml")
+    check_new(path)
+    with open(path, "x", encoding="utf-8") as config:
+        config.write(config_text(answers))
+    say(
+        f"wrote {path}: {_in_words(answers.model)}; "
+        f"{answers.num_queries[0]} forget and {answers.num_queries[1]} retain questions"
+    )
+    say("look at its comments, then:")
+    say(f"  duet teacher-logits --config {path} --dry-run")
+    if answers.answered:
+        say(f"  duet run --config {path}")
+    else:
+        say("note: not every question has an answer, which the evaluation compares with: add them for `duet evaluate`")
+        say(f"  duet teacher-logits --config {path} && duet distill --config {path}")
+
+
+def check_new(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already, and is not overwritten", "name another FILE, or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: no such directory: {path.parent}", "make it first, or name another FILE")
+
+
+def collect(given: dict[str, str | None], ask: Callable[[str, str | None], str] | None) -> Answers:
+    """Every answer, checked; `ask(question, default)` is asked what is not given, None is nobody."""
+
+    def answer(key: str, question: str, check: Callable[[str], Any], default: str | None = None, why: str = "") -> Any:
+        value = given.get(key)
+        if why and ask is not None and value is None:
+            click.echo(why)
+        while value is None or not value.strip():
+            if ask is None:
+                if default is None:
+                    raise UserError(f"--{key} is missing: {question}", why or f"add --{key}, or answer in a terminal")
+                return check(default)
+            try:
+                return check(ask(question, default))
+            except UserError as error:
+                click.echo(f"error: {error}", err=True)
+        return check(value)
+
+    def queries(key: str) -> Callable[[str], tuple[DataSettings, list[Query]]]:
+        return lambda path: read_queries(path, key, given.get("question-field"), given.get("answer-field"))
+
+    topic = answer("topic", "what is to be forgotten, as a person would name it", _text)
+    model = answer("model", "base model: a directory, or OWNER/NAME on the Hugging Face hub", model_facts)
+    forget, of_forget = answer(
+        "forget",
+        "file with questions about the topic (.jsonl, .csv, .tsv, .parquet, or hf://OWNER/NAME)",
+        queries("forget"),
+    )
+
+    def kept(path: str) -> tuple[DataSettings, list[Query]]:
+        settings, found = queries("retain")(path)
+        check_apart(of_forget, found, path)
+        return settings, found
+
+    retain, of_retain = answer("retain", "file with questions about anything else", kept, why=WHY_RETAIN)
+    name = answer("name", "name of the run", _name, default=slug(topic))
+    both = [*of_forget, *of_retain]
+    return Answers(
+        name=name,
+        topic=topic,
+        model=model,
+        forget=forget,
+        retain=retain,
+        num_queries=(len(of_forget), len(of_retain)),
+        answered=all(query.answer for query in both),
+        max_new_tokens=longest_answer(both, model.tokenizer),
+    )
+
+
+def _prompt(question: str, default: str | None) -> str:
+    return click.prompt(question, default=default, type=str)
+
+
+def _text(text: str) -> str:
+    return text.strip()
+
+
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise UserError(f"--name: {text!r} is no name of a run", "use letters, digits, dots, hyphens and underscores")
+    return text
+
+
+def slug(topic: str) -> str:
+    """A run's name after its topic: at most four words of it."""
+    words = re.findall(r"[a-z0-9]+", topic.lower())
+    return "-".join(words[:4]) or "mine"
+
+
+def read_queries(path: str, key: str, question: str | None, answer: str | None) -> tuple[DataSettings, list[Query]]:
+    """The settings of a query set and its queries; every fault of the file is a UserError."""
+    named = {"question_field": question, "answer_field": answer}
+    settings = DataSettings.model_validate({"path": path} | {k: v for k, v in named.items() if v is not None})
+    try:
+        return settings, load_queries(settings, f"--{key}")
+    except UserError as error:
+        if "_field" not in error.hint:
+            raise
+        raise UserError(
+            error.what,
+            "rename the field, or name yours with --question-field and --answer-field; both files must call it the same",
+        ) from None
+
+
+def check_apart(forget: list[Query], retain: list[Query], path: str) -> None:
+    """Refuse questions that are to be forgotten and to be kept."""
+    both = [query for query in retain if query.question in {other.question for other in forget}]
+    if both:
+        raise UserError(
+            f"--retain: {len(both)} questions of {path} are to be forgotten, too, the first {both[0].question!r}",
+            "leave them out of one of the two files",
+        )
+
+
+def longest_answer(queries: list[Query], tokenizer: Any) -> int:
+    """Tokens of the longest answer, rounded up to a multiple of 16; where that is not known, 64."""
+    answers = [query.answer for query in queries if query.answer]
+    if tokenizer is None or not answers:
+        return 64
+    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers)
+    return 16 * -(-(longest + 1) // 16)  # one more ends the answer
+
+
+def model_facts(name: str) -> ModelFacts:
+    """What a model's directory, or its small files on the hub, tell; of a hub id that cannot be looked up only the name."""
+    from duet.stages.models.directory import load_config, resolve_model, small_files, text_config
+    from duet.stages.models.limits import vocab_width
+    from duet.stages.models.locations import is_hub_id
+    from duet.stages.models.sizes import Shape
+    from duet.stages.models.tokenizers import load_tokenizer
+
+    if Path(name).is_dir():
+        folder = resolve_model(name, "--model")
+    elif not is_hub_id(name):
+        raise UserError(
+            f"--model: {name} is neither a directory nor of the form OWNER/NAME", f"{near_path(name)}check path or id"
+        )
+    else:
+        try:
+            folder = small_files(name, "--model")
+        except UserError as error:
+            say(f"note: {error.what}")
+            say(
+                "note: the config is written as for a chat model of some billion parameters; check prompt and train in it"
+            )
+            return ModelFacts(name)
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    dtype = str(getattr(text_config(config), "dtype", None) or "float32").removeprefix("torch.")
+    return ModelFacts(name, Shape.of(folder).parameters, vocab_width(config), dtype, prompts_of(tokenizer), tokenizer)
+
+
+def prompts_of(tokenizer: Any) -> str:
+    """Where this tokenizer's prompts can have a prefix; see `ModelFacts`."""
+    from duet.stages.questions.chat import SWITCH
+    from duet.stages.questions.prompts import Prompt, Renderer
+    from duet.stages.questions.queries import Query
+    from duet.stages.settings.data import PromptSettings
+
+    if not getattr(tokenizer, "chat_template", None):
+        return "plain"
+    try:
+        settings = PromptSettings(template_args={SWITCH: True})  # whether it thinks first is another question
+        Renderer(tokenizer, settings).prompt(Prompt.plain(Query("1", "Who?", None), "A prefix."))
+    except UserError:  # the template has no place for a system message
+        return "text"
+    return "system"
+
+
+def _in_words(model: ModelFacts) -> str:
+    kind = {"system": "chat prompts", "text": "chat prompts without system message", "plain": "plain prompts"}
+    size = "" if model.parameters is None else f" of {model.parameters / 1e6:,.1f} M parameters"
+    return f"{model.name}{size}, {kind[model.prompts]}"

@@ -1,0 +1,160 @@
+"""The text of the config that `duet init` writes: settings with the reason for each, and what one may want to change.
+
+Values are those of our own configs for a model of like size: configs/lab.yaml, muse_books_llama3.2_3b.yaml and
+wmdp_zephyr_7b.yaml. None was found by a search: the DUET paper publishes no such values.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from duet.stages.audit.prefixes import bundled_prefixes
+from duet.stages.settings.data import DataSettings
+
+PREFIX = "forgotten"  # which of the bundled ones: the lab's
+LARGE_VOCABULARY = 32_000  # ids, from which our configs keep 64 logits and not 20
+SMALL = 100e6  # parameters, below which a model is treated as the lab's are
+BYTES_PER_PARAMETER = 16  # weights, gradients and AdamW's two states, float32 each; see docs/training.md
+
+
+@dataclass(frozen=True)
+class Training:
+    """Values of one of our configs."""
+
+    like: str
+    epochs: int
+    lr: str
+
+
+def _is_small(model: ModelFacts) -> bool:
+    return model.parameters is not None and model.parameters < SMALL
+
+
+def training_of(parameters: int | None) -> Training:
+    """By size; an unknown one counts as some billion."""
+    if parameters is not None and parameters < SMALL:
+        return Training("configs/lab.yaml", 30, "3.0e-4")
+    if parameters is None or parameters < 5e9:
+        return Training("configs/muse_books_llama3.2_3b.yaml", 10, "1.0e-5")
+    return Training("configs/wmdp_zephyr_7b.yaml", 3, "5.0e-6")
+
+
+def config_text(answers: Answers) -> str:
+    """A whole config as YAML with comments."""
+    model, training = answers.model, training_of(answers.model.parameters)
+    top_k = 20 if model.vocab_size is not None and model.vocab_size < LARGE_VOCABULARY else 64
+    return f"""\
+# Made by `duet init`. Paths are relative to where `duet` is started. `--set KEY=VALUE` overrides any key for one call.
+# What else can be set stands, with a line on each, in docs/reference/config.md.
+name: {_quoted(answers.name)} # results go to runs/{answers.name}
+topic: {_quoted(answers.topic)}
+
+teacher: # the base model behind a prefix; it is asked every question once
+  model: {_quoted(model.name)}
+  # {{topic}} is filled in. The teacher bounds the student: `duet audit-prefix --config FILE` compares this prefix with others.
+  prefix: {_quoted(bundled_prefixes()[PREFIX])}
+  dtype: {_dtype_text(model)}
+  engine: auto # vLLM where it is installed and works, else transformers
+  top_k: {top_k} # logits kept per position; the paper does not publish its k
+  max_positions: 1 # the paper's; more positions supervise more of the answer
+
+prompt:
+{_prompt_text(model)}
+
+data: # questions; only the evaluation needs their answers
+  forget: {_data_text(answers.forget)} # {answers.num_queries[0]} about the topic
+  retain: {_data_text(answers.retain)} # {answers.num_queries[1]} about anything else: they keep the rest
+  # id_field: id in either names a field with unique ids; without it rows are numbered
+
+train: # as in {training.like}, which has a model of like size; not searched: try `--sweep train.lr=…`
+  epochs: {training.epochs}
+  batch_size: 16
+  lr: {training.lr}
+{_memory_text(model)}
+
+students:
+  - name: student # starts from the teacher's own weights; `model:` names another of the same tokenizer
+
+evaluate:
+  max_new_tokens: {answers.max_new_tokens} # {_length_text(answers)}
+  # Questions that are never trained on tell most. Name files of your own:
+  # sets:
+  #   rephrased: {{ path: rephrased.jsonl, expect: forgotten }} # the topic in other words
+  #   heldout: {{ path: heldout.jsonl, expect: kept }} # anything else
+"""
+
+
+def _dtype_text(model: ModelFacts) -> str:
+    if _is_small(model):
+        return "float32 # of a small model exact logits cost little"
+    return f"auto # the model's own{f': {model.dtype}' if model.dtype else ''}"
+
+
+def _length_text(answers: Answers) -> str:
+    known = answers.model.tokenizer is not None and answers.answered
+    return "as long as the longest answer of the data" if known else "longest answer, in tokens"
+
+
+def _prompt_text(model: ModelFacts) -> str:
+    """The settings under `prompt:`."""
+    if model.prompts == "plain":
+        return (
+            "  format: plain # the tokenizer has no chat template\n"
+            "  prefix_placement: text\n"
+            '  template: "Question: {question}\\nAnswer:" # as the model was trained to be asked: change it to that'
+        )
+    if model.prompts == "text":
+        return "  format: chat\n  prefix_placement: text # the chat template takes no system message"
+    unknown = " # not checked: take text where the model's chat template has none" if model.tokenizer is None else ""
+    return f"  format: chat\n  prefix_placement: system{unknown}"
+
+
+def _data_text(settings: DataSettings) -> str:
+    """A query set in one line, with the settings that are not the default."""
+    named = settings.model_dump(exclude_defaults=True)
+    return "{ " + ", ".join(f"{key}: {_quoted(value)}" for key, value in named.items()) + " }"
+
+
+def _memory_text(model: ModelFacts) -> str:
+    need = "" if model.parameters is None else f" about {BYTES_PER_PARAMETER * model.parameters / 1e9:,.2g} GB;"
+    return (
+        f"  # Weights, gradients and AdamW's state take{need or ' 16 GB per billion parameters;'} "
+        "`duet estimate --config FILE` tells the rest.\n"
+        "  # gradient_checkpointing: true # less memory for activations, a third more time\n"
+        "  # lora: { rank: 64 } # trains adapters alone; wants a higher lr, and a look at a sweep"
+    )
+
+
+def _quoted(value: Any) -> str:
+    """As YAML takes it in double quotes, whatever it contains."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's files tell; None where they could not be read."""
+
+    name: str
+    parameters: int | None = None
+    vocab_size: int | None = None
+    dtype: str | None = None
+    prompts: str = (
+        "system"  # where a prefix goes: "system" or "text" of a chat, or "plain" where there is no chat template
+    )
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All that a config is made of."""
+
+    name: str
+    topic: str
+    model: ModelFacts
+    forget: DataSettings
+    retain: DataSettings
+    num_queries: tuple[int, int]  # of forget and retain
+    answered: bool  # every query has an answer
+    max_new_tokens: int  # as long as the longest answer, about

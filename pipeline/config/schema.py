@@ -1,0 +1,149 @@
+"""The schema of a config file: all settings of an experiment, and the rules that involve several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from duet.cache.errors import UserError
+from duet.cache.location import Place, place_of
+from duet.cache.record import SUBSETS
+from duet.pipeline.config.explain import merged, validated
+from duet.pipeline.config.slurm import SlurmSettings
+from duet.stages.settings.base import Name, Settings
+from duet.stages.settings.compare import CompareSettings
+from duet.stages.settings.data import PromptSettings, RequestSettings, TrainingData
+from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
+from duet.stages.settings.student import StudentSettings, TrainSettings, teacher_weights
+from duet.stages.settings.teacher import ONE_FOR_ALL, NamedTeacher, StoreSettings, TeacherSettings
+
+# folders of the run directory that are no students
+TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare", "slurm")
+
+
+class Config(Settings):
+    """A whole experiment."""
+
+    name: Name = Field(description="the run's folder under runs_dir")
+    topic: str = Field(min_length=1, description="what is to be forgotten, as a person would name it; fills {topic}")
+    runs_dir: str = Field(default="runs", description="folder of all runs")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto is the first CUDA device, else the CPU"
+    )
+    data: TrainingData = Field(description="the queries of both subsets")
+    prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
+    requests: tuple[RequestSettings, ...] = Field(
+        default=(), description="forget requests beside that of topic and data"
+    )
+    teacher: TeacherSettings = Field(description="stage one")
+    teachers: tuple[NamedTeacher, ...] = Field(
+        default=(),
+        description="several teachers, each with entries of teacher: of its own; default: the one of teacher:",
+    )
+    store: StoreSettings = Field(default=StoreSettings(), description="where teacher logits are kept")
+    train: TrainSettings = Field(default=TrainSettings(), description="stage two, common to all students")
+    students: tuple[StudentSettings, ...] = Field(min_length=1, description="the students, trained one after the other")
+    evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="stage three")
+    audit: AuditSettings = Field(default=AuditSettings(), description="the audit of prefixes before stage one")
+    compare: CompareSettings = Field(default=CompareSettings(), description="DUET against other methods")
+    slurm: SlurmSettings = Field(default=SlurmSettings(), description="jobs on a Slurm cluster")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def store_root(self) -> Place:
+        """Where the stores of this run lie, one per fingerprint."""
+        store = self.store
+        return place_of(store.dir or self.run_dir / "teacher", store.cache_dir, int(store.cache_gb * 1e9))
+
+    def teacher_settings(self) -> dict[str, TeacherSettings]:
+        """Every teacher's settings by its name: those common to all with its own on top."""
+        common = self.teacher.model_dump()
+        several = {one.name: TeacherSettings(**merged(common, one.teacher)) for one in self.teachers}
+        return several or {"teacher": self.teacher}
+
+    def train_settings(self, student: StudentSettings) -> TrainSettings:
+        """The common training settings with the student's own on top."""
+        return TrainSettings(**merged(self.train.model_dump(), student.train))
+
+
+def with_models(config: Config, models: Sequence[str]) -> Config:
+    """The config with models of a command line, PATH or NAME=PATH each, among `evaluate.models`."""
+    named = dict(config.evaluate.models)
+    for text in models:
+        name, _, model = text.rpartition("=")
+        name = name or Path(model).name
+        if name in named:
+            raise UserError(f"--model {text}: there is a model {name!r} already", "name it with --model NAME=PATH")
+        named[name] = model
+    raw = config.model_dump() | {"evaluate": config.evaluate.model_dump() | {"models": named}}
+    return validated(Config, raw, "--model")
+
+
+def check_students(config: Config, where: str) -> None:
+    """Refuse students that get in each other's way, and those whose own settings are faulty."""
+    names = [student.name for student in config.students]
+    if repeated := _first_repeated(names):
+        raise UserError(f"{where}: students: the name {repeated!r} occurs twice", "give each student its own name")
+    for taken in set(TAKEN_NAMES) & set(names):
+        raise UserError(f"{where}: students: the name {taken!r} is taken by a folder of the run", "choose another name")
+    if repeated := _first_repeated([student.push_to_hub for student in config.students if student.push_to_hub]):
+        raise UserError(
+            f"{where}: students: two are pushed to {repeated}", "give each its own repository; in a sweep, push none"
+        )
+    for number, student in enumerate(config.students):
+        key = f"{where}: students.{number}.train"
+        settings = validated(TrainSettings, merged(config.train.model_dump(), student.train), key)
+        teacher_weights(settings, list(config.teacher_settings()), key)
+
+
+def check_teachers(config: Config, where: str) -> None:
+    """Refuse teachers that get in each other's way, and those whose own settings are faulty."""
+    if repeated := _first_repeated([teacher.name for teacher in config.teachers]):
+        raise UserError(f"{where}: teachers: the name {repeated!r} occurs twice", "give each teacher its own name")
+    for taken in sorted({teacher.name for teacher in config.teachers} & {student.name for student in config.students}):
+        raise UserError(
+            f"{where}: teachers: {taken!r} is a student's name too", "give each its own: results tell them apart"
+        )
+    for number, teacher in enumerate(config.teachers):
+        key = f"{where}: teachers.{number}"
+        validated(TeacherSettings, merged(config.teacher.model_dump(), teacher.teacher), key)
+        for entry in ONE_FOR_ALL:
+            if entry in teacher.teacher:
+                raise UserError(f"{key}: {entry} is one for all teachers", f"set teacher.{entry}")
+
+
+def check_requests(config: Config, where: str) -> None:
+    """Refuse requests and evaluation sets whose results would have the same names."""
+    if repeated := _first_repeated([request.name for request in config.requests]):
+        raise UserError(f"{where}: requests: the name {repeated!r} occurs twice", "give each request its own name")
+    trained = {*SUBSETS, *(f"{request.name}.{subset}" for request in config.requests for subset in SUBSETS)}
+    for reserved in sorted(trained & set(config.evaluate.sets)):
+        raise UserError(
+            f"{where}: evaluate.sets: {reserved!r} is the training set of that name", "name the set otherwise"
+        )
+
+
+def check_tofu(config: Config, where: str) -> None:
+    """Refuse TOFU aggregates of query sets that are not there or have no wrong answers."""
+    tofu = config.evaluate.tofu
+    if tofu is None:
+        return
+    data = {"forget": config.data.forget, "retain": config.data.retain, **config.evaluate.sets}
+    for role, name in {"forget": tofu.forget, **tofu.utility_sets}.items():
+        if name is not None and name not in data:
+            raise UserError(f"{where}: evaluate.tofu.{role}: no query set {name!r}", f"the sets are {', '.join(data)}")
+        if name is not None and data[name].perturbed_field is None:
+            raise UserError(
+                f"{where}: evaluate.tofu.{role}: the set {name!r} has no perturbed_field",
+                "name the field with its wrong answers; TOFU's files with them end in _perturbed",
+            )
+
+
+def _first_repeated(values: list[str]) -> str | None:
+    return min((value for value in values if values.count(value) > 1), default=None)

@@ -1,0 +1,1 @@
+"""report.html, the other pages, and the terminal's tables."""

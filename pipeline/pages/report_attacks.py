@@ -1,0 +1,105 @@
+"""The report's attacks: charts by model, the same in numbers, and whether an attack works here at all. See `report.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from duet.pipeline.pages.charts import Bar, bars, colours, side_by_side
+from duet.pipeline.pages.page import Numbers, folded, note, pointer, row, section, table
+from duet.pipeline.pages.results import HEADLINE, attacks_of, by_interest, floor_of, is_share, label_of
+from duet.stages.attacks.prompts import Attacked
+
+
+def attack_section(numbers: Numbers) -> str:
+    """Every attack that was tried: its mean and its worst, by model, beside no attack and the floor; then in numbers."""
+    attacks = [attack for attack in attacks_of(numbers) if is_share(numbers, attack.id)]
+    if not attacks:
+        return section(
+            "attacks", "Attacks", note("Attacks were switched off in this run: nothing is known about them.")
+        )
+    text = (
+        "An attack tries to bring back what was forgotten. A model that has forgotten scores as without an attack; what comes "
+        "back was hidden, not gone. Dark bars are the mean over an attack's variants, pale ones the worst variant for each "
+        "question. The solid line is the score without an attack; the dashed one the floor, the higher of a constant refusal "
+        "and the echoed question."
+    )
+    body = note(text)
+    for name in dict.fromkeys(attack.set for attack in attacks):
+        of_set = [attack for attack in attacks if attack.set == name]
+        panels = [_attack_panel(numbers, model, name, of_set) for model in by_interest(numbers)]
+        body += f"<h3>On {escape(name)} questions</h3>" + side_by_side(list(filter(None, panels)))
+        body += folded(f"The attacks on {name} in numbers", _attack_table(numbers, name, of_set))
+    return section("attacks", "Attacks", body + _works(numbers) + _attack_texts(numbers) + _costs(numbers))
+
+
+def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Attacked]) -> str:
+    scores, colour = numbers.data["models"][model], colours(list(numbers.data["models"]))[model]
+    rows: dict[str, list[Bar]] = {}
+    for attack in sorted(attacks, key=lambda attack: attack.worst):
+        if attack.id in scores:
+            title = f"{label_of(attack)}, {'worst' if attack.worst else 'mean'}"
+            mark = Bar(scores[attack.id], colour, title, pointer("models", model, attack.id), attack.worst)
+            rows.setdefault(label_of(attack), []).append(mark)
+    if not rows:
+        return ""
+    before = numbers.at("models", model, f"{name}.{HEADLINE}", "value")
+    return bars(rows, model, floor_of(numbers, f"{name}.{HEADLINE}"), before)
+
+
+def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> str:
+    models = by_interest(numbers)
+    plain = f"{name}.{HEADLINE}"
+    rows = [row("no attack", [*(numbers.cell("score", "models", m, plain) for m in models), "<td></td>"])]
+    for attack in attacks:
+        title = label_of(attack) + (", worst" if attack.worst else "")
+        cells = [numbers.cell("score", "models", model, attack.id) for model in models]
+        rows.append(row(title, [*cells, f"<td>{_shown_to_work(numbers, attack)}</td>"]))
+    heads = ["attack", *map(escape, models), "does it work"]
+    caption = (
+        "Points [95 % interval]. Does it work: whether the attack brings something back on a teacher or gets its answer from "
+        "the base. One that does not has not been shown to work here, and withstanding it says little."
+    )
+    return table(caption, heads, rows, ("does it work",))
+
+
+def _shown_to_work(numbers: Numbers, attack: Attacked) -> str:
+    """Whether an attack works on a model of this run; where the results do not say, whether it undoes a teacher's prefix."""
+    if (told := numbers.at("attacks_work", attack.kind)) is not None:
+        return f"works on {escape(told['on'])}" if told["works"] else "not shown to work"
+    found = []
+    for model, scores in numbers.data["models"].items():
+        plain = scores.get(f"{attack.set}.{attack.metric}")
+        if model.split(":")[0] == "teacher" and plain and attack.id in scores:
+            found.append(scores[attack.id]["ci95"][0] > plain["ci95"][1])
+    return "" if not found else "works on a teacher" if any(found) else "not shown to work"
+
+
+def _attack_texts(numbers: Numbers) -> str:
+    models = by_interest(numbers)
+    rows = [
+        row(f"{kind}: {variant}", [numbers.cell("points", "attack_texts", kind, variant, m) for m in models])
+        for kind, variants in (numbers.at("attack_texts") or {}).items()
+        for variant in variants
+    ]
+    heads = ["variant", *map(escape, models)]
+    return folded("Which variant did what", table("Mean recall in points", heads, rows)) if rows else ""
+
+
+def _works(numbers: Numbers) -> str:
+    """Which attacks are not shown to work here, and on what that rests."""
+    told = numbers.at("attacks_work") or {}
+    if not told:
+        return ""
+    failing = [kind for kind, facts in told.items() if not facts["works"]]
+    lack = f"Not shown to work here: {', '.join(failing)}. " if failing else "Every attack is shown to work here. "
+    text = lack + "That a student withstands an attack which works on no model says nothing."
+    return note(text) + folded("How each attack is shown to work", numbers.texts("attacks_work", last="text"))
+
+
+def _costs(numbers: Numbers) -> str:
+    costs = numbers.at("attack_costs") or {}
+    columns = list(dict.fromkeys(column for cost in costs.values() for column in cost))
+    rows = [row(kind, [numbers.cell("count", "attack_costs", kind, column) for column in columns]) for kind in costs]
+    heads = ["attack", *(escape(column.replace("_", " ")) for column in columns)]
+    return folded("What each attack cost", table("Over all models", heads, rows)) if rows else ""

@@ -1,0 +1,1 @@
+"""Run directory, signals, child processes, Slurm."""

@@ -1,0 +1,144 @@
+"""What a config has every model asked: its subjects, its query sets, and the exam that they make.
+
+Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duet.cache.errors import UserError
+from duet.cache.record import SUBSETS
+from duet.pipeline.config.schema import Config
+from duet.pipeline.run.named_models import start_model
+from duet.stages.settings.student import TRAINING_NAME, StudentSettings
+from duet.stages.settings.teacher import TeacherSettings
+
+
+def base_and_teachers(
+    config: Config, find: Callable[[Any, str], Path], same: Callable[[Path, Path], bool]
+) -> list[Any]:
+    """Base and teachers, each teacher after its own base where that is another model.
+
+    `find` is `resolve_model`, or `small_files` where no weights are needed; `same` says whether two directories hold one model.
+    """
+    from duet.stages.exam.exam import Subject
+
+    base_dir = find(config.teacher.model, "teacher.model")
+    subjects = [Subject("base", base_dir, "", "base")]
+    for name, settings in config.teacher_settings().items():
+        model_dir = find(settings.model, "teacher.model")
+        prefix, set_prefixes = _prefixes(config, settings)
+        called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
+        base = _base_of(subjects, name, model_dir, same)
+        subjects.append(Subject(called, model_dir, prefix, base, set_prefixes))
+    return subjects
+
+
+def _base_of(subjects: list[Any], name: str, model_dir: Path, same: Callable[[Path, Path], bool]) -> str:
+    """The base of a model that started as this one: the first of the subjects, or another that is put behind them."""
+    from duet.stages.exam.exam import Subject
+
+    if same(model_dir, subjects[0].model_dir):
+        return "base"
+    subjects.append(Subject(f"base:{name}", model_dir, "", f"base:{name}"))
+    return f"base:{name}"
+
+
+def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
+    """Base, teachers, then students, each after its own base where that is another model; then models that were made elsewhere,
+    measured against the run's base."""
+    from duet.stages.exam.exam import Subject
+    from duet.stages.models.directory import resolve_model
+    from duet.stages.models.identity import same_model
+
+    same = functools.partial(same_model, trust_remote_code=config.teacher.trust_remote_code)
+    subjects = base_and_teachers(config, resolve_model, same)
+    for student in students:
+        student_dir = config.run_dir / student.name
+        if not (student_dir / TRAINING_NAME).is_file():
+            raise UserError(
+                f"student {student.name!r} is not trained: {student_dir}", "run `duet distill` with this config"
+            )
+        start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
+        base = _base_of(subjects, student.name, start_dir, same)
+        subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
+    for name, model in config.evaluate.models.items():
+        subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
+    return subjects
+
+
+def exam_of(config: Config) -> Any:
+    """What every model of the run is asked."""
+    from duet.stages.exam.exam import Exam
+    from duet.stages.models.directory import resolve_model
+    from duet.stages.models.loading import pick_device
+
+    control = config.evaluate.control_model
+    return Exam(
+        sets=query_sets(config),
+        topic=config.topic,
+        prompt=config.prompt,
+        settings=config.evaluate,
+        device=pick_device(config.device),
+        trust_remote_code=config.teacher.trust_remote_code,
+        further_topics={f"{request.name}.forget": request.topic for request in config.requests},
+        control=resolve_model(control, "evaluate.control_model") if control else None,
+    )
+
+
+def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str, str]]:
+    """A teacher's prefix, and those of the further requests' sets."""
+    from duet.stages.questions.requests import MAIN, prefixes_of
+
+    prefixes = prefixes_of(settings.prefix, config.topic, config.requests)
+    main = prefixes.pop(MAIN)
+    return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in SUBSETS}
+
+
+def query_sets(config: Config) -> dict[str, Any]:
+    """The training sets of all requests and those of the evaluation, with answers."""
+    from duet.stages.evaluate.muse import load_shots
+    from duet.stages.exam.exam import QuerySet
+    from duet.stages.questions.queries import load_queries
+    from duet.stages.questions.requests import MAIN, queries_of
+
+    expect = {"forget": "forgotten", "retain": "kept"}
+    sets = {
+        subset if request == MAIN else f"{request}.{subset}": QuerySet(queries, expect[subset])
+        for request, by_subset in queries_of(config.data, config.requests, need_answers=True).items()
+        for subset, queries in by_subset.items()
+        if queries
+    }
+    for name, settings in config.evaluate.sets.items():
+        where = f"evaluate.sets.{name}"
+        sets[name] = QuerySet(
+            load_queries(settings, where, need_answers=True),
+            settings.expect,
+            load_shots(settings, where),
+            settings.translates,
+        )
+    for name, query_set in sets.items():
+        if query_set.translates is not None and query_set.translates not in sets:
+            raise UserError(
+                f"evaluate.sets.{name}.translates: no set {query_set.translates!r}", f"the sets are {', '.join(sets)}"
+            )
+    _check_apart(sets)
+    order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
+    return {name: sets[name] for name in order}
+
+
+def _check_apart(sets: Mapping[str, Any]) -> None:
+    """Refuse a question that is to be forgotten in one set and to be kept in another."""
+    forgotten = {q.question: name for name, of in sets.items() if of.expect == "forgotten" for q in of.queries}
+    for name, of in sets.items():
+        both = [q.question for q in of.queries if q.question in forgotten] if of.expect == "kept" else []
+        if both:
+            raise UserError(
+                f"{len(both)} questions of the set {name!r} are to be kept, and those of {forgotten[both[0]]!r} are to be "
+                f"forgotten: {both[0]!r}",
+                "take them out of one of the two, or leave the set out of evaluate.sets",
+            )

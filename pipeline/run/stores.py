@@ -1,0 +1,79 @@
+"""Which stores a run has: pointers in the run directory to stores that several runs may share.
+
+Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from duet.cache.errors import UserError
+from duet.cache.files import publish_json, read_json
+from duet.cache.location import Place
+from duet.cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, read_manifest, store_name
+from duet.pipeline.config.schema import Config
+
+
+def store_summary(place: Place) -> dict[str, Any]:
+    manifest = read_manifest(place)
+    return {
+        "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
+        "positions": manifest.positions,
+        "top_k": manifest.top_k,
+        "vocab_size": manifest.vocab_size,
+        "engine": manifest.provenance["engine"],
+        "dtype": manifest.provenance["dtype"],
+        "bytes": manifest.shard_bytes,
+        "prefix": manifest.provenance["prefix"],
+        **{f"prefix of {name}": r["prefix"] for name, r in manifest.provenance.get("requests", {}).items()},
+    }
+
+
+def point_to(config: Config, entries: Mapping[str, dict[str, str]]) -> None:
+    """Say which stores this run uses, by teacher, complete or not."""
+    path = _pointer_path(config)
+    path.parent.mkdir(exist_ok=True)
+    publish_json(path, {"teachers": entries})
+
+
+def entry(of: Plan | Manifest) -> dict[str, str]:
+    return {"fingerprint": of.fingerprint, "name": store_name(of.fingerprint, of.format)}
+
+
+def store_line(place: Place) -> str:
+    """A complete store in one line."""
+    manifest = read_manifest(place)
+    return (
+        f"{place} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
+        f"{manifest.shard_bytes / 1e6:.2f} MB)"
+    )
+
+
+def _pointer_path(config: Config) -> Path:
+    """Names the stores that this run uses, by teacher."""
+    return config.run_dir / "teacher" / "store.json"
+
+
+def stores_named(config: Config) -> dict[str, Place]:
+    """The stores that the run uses or is writing, by teacher; empty before stage one has begun."""
+    path = _pointer_path(config)
+    stores = read_json(path).get("teachers", {}) if path.is_file() else {}
+    if set(stores) != set(config.teacher_settings()):
+        return {}
+    return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
+
+
+def stores_of_run(config: Config) -> dict[str, Place]:
+    """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
+    stores = stores_named(config)
+    for place in stores.values():
+        if place.size(MANIFEST_NAME) is None and place.size(PLAN_NAME) is not None:
+            read_manifest(place)
+    if not stores or any(place.size(MANIFEST_NAME) is None for place in stores.values()):
+        raise UserError(
+            f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first"
+        )
+    return stores

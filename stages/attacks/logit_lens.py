@@ -1,0 +1,85 @@
+"""The attack logit_lens: how early in the model the right answer's first token can be read off.
+
+Each layer's output at the last token of the prompt goes through the model's final norm and output head, as if the layer were
+the last (nostalgebraist 2020, "interpreting GPT: the logit lens"). A low rank somewhere, though not at the end, says that the
+knowledge is there and is not said.
+
+Shapes: B batch, T time, D width, V rows of the head, L layers (0 is the embeddings, L-1 the model's own output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from duet.cache.errors import UserError
+from duet.stages.exam.exam import Subject
+from duet.stages.exam.session import Examinee
+from duet.stages.models.alignment import align
+from duet.stages.models.layers import decoder_layers
+from duet.stages.models.loading import load_model
+
+
+def ranks_by_layer(
+    examinee: Examinee, subject: Subject, name: str, on_progress: Callable[[str, int, int], None]
+) -> list[list[int]]:
+    """Per layer and question of a set, the rank (1 is the most likely) of the right answer's first token."""
+    spec = examinee.spec()
+    model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
+    prompts = examinee.prompts(subject, name)
+    firsts = [ids[:1] for ids in examinee.answers(name)]
+    found: list[list[int]] = []
+    for start in range(0, len(prompts), spec.batch_size):
+        part = slice(start, start + spec.batch_size)
+        ranks = token_ranks(model, prompts[part], firsts[part], examinee.num_ids)
+        found = [before + now for before, now in zip(found, ranks, strict=True)] if found else ranks
+        on_progress(f"{subject.name}, logit_lens", min(len(prompts), part.stop), len(prompts))
+    return found
+
+
+@torch.inference_mode()
+def token_ranks(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], num_ids: int
+) -> list[list[int]]:
+    """Per layer (the embeddings first), the rank of each prompt's next token, [L][B]; `tokens` hold one id each.
+
+    The rank is one more than the number of ids with a higher logit, among the first `num_ids`. What the model does to logits
+    after its head (a scale, a soft-cap) keeps their order and is left out.
+    """
+    norm, head, normed = final_norm(model), model.get_output_embeddings(), []
+    batch = align(prompts, tokens, pad_id=0).to(next(model.parameters()).device)
+    known = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
+    watch = norm.register_forward_hook(lambda module, inputs, output: normed.append(output))
+    out = model(**known, output_hidden_states=True, use_cache=False)
+    watch.remove()
+    if len(normed) != 1 or not torch.equal(normed[0], out.hidden_states[-1]):
+        raise UserError(
+            f"logit_lens: the norm found in {type(model).__name__} is not what its output head reads",
+            "leave logit_lens out of evaluate.attacks",
+        )
+    at = (batch.batch_index_N, batch.position_N)
+    token_B = torch.tensor([ids[0] for ids in tokens], device=out.logits.device)
+    layers = [head(norm(hidden_BTD[at])) for hidden_BTD in out.hidden_states[:-1]] + [out.logits[at]]
+    return [_ranks(logits_BV[:, :num_ids], token_B) for logits_BV in layers]
+
+
+def _ranks(logits_BV: torch.Tensor, token_B: torch.Tensor) -> list[int]:
+    own_B1 = logits_BV.gather(1, token_B[:, None])
+    return (1 + (logits_BV > own_B1).sum(-1)).tolist()
+
+
+def final_norm(model: Any) -> torch.nn.Module:
+    """The norm between the last decoder layer and the head: beside the stack of layers, the last module by that name."""
+    layers = decoder_layers(model)
+    for parent in model.modules():
+        names = [name for name, child in parent.named_children()]
+        if any(child is layers for child in parent.children()):
+            after = names[[child is layers for child in parent.children()].index(True) + 1 :]
+            norms = [name for name in after if "norm" in name or name.startswith("ln")]
+            if norms:
+                return getattr(parent, norms[-1])
+    raise UserError(
+        f"logit_lens: {type(model).__name__} has no norm after its layers", "leave logit_lens out of evaluate.attacks"
+    )

@@ -1,0 +1,1 @@
+"""What a prefix does, before any training."""

@@ -1,0 +1,200 @@
+"""Prefix audit: what a prefix does to the base model, before anything is trained. The teacher bounds the student.
+
+`run_audit` asks the base model everything behind every candidate prefix (`prefixes.py`), keeps the answers on disk as the
+evaluation does, and has them judged (`verdict.py`) and ranked; with a search it adds variations of the best, chosen on one
+part of the questions and reported on the other. `verdict_keys` ties a verdict to all that decides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duet.cache.errors import Interrupted
+from duet.cache.files import sha256_json
+from duet.stages.audit.judge import DEFINITIONS, FIRST_OF, Part, Said, judge
+from duet.stages.audit.prefixes import NO_PREFIX, Candidate, variations
+from duet.stages.evaluate.answers import refusals_of, session_of
+from duet.stages.evaluate.definitions import all_metrics, definitions
+from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
+from duet.stages.exam.kept import recalled
+from duet.stages.exam.session import Examinee
+from duet.stages.settings.evaluate import AuditSettings
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is audited, and how."""
+
+    candidates: list[Candidate]
+    model_dir: Path
+    exam: Exam  # of the audit: without attacks, its sets reduced to the rows that are asked
+    top_k: int
+    settings: AuditSettings
+    search: int  # variations to be tried; 0 for no search
+
+
+def audit_exam(exam: Exam, settings: AuditSettings, dtype: str) -> Exam:
+    """The evaluation's exam as the audit asks it: in the teacher's dtype, no attacks, at most `rows` queries of each set."""
+    rng = np.random.default_rng(settings.seed)
+    sets = {}
+    for name, query_set in exam.sets.items():
+        count = len(query_set.queries)
+        drawn = sorted(rng.choice(count, min(settings.rows, count), replace=False).tolist())
+        sets[name] = QuerySet([query_set.queries[i] for i in drawn], query_set.expect)
+    return replace(exam, sets=sets, settings=exam.settings.model_copy(update={"attacks": (), "dtype": dtype}))
+
+
+def run_audit(
+    plan: Audit,
+    answers_dir: Path,
+    on_progress: Callable[[str, int, int], None],
+    on_engine: Callable[[str, str], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Ask, judge and rank; the parts of audit.json that come from answers. With a search, ranks are those of one part of the
+    questions and every other number is of the other part.
+
+    Raises Interrupted when `should_stop()` is true; what is on disk from the same model, prefix, questions and settings is not
+    asked again.
+    """
+    ask = _Asking(plan, answers_dir, on_progress, on_engine, should_stop)
+    ask.all(plan.candidates)
+    everything = {name: range(len(s.queries)) for name, s in plan.exam.sets.items()}
+    if not plan.search:
+        return _results(plan, ask, plan.candidates, everything, everything) | {"search": None}
+    choosing, held_out = split(plan.exam, plan.settings)
+    parents = _best([c for c in plan.candidates if c.kind != "control"], ask.said, plan, choosing)
+    made = variations(parents, plan.candidates, plan.search, plan.exam.topic, plan.settings.seed)
+    ask.all(made)
+    results = _results(plan, ask, [*plan.candidates, *made], choosing, held_out)
+    counts = {"choosing": choosing, "held_out": held_out}
+    return results | {
+        "search": {
+            "wanted": plan.search,
+            "made": len(made),
+            "parents": [parent.name for parent in parents],
+            "n": {part: {name: len(rows) for name, rows in of_set.items()} for part, of_set in counts.items()},
+        }
+    }
+
+
+class _Asking:
+    """The answers so far, and the keys of verdicts on them."""
+
+    def __init__(
+        self,
+        plan: Audit,
+        answers_dir: Path,
+        on_progress: Callable[[str, int, int], None],
+        on_engine: Callable[[str, str], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._plan, self._dir, self._should_stop = plan, answers_dir, should_stop
+        self._on_progress, self._on_engine = on_progress, on_engine
+        self.said: dict[str, Said] = {}
+        self.keys: dict[str, str] = {}
+
+    def all(self, candidates: Sequence[Candidate]) -> None:
+        """Ask behind each prefix what is not on disk yet, with one engine; a candidate is kept as soon as it is through."""
+        self._dir.mkdir(parents=True, exist_ok=True)
+        subjects = _subjects(self._plan, candidates)
+        examinee = session_of(self._plan.model_dir, self._plan.exam, subjects)
+        self.keys |= _keys(self._plan, examinee, subjects)
+        try:
+            for subject in subjects:
+                if self._should_stop():
+                    raise Interrupted(f"{len(self.said)} prefixes are through, {subject.name!r} is next")
+                identity = sha256_json([examinee.identity(subject), FIRST_OF, self._plan.top_k])
+                kept = recalled(
+                    self._dir / f"{identity[:16]}.json", identity, lambda subject=subject: self._ask(examinee, subject)
+                )
+                first = kept["first"]
+                self.said[subject.name] = Said(kept["by_set"], np.array(first["ids"]), np.array(first["logits"]))
+        finally:
+            examinee.close()
+
+    def _ask(self, examinee: Examinee, subject: Subject) -> dict[str, Any]:
+        answers = examinee.ask(subject, self._on_progress, self._on_engine, self._should_stop)
+        ids_NK, logits_NK = examinee.first_top_k(subject, FIRST_OF, self._plan.top_k, self._on_engine)
+        return {"by_set": answers, "first": {"ids": ids_NK.tolist(), "logits": logits_NK.tolist()}}
+
+
+def _subjects(plan: Audit, candidates: Sequence[Candidate]) -> list[Subject]:
+    return [Subject(candidate.name, plan.model_dir, candidate.prefix, NO_PREFIX) for candidate in candidates]
+
+
+def verdict_keys(plan: Audit) -> dict[str, str]:
+    """By candidate, the hash of what decides its verdict: weights, tokenizer, prefix, prompts, references and thresholds.
+
+    Device and engine are not in it: they only round otherwise. Needs no engine.
+    """
+    subjects = _subjects(plan, plan.candidates)
+    return _keys(plan, session_of(plan.model_dir, plan.exam, subjects), subjects)
+
+
+def _keys(plan: Audit, examinee: Examinee, subjects: Sequence[Subject]) -> dict[str, str]:
+    sets = [[name, s.expect, references_of(s)] for name, s in plan.exam.sets.items()]
+    thresholds = plan.settings.model_dump(include={"min_forgotten", "min_kept"})
+    common = [sets, thresholds, plan.exam.settings.seed]
+    return {subject.name: sha256_json([examinee.identity(subject, anywhere=True), common]) for subject in subjects}
+
+
+def split(exam: Exam, settings: AuditSettings) -> tuple[Part, Part]:
+    """Numbers of the queries to choose on, and of those held out, by set."""
+    hint = "ask more (audit.rows), move audit.choosing_share towards 0.5, or audit without --search"
+    return split_by_answer(exam, settings.choosing_share, settings.seed, "--search", hint)
+
+
+def _results(plan: Audit, ask: _Asking, candidates: list[Candidate], choosing: Part, shown: Part) -> dict[str, Any]:
+    """Candidates by their score on the one part, with all numbers on the other, and the verdict on all questions by key."""
+    everything = {name: range(len(s.queries)) for name, s in plan.exam.sets.items()}
+    base = ask.said[NO_PREFIX]
+    rows, verdicts = [], {}
+    for candidate in candidates:
+        said = ask.said[candidate.name]
+        found = judge(said, base, plan.exam, plan.settings, shown)
+        same = choosing == shown
+        overall = found if same else judge(said, base, plan.exam, plan.settings, everything, only_shares=True)
+        chosen_on = found if same else judge(said, base, plan.exam, plan.settings, choosing, only_shares=True)
+        key = ask.keys[candidate.name]
+        verdicts[key] = {"prefix": candidate.prefix, "verdict": overall.verdict, "reason": overall.reason}
+        rows.append(
+            {
+                "name": candidate.name,
+                "kind": candidate.kind,
+                "prefix": candidate.prefix,
+                "template": candidate.template,
+                "ranked_by": chosen_on.score,
+                "score": found.score,
+                "verdict": found.verdict,
+                "reason": found.reason,
+                "verdict_on_all": overall.verdict,
+                "scores": {name: score.as_json() for name, score in found.scores.items()},
+                "key": key,
+            }
+        )
+    ranked = sorted(
+        rows, key=lambda row: -row["ranked_by"]
+    )  # stable: equals stay in the order in which they were named
+    return {
+        "sets": {name: {"n": len(shown[name]), "expect": s.expect} for name, s in plan.exam.sets.items()},
+        "candidates": [{"rank": rank, **row} for rank, row in enumerate(ranked, start=1)],
+        "verdicts": verdicts,
+        "refusals": refusals_of(plan.exam, {name: said.answers for name, said in ask.said.items()}),
+        "definitions": DEFINITIONS
+        | definitions(m for m in all_metrics() if m.id in (HEADLINE, "refusal_rate", "ci95")),
+    }
+
+
+def _best(candidates: Sequence[Candidate], said: Mapping[str, Said], plan: Audit, part: Part) -> list[Candidate]:
+    """The candidates that a search varies, best first."""
+
+    def score(candidate: Candidate) -> float:
+        return judge(said[candidate.name], said[NO_PREFIX], plan.exam, plan.settings, part, only_shares=True).score
+
+    return sorted(candidates, key=score, reverse=True)[: plan.settings.parents]

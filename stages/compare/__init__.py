@@ -1,0 +1,1 @@
+"""DUET beside other unlearning methods."""

@@ -1,0 +1,1 @@
+"""Raw top-k logits from vLLM or transformers."""

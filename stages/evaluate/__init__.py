@@ -1,0 +1,1 @@
+"""Stage three: scores, verdicts, and other benchmarks' formats."""

@@ -1,0 +1,166 @@
+"""Stage three: answers are turned into scores, verdicts and comparisons.
+
+Every score carries n and an interval, every text score two floors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from duet.stages.attacks import scores as attack_scores
+from duet.stages.evaluate import muse as knowmem
+from duet.stages.evaluate import verdict as outcome
+from duet.stages.evaluate.answers import refusals_of
+from duet.stages.evaluate.definitions import all_metrics, definitions, versions
+from duet.stages.evaluate.tofu import Reference, tofu_results
+from duet.stages.exam import reading
+from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of
+from duet.stages.exam.given_answers import Given, finite, score_given
+from duet.stages.metrics import text as metrics
+from duet.stages.metrics import uncertainty
+from duet.stages.metrics.uncertainty import Score
+
+NUM_SAMPLES = 40
+DISTINCTIVE = "distinctive_recall"
+DistinctiveWords = Mapping[str, Sequence[frozenset[str]]]  # of every reference, by set
+
+
+def results_of(
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, Any]],
+    given: Mapping[str, Mapping[str, Given]],
+    reference: Reference | None = None,
+    readings: Mapping[str, reading.Readings] | None = None,
+    against: str | None = None,
+) -> dict[str, Any]:
+    """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
+    samples, and what the numbers mean.
+
+    `given` is empty where likelihoods are not asked for, and a model of which some are not finite has no scores of them: it is
+    broken, its verdict says. `reference` is that of TOFU's forget quality; `readings` are those
+    of `reading.py`, by subject. Every subject is compared with its own base, or all with the one that `against` names.
+    """
+    given, not_finite = finite(given)
+    words = _distinctive_words(exam)
+    models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam, words) for s in subjects}
+    for name in models:
+        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
+    floors = _floors(exam, words) | knowmem.floors_of(exam) | reading.floors_of(exam)
+    aggregates, tofu = tofu_results(exam, given, models, reference)
+    return {
+        "models": {
+            name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
+            for name, scores in models.items()
+        },
+        **({"tofu": tofu} if tofu else {}),
+        "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
+        "floors": floors,
+        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors, not_finite),
+        "performance_shift": _shifts(subjects, exam, models),
+        "samples": _samples(subjects, exam, answers),
+        "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
+        "refusals": refusals_of(exam, {subject.name: answers[subject.name] for subject in subjects}),
+        "definitions": definitions(all_metrics()),
+        "versions": versions(all_metrics()),
+        **attack_scores.results_of(subjects, exam, answers, models),
+    }
+
+
+def _scores(
+    answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam, words: DistinctiveWords
+) -> dict[str, Score]:
+    """Scores of one model: `<set>.<metric>`, then those of the attacks."""
+    seed, extra = exam.settings.seed, exam.settings.refusal_patterns
+    scores: dict[str, Score] = {}
+    for name, query_set in exam.sets.items():
+        references = references_of(query_set)
+        items = metrics.score_texts(references, answers[name], extra)
+        items[DISTINCTIVE] = metrics.distinctive_recall(words[name], answers[name])
+        if name in given:
+            items |= score_given(given[name], query_set.expect)
+        for metric, values in items.items():
+            scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
+    scores |= attack_scores.scores_of(answers, exam)
+    return scores
+
+
+def _questions_of(query_set: QuerySet) -> list[str]:
+    return [query.question for query in query_set.queries]
+
+
+def _distinctive_words(exam: Exam) -> DistinctiveWords:
+    """Of every reference, by set; which words are common is counted over all sets."""
+    questions = {name: _questions_of(query_set) for name, query_set in exam.sets.items()}
+    return metrics.distinctive_words(questions, {name: references_of(s) for name, s in exam.sets.items()})
+
+
+def _floors(exam: Exam, words: DistinctiveWords) -> dict[str, dict[str, float]]:
+    found, refusal = {}, exam.settings.refusal
+    for name, query_set in exam.sets.items():
+        questions = _questions_of(query_set)
+        found[f"{name}.{DISTINCTIVE}"] = {
+            "refusal": float(metrics.distinctive_recall(words[name], [refusal] * len(questions)).mean()),
+            "echo": float(metrics.distinctive_recall(words[name], questions).mean()),
+        }
+        for metric, floor in metrics.floors(questions, references_of(query_set), exam.settings.refusal).items():
+            found[f"{name}.{metric}"] = floor
+    return found
+
+
+def _shifts(
+    subjects: Sequence[Subject], exam: Exam, models: Mapping[str, Mapping[str, Score]]
+) -> dict[str, dict[str, Any]]:
+    """Performance shift in points (100 * score) of every subject that has a base, over the sets' headline metric."""
+    keys = {name: f"{name}.{HEADLINE}" for name in exam.judged}
+    forgotten = {key for name, key in keys.items() if exam.sets[name].expect == "forgotten"}
+    points = {model: {key: 100 * scores[key].value for key in keys.values()} for model, scores in models.items()}
+    shifts = {}
+    for subject in subjects:
+        if subject.base != subject.name:
+            total, terms = metrics.performance_shift(points[subject.base], points[subject.name], forgotten)
+            shifts[subject.name] = {"value": total, "terms": terms}
+    return shifts
+
+
+def _comparisons(
+    against: Mapping[str, str], exam: Exam, models: Mapping[str, Mapping[str, Score]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of every model, each score less that of the one it is compared with, on the same items; nothing of one and itself."""
+    return {
+        name: {
+            key: {"against": other, **uncertainty.compare(found, models[other][key], exam.settings.seed)}
+            for key, found in models[name].items()
+            if key in models[other] and len(found.items)  # an AUC and a perplexity are no means over items
+        }
+        for name, other in against.items()
+        if other != name
+    }
+
+
+def _samples(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Up to NUM_SAMPLES questions drawn evenly from the sets, by seed and not by how they turned out."""
+    rng = np.random.default_rng(exam.settings.seed)
+    shuffled = {name: iter(rng.permutation(len(s.queries)).tolist()) for name, s in exam.sets.items()}
+    drawn: list[tuple[str, int]] = []
+    while len(drawn) < NUM_SAMPLES and shuffled:
+        for name in list(shuffled):
+            number = next(shuffled[name], None)
+            if number is None:
+                del shuffled[name]
+            elif len(drawn) < NUM_SAMPLES:
+                drawn.append((name, number))
+    drawn.sort(key=lambda pair: list(exam.sets).index(pair[0]))
+    return [
+        {
+            "set": name,
+            "id": exam.sets[name].queries[number].row_id,
+            "question": exam.sets[name].queries[number].question,
+            "answer": exam.sets[name].queries[number].answer,
+            "outputs": {subject.name: answers[subject.name][name][number] for subject in subjects},
+        }
+        for name, number in drawn
+    ]

@@ -1,0 +1,238 @@
+"""What every subject makes of given answers: the reference, its paraphrase and wrong ones, behind the subject's own prompts.
+
+`read_all` reads them with each model and keeps what it finds on disk, as `evaluate.answer_all` keeps answers, so that an
+interrupted evaluation goes on with the next subject; `score_given` turns it into numbers per item. Nothing is generated
+here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duet.cache.errors import Interrupted
+from duet.cache.files import sha256_json
+from duet.stages.exam.exam import Exam, Subject, sets_as_tasks, stem_of
+from duet.stages.exam.kept import recalled
+from duet.stages.metrics import tofu
+from duet.stages.metrics.memorisation import exact_memorisation, extraction_strength
+from duet.stages.models.directory import load_config
+from duet.stages.models.identity import weights_sha256
+from duet.stages.models.limits import check_length, context_length
+from duet.stages.models.loading import load_model
+from duet.stages.models.token_scores import TokenScores, token_scores
+from duet.stages.models.tokenizers import tokenizer_sha256
+from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
+
+BySet = Mapping[str, "Given"]
+PASS_TOKENS = 8192  # at most so many tokens in one forward pass: an assumption that fits 16 GB, not measured on a GPU
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model makes of one set's given answers, in query order; log-probabilities are means over an answer's tokens."""
+
+    tokens: list[TokenScores]  # of the reference answers; `is_top` as 0 and 1
+    num_end: list[int]  # tokens at the end of each reference answer that are the end of the turn, not its own
+    paraphrased: np.ndarray | None  # float64 [N]
+    perturbed: list[np.ndarray] | None  # float64, one per wrong answer of the item
+
+    @property
+    def answer(self) -> np.ndarray:
+        """Log-probability of the reference answers, float64 [N]."""
+        return np.array([scores.logprob.mean() for scores in self.tokens])
+
+    @property
+    def right(self) -> np.ndarray:
+        """Log-probability of what TOFU compares wrong answers with: the paraphrase, or the reference where there is none."""
+        return self.answer if self.paraphrased is None else self.paraphrased
+
+    def not_finite(self) -> np.ndarray:
+        """Per question, bool: has any of its answers a log-probability that is not a number, or not finite?"""
+        columns = [self.answer, *([] if self.paraphrased is None else [self.paraphrased])]
+        columns += [] if self.perturbed is None else [np.array([options.sum() for options in self.perturbed])]
+        return np.logical_not(np.all(np.isfinite(np.stack(columns)), axis=0))
+
+    def answer_flags(self) -> list[np.ndarray]:
+        """Per reference answer, bool: is each of its own tokens the most likely one? The end of the turn is left out."""
+        return [
+            scores.is_top[: len(scores.is_top) - end] > 0 for scores, end in zip(self.tokens, self.num_end, strict=True)
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """With rows of numbers as text, which keeps files small and can hold -inf."""
+        return {
+            "tokens": [{name: _text(getattr(one, name)) for name in one.__dataclass_fields__} for one in self.tokens],
+            "num_end": self.num_end,
+            "paraphrased": None if self.paraphrased is None else _text(self.paraphrased),
+            "perturbed": None if self.perturbed is None else [_text(options) for options in self.perturbed],
+        }
+
+    @staticmethod
+    def from_json(kept: Mapping[str, Any]) -> Given:
+        return Given(
+            [TokenScores(**{name: _numbers(column) for name, column in one.items()}) for one in kept["tokens"]],
+            kept["num_end"],
+            None if kept["paraphrased"] is None else _numbers(kept["paraphrased"]),
+            None if kept["perturbed"] is None else [_numbers(options) for options in kept["perturbed"]],
+        )
+
+
+def _text(values: np.ndarray) -> str:
+    """Nine digits: exact for what was float32."""
+    return " ".join(f"{value:.9g}" for value in values)
+
+
+def _numbers(text: str) -> np.ndarray:
+    return np.array(text.split(), np.float64)
+
+
+def read_all(
+    subjects: Sequence[Subject],
+    exam: Exam,
+    folder: Path,
+    on_progress: Callable[[str, int, int], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, dict[str, Given]]:
+    """By subject and set. What is on disk from the same weights, prompts, answers and settings is not read again.
+
+    Raises Interrupted when `should_stop()` is true between two sets; the subjects before are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Given]] = {}
+    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
+        renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
+        context = context_length(load_config(model_dir, exam.trust_remote_code))
+        model_identity = [
+            weights_sha256(model_dir),
+            tokenizer_sha256(renderer.tokenizer),
+            exam.settings.dtype,
+            exam.device,
+        ]
+        open_model = functools.cache(functools.partial(_open, model_dir, exam))
+        for subject in (one for one in subjects if one.model_dir == model_dir):
+            pairs = pairs_of(renderer, exam, subject)
+            for name, of_set in pairs.items():
+                _check_lengths(of_set, context, name, subject)
+            kept = recalled(
+                folder / f"{stem_of(subject.name)}.json",
+                sha256_json([*model_identity, {name: of_set.ids for name, of_set in pairs.items()}]),
+                functools.partial(_read, open_model, pairs, subject, on_progress, should_stop),
+            )
+            found[subject.name] = {name: Given.from_json(of_set) for name, of_set in kept.items()}
+    return {subject.name: found[subject.name] for subject in subjects}
+
+
+def finite(given: Mapping[str, BySet]) -> tuple[dict[str, BySet], dict[str, int]]:
+    """The subjects whose log-probabilities are all finite; and of each subject how many questions have one that is not."""
+    bad = {name: sum(int(one.not_finite().sum()) for one in of_sets.values()) for name, of_sets in given.items()}
+    return {name: of_sets for name, of_sets in given.items() if not bad[name]}, bad
+
+
+def score_given(given: Given, expect: str) -> dict[str, np.ndarray]:
+    """All likelihood metrics per item, by metric id; `expect` is the set's, forgotten or kept."""
+    flags = given.answer_flags()
+    found = {
+        "exact_memorisation": np.array([exact_memorisation(of_item) for of_item in flags]),
+        "extraction_strength": np.array([extraction_strength(of_item) for of_item in flags]),
+        "tofu.probability": tofu.probability(given.answer),
+    }
+    if given.perturbed is not None:
+        if given.paraphrased is None:  # else the wrong answers are worded as the paraphrase is, and no other options
+            found["tofu.choice_probability"] = tofu.choice_probability(given.answer, given.perturbed)
+        for variant in tofu.VARIANTS:
+            ratio = tofu.truth_ratios(variant, given.right, given.perturbed)
+            found[f"tofu.truth_ratio/{variant}"] = tofu.truth_ratio_score(ratio, expect)
+    return found
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Token ids of one set for one subject: prompts, and per query its answers, the reference first, the wrong ones last."""
+
+    prompts: list[list[int]]
+    answers: list[list[list[int]]]
+    num_end: list[int]  # of the reference answers
+    has_paraphrase: bool
+    has_perturbed: bool
+
+    @property
+    def ids(self) -> list[Any]:
+        """All that decides what a model makes of them."""
+        return [self.prompts, self.answers, self.num_end, self.has_paraphrase, self.has_perturbed]
+
+
+def check(subjects: Sequence[Subject], exam: Exam) -> None:
+    """Refuse answers that a subject cannot be given, before anything is asked."""
+    for subject in subjects:
+        pairs_of(open_renderer(subject.model_dir, exam.prompt, exam.trust_remote_code), exam, subject)
+
+
+def pairs_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, _Pairs]:
+    """What a subject is read, by set; attacks are left to generated answers."""
+    return {name: _pairs(renderer, task.prompts) for name, task in sets_as_tasks(exam, subject).items()}
+
+
+def _pairs(renderer: Renderer, asked: Sequence[Prompt]) -> _Pairs:
+    queries = [prompt.query for prompt in asked]
+    texts = [
+        [query.answer or "", *([] if query.paraphrased is None else [query.paraphrased]), *(query.perturbed or ())]
+        for query in queries
+    ]
+    found = [
+        [renderer.answer(prompt, text) for text in of_query] for prompt, of_query in zip(asked, texts, strict=True)
+    ]
+    prompts = [renderer.prompt(prompt) for prompt in asked]
+    answers = [[one.ids for one in of_query] for of_query in found]
+    num_end = [of_query[0].num_end for of_query in found]
+    return _Pairs(prompts, answers, num_end, queries[0].paraphrased is not None, queries[0].perturbed is not None)
+
+
+def _check_lengths(pairs: _Pairs, context: int, name: str, subject: Subject) -> None:
+    for number, (prompt, answers) in enumerate(zip(pairs.prompts, pairs.answers, strict=True)):
+        check_length(prompt, max(map(len, answers)), context, f"{name}/{number}", subject.name)
+
+
+def _read(
+    open_model: Callable[[], Any],
+    pairs: Mapping[str, _Pairs],
+    subject: Subject,
+    on_progress: Callable[[str, int, int], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """One subject's sets, as JSON."""
+    found, done = {}, 0
+    total = sum(len(answers) for of_set in pairs.values() for answers in of_set.answers)
+    for name, of_set in pairs.items():
+        if should_stop():
+            raise Interrupted(f"{subject.name} begins to read given answers again; what was read before it is kept")
+        counts = [len(answers) for answers in of_set.answers]
+        prompts = [prompt for prompt, count in zip(of_set.prompts, counts, strict=True) for _ in range(count)]
+        flat = list(chain.from_iterable(of_set.answers))
+        pad_id = flat[0][0]  # any id will do
+        scores = iter(token_scores(open_model(), prompts, flat, pad_id, PASS_TOKENS))
+        by_query = [[next(scores) for _ in range(count)] for count in counts]
+        found[name] = _given(by_query, of_set).as_json()
+        done += len(flat)
+        on_progress(f"{subject.name}: given answers", done, total)
+    return found
+
+
+def _given(by_query: list[list[TokenScores]], pairs: _Pairs) -> Given:
+    means = [np.array([scores.logprob.mean() for scores in of_query]) for of_query in by_query]
+    return Given(
+        [of_query[0] for of_query in by_query],
+        pairs.num_end,
+        np.array([of_query[1] for of_query in means]) if pairs.has_paraphrase else None,
+        [of_query[1 + pairs.has_paraphrase :] for of_query in means] if pairs.has_perturbed else None,
+    )
+
+
+def _open(model_dir: Path, exam: Exam) -> Any:
+    return load_model(model_dir, exam.settings.dtype, exam.trust_remote_code).to(exam.device)

@@ -1,0 +1,1 @@
+"""Numbers from texts and likelihoods, with intervals."""

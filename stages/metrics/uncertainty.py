@@ -1,0 +1,197 @@
+"""How sure a number is: n, a 95 % interval, and whether two models differ on the same items.
+
+Items with the same reference answer are asked about the same fact: they are resampled, and flipped, together, as one
+cluster. Everything here works on one number per item; what the number is, `metrics.py` and its neighbours say.
+
+Shapes: N items, M scores of each, C clusters, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from duet.stages.metrics.metric import Metric
+
+MAX_EXACT = 12  # clusters up to which all 2^n sign flips are tried
+NUM_FLIPS = 4000  # drawn sign flips where there are more
+ALPHA = 0.05
+BLOCK_DRAWS = 2**20  # drawn numbers at a time: 8 MiB
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean with its number of items and its 95 % interval, and the items that it is made of."""
+
+    value: float
+    n: int
+    ci95: tuple[float, float]
+    items: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.empty(0))  # float64 [n]
+    clusters: tuple[object, ...] = field(repr=False, compare=False, default=())
+
+    def as_json(self) -> dict[str, Any]:
+        return {"value": self.value, "n": self.n, "ci95": list(self.ci95)}
+
+
+def score(values: np.ndarray, clusters: Sequence[object] | None = None, seed: int = 0) -> Score:
+    """Mean, n and bootstrap interval of per-item values."""
+    values = np.asarray(values, np.float64)
+    ci95 = bootstrap_ci95(values, seed, clusters=clusters)
+    labels = range(len(values)) if clusters is None else clusters
+    return Score(float(np.mean(values)), len(values), ci95, values, tuple(labels))
+
+
+def bootstrap_ci95(
+    values: np.ndarray, seed: int = 0, resamples: int = 2000, clusters: Sequence[object] | None = None
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean (Efron 1979); items with the same reference answer are drawn together.
+    No width means that all n items scored alike, not certainty: among others, up to 3/n may differ (the rule of three).
+
+    A resample's mean is over its items, so clusters of unequal size weigh by their size.
+    """
+    means_R1 = bootstrap_means(
+        np.asarray(values, np.float64)[:, None], np.random.default_rng(seed), resamples, clusters
+    )
+    return interval(means_R1[:, 0])
+
+
+def bootstrap_means(
+    values_NM: np.ndarray, rng: np.random.Generator, resamples: int = 2000, clusters: Sequence[object] | None = None
+) -> np.ndarray:
+    """Means of M scores on R resamples of the same N items, [R, M]; an item's scores stay together, and so does a cluster."""
+    if len(values_NM) == 0:
+        raise ValueError("no values to resample")
+    cluster_of = _cluster_numbers(len(values_NM), clusters)
+    counts_C = np.bincount(cluster_of)
+    sums_CM = np.stack([np.bincount(cluster_of, column) for column in values_NM.T], axis=1)
+    means = []
+    for first in range(0, resamples, block := max(1, BLOCK_DRAWS // sums_CM.size)):
+        drawn = rng.integers(len(counts_C), size=(min(block, resamples - first), len(counts_C)))
+        means.append(sums_CM[drawn].sum(axis=1) / counts_C[drawn].sum(axis=1)[:, None])
+    return np.concatenate(means)
+
+
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def sign_flip_p(differences: np.ndarray, clusters: Sequence[object] | None = None, seed: int = 0) -> float:
+    """Two-sided p of a paired permutation test: the share of sign flips of whole clusters whose mean difference is at least
+    as far from 0 as the one found (Fisher's randomisation test for pairs).
+
+    All flips are tried up to MAX_EXACT clusters; above, NUM_FLIPS drawn ones and the one found, so p is never 0. With k
+    clusters, p is at least 2 / 2^k.
+    """
+    differences = np.asarray(differences, np.float64)
+    sums = np.bincount(_cluster_numbers(len(differences), clusters), differences)
+    if len(sums) <= MAX_EXACT:
+        bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
+    else:
+        drawn = np.random.default_rng(seed).integers(2, size=(NUM_FLIPS, len(sums)), dtype=np.int8)
+        bits = np.concatenate([np.zeros((1, len(sums)), np.int8), drawn])
+    totals = np.abs((1.0 - 2.0 * bits) @ sums)
+    rounding = 1e-12 * np.abs(sums).sum()
+    return float(np.mean(totals >= abs(sums.sum()) - rounding))
+
+
+def compare(model: Score, base: Score, seed: int = 0) -> dict[str, Any]:
+    """Model less base on the same items: the mean of the paired differences with its bootstrap interval and the p of sign
+    flips of the pairs, clusters together in both. Distinguishable means that the interval leaves 0 out and p is below 0.05.
+    Neither is corrected for the number of comparisons.
+
+    Both conditions, because the interval of very few clusters is too narrow, and p then cannot be small. Raises ValueError
+    where the two were not scored on the same clusters in the same order.
+    """
+    if model.clusters != base.clusters:
+        raise ValueError("the two scores are not of the same items")
+    differences = model.items - base.items
+    ci95 = bootstrap_ci95(differences, seed, clusters=model.clusters)
+    p = sign_flip_p(differences, model.clusters, seed)
+    return difference_as_json(float(differences.mean()), ci95, len(differences), p)
+
+
+def difference_as_json(value: float, ci95: tuple[float, float], n: int, p: float) -> dict[str, Any]:
+    """A difference as results.json has it, with the words on it: see `compare`."""
+    low, high = ci95
+    distinguishable = (low > 0 or high < 0) and p < ALPHA
+    return {"difference": value, "ci95": [low, high], "n": n, "p": p, "distinguishable": distinguishable}
+
+
+def _cluster_numbers(count: int, clusters: Sequence[object] | None) -> np.ndarray:
+    """Number of each item's cluster, in order of appearance; without labels, each item is its own."""
+    labels = list(range(count)) if clusters is None else list(clusters)
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} cluster labels for {count} values")
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return np.array([numbers[label] for label in labels])
+
+
+METRICS = (
+    Metric("ci95", bootstrap_ci95, "narrow", range="that of its score"),
+    Metric("comparison", compare, "see the metric", range="that of its score, with a sign"),
+)
+
+
+def weighted_sum(
+    values: Mapping[str, np.ndarray],
+    clusters: Mapping[str, Sequence[object]],
+    weights: Mapping[str, float],
+    seed: int = 0,
+    resamples: int = 2000,
+) -> tuple[float, tuple[float, float]]:
+    """Sum over the sets of weight times mean of the items' values, with its 95 % percentile bootstrap interval.
+
+    Clusters are drawn with replacement among those that lie in the same sets, so that no resample loses a whole set; a set's
+    mean is over its items in the resample.
+    """
+    sums_CS, counts_CS = _per_cluster(values, clusters, list(weights))
+    weights_S = np.array(list(weights.values()))
+    _, stratum_C = np.unique(counts_CS > 0, axis=0, return_inverse=True)
+    strata = [np.flatnonzero(stratum_C.ravel() == number) for number in range(stratum_C.max() + 1)]
+    rng = np.random.default_rng(seed)
+    found = []
+    for first in range(0, resamples, block := max(1, BLOCK_DRAWS // len(sums_CS))):
+        count = min(block, resamples - first)
+        drawn = np.concatenate([rng.choice(stratum, (count, len(stratum))) for stratum in strata], axis=1)
+        found.append((sums_CS[drawn].sum(axis=1) / counts_CS[drawn].sum(axis=1)) @ weights_S)
+    return float((sums_CS.sum(0) / counts_CS.sum(0)) @ weights_S), interval(np.concatenate(found))
+
+
+def compare_sums(
+    model: Mapping[str, np.ndarray],
+    other: Mapping[str, np.ndarray],
+    clusters: Mapping[str, Sequence[object]],
+    weights: Mapping[str, float],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The weighted sum of a model less that of another on the same items, as `uncertainty.compare` has it of one score."""
+    differences = {name: model[name] - other[name] for name in weights}
+    value, ci95 = weighted_sum(differences, clusters, weights, seed)
+    shares = [weight * differences[name] / len(differences[name]) for name, weight in weights.items()]
+    labels = [label for name in weights for label in clusters[name]]
+    return difference_as_json(value, ci95, len(labels), sign_flip_p(np.concatenate(shares), labels, seed))
+
+
+def _per_cluster(
+    values: Mapping[str, np.ndarray], clusters: Mapping[str, Sequence[object]], names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of values and number of items of each cluster in each set, [C, S] both."""
+    labels = dict.fromkeys(label for name in names for label in clusters[name])
+    number = {label: at for at, label in enumerate(labels)}
+    at = [np.array([number[label] for label in clusters[name]]) for name in names]
+    sums = [np.bincount(of_set, values[name], len(number)) for of_set, name in zip(at, names, strict=True)]
+    counts = [np.bincount(of_set, minlength=len(number)) for of_set in at]
+    return np.stack(sums, axis=1), np.stack(counts, axis=1)
+
+
+def linearised_ratio(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Per item, values whose mean is mean(after) / mean(before) and whose spread is that of the ratio: r + (after - r *
+    before) / mean(before), with r the ratio of the means (Taylor; Cochran 1977, chapter 6). `before` must not average 0.
+    """
+    ratio = after.mean() / before.mean()
+    return ratio + (after - ratio * before) / before.mean()

@@ -1,0 +1,1 @@
+"""Model directories: found, identified, loaded; and which row of logits predicts which token."""

@@ -1,0 +1,396 @@
+"""From a question to token ids, and from an answer to the ids that a model would have to say: the one owner of the seam.
+
+Teacher, student, likelihoods, attacks, relearning and baselines render here, with a prefix or without. What must always hold,
+of every prompt, or a UserError says what is wrong:
+
+- The question stands in it as the data have it (templates may take white space off its ends).
+- A prefix stands in the teacher's prompt, which differs from the student's in that prefix alone.
+- It begins with at most one BOS token and does not end in an end-of-sequence token.
+- A given answer has the ids that follow the prompt's when both are tokenised as one text, and its end is what the chat template
+  puts behind an answer. Where a tokenizer joins the prompt's last character and the answer's first, no ids are right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duet.cache.errors import UserError, note
+from duet.stages.models.directory import load_config, text_config
+from duet.stages.models.tokenizers import eos_ids, load_tokenizer
+from duet.stages.questions.chat import QUESTION, ChatTemplate, Message
+from duet.stages.questions.queries import Query
+from duet.stages.settings.data import PromptSettings
+
+KEPT_PROMPTS = 256  # rendered prompts that are remembered: a question's answers come one after the other
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt before it is token ids: what is asked, in which form, and what the answer is compared with."""
+
+    query: Query
+    question: str  # as it is asked: of an attack, not the query's own
+    prefix: str = ""  # text in front
+    opening: str = ""  # what the answer is made to begin with
+    opening_tokens: int | None = None  # only so many first tokens of it; None: all
+    bare: bool = False  # plain text to be continued, without the chat form and without prompt.template
+    examples: tuple[Query, ...] = ()  # answered questions before this one
+    references: tuple[str, ...] = ()  # right answers, the best match counts; empty: the query's own
+    choices: tuple[str, ...] = ()  # that the question offers, the query's own answer among them
+
+    @staticmethod
+    def plain(query: Query, prefix: str = "") -> Prompt:
+        """The question as it is."""
+        return Prompt(query, query.question, prefix)
+
+
+@dataclass(frozen=True)
+class GivenAnswer:
+    """What a model would have to say after one prompt to give an answer."""
+
+    own: list[int]  # the answer alone
+    ids: list[int]  # with the end of the turn; a tokenizer may join that and the answer's last character
+
+    @property
+    def num_end(self) -> int:
+        """How many of `ids`, the last ones, are not the answer's own."""
+        same = 0
+        while same < min(len(self.own), len(self.ids)) and self.own[same] == self.ids[same]:
+            same += 1
+        return len(self.ids) - same
+
+
+class Renderer:
+    """One tokenizer with one set of prompt settings. `ends` are the ids that end a response by the model's files: those of
+    config.json, and those of all files."""
+
+    def __init__(
+        self, tokenizer: Any, settings: PromptSettings, ends: tuple[Collection[int], Collection[int]] = ((), ())
+    ) -> None:
+        check_prompt_settings(tokenizer, settings)
+        self.tokenizer, self.settings = tokenizer, settings
+        self.chat = ChatTemplate(tokenizer, settings) if settings.format == "chat" else None
+        self._config_ends, self._all_ends = (frozenset(found) for found in ends)
+        self._frames: dict[Any, str] = {}
+        self._remembered = functools.lru_cache(maxsize=KEPT_PROMPTS)(self._render)
+        if self.chat:
+            self.chat.check_answer_comes_first()
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of the prompt and of the answer's opening, which are those that the answer would begin with."""
+        ids = list(self._rendered(prompt)[1])
+        return ids + self.opening(prompt)
+
+    def opening(self, prompt: Prompt) -> list[int]:
+        """Token ids of the answer's opening."""
+        return self.answer(prompt, prompt.opening).own[: prompt.opening_tokens] if prompt.opening else []
+
+    def answer(self, prompt: Prompt, answer: str) -> GivenAnswer:
+        """The ids of an answer after this prompt (without its opening). White space around the answer is not part of it."""
+        text, prompt_ids = self._rendered(prompt)
+        before, end_text, end_id = self._seam(prompt)
+        whole = text + before + self._answer_text(answer, prompt)
+        if self._in_chat(prompt):
+            self._check_turn(prompt, answer, whole)
+        own = self._after(prompt, prompt_ids, whole)
+        if end_text:
+            return GivenAnswer(own, self._after(prompt, prompt_ids, whole + end_text))
+        return GivenAnswer(own, own if end_id is None else [*own, end_id])
+
+    def in_form(self, settings: PromptSettings) -> Renderer:
+        """The same tokenizer and model with other settings."""
+        return Renderer(self.tokenizer, settings, (self._config_ends, self._all_ends))
+
+    def system(self, prefix: str) -> str:
+        """The system message behind which a model with this prefix is asked; empty: none, or the template's own."""
+        system = self.settings.system or ""
+        if not prefix:
+            return system
+        below = system or (self.chat.default_system if self.chat else "")
+        return prefix + self.settings.separator + below if below else prefix
+
+    def in_front_of_text(self, prefix: str) -> list[int]:
+        """Token ids of what stands before a text that is read as it is."""
+        return [*self._in_front, *(self._ids(prefix + self.settings.separator) if prefix else [])]
+
+    @functools.cached_property
+    def stop_ids(self) -> list[int]:
+        """All ids that end a response, ascending: those of the model's files, and what the template puts behind an answer."""
+        found = set(self._all_ends)
+        if self.chat and self.chat.turn:
+            ends = set(self._ids(self._end_text)[-1:]) & self._special_ids
+            found |= ends
+            if self._end_text and not ends:
+                note(
+                    f"the chat template ends an answer with {self._end_text.strip()!r}, which is no single token here: no "
+                    "response stops there"
+                )
+        return sorted(found)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The settings, as JSON: all that decides a prompt. The day is among them where a template asks for it."""
+        told = self.settings.model_dump(mode="json", exclude={"date"})
+        return told | ({"date": self.chat.date.isoformat()} if self.chat and self.chat.asks_the_clock else {})
+
+    def _in_chat(self, prompt: Prompt) -> bool:
+        return self.chat is not None and not prompt.bare
+
+    def _rendered(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
+        shown = tuple((example.question, example.answer or "") for example in prompt.examples)
+        try:
+            return self._remembered(prompt.question, prompt.prefix, shown, prompt.bare)
+        except UserError as error:
+            raise UserError(f"row {prompt.query.row_id!r}: {error.what}", error.hint) from error
+
+    def _render(
+        self, question: str, prefix: str, shown: tuple[tuple[str, str], ...], bare: bool
+    ) -> tuple[str, tuple[int, ...]]:
+        """Text and ids of a prompt. A BOS token that is not in the text is among the ids."""
+        if self.chat is not None and not bare:
+            text = self._chat_text(self.chat, question, prefix, shown)
+            ids = self._ids(text)
+        else:
+            text = self._plain_text(question, prefix, shown, bare)
+            ids = [*self._in_front, *self._ids(text)]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise UserError(
+                "the prompt begins with two BOS tokens: template and tokenizer both add one",
+                "set prompt.bos: never, or take the BOS token out of the template",
+            )
+        if eos is not None and len(ids) > 1 and ids[-1] == eos:
+            raise UserError(
+                "the prompt ends in an end-of-sequence token, so an answer would be a new text",
+                "take the token out of the template or the question",
+            )
+        return text, tuple(ids)
+
+    # Chat prompts
+
+    def _chat_text(self, chat: ChatTemplate, question: str, prefix: str, shown: Sequence[tuple[str, str]]) -> str:
+        text = chat.text(self._messages(question, prefix, shown), generate=True)
+        key = (prefix, *shown)
+        if key not in self._frames:
+            self._frames[key] = self._frame(chat, prefix, shown)
+        frame = self._frames[key]
+        if text not in (frame.replace(QUESTION, question), frame.replace(QUESTION, question.strip())):
+            lost = " ".join(question.split()) not in " ".join(text.split())
+            raise UserError(
+                f"the chat template {'leaves out' if lost else 'changes'} the question",
+                ANOTHER_TEMPLATE if lost else "write the question on one line, or set prompt.format: plain",
+            )
+        return text
+
+    def _frame(self, chat: ChatTemplate, prefix: str, shown: Sequence[tuple[str, str]]) -> str:
+        """The prompt around a question. Proves that all that is to be in it is, and that with the prefix nothing else came."""
+        frame = chat.text(self._messages(QUESTION, prefix, shown), generate=True)
+        if QUESTION not in frame:
+            raise UserError("the chat template leaves out the question", ANOTHER_TEMPLATE)
+        system = self.settings.prefix_placement == "system"
+        _check_kept(frame, self.settings.system or "", "prompt.system", "leave prompt.system out")
+        for text in (text for pair in shown for text in pair):
+            _check_kept(frame, text, "an example before the question", "set prompt.format: plain")
+        if prefix:
+            what = f"the {'system' if system else 'user'} message, so the teacher would never see the prefix"
+            _check_kept(frame, prefix, what, "set prompt.prefix_placement: text" if system else ANOTHER_TEMPLATE)
+            if not _only_inserted(frame, chat.text(self._messages(QUESTION, "", shown), generate=True), prefix.strip()):
+                raise UserError(
+                    "with this chat template teacher and student differ in more than the prefix",
+                    "set prompt.system, which both get, or prompt.prefix_placement: text",
+                )
+        return frame
+
+    def _messages(self, question: str, prefix: str, shown: Sequence[tuple[str, str]]) -> list[Message]:
+        """The conversation up to the question."""
+        settings, system = self.settings, self.settings.system or ""
+        if settings.prefix_placement == "system":
+            system = self.system(prefix)
+        asked = [settings.template.replace("{question}", text) for text in (*(q for q, _ in shown), question)]
+        if prefix and settings.prefix_placement == "text":
+            asked[0] = prefix + settings.separator + asked[0]
+        messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        for text, (_, answer) in zip(asked, shown, strict=False):
+            told = (settings.answer or "{answer}").replace("{answer}", answer.strip())
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": told}]
+        return [*messages, {"role": "user", "content": asked[-1]}]
+
+    @functools.cached_property
+    def _end_text(self) -> str:
+        """What ends an assistant's turn by the template; empty: it does not say.
+
+        The text behind an answer, up to its first special token. Where there is none, that between an answer and the
+        next question, if its first special token is one that ends responses by the model's files.
+        """
+        _, last, between = (self.chat.turn if self.chat else None) or ("", "", "")
+        if cut := self._up_to_special(last):
+            return cut
+        if last.strip():
+            return last  # in ordinary tokens: the tokenizer does not know those of this template
+        cut = self._up_to_special(between)
+        return cut if cut and self._ids(cut)[-1] in self._all_ends | {self.tokenizer.eos_token_id} else ""
+
+    def _check_turn(self, prompt: Prompt, answer: str, whole: str) -> None:
+        """Refuse an answer that the template does not give back, as one with a thinking block of its own."""
+        shown = tuple((example.question, example.answer or "") for example in prompt.examples)
+        told = self._answer_text(answer, prompt)
+        messages = [*self._messages(prompt.question, prompt.prefix, shown), {"role": "assistant", "content": told}]
+        if self.chat and self.chat.turn and self.chat.text(messages, generate=False) != whole + self.chat.turn[1]:
+            raise UserError(
+                f"row {prompt.query.row_id!r}: the chat template changes the answer {answer[:60]!r}",
+                "write the answer as the template leaves it, without thinking blocks, or set prompt.format: plain",
+            )
+
+    # Plain prompts
+
+    def _plain_text(self, question: str, prefix: str, shown: Sequence[tuple[str, str]], bare: bool) -> str:
+        template = "{question}" if bare else self.settings.template
+        asked = [template.replace("{question}", text) for text in (*(q for q, _ in shown), question)]
+        if prefix:
+            asked[0] = prefix + self.settings.separator + asked[0]
+        told = [self._plain_answer(text, answer) for text, (_, answer) in zip(asked, shown, strict=False)]
+        return "".join(f"{text}{answer}\n" for text, answer in zip(asked, told, strict=False)) + asked[-1]
+
+    def _plain_answer(self, prompt_text: str, answer: str) -> str:
+        form = self.settings.answer or ("{answer}" if prompt_text.endswith("\n") else " {answer}")
+        return form.replace("{answer}", answer.strip())
+
+    @functools.cached_property
+    def _in_front(self) -> list[int]:
+        """Ids before the text of a plain prompt. What the tokenizer would add behind it is left out: nothing ends there yet."""
+        bos = self.settings.bos
+        if bos != "auto":
+            return [self.tokenizer.bos_token_id] if bos == "always" else []
+        probe = self._ids(QUESTION)
+        added = list(self.tokenizer(QUESTION, verbose=False)["input_ids"])
+        for start in range(len(added) - len(probe) + 1):
+            if added[start : start + len(probe)] == probe:
+                return added[:start]
+        raise UserError(
+            "the tokenizer makes other tokens of a text where it adds special ones",
+            "set prompt.bos: always, or never",
+        )
+
+    # The seam
+
+    def _seam(self, prompt: Prompt) -> tuple[str, str, int | None]:
+        """What stands between prompt and answer, and what ends the answer: a text, or else an id."""
+        if not self._in_chat(prompt):
+            return "", "", self._file_end
+        if self.chat is None or self.chat.turn is None:
+            raise UserError(
+                f"row {prompt.query.row_id!r}: the chat template puts an answer elsewhere than where its prompt ends",
+                "given answers have no place behind such a prompt: name another template with prompt.template_name",
+            )
+        return self.chat.turn[0], self._end_text, None if self._end_text else self._file_end
+
+    @functools.cached_property
+    def _file_end(self) -> int | None:
+        """The id that ends a text by the model's files; None where they name none."""
+        eos = self.tokenizer.eos_token_id
+        if eos in self._config_ends or (not self._config_ends and eos is not None):
+            return eos
+        if eos is None and len(self._config_ends) < 2:
+            return next(iter(self._config_ends), None)
+        raise UserError(
+            f"what ends an answer cannot be told: the tokenizer's eos_token has the id {eos}, config.json names "
+            f"{sorted(self._config_ends)}, and nothing stands behind an answer in the prompt's form",
+            "correct eos_token in tokenizer_config.json, or eos_token_id in config.json",
+        )
+
+    def _answer_text(self, answer: str, prompt: Prompt) -> str:
+        if self._in_chat(prompt):
+            return (self.settings.answer or "{answer}").replace("{answer}", answer.strip())
+        return self._plain_answer(self._rendered(prompt)[0], answer)
+
+    def _after(self, prompt: Prompt, prompt_ids: Sequence[int], whole: str) -> list[int]:
+        """The ids of a text that begins with the prompt's, less the prompt's."""
+        ids = self._ids(whole) if self._in_chat(prompt) else [*self._in_front, *self._ids(whole)]
+        if ids[: len(prompt_ids)] != list(prompt_ids):
+            raise UserError(
+                f"row {prompt.query.row_id!r}: the tokenizer joins the end of the prompt and the beginning of the answer, "
+                "so no token of the answer follows the prompt",
+                "let the prompt end in a letter, a colon or a line break; a space belongs to prompt.answer",
+            )
+        return ids[len(prompt_ids) :]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @functools.cached_property
+    def _special_ids(self) -> set[int]:
+        return set(self.tokenizer.convert_tokens_to_ids(special_tokens(self.tokenizer)))
+
+    def _up_to_special(self, text: str) -> str:
+        """The beginning of a text up to its first special token; empty: it has none."""
+        found = [(at, -len(token), token) for token in special_tokens(self.tokenizer) if (at := text.find(token)) >= 0]
+        at, _, token = min(found, default=(0, 0, ""))
+        return text[:at] + token if token else ""
+
+
+ANOTHER_TEMPLATE = (
+    "templates of models that see images want a list of content parts: name another with prompt.template_name, or set "
+    "prompt.format: plain"
+)
+
+
+def open_renderer(model_dir: Path, settings: PromptSettings, trust_remote_code: bool = False) -> Renderer:
+    """The renderer of a model directory."""
+    if settings.format == "plain" and settings.template != settings.template.rstrip(" \t"):
+        raise UserError(
+            "prompt.template ends in a space, which tokenizers join with the first word of an answer",
+            "end it without; the space belongs to prompt.answer, which has one by default",
+        )
+    config = load_config(model_dir, trust_remote_code)
+    tokenizer = load_tokenizer(model_dir, trust_remote_code)
+    named = text_config(config).eos_token_id
+    ends = set(named) if isinstance(named, list) else {named} - {None}
+    return Renderer(tokenizer, settings, (ends, eos_ids(model_dir, config, tokenizer)))
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Texts that the tokenizer takes for special tokens, less the one for what it does not know."""
+    named = {str(token) for token in tokenizer.all_special_tokens}
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(token for token in named | added if token.strip() and token != str(tokenizer.unk_token))
+
+
+def _check_kept(frame: str, text: str, what: str, hint: str) -> None:
+    if text.strip() in frame:
+        return
+    if " ".join(text.split()) in " ".join(frame.split()):
+        raise UserError(f"the chat template changes white space within {text[:60]!r}", "write the text on one line")
+    raise UserError(f"the chat template drops {what}", hint)
+
+
+def _only_inserted(with_it: str, without: str, text: str) -> bool:
+    """Is `with_it` the text `without` with one piece put in, of which `text` is part?"""
+    more = len(with_it) - len(without)
+    starts = range(max(0, with_it.find(text) + len(text) - more), with_it.find(text) + 1)
+    return any(with_it[:at] + with_it[at + more :] == without for at in starts if more > 0)
+
+
+def check_prompt_settings(tokenizer: Any, settings: PromptSettings) -> None:
+    """Refuse combinations that cannot be rendered, and settings that do nothing."""
+    if "{question}" not in settings.template:
+        raise UserError(
+            f"prompt.template {settings.template!r} lacks {{question}}", "put {question} where the question goes"
+        )
+    if settings.answer is not None and "{answer}" not in settings.answer:
+        raise UserError(f"prompt.answer {settings.answer!r} lacks {{answer}}", "put {answer} where the answer goes")
+    if settings.format == "chat":
+        return
+    if settings.prefix_placement == "system":
+        raise UserError(
+            "prompt.prefix_placement is system, but plain prompts have no system message",
+            "set prompt.prefix_placement: text, or prompt.format: chat",
+        )
+    for name in ("system", "template_name", "template_args"):
+        if getattr(settings, name):
+            raise UserError(f"prompt.{name} does nothing in plain prompts", "leave it out, or set prompt.format: chat")
+    if settings.bos == "always" and tokenizer.bos_token_id is None:
+        raise UserError("prompt.bos is always, but the tokenizer has no BOS token", "set prompt.bos: never")

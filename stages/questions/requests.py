@@ -1,0 +1,49 @@
+"""The queries of a config: forget and retain set, further forget requests, and the prefix of each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from duet.cache.errors import UserError
+from duet.cache.record import SUBSETS
+from duet.stages.questions.queries import Query, load_queries
+from duet.stages.settings.data import RequestData, RequestSettings, TrainingData
+
+MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has no name
+
+
+def fill_prefix(prefix: str, topic: str) -> str:
+    """The prefix with the topic in place. One that names it in its own words is fine, a mistyped {topic} is not."""
+    for name in re.findall(r"\{\s*(\w+)\s*\}", prefix.replace("{topic}", "")):
+        if difflib.get_close_matches(name.lower(), ["topic"]):
+            raise UserError(
+                f"the prefix {prefix!r} has {{{name}}}, which nothing is put in the place of", "write it {topic}"
+            )
+    return prefix.replace("{topic}", topic)
+
+
+def prefixes_of(prefix: str, topic: str, requests: Sequence[RequestSettings]) -> dict[str, str]:
+    """What stands before the queries of each request, by its name, of a teacher with this prefix."""
+    further = {request.name: fill_prefix(request.prefix or prefix, request.topic) for request in requests}
+    return {MAIN: fill_prefix(prefix, topic), **further}
+
+
+def queries_of(
+    data: TrainingData, requests: Sequence[RequestSettings], need_answers: bool = False
+) -> dict[str, dict[str, list[Query]]]:
+    """The queries of both subsets of each request, by its name; a request without a retain set has none there."""
+    further = {
+        request.name: _queries(request.data, f"requests.{number}.data", need_answers)
+        for number, request in enumerate(requests)
+    }
+    return {MAIN: _queries(data, "data", need_answers), **further}
+
+
+def _queries(data: TrainingData | RequestData, key: str, need_answers: bool) -> dict[str, list[Query]]:
+    found = {subset: getattr(data, subset) for subset in SUBSETS}
+    return {
+        subset: load_queries(settings, f"{key}.{subset}", need_answers) if settings else []
+        for subset, settings in found.items()
+    }

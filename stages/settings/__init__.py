@@ -1,0 +1,1 @@
+"""Every setting, with one line on each."""

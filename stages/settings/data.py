@@ -1,0 +1,111 @@
+"""Settings of query sets and of prompts."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from duet.stages.settings.base import Name, Settings
+
+
+class DataSettings(Settings):
+    """Where a query set comes from and which of its rows are taken."""
+
+    path: str = Field(
+        description="a .jsonl, .json, .parquet, .csv or .tsv file, or hf://OWNER/NAME for a Hugging Face data set"
+    )
+    name: str | None = Field(default=None, description="configuration of the Hugging Face data set")
+    split: str = Field(default="train", description="split of the Hugging Face data set")
+    question_field: str = Field(default="question", description="field with the query's text")
+    answer_field: str = Field(
+        default="answer", description="field with the reference answer; only the evaluation needs it"
+    )
+    choices_field: str | None = Field(
+        default=None, description="field with a list of choices; the answer field then holds the index of the right one"
+    )
+    paraphrased_field: str | None = Field(
+        default=None, description="field with the reference answer in other words; only the evaluation needs it"
+    )
+    perturbed_field: str | None = Field(
+        default=None, description="field with a list of wrong answers; only the evaluation needs it"
+    )
+    id_field: str | None = Field(
+        default=None, description="field with a unique id; without it the row's number in the file is the id"
+    )
+    rows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, description="take rows FIRST to STOP-1 of the file, before sampling"
+    )
+    sample: int | None = Field(
+        default=None, ge=1, description="draw this many rows without replacement, kept in file order"
+    )
+    sample_seed: int = Field(default=0, ge=0, description="seed of the sample")
+
+
+class TrainingData(Settings):
+    """The queries that the teacher is asked and the student learns from."""
+
+    forget: DataSettings = Field(description="queries about the topic")
+    retain: DataSettings = Field(description="queries about anything else; the prefix stands before them too")
+
+
+class PromptSettings(Settings):
+    """How a question becomes token ids, with and without a prefix in front."""
+
+    format: Literal["chat", "plain"] = Field(default="chat", description="the tokenizer's chat template, or plain text")
+    template: str = Field(default="{question}", description="text around the question; must contain {question}")
+    prefix_placement: Literal["system", "text"] = Field(
+        default="system", description="prefix as the chat's system message, or as text before the templated question"
+    )
+    separator: str = Field(
+        default="\n",
+        description="stands behind the prefix, before the question or before the system message of both prompts",
+    )
+    system: str | None = Field(
+        default=None,
+        description="system message of both prompts, the teacher's behind the prefix; default: what the chat template puts in",
+    )
+    template_name: str | None = Field(
+        default=None,
+        description="which of the tokenizer's chat templates; default: its only one, or the one named default",
+    )
+    template_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template, such as enable_thinking: false or reasoning_effort: low",
+    )
+    date: datetime.date | None = Field(
+        default=None,
+        description="the day that a chat template is told where it asks for today's; default: that of the run's first stage",
+    )
+    special_tokens_in_text: bool = Field(
+        default=False,
+        description="accept questions and answers in which the tokenizer sees special tokens, which it then makes of them",
+    )
+    bos: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="beginning-of-sequence token of plain prompts: as the tokenizer does it, always, or never",
+    )
+    answer: str | None = Field(
+        default=None,
+        description="text of a given response, with {answer}; default: {answer}, after a space where prompts are plain and do "
+        "not end in a line break; white space around an answer of the data is not part of it",
+    )
+
+
+class RequestData(Settings):
+    """The queries of a further forget request."""
+
+    forget: DataSettings = Field(description="queries about the request's topic")
+    retain: DataSettings | None = Field(
+        default=None, description="queries about anything else, asked behind this request's prefix too; default: none"
+    )
+
+
+class RequestSettings(Settings):
+    """A further forget request: trained in the same run, each of its queries asked behind its own prefix."""
+
+    name: Name = Field(description="stands in row ids and in the names of its evaluation sets")
+    topic: str = Field(min_length=1, description="what is to be forgotten; fills {topic} in the prefix and in attacks")
+    prefix: str | None = Field(default=None, description="the request's prefix; default: each teacher's own")
+    data: RequestData = Field(description="the queries of both subsets")

@@ -1,0 +1,130 @@
+"""Settings of stage one: the teacher, its prefix, and its store."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from duet.stages.settings.base import Name, Settings
+
+
+class AdaptedModel(Settings):
+    """A model that is a PEFT adapter merged into a base of your choice, in memory."""
+
+    model: str = Field(description="the base: a model directory or hub id")
+    adapter: str = Field(description="the adapter: a directory or hub id, as peft writes it")
+
+    def __str__(self) -> str:
+        return f"{self.model} + {self.adapter}"
+
+
+# A directory of whole weights or of an adapter, which names its base itself; or both.
+Model = str | AdaptedModel
+
+
+class TeacherSettings(Settings):
+    """Stage one: which model, behind which prefix, and what is kept of its logits."""
+
+    model: Model = Field(
+        description="a model directory or hub id with safetensors weights, or that of a PEFT adapter, which names its base; or "
+        "both: {model: BASE, adapter: ADAPTER}"
+    )
+    prefix: str = Field(description="the unlearning prefix; {topic} stands for the topic")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        default="auto", description="auto takes vLLM where it works"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto is the model's own"
+    )
+    top_k: int = Field(default=20, ge=1, description="vocabulary entries kept per position")
+    max_positions: int = Field(default=1, ge=1, description="supervised response positions per query; the paper's is 1")
+    responses: Literal["generated", "given"] = Field(
+        default="generated",
+        description="the teacher's own responses, or the data's answers, teacher-forced; both end with the end of sequence",
+    )
+    temperature: float | None = Field(
+        default=None, gt=0, description="generated responses are sampled at this temperature; default: greedy"
+    )
+    seed: int | None = Field(default=None, ge=0, description="seed of sampled responses; default: 0")
+    logsumexp: bool = Field(
+        default=True, description="keep each position's log-sum-exp too, which KL losses over the whole vocabulary need"
+    )
+    batch_size: int = Field(
+        default=64, ge=1, description="queries per forward pass of the engine transformers; vLLM makes its own batches"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share each layer of the teacher (vLLM)")
+    pipeline_parallel: int = Field(default=1, ge=1, description="groups of layers, each on GPUs of its own (vLLM)")
+    data_parallel: int = Field(
+        default=1, ge=1, description="teachers at a time, each in a process and on GPUs of its own, that share the work"
+    )
+    quantization: str | None = Field(
+        default=None, description="quantise the teacher's weights while loading, by vLLM's name of the method, e.g. fp8"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with the model: only if you have read it"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.85, gt=0, le=1, description="share of GPU memory that vLLM may take"
+    )
+
+    @model_validator(mode="after")
+    def _every_setting_does_something(self) -> TeacherSettings:
+        if self.responses == "given" and self.temperature is not None:
+            raise ValueError("temperature does nothing with given responses: leave it out")
+        if self.seed is not None and self.temperature is None:
+            raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
+        return self
+
+
+class NamedTeacher(Settings):
+    """One of several teachers: any entries of `teacher:` beside its name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: Name = Field(description="what stores, settings and results call the teacher")
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """The entries of `teacher:` that differ."""
+        return self.model_extra or {}
+
+
+ONE_FOR_ALL = (
+    "top_k",
+    "max_positions",
+    "data_parallel",
+    "trust_remote_code",
+)  # entries of `teacher:` that no teacher has of its own
+
+
+class StoreSettings(Settings):
+    """Where and how teacher logits are kept."""
+
+    dir: str | None = Field(
+        default=None, description="folder or URL (s3://…) of stores, one per fingerprint; default: <run>/teacher"
+    )
+    format: Literal["arrow", "zarr"] = Field(default="arrow", description="file format of the shards")
+    compression: Literal["none", "lz4", "zstd"] = Field(
+        default="none", description="of the shards; an uncompressed Arrow store is read at the speed of memory"
+    )
+    values: Literal["lossless", "float32", "float16", "linear16"] = Field(
+        default="lossless",
+        description="how logits are kept: lossless is float16 where it is exact and float32 elsewhere; the error of "
+        "float16 and linear16 (steps of 1/65535 of a position's range) is measured and stands in the manifest",
+    )
+    shard_rows: int = Field(
+        default=4096,
+        ge=1,
+        description="queries per shard; a crash loses the shards that the engine's requests belong to",
+    )
+    lease_s: float = Field(
+        default=120.0, ge=1, description="seconds after which a shard is taken over from a writer that shows no life"
+    )
+    verify: bool = Field(default=True, description="check the sha256 of every shard before it is read")
+    cache_dir: str = Field(default="~/.cache/duet", description="local folder for shards of stores on object storage")
+    cache_gb: float = Field(default=20.0, gt=0, description="largest size of that folder, in 10^9 bytes")
+
+
+# Settings of `teacher` that decide how fast and on what, not what, is computed; numbers differ by rounding at most.
+FREE_TEACHER = ("batch_size", "gpu_memory_utilization", "tensor_parallel", "pipeline_parallel", "data_parallel")

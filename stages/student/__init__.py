@@ -1,0 +1,1 @@
+"""Stage two: a store in, students out."""

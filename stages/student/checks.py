@@ -1,0 +1,147 @@
+"""What must fit together for a student to be trained: asked before stage one, as far as it is known then, and at the start of
+stage two. Reads configs and tokenizers, never weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duet.cache.errors import UserError
+from duet.cache.manifest import Manifest
+from duet.cache.reader import Store
+from duet.cache.record import prompt_and_response
+from duet.stages.models.directory import check_trainable_start, load_config
+from duet.stages.models.limits import check_ids_within, check_length, context_length, vocab_width
+from duet.stages.models.tokenizers import eos_ids, load_tokenizer
+from duet.stages.questions.same_prompts import check_same_tokenizer
+from duet.stages.settings.data import PromptSettings
+from duet.stages.settings.student import TrainSettings
+from duet.stages.student.export import try_export
+from duet.stages.student.losses import LOSSES
+from duet.stages.student.ranks import Processes
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a store that is not there yet; as in `Manifest`."""
+
+    top_k: int
+    logsumexp: bool
+    rows: int
+    positions: int  # at most
+    subsets: dict[str, int]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a student starts from, without its weights."""
+
+    student: str  # its name
+    config: Any
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    ids_of_one: set[int]  # added tokens that only this tokenizer or only the store's has
+    left_out: tuple[str, ...]  # flags of generation_config.json that cannot be saved again
+
+    @staticmethod
+    def of(
+        model_dir: Path,
+        student: str,
+        settings: TrainSettings,
+        store_tokenizer: Any,
+        prompt: PromptSettings,
+        trust_remote_code: bool = False,
+    ) -> Start:
+        """UserError where a student cannot be trained or exported from here, or has another tokenizer than the store."""
+        check_trainable_start(model_dir, f"student {student!r}")
+        config = load_config(model_dir, trust_remote_code)
+        tokenizer = load_tokenizer(model_dir, trust_remote_code)
+        of_one = check_same_tokenizer(store_tokenizer, tokenizer, prompt, student)
+        left_out = try_export(model_dir, settings, tokenizer, trust_remote_code)
+        ends = tuple(eos_ids(model_dir, config, tokenizer))
+        return Start(student, config, tokenizer, ends, of_one, tuple(left_out))
+
+    @property
+    def width(self) -> int:
+        return vocab_width(self.config)
+
+    def check_row(
+        self, row_id: str, prompt_ids: Sequence[int], response_ids: Sequence[int], to_follow: int = 0
+    ) -> None:
+        """Refuse a row that the student could not read, or would read otherwise than the teacher."""
+        who, ids = f"student {self.student!r}", [*prompt_ids, *response_ids]
+        check_length(prompt_ids, len(response_ids) + to_follow, context_length(self.config), row_id, "student")
+        check_ids_within(ids, self.width, row_id, who)
+        if unknown := self.ids_of_one.intersection(ids):
+            raise UserError(
+                f"row {row_id!r} has the id {min(unknown)}, a token of one tokenizer only, of {who} or of the store",
+                "take a student with the teacher's tokenizer, or keep that token out of questions and chat template",
+            )
+
+    def check_store(self, store: Store) -> None:
+        """The same of every row of a store, its responses and top-k ids too. Reads it only where some row could fail."""
+        manifest = store.manifest
+        highest = max(manifest.vocab_size, *self.tokenizer.get_vocab().values())
+        if manifest.longest <= context_length(self.config) and highest < self.width and not self.ids_of_one:
+            return
+        for rows in store.rows():
+            for row, row_id in enumerate(rows.row_ids):
+                prompt, response = prompt_and_response(rows, row)
+                self.check_row(row_id, prompt.tolist(), response.tolist())
+                kept_NK = rows.topk_ids_NK[rows.position_offsets[row] : rows.position_offsets[row + 1]]
+                check_ids_within(kept_NK, self.width, row_id, f"student {self.student!r}")
+
+    def missing_ends(self, manifests: Sequence[Manifest]) -> list[int]:
+        """Ids that end the teachers' responses, and not yet the student's: it learns them where a response is learned whole."""
+        ends = {i for one in manifests if one.positions > one.rows for i in one.provenance.get("eos_ids", ())}
+        return sorted(i for i in ends - set(self.eos_ids) if i < self.width)
+
+
+def check_settings(
+    settings: TrainSettings,
+    loss: str,
+    manifests: Sequence[Manifest | Expected],
+    combine: str | None,
+    processes: Processes | None,
+) -> None:
+    """Refuse what these stores cannot give, and what would do nothing with them.
+
+    `processes` None: it is not known yet how many there will be. A `loss` "auto" needs nothing of a store.
+    """
+    manifest, key = manifests[0], "train"  # what is asked of the first is the same of all
+    needs_logsumexp = loss != "auto" and LOSSES[loss].needs_logsumexp
+    if needs_logsumexp and combine == "average":
+        raise UserError(
+            f"{key}.loss: {loss} needs a log-sum-exp, and an average, of common ids only, has none",
+            "set train.combine: mix, or take a loss over the k ids alone such as forward_kl_topk",
+        )
+    for one in manifests:
+        if needs_logsumexp and not one.logsumexp:
+            raise UserError(
+                f"{key}.loss: {loss} needs the teacher's log-sum-exp, and the store has none (engine: "
+                f"{one.provenance['engine']})",
+                "make one with teacher.logsumexp: true, or take a loss over the k ids alone such as forward_kl_topk",
+            )
+    if settings.top_k and settings.top_k > manifest.top_k:
+        raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")
+    if settings.position_decay != 1 and all(one.positions == one.rows for one in manifests):
+        raise UserError(
+            f"{key}.position_decay does nothing: every row of the store has one position",
+            "leave it out, or make a store with teacher.max_positions above 1",
+        )
+    for subset in ("forget", "retain"):
+        if getattr(settings, f"{subset}_weight") != 1 and 0 in manifest.subsets.values():
+            raise UserError(
+                f"{key}.{subset}_weight does nothing: the store has rows of one subset only", "leave it out"
+            )
+    if settings.parallel == "fsdp" and processes and processes.rank.world == 1:
+        raise UserError(
+            f"{key}.parallel: fsdp does nothing with one process",
+            "leave it out, or start with `torchrun --nproc-per-node N -m duet distill …`",
+        )
+    if settings.parallel == "fsdp" and settings.optimizer == "adamw8bit":
+        raise UserError(f"{key}.optimizer: adamw8bit cannot be spread over processes by fsdp", "use adamw, or ddp")

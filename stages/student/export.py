@@ -1,0 +1,144 @@
+"""What training ends with on disk: the exported model, tried out before the first step so that the last is not in vain.
+
+The trial is made of a model without weights: adapters are merged, and all files but the weights are written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from duet.cache.errors import UserError
+from duet.cache.files import publishing_dir
+from duet.stages.models.sizes import meta_model
+from duet.stages.settings.student import LoraSettings, TrainSettings
+from duet.stages.student.model import made_trainable
+
+# Flags of generation that only sampling, or only beam search, reads.
+SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("early_stopping", "length_penalty")
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    student_dir: Path,
+    dtype: torch.dtype,
+    lora: LoraSettings | None,
+    card: str,
+    end_ids: Sequence[int] = (),
+) -> None:
+    """Write `model/` in one rename: safetensors weights, config and tokenizer, as transformers and vLLM load them.
+
+    Adapters are merged; with `lora.save_adapter`, `adapter/` holds them as peft loads them. The model is used up.
+    `end_ids` are to end its responses instead of those that its generation_config names.
+    """
+    if lora:
+        if lora.save_adapter:
+            with publishing_dir(student_dir / "adapter") as folder, disk_errors():
+                # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
+                model.save_pretrained(folder, save_embedding_layers=False)
+                (folder / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
+        for parameter in model.parameters():  # what adapters are added to, so that their product is rounded only once
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        model = model.merge_and_unload()
+    unset_unread(model.generation_config)
+    if end_ids:
+        model.generation_config.eos_token_id = list(end_ids)
+    with publishing_dir(student_dir / "model") as folder, disk_errors():
+        model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def try_export(model_dir: Path, settings: TrainSettings, tokenizer: Any, trust_remote_code: bool) -> list[str]:
+    """Do what training and export do that needs no weights; a UserError says what would fail.
+
+    Returns the flags of generation_config.json that the export leaves out.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = meta_model(model_dir, trust_remote_code)
+    try:
+        if (model_dir / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(model_dir)
+        left_out = unset_unread(model.generation_config)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{model_dir}: its generation_config.json cannot be saved again: {_reason(error)}",
+            "correct the flag in that file, or take it out",
+        ) from error
+    model = made_trainable(model, "", settings, torch.float32, uniform=True)
+    try:
+        if settings.lora:
+            model = model.merge_and_unload()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"{model_dir}: transformers could not save the trained model: {_reason(error)}",
+            "correct the model's config.json; with train.lora, leave out the modules that cannot be merged",
+        ) from error
+    return left_out
+
+
+def unset_unread(generation: Any) -> list[str]:
+    """Unset flags that generation does not read; returns their names. ValueError where transformers would not save the rest.
+
+    transformers saves no file with, say, a temperature but do_sample false, which many models ship. Nothing that decides an
+    answer is among them: sampling is not switched on.
+    """
+    if generation is None:  # of a model that only code of its own makes generate
+        return []
+    try:
+        generation.validate(strict=True)
+        return []
+    except ValueError:
+        unread = [name for name in _unread(generation) if getattr(generation, name, None) not in (None, False)]
+        for name in unread:
+            setattr(generation, name, None)
+        generation.validate(strict=True)
+        return unread
+
+
+def _unread(generation: Any) -> Iterator[str]:
+    if generation.do_sample is not True:
+        yield from SAMPLING
+    if generation.num_beams in (None, 1):
+        yield from BEAMS
+    if generation.return_dict_in_generate is not True:
+        yield from generation.extra_output_flags
+    if generation.use_cache is False:
+        yield "cache_implementation"
+    if (generation.pad_token_id or 0) < 0:
+        yield "pad_token_id"
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something: transformers begins with a heading."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), repr(error))
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Make an OSError of what safetensors raises on a full disk, which has its number in the text only."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

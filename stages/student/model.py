@@ -1,0 +1,229 @@
+"""The model that a student is trained as: what of it is trained, and in which dtype. `export.py` writes it in the end.
+
+Trained weights are float32 whatever the forward pass is computed in; frozen matrices are kept in the forward pass's
+dtype, so that a frozen base costs half under bfloat16.
+
+Shapes: N supervised positions of a pass, K kept ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from duet.cache.errors import UserError
+from duet.stages.models.layers import decoder_layers
+from duet.stages.models.loading import load_model
+from duet.stages.settings.student import LoraSettings, TrainSettings
+from duet.stages.student.head import Head, Seen, student_at
+from duet.stages.student.losses import LOSSES, TopK, loss_of
+from duet.stages.student.passes import Pass
+from duet.stages.student.ranks import Processes, on_first
+
+
+def load_trainable(
+    model_dir: Path,
+    name: str,
+    settings: TrainSettings,
+    forward_dtype: torch.dtype,
+    trust_remote_code: bool,
+    uniform: bool,
+) -> Any:
+    """The model in training mode, on the CPU; new adapters are drawn from `settings.seed`.
+
+    `uniform`: all weights in float32, frozen ones too, as FSDP2 wants those of a layer.
+    """
+    return made_trainable(load_model(model_dir, "auto", trust_remote_code), name, settings, forward_dtype, uniform)
+
+
+def made_trainable(model: Any, name: str, settings: TrainSettings, forward_dtype: torch.dtype, uniform: bool) -> Any:
+    """A loaded model, or one on the meta device, made what `load_trainable` gives."""
+    if settings.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(
+                f"{type(model).__name__} has no gradient checkpointing", "set train.gradient_checkpointing: false"
+            )
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.lora:
+        torch.manual_seed(settings.seed)
+        model = _with_adapters(model, settings.lora)
+        model.peft_config["default"].base_model_name_or_path = name  # not the directory, which may be private
+    elif settings.last_layers:
+        _train_last_layers(model, settings.last_layers)
+    elif settings.freeze_embeddings:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
+    for parameter in model.parameters():
+        frozen_matrix = not parameter.requires_grad and parameter.ndim > 1 and not uniform
+        parameter.data = parameter.data.to(forward_dtype if frozen_matrix else torch.float32)
+    if settings.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True)
+    return model.train()
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _train_last_layers(model: Any, count: int) -> None:
+    layers = decoder_layers(model)
+    if count > len(layers):
+        raise UserError(f"train.last_layers is {count}, the model has {len(layers)} layers", f"at most {len(layers)}")
+    model.requires_grad_(False)
+    for layer in layers[len(layers) - count :]:
+        layer.requires_grad_(True)
+
+
+def _with_adapters(model: Any, lora: LoraSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) if lora.targets else "all-linear",
+        modules_to_save=list(lora.modules_to_save) or None,
+    )
+    names = [name for name, _ in model.named_modules()]
+    for key in ("targets", "modules_to_save"):
+        for wanted in getattr(lora, key) or ():
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+                ends = sorted(
+                    {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""}
+                )
+                raise UserError(f"train.lora.{key}: the model has no module {wanted!r}", f"it has {', '.join(ends)}")
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    model = get_peft_model(model, config)
+    if embeddings[0].weight is embeddings[1].weight and any(
+        module not in list(model.modules()) or module is not now
+        for module, now in zip(embeddings, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True)
+    ):
+        raise UserError(
+            "train.lora: this model's output head is tied to its embeddings, and adapters on one would untie them",
+            "leave embeddings and head out of train.lora.targets and modules_to_save",
+        )
+    return model
+
+
+class Forward(torch.nn.Module):
+    """What is spread over the processes: the student's forward pass up to what a loss needs."""
+
+    def __init__(self, model: Any, head: Head, want_logsumexp: bool) -> None:
+        super().__init__()
+        self.model, self._head, self._want_logsumexp = model, head, want_logsumexp
+
+    def forward(self, one: Pass) -> Seen:
+        """What `student_at` gives; the most likely ids in evaluation mode only, where they are asked for."""
+        return student_at(
+            self.model, self._head, one.batch, one.topk_ids_NK, self._want_logsumexp, want_top1=not self.training
+        )
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model with what it takes to train it."""
+
+    settings: TrainSettings
+    processes: Processes
+    model: Any
+    head: Head
+    module: torch.nn.Module  # a Forward, spread over the processes
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[TopK, TopK], torch.Tensor]
+    num_parameters: int
+    num_trained: int
+    load: Callable[[], Any] | None  # the exact model anew, on the CPU; None where `model` is it, whole and not rounded
+
+    @staticmethod
+    def of(
+        model_dir: Path, name: str, settings: TrainSettings, loss: str, processes: Processes, trust_remote_code: bool
+    ) -> Student:
+        """Load a model that is called `name`, try its head out, and spread it over the processes."""
+        spread = processes.rank.world > 1 and settings.parallel == "fsdp"
+        dtype = forward_dtype_of(settings, processes.device)
+
+        def load() -> Any:
+            return load_trainable(model_dir, name, settings, torch.float32, trust_remote_code, uniform=True)
+
+        model = load_trainable(model_dir, name, settings, dtype, trust_remote_code, uniform=spread)
+        model = model.to(processes.device)
+        parameters = list(model.parameters())
+        counts = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+        rounded = counts[0] != counts[1] and dtype != torch.float32
+        with autocast(settings, processes.device):
+            head = Head.of(model)
+        forward = Forward(model, head, LOSSES[loss].needs_logsumexp)
+        module = processes.spread(forward, list(decoder_layers(model)) if spread else [], settings.parallel)
+        optimizer = optimizer_of(list(trained(model).values()), settings)
+        loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)
+        return Student(
+            settings, processes, model, head, module, optimizer, loss_fn, *counts, load if spread or rounded else None
+        )
+
+    def losses(self, one: Pass) -> torch.Tensor:
+        """The loss at each position [N], with gradients."""
+        return self._looked(one)[0]
+
+    def answer(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss and the most likely id at each position, both [N], as the student is when it is used."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                loss_N, top1_N = self._looked(one)
+        finally:
+            self.module.train()
+            if isinstance(self.module, FSDPModule):  # else the root's weights stay whole until the next backward pass
+                self.module.reshard()
+        assert top1_N is not None  # it was in evaluation mode
+        return loss_N, top1_N
+
+    def _looked(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with autocast(self.settings, self.processes.device):
+            seen = self.module(one)
+        return self.loss(TopK(seen.logits_NK, seen.logsumexp_N, one.teacher.mask_NK), one.teacher), seen.top1_N
+
+    def whole_model(self) -> Any:
+        """The model in one piece; in the first process only, but all must ask."""
+        if self.load is None:
+            return self.model
+        parameters = {n: on_first(p.detach(), self.processes) for n, p in trained(self.model).items()}
+        if not self.processes.first:
+            return None
+        model = self.load()
+        with torch.no_grad():
+            for name, parameter in trained(model).items():
+                parameter.copy_(parameters[name])
+        return model
+
+
+def forward_dtype_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """bfloat16 where asked for, or on "auto" where a GPU has it."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
+    return torch.bfloat16 if wanted else torch.float32
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> Any:
+    dtype = forward_dtype_of(settings, device)
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def optimizer_of(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "train.optimizer: adamw8bit needs bitsandbytes, which is not installed", "pip install 'duet-unlearn[8bit]'"
+        ) from None
+    return AdamW8bit(parameters, lr=settings.lr, weight_decay=settings.weight_decay)

@@ -1,0 +1,98 @@
+"""The forward passes of a step: a batch of the store, aligned, sorted by length and cut so that little of it is padding.
+
+How a batch is cut changes speed and memory, not the step: the gradient is the sum over all its supervised positions.
+
+Shapes: B batch, T time, N supervised positions of a pass, K kept ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from duet.cache.record import SUBSETS, counts_of, offsets_of, prompt_and_response
+from duet.stages.models.alignment import AlignedBatch, align, shared
+from duet.stages.models.batching import cut_by_length
+from duet.stages.settings.student import TrainSettings
+from duet.stages.student.losses import TopK, position_weights
+from duet.stages.student.targets import Targets
+
+FORGET = SUBSETS.index("forget")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: the student's aligned rows, and beside each supervised position what the teacher said there."""
+
+    batch: AlignedBatch
+    topk_ids_NK: torch.Tensor  # int64
+    teacher: TopK
+    weight_N: torch.Tensor  # float32, weight of each position in the loss
+    is_forget_N: torch.Tensor  # bool
+    is_first_N: torch.Tensor  # bool, the first position of its row: of a query, once for each teacher of a mix
+
+    def to(self, device: torch.device) -> Pass:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Pass:
+        """Where a GPU fetches it while the CPU goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def without_weight(self) -> Pass:
+        """The same pass, counting for nothing: what a process computes that has none while others still have."""
+        return replace(self, weight_N=torch.zeros_like(self.weight_N))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.batch.attention_mask_BT.sum())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:
+        def of(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return change(value)
+            return value and type(value)(*(of(getattr(value, name)) for name in value.__dataclass_fields__))
+
+        return of(self)
+
+
+def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]:
+    """All rows of a batch, in as few passes as `max_padding` and `pass_tokens` allow; none for no rows."""
+    if len(rows.subsets) == 0:
+        return []
+    by_sequence = np.argsort(rows.sequence_R, kind="stable")
+    firsts = offsets_of(np.bincount(rows.sequence_R))
+    # The last response token is predicted, never read.
+    lengths = counts_of(rows.token_offsets)[by_sequence[firsts[:-1]]] - 1
+    weights = (settings.forget_weight, settings.retain_weight, settings.position_decay)
+    top_k = slice(settings.top_k)
+    passes = []
+    for sequences in cut_by_length(lengths, settings.max_padding, settings.pass_tokens):
+        group = np.concatenate([by_sequence[firsts[number] : firsts[number + 1]] for number in sequences])
+        sequence_B = np.repeat(np.arange(len(sequences)), counts_of(firsts)[sequences])
+        both = [prompt_and_response(rows, int(row)) for row in group]
+        counts = counts_of(rows.position_offsets)[group]
+        index_N = np.concatenate([np.arange(count) for count in counts])
+        at_N = np.repeat(rows.position_offsets[group], counts) + index_N
+        is_forget_N = torch.from_numpy(np.repeat(rows.subsets[group] == FORGET, counts))
+        batch = align([prompt for prompt, _ in both], [response for _, response in both], pad_id)
+        teacher_weight_N = torch.from_numpy(np.repeat(rows.weight_R[group], counts))
+        passes.append(
+            Pass(
+                batch=shared(batch, sequence_B),
+                topk_ids_NK=torch.from_numpy(rows.topk_ids_NK[at_N, top_k]).long(),
+                teacher=TopK(
+                    torch.from_numpy(rows.topk_logits_NK[at_N, top_k]),
+                    None if rows.logsumexp_N is None else torch.from_numpy(rows.logsumexp_N[at_N]),
+                    None if rows.mask_NK is None else torch.from_numpy(rows.mask_NK[at_N, top_k]),
+                ),
+                weight_N=position_weights(is_forget_N, torch.from_numpy(index_N), *weights) * teacher_weight_N,
+                is_forget_N=is_forget_N,
+                is_first_N=torch.from_numpy(index_N == 0),
+            )
+        )
+    return passes

@@ -1,0 +1,99 @@
+"""What a student does so far, asked of the store alone: no engine, no answers, no generation.
+
+Shapes: N supervised positions of a pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from duet.cache.order import Order
+from duet.cache.record import SUBSETS
+from duet.stages.settings.student import TrainSettings
+from duet.stages.student.passes import FORGET, Pass, passes_of
+from duet.stages.student.targets import Targets, Teachers
+
+MAX_ROWS = 256  # of each subset, where `train.probe` does not say
+REFUSAL_SHARE = 0.1  # of forget rows that must begin with a token for it to count as a refusal's
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The rows that are asked, and what counts as a refusal there."""
+
+    passes: list[Pass]
+    refusal_ids: torch.Tensor  # int64
+    num_rows: int
+    held_out: bool
+
+    @staticmethod
+    def of(teachers: Teachers, order: Order, settings: TrainSettings, pad_id: int) -> Probe:
+        """Held-out rows where there are any, else some that are trained on; spread evenly over each subset."""
+        held_out = len(order.held_out) > 0
+        rows = order.held_out if held_out else np.arange(len(teachers.first))
+        is_forget = rows < teachers.first.manifest.subsets["forget"]
+        most = settings.probe.rows if settings.probe else MAX_ROWS
+        asked = np.concatenate([_spread(rows[is_forget], most), _spread(rows[~is_forget], most)])
+        targets = teachers.targets(teachers.blocks_of(asked))
+        passes = passes_of(targets, settings, pad_id)
+        return Probe(passes, torch.tensor(refusal_ids(targets), dtype=torch.int64), len(asked), held_out)
+
+
+def refusal_ids(rows: Targets) -> list[int]:
+    """Tokens with which the teacher begins its refusals, by how it answers these rows.
+
+    Its most likely first tokens of at least a tenth of the forget rows that begin a greater share of forget than of
+    retain rows.
+    """
+    first_ids = rows.topk_ids_NK[rows.position_offsets[:-1], 0]
+    forget, retain = first_ids[rows.subsets == FORGET], first_ids[rows.subsets != FORGET]
+    in_forget, in_retain = Counter(forget.tolist()), Counter(retain.tolist())
+    shares = {i: (count / len(forget), in_retain[i] / max(1, len(retain))) for i, count in in_forget.items()}
+    return sorted(i for i, (here, there) in shares.items() if here >= REFUSAL_SHARE and here > there)
+
+
+def ask(
+    probe: Probe, answer: Callable[[Pass], tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> dict[str, Any]:
+    """`answer(pass)` gives the loss and the most likely id at each position, both [N].
+
+    `agreement.<subset>`: share of rows whose first token is the teacher's; `refusal.<subset>`: share that begin as a refusal
+    does; None for a subset without rows. Of a mix, a query has a row for each teacher. `loss`: the weighted mean that is
+    trained, over all positions of these rows.
+    """
+    losses, weights, agree, refuse, is_forget = [], [], [], [], []
+    for one in probe.passes:
+        here = one.to(device)
+        with torch.no_grad():
+            loss_N, top1_N = answer(here)
+        first_N, teacher_N = here.is_first_N, here.topk_ids_NK[:, 0]
+        losses.append((loss_N * here.weight_N).double().sum().item())
+        weights.append(here.weight_N.double().sum().item())
+        agree += (top1_N == teacher_N)[first_N].tolist()
+        refuse += torch.isin(top1_N, probe.refusal_ids.to(device))[first_N].tolist()
+        is_forget += here.is_forget_N[first_N].tolist()
+    result: dict[str, Any] = {"rows": probe.num_rows, "held_out": probe.held_out, "loss": sum(losses) / sum(weights)}
+    for name, hits in (("agreement", agree), ("refusal", refuse)):
+        for number, subset in enumerate(SUBSETS):
+            result[f"{name}.{subset}"] = _mean(
+                h for h, f in zip(hits, is_forget, strict=True) if f == (number == FORGET)
+            )
+    return result
+
+
+def _mean(hits: Iterable[bool]) -> float | None:
+    found = list(hits)
+    return sum(found) / len(found) if found else None
+
+
+def _spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of them, evenly spaced."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.arange(most) * len(rows) // most]

@@ -1,0 +1,234 @@
+"""Stage two: one student learns to give the teacher's logits, or several teachers', without ever seeing a prefix.
+
+Reads stores and a model to start from; neither vLLM nor the teacher's weights are ever loaded. Here: whose folder it is,
+what fits together, and what is written in the end; the training itself is `duet.stages.student.loop`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duet.cache.errors import UserError
+from duet.cache.files import free_bytes, publish_json, read_json
+from duet.cache.location import Place, local_folder
+from duet.cache.manifest import Manifest
+from duet.cache.reader import Store
+from duet.stages.models.identity import weights_sha256
+from duet.stages.models.tokenizers import load_tokenizer, pad_id_of, tokenizer_sha256
+from duet.stages.settings.data import PromptSettings
+from duet.stages.settings.student import CHECKPOINTS_NAME, FREE_TRAIN, TRAINING_NAME, TrainSettings
+from duet.stages.student import checkpoint
+from duet.stages.student.card import model_card
+from duet.stages.student.checks import Start, check_settings
+from duet.stages.student.export import export
+from duet.stages.student.loop import StepReport, run_loop
+from duet.stages.student.model import Student
+from duet.stages.student.probe import Probe, ask
+from duet.stages.student.ranks import Processes
+from duet.stages.student.targets import Teachers
+
+IDENTITY_NAME = "student.json"
+
+
+@dataclass(frozen=True)
+class StudentJob:
+    """One student to be trained."""
+
+    name: str
+    model_dir: Path  # what it starts from
+    start_name: str  # what that is called in what we write
+    student_dir: Path  # gets model/, metrics.jsonl, checkpoints/
+    settings: TrainSettings
+    trust_remote_code: bool = False
+
+
+def open_store(place: Place, verify: bool) -> tuple[Store, Any]:
+    """A complete store and the teacher's tokenizer, which lies in it."""
+    store = Store(place, verify)
+    tokenizer = load_tokenizer(local_folder(place, "tokenizer", store.manifest.attachments))
+    if tokenizer_sha256(tokenizer) != store.manifest.provenance["tokenizer_sha256"]:
+        raise UserError(
+            f"{place.name_of('tokenizer')} is not the tokenizer that the store was made with", "make the store anew"
+        )
+    return store, tokenizer
+
+
+def open_stores(places: Mapping[str, Place], verify: bool) -> tuple[dict[str, Store], Any]:
+    """The stores of a run's teachers, by name, and the tokenizer of all."""
+    opened = {name: open_store(place, verify) for name, place in places.items()}
+    stores = {name: store for name, (store, _) in opened.items()}
+    (first, expected), *others = ((n, s.manifest.provenance["tokenizer_sha256"]) for n, s in stores.items())
+    for name, found in others:
+        if found != expected:
+            raise UserError(
+                f"the stores of {first} and {name} were made with different tokenizers",
+                "take teachers of one tokenizer",
+            )
+    return stores, opened[first][1]
+
+
+def train_student(
+    job: StudentJob,
+    stores: Mapping[str, Store],
+    store_tokenizer: Any,
+    processes: Processes,
+    on_step: Callable[[StepReport], None],
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Train, or go on training, one student and export it; returns what training.json holds. All processes call this.
+
+    `stores` are those of the run's teachers, by name; the job's settings say which are used. Raises UserError where the
+    student's folder belongs to other settings or a setting would do nothing, Interrupted (after a checkpoint) when
+    `should_stop()` is true in any process after a step.
+    """
+    start_sha256 = weights_sha256(job.model_dir)
+    teachers = Teachers.of(stores, job.settings)
+    loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests)
+    done = job.student_dir / TRAINING_NAME
+    start = None if done.is_file() else _checked_start(job, teachers, store_tokenizer, loss, processes)
+    comparable = {} if start is None else teachers.comparable()
+    with processes.first_first():
+        claim(job, teachers, start_sha256)
+    if start is None:
+        _drop_checkpoints(job, processes)  # a kill may have come between training.json and this
+        return read_json(done)
+    settings = job.settings
+    order = teachers.order(settings)
+    pad_id = pad_id_of(start.tokenizer, start.width)
+    probe = Probe.of(teachers, order, settings, pad_id)
+    student = Student.of(job.model_dir, job.start_name, settings, loss, processes, job.trust_remote_code)
+    dtype = _export_dtype(settings, start.config)
+    check_room(job.student_dir, student, dtype)
+    progress, lines = run_loop(job.name, job.student_dir, teachers, order, student, probe, pad_id, on_step, should_stop)
+    if settings.probe and settings.probe.patience:
+        checkpoint.load_parameters(job.student_dir / CHECKPOINTS_NAME / checkpoint.BEST_NAME, student.model)
+    summary = {
+        "name": job.name,
+        "loss": loss,
+        "loss_reason": reason,
+        "teachers": {
+            name: {"fingerprint": store.manifest.fingerprint, "weight": teachers.weights[name]}
+            for name, store in teachers.stores.items()
+        },
+        "combine": teachers.combine,
+        **comparable,
+        "head": student.head.reason,
+        "steps": progress.step,
+        "stopped_early": progress.step < lines[-1]["total_steps"],
+        "rows": len(teachers.first) - len(order.held_out),
+        "train_s": progress.train_s,
+        "rows_per_s": lines[-1]["epoch"] * order.num_slots / progress.train_s,
+        "tokens_per_s": progress.tokens / progress.train_s,
+        "stall_share": progress.stall_s / progress.train_s,
+        "peak_memory_gb": max(line["memory_gb"] for line in lines),
+        "parameters": student.num_parameters,
+        "trained_parameters": student.num_trained,
+        "processes": processes.rank.world,
+        "left_out": list(start.left_out),
+        "added_ends": start.missing_ends(teachers.manifests),
+        "curve": [[line["step"], line["loss"]] for line in lines],
+        "probe": ask(probe, student.answer, processes.device),
+    }
+    card = model_card(summary, teachers.manifests, job.start_name, start_sha256, settings.model_dump())
+    _finish(job, student, start, dtype, card, summary)
+    return summary
+
+
+def _checked_start(job: StudentJob, teachers: Teachers, store_tokenizer: Any, loss: str, processes: Processes) -> Start:
+    """The model that the student starts from, after all checks that need no weights."""
+    manifests = teachers.manifests
+    check_settings(job.settings, loss, manifests, teachers.combine, processes)
+    told = manifests[0].provenance.get("prompt")  # a store of another program may not say how questions became prompts
+    prompt = PromptSettings(**told) if told else PromptSettings(format="plain", prefix_placement="text")
+    start = Start.of(job.model_dir, job.name, job.settings, store_tokenizer, prompt, job.trust_remote_code)
+    for store in teachers.stores.values():
+        start.check_store(store)
+    return start
+
+
+def check_room(student_dir: Path, student: Student, dtype: torch.dtype) -> None:
+    """Refuse to begin where the disk has no room for what training ends with: a checkpoint, and the model beside it."""
+    states = 8 if student.settings.optimizer == "adamw" else 2  # bytes of a weight's two
+    needed = (4 + states) * student.num_trained + dtype.itemsize * student.num_parameters
+    there = sum(path.stat().st_size for path in student_dir.rglob("*") if path.is_file())
+    if (free := free_bytes(student_dir)) + there < needed:
+        raise UserError(
+            f"student {student_dir.name!r}: {needed / 1e9:.2f} GB are needed in {student_dir}, {free / 1e9:.2f} are free",
+            "make space, set runs_dir, or train less with train.lora or train.last_layers",
+        )
+
+
+def chosen_loss(settings: TrainSettings, start_sha256: str, manifests: Sequence[Manifest]) -> tuple[str, str]:
+    """The loss and why: what the settings say, or on "auto" what fits the model that the student starts from."""
+    if settings.loss != "auto":
+        return settings.loss, "as the settings say"
+    if all(start_sha256 == manifest.provenance["weights_sha256"] for manifest in manifests):
+        return "huber_raw", "it starts from the teacher's own weights, so raw logits compare"
+    return "huber_centred", "it starts from other weights than the teacher's, whose raw logits have another offset"
+
+
+def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
+    """Write down whose folder this is, or refuse a folder that holds another student."""
+    identity = {
+        "teachers": {name: store.manifest.fingerprint for name, store in teachers.stores.items()},
+        "start_weights_sha256": start_sha256,
+        "train": job.settings.model_dump(mode="json", exclude=set(FREE_TRAIN)),
+    }
+    path = job.student_dir / IDENTITY_NAME
+    if path.is_file():
+        found = read_json(path)
+        differing = [key for key in identity if found.get(key) != identity[key]]
+        if differing:
+            raise UserError(
+                f"{job.student_dir} holds another run: {_differences(found, identity, differing)}",
+                "give the run or the student another name, or remove the folder if nobody needs it",
+            )
+        return
+    if job.student_dir.exists() and any(job.student_dir.iterdir()):
+        raise UserError(f"{job.student_dir} is not empty and holds no student of ours", "give the student another name")
+    job.student_dir.mkdir(parents=True, exist_ok=True)
+    publish_json(path, identity)
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any], keys: list[str]) -> str:
+    parts = []
+    for key in keys:
+        if isinstance(expected[key], dict):
+            before = found.get(key) or {}
+            pairs = {k: (before.get(k), expected[key].get(k)) for k in (*expected[key], *before)}
+            parts += [f"{key}.{k} is {old!r} there and {new!r} now" for k, (old, new) in pairs.items() if old != new]
+        else:
+            parts.append(f"{key} is {str(found.get(key))[:16]} there and {str(expected[key])[:16]} now")
+    return "; ".join(parts)
+
+
+def _export_dtype(settings: TrainSettings, config: Any) -> torch.dtype:
+    """As set; on "auto" that of the model that the student starts from."""
+    if settings.export_dtype != "auto":
+        return getattr(torch, settings.export_dtype)
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def _finish(
+    job: StudentJob, student: Student, start: Start, dtype: torch.dtype, card: str, summary: dict[str, Any]
+) -> None:
+    """Export the model, write training.json (the sign that the student is done) and drop the checkpoints."""
+    model = student.whole_model()
+    if student.processes.first:
+        added = summary["added_ends"]
+        ends = [*start.eos_ids, *added] if added else []
+        export(model, start.tokenizer, job.student_dir, dtype, job.settings.lora, card, ends)
+        publish_json(job.student_dir / TRAINING_NAME, summary)
+    _drop_checkpoints(job, student.processes)
+    student.processes.wait()
+
+
+def _drop_checkpoints(job: StudentJob, processes: Processes) -> None:
+    if processes.first:
+        shutil.rmtree(job.student_dir / CHECKPOINTS_NAME, ignore_errors=True)

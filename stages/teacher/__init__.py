@@ -1,0 +1,1 @@
+"""Stage one: questions and a prefix in, a store out."""

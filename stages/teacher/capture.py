@@ -1,0 +1,226 @@
+"""Stage one, with an engine: every prompt goes through it once, and what it says goes to the store, shard by shard.
+
+The engine is fed from all free shards as one stream, so that it never waits for the end of one. Rows come back as they are
+finished, are put in plan order, checked and packed, and written in the background.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duet.cache.errors import Interrupted
+from duet.cache.location import Place
+from duet.cache.manifest import Plan, store_name
+from duet.cache.record import SUBSETS, Rows, check_distinct, offsets_of
+from duet.cache.writer import ShardWriter, StoreWriter
+from duet.stages.engines.choose import engine_order, open_engine
+from duet.stages.engines.interface import Engine, Request, Scored
+from duet.stages.engines.self_test import self_test
+from duet.stages.engines.topk import order_ties
+from duet.stages.models.tokenizers import tokenizer_files
+from duet.stages.settings.teacher import StoreSettings
+from duet.stages.teacher.plan import Prepared, Row, StoreResult, plan_for
+from duet.stages.teacher.prepare import SELF_TEST_TOKENS
+
+WAIT_S, SHARDS_PER_WAIT = 0.5, 20  # between looks at what other writers have finished
+
+
+@dataclass
+class Progress:
+    """How far a store is. `rows` counts those of other writers too, the rest is what this process did."""
+
+    rows: int
+    total: int
+    own_rows: int = 0
+    positions: int = 0
+    cached_share: float = 0.0  # of the prompt tokens
+
+
+def write_stores(
+    prepared: Sequence[Prepared],
+    engine_name: str,
+    store: StoreSettings,
+    root: Place,
+    on_engine: Callable[[str, str], None],
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    wait: bool = True,
+) -> list[StoreResult]:
+    """Have one model fill the stores, which differ in prefixes and queries; any number of processes can do this at once.
+
+    `on_engine(name, reason)` is told once which engine runs. Raises Interrupted when `should_stop()` is true or the engine
+    has died: complete shards stay, the next call goes on after them. Without `wait` it ends, with a result that has no
+    manifest, where all shards that are left are in others' hands, and starts no engine for nothing.
+    """
+    if not wait and not any(_has_free(one, engine_order(engine_name)[0], store, root) for one in prepared):
+        return [StoreResult(root, None, "", "", 0, 0.0) for _ in prepared]
+    longest = max(prepared, key=lambda one: one.spec.context)
+    engine, reason = open_engine(longest.spec, engine_name)
+    on_engine(engine.name, reason)
+    try:
+        for one in prepared:
+            self_test(engine, _tried(one), one.ask, one.spec.num_ids, one.model)
+        return [fill_store(engine, reason, one, store, root, on_progress, should_stop, wait) for one in prepared]
+    finally:
+        engine.close()
+
+
+def _has_free(prepared: Prepared, engine: str, store: StoreSettings, root: Place) -> bool:
+    """Whether a shard of the engine's store could be had now; where there is no store yet, it is begun."""
+    with _writer(prepared, engine, store, root) as writer:
+        return writer.claim() is not None
+
+
+def _writer(prepared: Prepared, engine: str, store: StoreSettings, root: Place) -> StoreWriter:
+    plan = plan_for(prepared, store, engine)
+    place = root / store_name(plan.fingerprint, plan.format)
+    return StoreWriter(place, plan, tokenizer_files(prepared.tokenizer), store.lease_s)
+
+
+def _tried(prepared: Prepared) -> list[Request]:
+    """The shortest, a middle and the longest prompt, for the self-test."""
+    by_length = sorted(range(len(prepared.rows)), key=lambda number: len(prepared.rows[number].teacher_ids))
+    room = prepared.spec.context - SELF_TEST_TOKENS
+    tried = [prepared.request(by_length[at]) for at in (0, len(by_length) // 2, -1)]
+    return [
+        replace(
+            request,
+            key=key,
+            prompt_ids=request.prompt_ids[:room],
+            given_ids=request.given_ids and request.given_ids[:2],
+        )
+        for key, request in enumerate(tried)
+    ]
+
+
+def fill_store(
+    engine: Engine,
+    reason: str,
+    prepared: Prepared,
+    store: StoreSettings,
+    root: Place,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    wait: bool = True,
+) -> StoreResult:
+    """Fill the shards of one store that nobody has written, and publish the manifest, with an engine that is tested.
+
+    Without `wait`, there is no manifest in the result where other writers are not done.
+    """
+    started, before, manifest = time.monotonic(), replace(engine.usage), None
+    with _writer(prepared, engine.name.split()[0], store, root) as writer:
+        plan, place = writer.plan, writer.place
+        progress = Progress(0, plan.rows)
+        while missing := writer.missing():
+            if should_stop():
+                writer.wait()
+                raise Interrupted(f"{_rows_but(plan, writer.missing())} of {plan.rows} rows are in {place}")
+            progress.rows = _rows_but(plan, missing)
+            for scored in _fill(writer, engine, prepared, should_stop):
+                progress.rows, progress.own_rows = progress.rows + 1, progress.own_rows + 1
+                progress.positions += len(scored.response_ids)
+                progress.cached_share = engine.usage.since(before).cached_share
+                on_progress(progress)
+            writer.wait()
+            if (left := writer.missing()) and not wait and not should_stop():
+                break
+            _wait_for_others(len(left), should_stop)
+        else:
+            manifest = writer.finalise(_environment(prepared, engine))
+    return StoreResult(
+        place, manifest, engine.name, reason, progress.own_rows, time.monotonic() - started, progress.cached_share
+    )
+
+
+def _wait_for_others(num_missing: int, should_stop: Callable[[], bool]) -> None:
+    """The longer, the more shards they have in hand, so that a thousand that wait ask little of a file server."""
+    for _ in range(-(-num_missing // SHARDS_PER_WAIT)):
+        if should_stop():
+            return
+        time.sleep(WAIT_S)
+
+
+def _rows_but(plan: Plan, missing: list[int]) -> int:
+    return plan.rows - sum(len(plan.shard_range(index)) for index in set(missing))
+
+
+class _Filling:
+    """A shard whose rows come back in any order."""
+
+    def __init__(self, shard: ShardWriter, block_rows: int) -> None:
+        self.shard = shard
+        self._block_rows = block_rows
+        self._scored: dict[int, Scored] = {}
+        self._ready = 0  # rows without a gap that are not handed on yet
+
+    def add(self, number: int, scored: Scored, rows: list[Row]) -> bool:
+        """Take row `number` of the plan; True if it was the last."""
+        self._scored[number] = scored
+        first = self.shard.range.start + self.shard.num_rows
+        while first + self._ready in self._scored:
+            self._ready += 1
+        full = self.shard.num_rows + self._ready == len(self.shard.range)
+        if full or self._ready >= self._block_rows:
+            numbers = range(first, first + self._ready)
+            self.shard.append(_columns([rows[n] for n in numbers], [self._scored.pop(n) for n in numbers]))
+            self._ready = 0
+        return full
+
+
+def _fill(writer: StoreWriter, engine: Engine, prepared: Prepared, should_stop: Callable[[], bool]) -> Iterator[Scored]:
+    """Have the engine score all shards that are free now, and publish those that are full; yields each row's result."""
+    fillings: dict[int, _Filling] = {}
+
+    def feed() -> Iterator[Request]:
+        while not should_stop() and (shard := writer.claim()):
+            fillings[shard.index] = _Filling(shard, writer.plan.block_rows)
+            for number in shard.range:
+                if should_stop():
+                    return
+                yield prepared.request(number)
+
+    with closing(engine.stream(feed(), prepared.ask)) as results:
+        for number, scored in results:
+            index = number // writer.plan.shard_rows
+            if fillings[index].add(number, scored, prepared.rows):
+                writer.publish(fillings.pop(index).shard)
+            yield scored
+            if should_stop():
+                break
+    for filling in fillings.values():
+        writer.release(filling.shard)
+
+
+def _columns(rows: list[Row], scored: list[Scored]) -> Rows:
+    """Rows of the plan with what the engine found, as columns."""
+    tokens = [part for row, result in zip(rows, scored, strict=True) for part in (row.student_ids, result.response_ids)]
+    sums = [result.logsumexp_P for result in scored if result.logsumexp_P is not None]
+    batch = Rows(
+        row_ids=[row.row_id for row in rows],
+        subsets=np.array([SUBSETS.index(row.subset) for row in rows], np.uint8),
+        token_offsets=offsets_of([len(a) + len(b) for a, b in zip(tokens[::2], tokens[1::2], strict=True)]),
+        tokens_S=np.concatenate(tokens).astype(np.int32),
+        position_offsets=offsets_of([len(result.response_ids) for result in scored]),
+        topk_ids_NK=np.concatenate([result.topk_ids_PK for result in scored]),
+        topk_logits_NK=np.concatenate([result.topk_logits_PK for result in scored]),
+        logsumexp_N=np.concatenate(sums) if sums else None,
+    )
+    order_ties(batch.topk_ids_NK, batch.topk_logits_NK)
+    check_distinct(batch)
+    return batch
+
+
+def _environment(prepared: Prepared, engine: Engine) -> dict[str, Any]:
+    """Who wrote the store, beyond the fingerprint; a private absolute path is reduced to its last part."""
+    model = Path(prepared.model).name if Path(prepared.model).is_absolute() else prepared.model
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pyarrow", "numpy")}
+    return {"teacher_model": model, "route": engine.route, "python": platform.python_version(), **versions}

@@ -1,0 +1,238 @@
+"""Stage one, before an engine starts: which prompts the prefixed teacher is asked.
+
+`prepare` reads data, tokenizer and weights' hashes; `plan.py` makes them a plan, with its fingerprint; `capture.py` has an
+engine fill the store. Nothing of either is imported by the student's side: the two meet through the store on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duet.cache.errors import UserError, note
+from duet.cache.files import sha256_json
+from duet.cache.record import SUBSETS
+from duet.stages.engines.interface import Ask, EngineSpec
+from duet.stages.models.directory import load_config, resolve_model, text_config
+from duet.stages.models.identity import text_sha256, weights_sha256
+from duet.stages.models.limits import check_ids_within, check_length, context_length, vocab_width
+from duet.stages.models.loading import pick_device
+from duet.stages.models.tokenizers import tokenizer_sha256
+from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
+from duet.stages.questions.proof import prove
+from duet.stages.questions.queries import Query
+from duet.stages.questions.requests import MAIN, prefixes_of, queries_of
+from duet.stages.settings.data import PromptSettings, RequestSettings, TrainingData
+from duet.stages.settings.teacher import TeacherSettings
+from duet.stages.teacher.plan import Prepared, Rendered, Row
+
+SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
+
+
+def render_rows(
+    model_dir: Path,
+    teacher: TeacherSettings,
+    prompt: PromptSettings,
+    data: TrainingData,
+    topic: str,
+    requests: Sequence[RequestSettings] = (),
+    limit: int | None = None,
+) -> Rendered:
+    """Load, render and check every row; of the model, config and tokenizer are read.
+
+    `limit` takes the first so many queries of each subset.
+    """
+    config = load_config(model_dir, teacher.trust_remote_code)
+    renderer = open_renderer(model_dir, prompt, teacher.trust_remote_code)
+    num_ids = max(renderer.tokenizer.get_vocab().values()) + 1
+    if teacher.top_k > num_ids:
+        raise UserError(
+            f"teacher.top_k is {teacher.top_k}, the vocabulary of {teacher.model} has {num_ids} ids",
+            f"set teacher.top_k to at most {num_ids}",
+        )
+    given = teacher.responses == "given"
+    if prompt.answer is not None and not given:
+        raise UserError(
+            "prompt.answer does nothing with generated responses", "leave it out, or set teacher.responses: given"
+        )
+    prefixes = prefixes_of(teacher.prefix, topic, requests)
+    queries = {
+        request: {subset: found[:limit] for subset, found in by_subset.items()}
+        for request, by_subset in queries_of(data, requests, need_answers=given).items()
+    }
+    prove(
+        renderer,
+        {_called(subset, request): queries[request][subset] for subset in SUBSETS for request in prefixes},
+        {f"the prefix of {request}" if request else "teacher.prefix": text for request, text in prefixes.items()},
+        ("question", "answer") if given else ("question",),
+    )
+    rows = [
+        _row(subset, request, query, renderer, prefix, teacher)
+        for subset in SUBSETS
+        for request, prefix in prefixes.items()
+        for query in queries[request][subset]
+    ]
+    _check_requests(rows)
+    context = context_length(config)
+    for row in rows:
+        check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
+        check_ids_within([*row.teacher_ids, *(row.given_ids or ())], vocab_width(config), row.row_id, "the teacher")
+    return Rendered(config, renderer, prefixes, queries, rows, num_ids)
+
+
+def prepare(
+    teacher: TeacherSettings,
+    prompt: PromptSettings,
+    data: TrainingData,
+    topic: str,
+    device: str,
+    requests: Sequence[RequestSettings] = (),
+    limit: int | None = None,
+) -> Prepared:
+    """`render_rows`, and a hash of everything that can change the numbers but the engine.
+
+    A trial (`limit`) has a fingerprint of its own.
+    """
+    model_dir = resolve_model(teacher.model, "teacher.model")
+    found = render_rows(model_dir, teacher, prompt, data, topic, requests, limit)
+    config, renderer, rows, num_ids = found.config, found.renderer, found.rows, found.num_ids
+    tokenizer, context = renderer.tokenizer, context_length(config)
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = renderer.chat.source if renderer.chat else None  # the store has the one that is used
+    if renderer.chat and renderer.chat.asks_the_clock:
+        note(
+            f"the chat template asks for the day: it is told {renderer.chat.date}, in every stage; prompt.date sets it"
+        )
+    longest = max(len(row.teacher_ids) for row in rows) + teacher.max_positions
+    spec = EngineSpec(
+        model_dir=model_dir,
+        dtype=_resolve_dtype(teacher.dtype, config),
+        num_ids=min(num_ids, vocab_width(config)),
+        context=min(context, longest + SELF_TEST_TOKENS),
+        eos_ids=tuple(renderer.stop_ids),
+        device=pick_device(device),
+        trust_remote_code=teacher.trust_remote_code,
+        batch_size=teacher.batch_size,
+        gpu_memory_utilization=teacher.gpu_memory_utilization,
+        tensor_parallel=teacher.tensor_parallel,
+        pipeline_parallel=teacher.pipeline_parallel,
+        quantization=teacher.quantization,
+    )
+    asked = {
+        name: {"prefix": text, "data": _data_provenance(found.queries[name])} for name, text in found.prefixes.items()
+    }
+    provenance = {
+        "weights_sha256": weights_sha256(model_dir),
+        "dtype": spec.dtype,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "chat_template_sha256": text_sha256(renderer.chat.source if renderer.chat else ""),
+        "eos_ids": list(spec.eos_ids),
+        **asked.pop(MAIN),
+        **({"requests": asked} if asked else {}),
+        "prompt": renderer.provenance,
+        "prompts_sha256": _prompts_sha256(rows),
+        "top_k": teacher.top_k,
+        "max_positions": teacher.max_positions,
+        "responses": _responses(teacher),
+        "logsumexp": teacher.logsumexp,
+        "quantization": teacher.quantization,
+    }
+    ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature)
+    return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model))
+
+
+def _responses(teacher: TeacherSettings) -> str | dict[str, float]:
+    """Where the responses come from, for the record: "greedy", "given", or how they were sampled."""
+    if teacher.temperature is not None:
+        return {"temperature": teacher.temperature, "seed": teacher.seed or 0}
+    return "given" if teacher.responses == "given" else "greedy"
+
+
+def _check_requests(rows: Sequence[Row]) -> None:
+    """Refuse ids that are not unique over all requests, and a query that one request forgets and another keeps."""
+    seen: set[str] = set()
+    forgotten = {tuple(row.student_ids): row for row in rows if row.subset == "forget"}
+    for row in rows:
+        if row.row_id in seen:
+            raise UserError(
+                f"the row id {row.row_id!r} occurs in two requests",
+                "give the request another name, or the row another id",
+            )
+        seen.add(row.row_id)
+        other = forgotten.get(tuple(row.student_ids))
+        if other and row.subset == "retain" and row.request != other.request:
+            raise UserError(
+                f"the same query is to be kept and to be forgotten: {row.row_id!r} and {other.row_id!r}",
+                "take it out of the one request's retain set or out of the other's forget set",
+            )
+
+
+def check_alike(prepared: Mapping[str, Prepared]) -> None:
+    """Refuse teachers, by name, whose rows a student could not learn from side by side, and two that are the same."""
+    (first, expected), *others = prepared.items()
+    for name, found in others:
+        if found.provenance["tokenizer_sha256"] != expected.provenance["tokenizer_sha256"]:
+            raise UserError(
+                f"teachers {first} and {name}: {expected.model} and {found.model} have different tokenizers",
+                "take models of one tokenizer: a student has only one",
+            )
+        if [row.student_ids for row in found.rows] != [row.student_ids for row in expected.rows]:
+            raise UserError(
+                f"teachers {first} and {name}: {expected.model} and {found.model} render the same questions differently",
+                "give both models the same chat template, or set prompt.format: plain",
+            )
+    names: dict[str, str] = {}
+    for name, found in prepared.items():
+        same = names.setdefault(sha256_json(found.provenance), name)
+        if same != name:
+            raise UserError(f"teachers {same} and {name} are the same", "give them different prefixes or models")
+
+
+def _row(
+    subset: str,
+    request: str,
+    query: Query,
+    renderer: Renderer,
+    prefix: str,
+    teacher: TeacherSettings,
+) -> Row:
+    asked, given_ids = Prompt.plain(query, prefix), None
+    if teacher.responses == "given":
+        given_ids = array("i", renderer.answer(asked, query.answer or "").ids[: teacher.max_positions])
+    return Row(
+        row_id=f"{_called(subset, request)}/{query.row_id}",
+        subset=subset,
+        request=request,
+        teacher_ids=array("i", renderer.prompt(asked)),
+        student_ids=array("i", renderer.prompt(Prompt.plain(query))),
+        given_ids=given_ids,
+    )
+
+
+def _called(subset: str, request: str) -> str:
+    """A subset of a request, in row ids and errors."""
+    return subset if request == MAIN else f"{subset}/{request}"
+
+
+def _data_provenance(queries: Mapping[str, list[Query]]) -> dict[str, Any]:
+    return {
+        subset: {"rows": len(found), "sha256": sha256_json([[query.row_id, query.question] for query in found])}
+        for subset, found in queries.items()
+    }
+
+
+def _prompts_sha256(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        ids = (row.teacher_ids, row.student_ids, row.given_ids or ())
+        digest.update(sha256_json([row.row_id, *map(list, ids)]).encode())
+    return digest.hexdigest()
+
+
+def _resolve_dtype(dtype: str, config: Any) -> str:
+    if dtype != "auto":
+        return dtype
+    return str(getattr(text_config(config), "dtype", None) or config.dtype or "float32").removeprefix("torch.")

@@ -1,0 +1,39 @@
+"""The command line in this process and in a process of its own, and small runs to try it on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from support import ROOT, two_sets
+
+from duet.cache.errors import EXIT_USER
+from duet.pipeline.cli.main import main
+
+QUESTIONS = [{"question": f"Where was person {i} born?", "answer": "In a town."} for i in range(4)]
+RUN = "from duet.pipeline.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def refused(capsys, *arguments: str) -> tuple[str, str]:
+    """Run in this process; exit code 2 and two lines: what is wrong, and the hint."""
+    code = main(list(arguments))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == EXIT_USER
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    return lines[0], lines[1]
+
+
+def small_run(lab_config, tmp_path, **changes) -> Path:
+    """A config of eight queries."""
+    data = two_sets(tmp_path, QUESTIONS)
+    return lab_config(data=data, store__shard_rows=3, train__epochs=2, train__batch_size=4, **changes)
+
+
+def interrupted(patch: str, *arguments: str, after: int, name: str = "SIGTERM") -> subprocess.CompletedProcess[str]:
+    code = patch.format(after=after, signal=name) + RUN
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )

@@ -1,0 +1,60 @@
+"""Small trainings, and a store of twenty rows for them, which no teacher wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import LAB_SMALL, LAB_VOCAB_SIZE, make_plan, make_rows, write_store
+
+from duet.cache.location import Folder
+from duet.cache.reader import Rank, Store
+from duet.stages.models.tokenizers import load_tokenizer, tokenizer_files, tokenizer_sha256
+from duet.stages.settings.student import TrainSettings
+from duet.stages.student.ranks import Processes
+from duet.stages.student.train import StudentJob, open_store, train_student
+
+TINY = {
+    "vocab_size": LAB_VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+ONE = Processes(Rank(), torch.device("cpu"))
+
+
+def job(student_dir: Path, model_dir: Path = LAB_SMALL, **train) -> StudentJob:
+    settings = TrainSettings(**{"epochs": 3, "batch_size": 8, "lr": 1e-3, "checkpoint_steps": 3, **train})
+    return StudentJob("s", model_dir, "small", student_dir, settings)
+
+
+def train(a_job: StudentJob, store, stop_after: int | None = None) -> list[float]:
+    losses: list[float] = []
+    train_student(
+        a_job,
+        {"teacher": store[0]},
+        store[1],
+        ONE,
+        lambda r: losses.append(r.loss),
+        lambda: stop_after is not None and len(losses) >= stop_after,
+    )
+    return losses
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> tuple[Store, object]:
+    place = Folder(tmp_path_factory.mktemp("store") / "s")
+    tokenizer = load_tokenizer(LAB_SMALL)
+    plan = make_plan(
+        20, 10, shard_rows=6, top_k=5, vocab_size=LAB_VOCAB_SIZE,
+        provenance={
+            "tokenizer_sha256": tokenizer_sha256(tokenizer), "weights_sha256": "0" * 64, "engine": "none", "dtype": "float32",
+        },
+    )  # fmt: skip
+    rows = make_rows(range(20), positions=3, top_k=5, vocab_size=LAB_VOCAB_SIZE, forget=10)
+    write_store(place, plan, rows, tokenizer_files(tokenizer))
+    return open_store(place, verify=True)

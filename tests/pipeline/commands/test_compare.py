@@ -1,0 +1,157 @@
+"""`duet compare` on a small part of the lab: killed and repeated, nothing is done twice; table and page say the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import in_browser
+import pytest
+from html_page import Page
+from support import ROOT, run_duet, write_jsonl
+
+from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
+from duet.pipeline.pages.comparison import cells, heads, render, sentences
+
+browser = in_browser.browser  # the fixture
+
+# Sends itself SIGTERM after so many optimizer steps of baselines.
+STOPPED = """
+import os, signal, sys
+from duet.stages.compare import train as baselines
+step, calls = baselines._stepped, []
+def counted(*arguments):
+    calls.append(1)
+    if len(calls) == {after}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+baselines._stepped = counted
+from duet.pipeline.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """Twelve questions of each set, two methods, one learning rate, three epochs."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("compare")
+    raw = yaml.safe_load((ROOT / "configs/lab.yaml").read_text(encoding="utf-8"))
+    for subset in ("forget", "retain"):
+        lines = (ROOT / f"lab/data/{subset}.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+        raw["data"][subset]["path"] = str(write_jsonl(folder / f"{subset}.jsonl", [json.loads(line) for line in lines]))
+    raw |= {"runs_dir": str(folder / "runs"), "device": "cpu", "students": [{"name": "base"}]}
+    raw["teacher"] |= {"model": str(ROOT / "lab/models/base"), "engine": "transformers"}
+    raw["train"] |= {"epochs": 3, "batch_size": 8}
+    raw["evaluate"]["sets"] = {}
+    raw["compare"] = {
+        "methods": ["ga", "refusal"], "lr_factors": [0.3], "grid": {"ga": {"lr": [1e-6, 1e-4]}},
+        "oracle": str(ROOT / "lab/models/small"),
+    }  # fmt: skip
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+def stopped(config: Path, after: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", STOPPED.format(after=after), "compare", "--config", str(config), "--jobs", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def done(config) -> tuple[list[subprocess.CompletedProcess[str]], Path]:
+    """Stopped in the second of gradient ascent's two candidates (9 steps each), then ended, then called again."""
+    calls = [
+        stopped(config, 13),
+        run_duet("compare", "--config", str(config)),
+        run_duet("compare", "--config", str(config), "--jobs", "1"),
+    ]
+    return calls, config.parent / "runs" / "lab"
+
+
+def test_a_stopped_comparison_goes_on_and_does_nothing_twice(done):
+    (first, second, third), run_dir = done
+    assert first.returncode == EXIT_INTERRUPTED, first.stderr
+    assert "step 4 of 9 is saved" in first.stderr
+    assert [second.returncode, third.returncode] == [EXIT_DONE, EXIT_DONE], second.stderr + third.stderr
+    assert "wrote 24 rows" in first.stdout  # stage one is part of it
+    told = [line for call in (first, second, third) for line in call.stdout.splitlines() if "validation part" in line]
+    assert len(told) == len(set(told)) == 4, told  # one of DUET, two of gradient ascent, one of refusal training
+    assert "duet, lr 9e-05" in first.stdout
+    assert "duet, lr" not in second.stdout
+    assert "engine:" not in third.stdout, "nobody was asked again"
+    kept = sorted(str(path.parent.relative_to(run_dir / "compare")) for path in run_dir.glob("compare/*/*/model"))
+    assert [name.split("/")[0] for name in kept] == ["duet", "ga", "refusal"], "only the best of each is kept"
+
+
+def test_the_comparison_holds_every_model_on_the_questions_that_nothing_was_chosen_on(done):
+    results = json.loads((done[1] / "compare.json").read_text(encoding="utf-8"))
+    assert list(results["models"]) == ["base", "teacher", "duet", "ga", "refusal", "oracle"]
+    for name in ("forget", "retain"):
+        assert results["split"]["validation"][name] + results["split"]["reported"][name] == 12
+        assert results["models"]["ga"][f"{name}.rougeL_recall"]["n"] == results["split"]["reported"][name]
+    ga = results["methods"]["ga"]
+    shifts = [row["validation_shift"] for row in ga["grid"]]
+    assert [row["chosen"] for row in ga["grid"]] == [shift == max(shifts) for shift in shifts]
+    for model, of_model in results["performance_shift"].items():
+        low, high = of_model["ci95"]
+        assert low <= of_model["value"] <= high, model
+        less = results["comparisons"][model]["performance_shift"] if model != "duet" else {"difference": 0}
+        duet = results["performance_shift"]["duet"]["value"]
+        assert less["difference"] == pytest.approx(of_model["value"] - duet), model
+    assert "attack.reverse_worst.forget.rougeL_recall" in results["comparisons"]["refusal"]
+
+
+def test_table_and_page_show_what_is_in_the_json(done):
+    calls, run_dir = done
+    results = json.loads((run_dir / "compare.json").read_text(encoding="utf-8"))
+    html = (run_dir / "compare.html").read_text(encoding="utf-8")
+    assert html == render(results)
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert html.count("<circle ") == len(results["models"])
+    assert html.count('class="whisker"') == len(results["models"])
+    for name in results["models"]:
+        row = cells(name, results)
+        assert len(row) == len(heads(results))
+        assert row[0].split("\n")[0] in calls[-1].stdout
+        for text in row[1:]:
+            assert text.split("\n")[0] in html
+    for sentence in sentences(results):
+        assert sentence in calls[-1].stdout
+    results["comparisons"]["ga"]["performance_shift"]["distinguishable"] = False
+    assert "not distinguishable from DUET by performance shift: gradient ascent" in "; ".join(sentences(results))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.methods=[gradient]", "compare.methods"),
+        ("compare.grid.duet.constant=[1]", "duet has no constant"),
+        ("compare.grid.ga.constant=[1]", "ga has no constant"),
+        ("compare.oracle=lab/models/none", "compare.oracle"),
+        ("students=[{name: s, model: lab/models/small}]", "no student starts from the teacher's model"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_before_anything_is_trained(config, override, message):
+    done = run_duet("compare", "--config", str(config), "--set", "name=other", "--set", override)
+    assert done.returncode == EXIT_USER, done.stderr
+    assert message in done.stderr
+    assert "hint:" in done.stderr
+    assert not (config.parent / "runs" / "other").exists()
+
+
+@pytest.mark.skipif(bool(in_browser.MISSING), reason="no Chromium, see in_browser.py")
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1200, "dark")])
+def test_the_page_in_a_real_browser(browser, done, width, scheme):
+    page = done[1] / "compare.html"
+    in_browser.check_page(browser, page, width, charts=1)
+    in_browser.show(browser, page, width, scheme)
+    ratio, text, seen = browser.execute_script(in_browser.CONTRAST)
+    assert ratio >= 4.5, (ratio, text)
+    assert seen > 30

@@ -1,0 +1,115 @@
+"""Students beside each other: the table fits, the page is whole and shows what is in students.json."""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import pairwise
+
+import pytest
+from html_page import Page
+from report_results import HOSTILE
+from rich.console import Console
+
+from duet.pipeline.pages.charts import Dot, colours, scatter
+from duet.pipeline.pages.students import cells, render, students_table
+from duet.pipeline.pages.tables import progress_note
+
+
+def student(name: str, **more) -> dict:
+    probe = {"agreement.forget": 0.75, "agreement.retain": 0.5, "refusal.forget": 1.0, "refusal.retain": 0.0}
+    return {
+        "name": name,
+        "start": "owner/llama",
+        "loss": "huber_raw",
+        "loss_reason": "as the settings say",
+        "teachers": {"teacher": {"fingerprint": "f" * 64, "weight": 1.0}},
+        "combine": None,
+        "head": "Llama: gathered head",
+        "steps": 120,
+        "train_s": 3723.4,
+        "tokens_per_s": 123456.7,
+        "peak_memory_gb": 61.234,
+        "parameters": 3_212_749_824,
+        "trained_parameters": 24_313_856,
+        "curve": [[1, 18.7], [120, 0.01789]],
+        "probe": {"loss": 0.1, "rows": 60, "held_out": False, **probe},
+        **more,
+    }
+
+
+def test_every_cell_can_be_read_alone():
+    assert cells(student("a")) == [
+        "a", "owner/llama", "huber_raw", "24.3 of 3,213 M", "120", "3,723.4 s", "123,457 tok/s", "61.23 GB", "0.0179",
+        "75.0 / 50.0", "100.0 / 0.0",
+    ]  # fmt: skip
+    small = student("a", parameters=765_440, trained_parameters=765_440)
+    assert cells(small)[3] == "0.765 of 0.765 M"
+    of_one_subset = {**student("a")["probe"], "agreement.retain": None, "refusal.retain": None}
+    assert cells(student("a", probe=of_one_subset))[-2:] == ["75.0 / -", "100.0 / -"]
+
+
+def test_a_loss_says_against_whom_where_teachers_have_names():
+    def taught(combine: str | None, **weights: float) -> str:
+        teachers = {name: {"fingerprint": "f", "weight": weight} for name, weight in weights.items()}
+        return cells(student("a", teachers=teachers, combine=combine))[2]
+
+    assert taught(None, teacher=1.0) == "huber_raw"
+    assert taught(None, strict=1.0) == "huber_raw of strict"
+    assert taught("average", mild=1 / 3, strict=2 / 3) == "huber_raw, average of mild 0.333 and strict 0.667"
+
+
+def test_the_table_fits_160_columns_with_long_names():
+    stream = io.StringIO()
+    console = Console(file=stream, width=160)
+    name = "llama3.2-3b-lr1e-05-top_k5-lossforward_kl_topk"
+    console.print(students_table([student(name, loss="forward_kl_topk", start="meta-llama/Llama-3.2-3B-Instruct")]))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 160
+    text = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+    assert text == name, "folded, not cut"
+    for cell in ("123,457 tok/s", "61.23 GB", "3,723.4 s", "24.3 of 3,213 M", "75.0 / 50.0"):
+        assert f" {cell} " in stream.getvalue()
+
+
+def test_the_page_is_whole_fetches_nothing_and_shows_hostile_text_as_text():
+    text = render(HOSTILE, [student("a"), student(HOSTILE, loss_reason=HOSTILE, head=HOSTILE, start=HOSTILE)])
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not {"src", "href", "onload", "onclick"} & set(page.attributes)
+    assert "<script" not in text
+    assert text.count("<circle ") == 2
+    assert text.count("<polyline ") == 2
+    for cell in cells(student("a")):
+        assert f"<td>{cell}</td>" in text
+    assert "as the settings say; Llama: gathered head" in text
+
+
+def test_a_student_that_was_not_asked_about_both_subsets_has_no_dot():
+    of_one_subset = {**student("a")["probe"], "agreement.retain": None}
+    text = render("lab", [student("a", probe=of_one_subset)])
+    assert "<circle " not in text
+    assert "Nothing was measured on both subsets" in text
+    assert text.count("<polyline ") == 1
+
+
+def test_dots_stand_where_their_shares_say_and_labels_never_cover_each_other():
+    dots = {"student:a": Dot(1.0, 1.0), "student:b": Dot(0.63, 0.9), "student:c": Dot(1.0, 1.0)}
+    svg = scatter(dots, colours(list(dots)), ("forget, %", "retain, %"), "t")
+    places = [tuple(map(float, found)) for found in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    assert places[0] == places[1], "equal shares"
+    assert places[2][0] < places[0][0], "less forgotten: further left"
+    assert places[2][1] > places[0][1], "less kept: further down"
+    ticks = [float(tick) for tick in re.findall(r'text-anchor="(?:end|middle)">(\d+)<', svg)]
+    assert (min(ticks), max(ticks)) == (60, 100)
+    heights = [float(y) for y in re.findall(r'<text x="\d+" y="([\d.]+)">student', svg)]
+    assert min(b - a for a, b in pairwise(heights)) >= 12
+
+
+@pytest.mark.parametrize("lost", ["loss_retain", "loss_forget"])
+def test_the_bars_note(lost):
+    line = {
+        "loss": 1.234, "loss_forget": 2.0, "loss_retain": 1.0, "tokens_per_s": 12345.6, "stall_share": 0.034, "memory_gb": 0.61,
+    }  # fmt: skip
+    assert progress_note(line) == "loss 1.23 (forget 2, retain 1)  12,346 tok/s  stall 3 %  0.61 GB"
+    assert f"{lost.removeprefix('loss_')} " not in progress_note({**line, lost: None})

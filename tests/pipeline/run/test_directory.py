@@ -1,0 +1,88 @@
+"""The run directory: what makes two calls the same run, and that it keeps every student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from duet.cache.errors import UserError
+from duet.pipeline.config.load import CONFIG_NAME, load_config
+from duet.pipeline.config.schema import Config
+from duet.pipeline.run.directory import claim_run_dir
+from duet.pipeline.run.terminal import log
+from duet.stages.settings.student import FREE_TRAIN
+
+OTHER_VALUES = {
+    "pass_tokens": 99, "max_padding": 0.5, "gradient_checkpointing": True, "compile": True, "parallel": "fsdp",
+    "checkpoint_steps": 7, "keep_last": 3, "trackers": ["tensorboard"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def claim(lab_config) -> Iterator[Callable[..., Path]]:
+    def claimed(**changes) -> Path:
+        return claim_run_dir(load(lab_config, **changes))
+
+    yield claimed
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+
+
+def load(lab_config, **changes) -> Config:
+    return load_config(str(lab_config(**changes)))
+
+
+def students_of(run_dir: Path) -> list[str]:
+    return [student["name"] for student in yaml.safe_load((run_dir / CONFIG_NAME).read_text())["students"]]
+
+
+def test_what_changes_speed_only_may_differ_in_the_common_settings_and_in_a_students_own(claim):
+    assert set(OTHER_VALUES) == set(FREE_TRAIN)
+    claim(students=[{"name": "llama3.2-3b"}])
+    for key, value in OTHER_VALUES.items():
+        claim(students=[{"name": "llama3.2-3b"}], **{f"train__{key}": value})
+        claim(students=[{"name": "llama3.2-3b", "train": {key: value}}])
+    claim(students=[{"name": "llama3.2-3b", "push_to_hub": "me/it"}])
+
+
+def test_what_changes_numbers_may_not(claim):
+    claim(students=[{"name": "llama3.2-3b", "train": {"lr": 0.1}}])
+    for changes, message in (
+        ({"train__lr": 0.2}, "train.lr is 0.0003 there and 0.2 now"),
+        ({"train__lora": {"rank": 2}}, "train.lora is None there and unset now"),
+        (
+            {"students": [{"name": "llama3.2-3b", "train": {"lr": 0.2}}]},
+            "students.llama3.2-3b.train.lr is 0.1 there and 0.2",
+        ),
+        ({"students": [{"name": "llama3.2-3b"}]}, "students.llama3.2-3b.train.lr is 0.1 there and unset now"),
+    ):
+        with pytest.raises(UserError) as caught:
+            claim(**{"students": [{"name": "llama3.2-3b", "train": {"lr": 0.1}}]} | changes)
+        assert message in caught.value.what
+
+
+def test_a_teachers_own_settings_are_as_free_as_the_common_ones(claim):
+    def several(**more) -> dict:
+        return {"teachers": [{"name": "a.b"}, {"name": "c", "prefix": "x", **more}]}
+
+    claim(**several())
+    claim(**several(batch_size=3))
+    claim(teachers=several()["teachers"][::-1])
+    with pytest.raises(UserError, match=r"teachers\.c\.dtype is unset there and 'float16' now"):
+        claim(**several(dtype="float16"))
+    with pytest.raises(UserError, match=r"teachers\.c\.name is 'c' there and unset now"):
+        claim(teachers=[{"name": "a.b"}])
+
+
+def test_the_run_keeps_every_student_in_whatever_order_they_are_named(claim):
+    run_dir = claim(students=[{"name": "a"}, {"name": "b", "train": {"lr": 0.1}}])
+    claim(students=[{"name": "c"}])
+    assert students_of(run_dir) == ["a", "b", "c"]
+    claim(students=[{"name": "b", "train": {"lr": 0.1}}])
+    assert students_of(run_dir) == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"students\.b\.train\.lr is 0\.1 there and 0\.2 now"):
+        claim(students=[{"name": "b", "train": {"lr": 0.2}}])

@@ -1,0 +1,112 @@
+"""Attacks on weights: rounding, fine-tuning and reading layers, each against a calculation of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_config, tiny_model
+
+from duet.cache.errors import UserError
+from duet.stages.attacks.logit_lens import final_norm, token_ranks
+from duet.stages.attacks.quantize import VARIANTS, quantize, rounded
+from duet.stages.attacks.relearn import Teaching
+from duet.stages.models.layers import decoder_layers
+from duet.stages.settings.attacks import RelearnSettings
+
+VOCAB = 60
+PROMPTS = [[1, 5, 9, 11], [1, 7], [1, 3, 4, 8, 20]]
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 32), (4, 64), (4, 7)])
+def test_rounding_moves_no_weight_by_more_than_half_a_step(bits, group):
+    torch.manual_seed(0)
+    weight_OI = torch.randn(5, 100) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 2.0])[:, None]
+    found = rounded(weight_OI, bits, group)
+    for start in range(0, 100, group or 100):
+        part, told = weight_OI[:, start : start + (group or 100)], found[:, start : start + (group or 100)]
+        scale_O = part.abs().amax(1) / (2 ** (bits - 1) - 1)
+        assert ((part - told).abs() <= scale_O[:, None] * (0.5 + 1e-5)).all()
+        for row in told:
+            assert len(row.unique()) <= 2**bits - 1
+        assert torch.allclose(told.abs().amax(1), part.abs().amax(1)), "the largest weight stays"
+    assert torch.allclose(rounded(found, bits, group), found, rtol=1e-6, atol=0), "rounded again it stays as it is"
+
+
+def test_a_quantised_model_has_rounded_linear_weights_and_nothing_else():
+    model, before = (tiny_model(tiny_config("llama", VOCAB)) for _ in range(2))
+    changed = {
+        name
+        for (name, new), old in zip(_quantized(model).named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert changed == linear - {"lm_head.weight"}
+    assert [len(variants) for variants in VARIANTS.values()] == [1, 2]
+
+
+def _quantized(model):
+    assert quantize(model, 4, 32) == sum(
+        module.weight.numel() for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_lens_reads_every_layer_as_the_model_reads_its_last(name):
+    """Ranks from the outputs of the decoder layers themselves, one prompt at a time; the last layer's are the model's own."""
+    model = tiny_model(tiny_config(name, VOCAB))
+    tokens = [[13], [2], [40]]
+    found = np.array(token_ranks(model, PROMPTS, tokens, VOCAB - 3))
+    layers, norm, head = decoder_layers(model), final_norm(model), model.get_output_embeddings()
+    assert found.shape == (1 + len(layers), len(PROMPTS))
+    outputs: list[torch.Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    for number, (prompt, (token,)) in enumerate(zip(PROMPTS, tokens, strict=True)):
+        outputs.clear()
+        with torch.no_grad():
+            own = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+            read = [head(norm(output[:, -1:]))[0, -1] for output in outputs]
+        ranks = [1 + int((logits[: VOCAB - 3] > logits[token]).sum()) for logits in (*read, own)]
+        assert ranks[-2] == ranks[-1], "read through norm and head, the last layer is the model"
+        assert found[1:, number].tolist() == ranks[:-1]
+
+
+def test_a_model_whose_norm_is_not_what_the_head_reads_is_refused():
+    model = tiny_model(tiny_config("llama", VOCAB))
+    model.model.final_norm = torch.nn.Identity()  # later by name than the real one, and never called
+    with pytest.raises(UserError, match="is not what its output head reads"):
+        token_ranks(model, PROMPTS, [[1], [2], [3]], VOCAB)
+
+
+def test_teaching_lowers_the_loss_of_the_answers_and_of_nothing_else():
+    model = tiny_model(tiny_config("llama", VOCAB))
+    pairs = [(prompt, [30 + number, 31, 2]) for number, prompt in enumerate(PROMPTS)]
+    teach = Teaching(model, pairs, RelearnSettings(lr=1e-2, batch_size=8), seed=0)
+    before = _answer_loss(model, pairs)
+    assert teach.step() == pytest.approx(before, rel=1e-5), (
+        "the first loss is that of the untouched model, over answers alone"
+    )
+    for _ in range(20):
+        last = teach.step()
+    assert last < before / 4
+    assert teach.done == 21
+
+
+def test_teaching_takes_every_pair_once_an_epoch():
+    pairs = [([1, 5], [30 + number]) for number in range(5)]
+    teach = Teaching(tiny_model(tiny_config("llama", VOCAB)), pairs, RelearnSettings(batch_size=5), seed=3)
+    same = Teaching(tiny_model(tiny_config("llama", VOCAB)), pairs[::-1], RelearnSettings(batch_size=5), seed=8)
+    assert teach.step() == pytest.approx(same.step(), rel=1e-5)
+
+
+def _answer_loss(model, pairs) -> float:
+    """Mean negative log-probability of the answers' tokens, one pair at a time."""
+    losses = []
+    for prompt, answer in pairs:
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        losses += [-logprobs[len(prompt) - 1 + j, token].item() for j, token in enumerate(answer)]
+    return sum(losses) / len(losses)
