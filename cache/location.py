@@ -19,12 +19,12 @@ from duet.cache.errors import UserError
 from duet.cache.files import MAX_JSON_BYTES, publishing, sha256_json, sync_dir
 
 
-class Place(Protocol):
+class Location(Protocol):
     """A store's folder."""
 
     def name_of(self, name: str) -> str: ...
 
-    def __truediv__(self, name: str) -> Place: ...
+    def __truediv__(self, name: str) -> Location: ...
 
     def names(self) -> list[str]:
         """All files, at any depth; empty where there is no such folder."""
@@ -71,7 +71,7 @@ class Place(Protocol):
     def remove(self, name: str) -> None: ...
 
 
-def place_of(location: str | Path, cache_dir: str = CACHE_DIR, cache_bytes: int = CACHE_BYTES) -> Place:
+def location_of(location: str | Path, cache_dir: str = CACHE_DIR, cache_bytes: int = CACHE_BYTES) -> Location:
     """The place that a path or URL names."""
     if not is_url(location):
         return Folder(Path(location))
@@ -190,39 +190,39 @@ MANIFEST = "the manifest"  # or what else says what a file should be
 
 
 def check_file(
-    place: Place, name: str, size: int, sha256: str, hashed: bool = True, whose: str = MANIFEST
+    location: Location, name: str, size: int, sha256: str, hashed: bool = True, whose: str = MANIFEST
 ) -> str | None:
     """What is wrong with a file, where it lies, that should have this size and hash; None if nothing is."""
-    if fault := wrong_size(place, name, place.size(name), size, whose):
+    if fault := wrong_size(location, name, location.size(name), size, whose):
         return fault
-    digest = place.sha256(name) if hashed else sha256
-    return None if digest == sha256 else damaged(place, name, digest, sha256, whose)
+    digest = location.sha256(name) if hashed else sha256
+    return None if digest == sha256 else damaged(location, name, digest, sha256, whose)
 
 
-def wrong_size(place: Place, name: str, found: int | None, expected: int, whose: str = MANIFEST) -> str | None:
+def wrong_size(location: Location, name: str, found: int | None, expected: int, whose: str = MANIFEST) -> str | None:
     if found is None:
-        return f"{place.name_of(name)} is missing or is not a regular file"
-    return None if found == expected else f"{place.name_of(name)} has {found} bytes, {whose} says {expected}"
+        return f"{location.name_of(name)} is missing or is not a regular file"
+    return None if found == expected else f"{location.name_of(name)} has {found} bytes, {whose} says {expected}"
 
 
-def damaged(place: Place, name: str, found: str, expected: str, whose: str = MANIFEST) -> str:
-    return f"{place.name_of(name)} is damaged: sha256 {found[:16]}…, {whose} says {expected[:16]}…"
+def damaged(location: Location, name: str, found: str, expected: str, whose: str = MANIFEST) -> str:
+    return f"{location.name_of(name)} is damaged: sha256 {found[:16]}…, {whose} says {expected[:16]}…"
 
 
-def local_folder(place: Place, folder: str, attachments: dict[str, str]) -> Path:
+def local_folder(location: Location, folder: str, attachments: dict[str, str]) -> Path:
     """A local folder with the store's attachments of `folder`, each checked; of a remote store, a copy in the local cache."""
     wanted = {name: digest for name, digest in attachments.items() if name.startswith(f"{folder}/")}
-    found = {name: place.read(name) or b"" for name in wanted}
+    found = {name: location.read(name) or b"" for name in wanted}
     for name, raw in found.items():
         if hashlib.sha256(raw).hexdigest() != wanted[name]:
             raise UserError(
-                f"{place.name_of(name)} is missing or is not as it was written",
+                f"{location.name_of(name)} is missing or is not as it was written",
                 "`duet cache repair` with the store's config restores it",
             )
-    if isinstance(place, Folder):
-        return place.path / folder
-    assert isinstance(place, Remote)
-    copy = Folder(place.cache_dir / "attachments" / sha256_json(wanted))
+    if isinstance(location, Folder):
+        return location.path / folder
+    assert isinstance(location, Remote)
+    copy = Folder(location.cache_dir / "attachments" / sha256_json(wanted))
     for name, raw in found.items():
         copy.write(name, raw)
     return copy.path / folder

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from duet.cache.errors import UserError
 from duet.cache.files import TEMPORARY, Damaged, json_bytes
 from duet.cache.leases import Leases
-from duet.cache.location import Folder, Place, check_file
+from duet.cache.location import Folder, Location, check_file
 from duet.cache.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -38,20 +38,22 @@ OURS = re.compile(
 )
 
 
-def verify(place: Place, manifest: Manifest, hashed: bool = True) -> Iterator[str]:
+def verify(location: Location, manifest: Manifest, hashed: bool = True) -> Iterator[str]:
     """Describe each file that readers need and that is missing, of another size or (`hashed`) of other bytes.
 
     `check` looks at the other files, too.
     """
     for shard in manifest.shards:
-        if fault := check_file(place, shard.name, shard.bytes, shard.sha256, hashed):
+        if fault := check_file(location, shard.name, shard.bytes, shard.sha256, hashed):
             yield fault
-    yield from _damaged_attachments(place, manifest.attachments, hashed).values()
+    yield from _damaged_attachments(location, manifest.attachments, hashed).values()
 
 
-def _damaged_attachments(place: Place, attachments: dict[str, str], hashed: bool = True) -> dict[str, str]:
+def _damaged_attachments(location: Location, attachments: dict[str, str], hashed: bool = True) -> dict[str, str]:
     """Name -> what is wrong with it."""
-    found = {name: check_file(place, name, place.size(name) or 0, sha, hashed) for name, sha in attachments.items()}
+    found = {
+        name: check_file(location, name, location.size(name) or 0, sha, hashed) for name, sha in attachments.items()
+    }
     return {name: fault for name, fault in found.items() if fault}
 
 
@@ -67,30 +69,32 @@ class Checked:
     unsigned: tuple[str, ...]  # names of files of an earlier version, without a hash of their own: only their form was
 
 
-def check(place: Place) -> Checked:
+def check(location: Location) -> Checked:
     """Look at every file of a store; a UserError where there is none, or what describes it is damaged."""
-    if place.size(MANIFEST_NAME) is not None:
-        return _check_complete(place, read_manifest(place))
-    plan = read_plan(place)
+    if location.size(MANIFEST_NAME) is not None:
+        return _check_complete(location, read_manifest(location))
+    plan = read_plan(location)
     if plan is None:
-        raise UserError(*no_manifest(place))
-    return _check_unfinished(place, plan)
+        raise UserError(*no_manifest(location))
+    return _check_unfinished(location, plan)
 
 
-def _check_complete(place: Place, manifest: Manifest) -> Checked:
-    faults, copies = list(verify(place, manifest)), _copies(manifest)
+def _check_complete(location: Location, manifest: Manifest) -> Checked:
+    faults, copies = list(verify(location, manifest)), _copies(manifest)
     for name, expected in copies.items():
-        raw = place.read(name)
+        raw = location.read(name)
         if raw is None or raw not in expected:
-            faults.append(f"{place.name_of(name)} is {'missing' if raw is None else 'not as it was written'}")
+            faults.append(f"{location.name_of(name)} is {'missing' if raw is None else 'not as it was written'}")
     try:
-        plan = read_plan(place)
+        plan = read_plan(location)
         if plan is None or plan.differing(manifest) or plan.attachments != manifest.attachments:
-            faults.append(f"{place.name_of(PLAN_NAME)} is {'missing' if plan is None else 'not that of the manifest'}")
+            faults.append(
+                f"{location.name_of(PLAN_NAME)} is {'missing' if plan is None else 'not that of the manifest'}"
+            )
     except Damaged as error:
         faults.append(error.what)
     ours = {MANIFEST_NAME, PLAN_NAME, *copies, *manifest.attachments, *(shard.name for shard in manifest.shards)}
-    unread = sorted(set(place.names()) - ours)
+    unread = sorted(set(location.names()) - ours)
     return Checked(True, len(manifest.shards), len(manifest.shards), tuple(faults), tuple(unread), ())
 
 
@@ -102,93 +106,93 @@ def _copies(manifest: Manifest) -> dict[str, tuple[bytes, ...]]:
     }
 
 
-def _check_unfinished(place: Place, plan: Plan) -> Checked:
-    names = place.names()
+def _check_unfinished(location: Location, plan: Plan) -> Checked:
+    names = location.names()
     written = plan.written(names)
-    faults = [fault for index in written if (fault := _shard_fault(place, plan, index))]
-    faults += _damaged_attachments(place, plan.attachments).values()
+    faults = [fault for index in written if (fault := _shard_fault(location, plan, index))]
+    faults += _damaged_attachments(location, plan.attachments).values()
     if len(written) == plan.num_shards:
-        faults.append(f"{place.name_of(MANIFEST_NAME)} is missing, though all {plan.num_shards} shards are written")
+        faults.append(f"{location.name_of(MANIFEST_NAME)} is missing, though all {plan.num_shards} shards are written")
     sides = [plan.side_name(index) for index in written]
     ours = {PLAN_NAME, *sides, *plan.attachments, *(plan.shard_name(index) for index in written)}
-    unsigned = tuple(name for name in (PLAN_NAME, *sides) if not is_signed(place.read(name) or b""))
+    unsigned = tuple(name for name in (PLAN_NAME, *sides) if not is_signed(location.read(name) or b""))
     unread = sorted(set(names) - ours)
     return Checked(False, plan.num_shards, len(written), tuple(faults), tuple(unread), unsigned)
 
 
-def _shard_fault(place: Place, plan: Plan, index: int) -> str | None:
+def _shard_fault(location: Location, plan: Plan, index: int) -> str | None:
     """What is wrong with a written shard or its side file."""
     try:
-        shard = read_entry(place, plan, index)
+        shard = read_entry(location, plan, index)
     except Damaged as error:
         return error.what
     if shard is None:
-        return f"{place.name_of(plan.side_name(index))} is missing"
-    return check_file(place, shard.name, shard.bytes, shard.sha256, whose=plan.side_name(index))
+        return f"{location.name_of(plan.side_name(index))} is missing"
+    return check_file(location, shard.name, shard.bytes, shard.sha256, whose=plan.side_name(index))
 
 
-def invalidate(place: Place, plan: Plan) -> list[int]:
+def invalidate(location: Location, plan: Plan) -> list[int]:
     """Make a store unfinished where it is damaged, and bring back what the rest of it, or `plan`, tells.
 
     Returns the shards that are to be written again; a `StoreWriter` does that, and restores attachments. Where a manifest
     is as it was written and all shards are, it stays. Until it goes, the store is the damaged one that it was; after that
     it is an unfinished one: to be stopped in between harms nothing. `plan` names attachments where nothing else does.
     """
-    manifest = _undamaged(read_manifest, place) if place.size(MANIFEST_NAME) is not None else None
-    found = _undamaged(read_plan, place)
+    manifest = _undamaged(read_manifest, location) if location.size(MANIFEST_NAME) is not None else None
+    found = _undamaged(read_plan, location)
     for there in (manifest, found):
         if there:
-            check_same_plan(place, there, plan)
+            check_same_plan(location, there, plan)
     attachments = (manifest or found or plan).attachments
-    entries = _entries(place, plan, manifest)
-    bad = [index for index in range(plan.num_shards) if not _is_whole(place, entries.get(index))]
-    _restore(place, PLAN_NAME, json_bytes(dataclasses.replace(plan, attachments=attachments).as_json()))
+    entries = _entries(location, plan, manifest)
+    bad = [index for index in range(plan.num_shards) if not _is_whole(location, entries.get(index))]
+    _restore(location, PLAN_NAME, json_bytes(dataclasses.replace(plan, attachments=attachments).as_json()))
     for index in range(plan.num_shards):
         if index in bad:
-            place.remove(plan.side_name(index))
+            location.remove(plan.side_name(index))
         else:
-            _restore(place, plan.side_name(index), json_bytes(entries[index].as_json()))
-    for name in _damaged_attachments(place, attachments):
-        place.remove(name)
+            _restore(location, plan.side_name(index), json_bytes(entries[index].as_json()))
+    for name in _damaged_attachments(location, attachments):
+        location.remove(name)
     if bad or manifest is None:
-        place.remove(MANIFEST_NAME)
+        location.remove(MANIFEST_NAME)
     for index in bad:
-        place.remove(plan.shard_name(index))
+        location.remove(plan.shard_name(index))
     return bad
 
 
-def provenance_of(place: Place) -> dict[str, Any] | None:
+def provenance_of(location: Location) -> dict[str, Any] | None:
     """What the manifest or, where that is missing or damaged, the plan tells; None where both are."""
-    manifest = _undamaged(read_manifest, place) if place.size(MANIFEST_NAME) is not None else None
-    there = manifest or _undamaged(read_plan, place)
+    manifest = _undamaged(read_manifest, location) if location.size(MANIFEST_NAME) is not None else None
+    there = manifest or _undamaged(read_plan, location)
     return there.provenance if there else None
 
 
-def _undamaged(read: Callable[[Place], T | None], place: Place) -> T | None:
+def _undamaged(read: Callable[[Location], T | None], location: Location) -> T | None:
     try:
-        return read(place)
+        return read(location)
     except Damaged:
         return None
 
 
-def _entries(place: Place, plan: Plan, manifest: Manifest | None) -> dict[int, Shard]:
+def _entries(location: Location, plan: Plan, manifest: Manifest | None) -> dict[int, Shard]:
     """What is known of the shards, by index."""
     if manifest:
         return dict(enumerate(manifest.shards))
-    found = ((index, written_shard(place, plan, index)) for index in range(plan.num_shards))
+    found = ((index, written_shard(location, plan, index)) for index in range(plan.num_shards))
     return {index: shard for index, shard in found if shard}
 
 
-def _is_whole(place: Place, shard: Shard | None) -> bool:
-    return shard is not None and check_file(place, shard.name, shard.bytes, shard.sha256) is None
+def _is_whole(location: Location, shard: Shard | None) -> bool:
+    return shard is not None and check_file(location, shard.name, shard.bytes, shard.sha256) is None
 
 
-def _restore(place: Place, name: str, data: bytes) -> None:
-    if place.read(name) != data:
-        place.write(name, data)
+def _restore(location: Location, name: str, data: bytes) -> None:
+    if location.read(name) != data:
+        location.write(name, data)
 
 
-def convert(source: Place, target: Place, store_format: str, compression: str) -> Manifest:
+def convert(source: Location, target: Location, store_format: str, compression: str) -> Manifest:
     """Write the same rows in another format; stored bits are taken over as they are. Resumes like any writing."""
     store = Store(source)
     manifest = store.manifest
@@ -218,7 +222,7 @@ def convert(source: Place, target: Place, store_format: str, compression: str) -
 class Found:
     """A store under a folder of stores."""
 
-    place: Place
+    location: Location
     state: str  # "complete", "incomplete", "being written" or "damaged"
     rows: int
     num_bytes: int
@@ -226,34 +230,34 @@ class Found:
     unused_days: float | None  # None on object storage, which does not know
 
 
-def find_stores(root: Place) -> list[Found]:
+def find_stores(root: Location) -> list[Found]:
     """The stores among a folder and its sub-folders, or the folder itself."""
     places = [root, *(root / name for name in root.folders())]
     return [_found(at) for at in places if any(at.size(name) is not None for name in (PLAN_NAME, MANIFEST_NAME))]
 
 
-def _found(place: Place) -> Found:
-    sizes = place.sizes()
+def _found(location: Location) -> Found:
+    sizes = location.sizes()
     num_bytes = sum(sizes.values())
-    unused = _unused_days(place, sizes) if isinstance(place, Folder) else None
+    unused = _unused_days(location, sizes) if isinstance(location, Folder) else None
     try:
-        if place.size(MANIFEST_NAME) is not None:
-            manifest = read_manifest(place)
-            return Found(place, "complete", manifest.rows, num_bytes, manifest.format, unused)
-        plan = read_plan(place)
+        if location.size(MANIFEST_NAME) is not None:
+            manifest = read_manifest(location)
+            return Found(location, "complete", manifest.rows, num_bytes, manifest.format, unused)
+        plan = read_plan(location)
     except UserError:
-        return Found(place, "damaged", 0, num_bytes, "?", unused)
-    held = isinstance(place, Folder) and Leases(place.path / LEASES_NAME, LEASE_S).held()
+        return Found(location, "damaged", 0, num_bytes, "?", unused)
+    held = isinstance(location, Folder) and Leases(location.path / LEASES_NAME, LEASE_S).held()
     state = "being written" if held else "incomplete"
-    return Found(place, state, plan.rows if plan else 0, num_bytes, plan.format if plan else "?", unused)
+    return Found(location, state, plan.rows if plan else 0, num_bytes, plan.format if plan else "?", unused)
 
 
-def _unused_days(place: Folder, names: Iterable[str]) -> float:
+def _unused_days(location: Folder, names: Iterable[str]) -> float:
     """Since anything was written to it or its manifest was read; what a writer moves meanwhile does not count."""
     used = [0.0]
     for name in names:
         with suppress(FileNotFoundError):
-            used.append((place.path / name).lstat().st_mtime)
+            used.append((location.path / name).lstat().st_mtime)
     return (time.time() - max(used)) / 86400
 
 
@@ -269,16 +273,16 @@ def removable(root: Folder, unused_days: float | None) -> list[Found]:
 
 def remove_store(path: Path) -> list[str]:
     """Remove a store's files, the manifest first; returns what was left because it is not ours."""
-    place = Folder(path)
-    described = read_manifest(place) if place.size(MANIFEST_NAME) is not None else read_plan(place)
-    names = place.names()
+    location = Folder(path)
+    described = read_manifest(location) if location.size(MANIFEST_NAME) is not None else read_plan(location)
+    names = location.names()
     ours = {name for name in names if OURS.fullmatch(name)} | (
         set(described.attachments if described else ()) & set(names)
     )
-    place.remove(MANIFEST_NAME)
+    location.remove(MANIFEST_NAME)
     for name in sorted(ours - {PLAN_NAME}):
-        place.remove(name)
-    place.remove(PLAN_NAME)
+        location.remove(name)
+    location.remove(PLAN_NAME)
     folders = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True)
     for folder in [*folders, path]:
         if not any(folder.iterdir()):

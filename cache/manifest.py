@@ -17,7 +17,7 @@ from typing import Any
 from duet.cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Layout, common_dtype
 from duet.cache.errors import UserError
 from duet.cache.files import Damaged, read_signed, sha256_json, signed
-from duet.cache.location import Place
+from duet.cache.location import Location
 from duet.cache.record import SUBSETS
 
 FORMAT_VERSION = 2
@@ -205,12 +205,12 @@ def store_name(fingerprint: str, store_format: str) -> str:
     return fingerprint[:16] if store_format == "arrow" else f"{fingerprint[:16]}.{store_format}"
 
 
-def read_manifest(place: Place) -> Manifest:
+def read_manifest(location: Location) -> Manifest:
     """Read a complete store's manifest; anything else in its place is a UserError that says what was found."""
-    name = place.name_of(MANIFEST_NAME)
-    raw = place.read(MANIFEST_NAME)
+    name = location.name_of(MANIFEST_NAME)
+    raw = location.read(MANIFEST_NAME)
     if raw is None:
-        raise UserError(*no_manifest(place))
+        raise UserError(*no_manifest(location))
     value = read_signed(raw, name, "sha256", REPAIR_HINT)
     check_version(value, name)
     hint = "whoever signed it changed it: make the store anew"
@@ -281,12 +281,12 @@ def _shard_faults(manifest: Manifest) -> Iterator[str]:
         yield f"value_dtype {manifest.value_dtype!r} is not that of the shards"
 
 
-def read_plan(place: Place) -> Plan | None:
+def read_plan(location: Location) -> Plan | None:
     """The plan that a store was begun with, or None where there is none."""
-    raw = place.read(PLAN_NAME)
+    raw = location.read(PLAN_NAME)
     if raw is None:
         return None
-    name = place.name_of(PLAN_NAME)
+    name = location.name_of(PLAN_NAME)
     value = read_signed(raw, name, _SIGNED, REPAIR_HINT, unsigned=True)
     check_version(value, name)
     try:
@@ -298,12 +298,12 @@ def read_plan(place: Place) -> Plan | None:
     return plan
 
 
-def read_entry(place: Place, plan: Plan, index: int) -> Shard | None:
+def read_entry(location: Location, plan: Plan, index: int) -> Shard | None:
     """A shard's entry by its side file, None where there is none; Damaged if it is not one of this plan's shard."""
-    raw = place.read(plan.side_name(index))
+    raw = location.read(plan.side_name(index))
     if raw is None:
         return None
-    name = place.name_of(plan.side_name(index))
+    name = location.name_of(plan.side_name(index))
     try:
         shard = Shard(**read_signed(raw, name, _SIGNED, REPAIR_HINT, unsigned=True))
     except TypeError as error:
@@ -318,14 +318,15 @@ def is_signed(raw: bytes) -> bool:
     return f'"{_SIGNED}"'.encode() in raw
 
 
-def no_manifest(place: Place) -> tuple[str, str]:
+def no_manifest(location: Location) -> tuple[str, str]:
     """What to say, and a hint, of a place without a manifest."""
-    plan = read_plan(place)
+    plan = read_plan(location)
     if plan:
-        names = place.entries()
+        names = location.entries()
         done = len(plan.written(names))
         return (
-            f"the store {place} is incomplete: {done} of {plan.num_shards} shards are written and there is no {MANIFEST_NAME}",
+            f"the store {location} is incomplete: {done} of {plan.num_shards} shards are written, and {MANIFEST_NAME} is "
+            "missing",
             "run `duet teacher-logits` with the same config: it resumes at the next shard",
         )
-    return f"{place} is not a store: it has no {MANIFEST_NAME}", "make one with `duet teacher-logits`"
+    return f"{location} is not a store: it has no {MANIFEST_NAME}", "make one with `duet teacher-logits`"

@@ -17,7 +17,7 @@ import numpy as np
 from duet.cache.arrow_format import ArrowShard
 from duet.cache.codec import Block, concat_blocks, position_columns
 from duet.cache.errors import UserError
-from duet.cache.location import Folder, Place, damaged, wrong_size
+from duet.cache.location import Folder, Location, damaged, wrong_size
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.order import GROUP_SHARDS, Cursor, Order, Window
 from duet.cache.record import Rows
@@ -43,20 +43,20 @@ START, ALONE = Cursor(), Rank()
 class Store:
     """A complete store, opened for reading."""
 
-    def __init__(self, place: Place, verify: bool = True) -> None:
+    def __init__(self, location: Location, verify: bool = True) -> None:
         """Read the manifest and check that every shard is there with its size; `verify`: and its sha256 at its first use."""
-        self.place = place
-        self.manifest: Manifest = read_manifest(place)
+        self.location = location
+        self.manifest: Manifest = read_manifest(location)
         self._verify = verify
         self._shards: dict[int, ArrowShard | ZarrShard] = {}  # least recently used first
         self._columns = position_columns(self.manifest.layout, self.manifest.value_dtype, self.manifest.logsumexp)
-        sizes = place.sizes()
+        sizes = location.sizes()
         for shard in self.manifest.shards:
-            if fault := wrong_size(place, shard.name, sizes.get(shard.name), shard.bytes):
+            if fault := wrong_size(location, shard.name, sizes.get(shard.name), shard.bytes):
                 raise UserError(fault, REPAIR_HINT)
-        if isinstance(place, Folder):
+        if isinstance(location, Folder):
             with suppress(OSError):  # somebody else's store, in which we may only read
-                os.utime(place.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
+                os.utime(location.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -149,7 +149,7 @@ class Store:
         except UserError:
             raise
         except Exception as error:
-            name = self.place.name_of(self.manifest.shards[shard].name)
+            name = self.location.name_of(self.manifest.shards[shard].name)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{name} is not a shard of this store: {reason}", "make the store anew") from error
 
@@ -162,17 +162,17 @@ class Store:
 
     def _open(self, index: int) -> ArrowShard | ZarrShard:
         entry, manifest = self.manifest.shards[index], self.manifest
-        name = self.place.name_of(entry.name)
-        with self.place.open(entry.name, entry.bytes, entry.sha256) as file:
+        name = self.location.name_of(entry.name)
+        with self.location.open(entry.name, entry.bytes, entry.sha256) as file:
             found = os.fstat(file.fileno())
-            if fault := wrong_size(self.place, entry.name, found.st_size, entry.bytes):
+            if fault := wrong_size(self.location, entry.name, found.st_size, entry.bytes):
                 raise UserError(fault, REPAIR_HINT)
             key = (name, found.st_ino, found.st_mtime_ns, entry.sha256)
             if self._verify and key not in _checked:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest != entry.sha256:
-                    self.place.drop(entry.sha256)
-                    raise UserError(damaged(self.place, entry.name, digest, entry.sha256), REPAIR_HINT)
+                    self.location.drop(entry.sha256)
+                    raise UserError(damaged(self.location, entry.name, digest, entry.sha256), REPAIR_HINT)
                 _checked.add(key)
             columns = position_columns(manifest.layout, entry.value_dtype, entry.logsumexp)
             return FORMAT_READERS[manifest.format](file, manifest.layout, columns, manifest.block_rows)

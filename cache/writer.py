@@ -31,7 +31,7 @@ from duet.cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one
 from duet.cache.errors import UserError
 from duet.cache.files import TEMPORARY, Damaged, json_bytes, sha256_file, sync_dir, sync_file, telling_of_full_disks
 from duet.cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
-from duet.cache.location import Folder, Place
+from duet.cache.location import Folder, Location
 from duet.cache.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -98,7 +98,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        place: Place,
+        location: Location,
         plan: Plan,
         attachments: dict[str, bytes] | None = None,
         lease_s: float = LEASE_S,
@@ -112,10 +112,10 @@ class StoreWriter:
             raise UserError(
                 f"a vocabulary of {plan.vocab_size} ids: at most {MAX_VOCAB_SIZE} can be stored", "use another model"
             )
-        self.place = place
-        with telling_of_full_disks(Path(place.name_of(PLAN_NAME)), plan.num_shards * _most_bytes(plan)):
-            self.plan = _begin(place, plan, attachments or {})
-        self._folder = place.path if isinstance(place, Folder) else None
+        self.location = location
+        with telling_of_full_disks(Path(location.name_of(PLAN_NAME)), plan.num_shards * _most_bytes(plan)):
+            self.plan = _begin(location, plan, attachments or {})
+        self._folder = location.path if isinstance(location, Folder) else None
         self._leases = Leases(self._folder / LEASES_NAME, lease_s, clock) if self._folder else None
         self._heartbeat = Heartbeat(self._leases) if self._leases else None
         self._background = ThreadPoolExecutor(max_workers=2, thread_name_prefix="publish")
@@ -141,7 +141,7 @@ class StoreWriter:
         """Indices of the shards that are not written, in plan order."""
         if not self._listings:
             self._list()
-        elif self._missing and self.place.size(MANIFEST_NAME) is not None:
+        elif self._missing and self.location.size(MANIFEST_NAME) is not None:
             self._missing.clear()
         else:
             for index in list(self._missing):
@@ -149,13 +149,13 @@ class StoreWriter:
         return sorted(self._missing)
 
     def _list(self) -> None:
-        there = self.place.entries()
+        there = self.location.entries()
         self._stamps = self._leases.stamps() if self._leases else {}
         self._missing = set(range(self.plan.num_shards)) - set(self.plan.written(there))
         self._listings, self._surprises = self._listings + 1, 0
 
     def _is_written(self, index: int) -> bool:
-        found = index in self._written or self.place.size(self.plan.side_name(index)) is not None
+        found = index in self._written or self.location.size(self.plan.side_name(index)) is not None
         if found:
             self._missing.discard(index)
         return found
@@ -166,7 +166,7 @@ class StoreWriter:
             self._publishing.pop(0).result()
         if not self._listings:
             self._list()
-        with telling_of_full_disks(Path(self.place.name_of(LEASES_NAME)), self._needed_bytes(len(self._missing))):
+        with telling_of_full_disks(Path(self.location.name_of(LEASES_NAME)), self._needed_bytes(len(self._missing))):
             if shard := self._claim_on_the_walk():
                 return shard
             self._walk = self._new_walk()  # what others held may be free again
@@ -262,7 +262,7 @@ class StoreWriter:
                     if shard.lease and self._folder:
                         shard.lease.publish(file, self._folder / file)
                     else:
-                        self.place.move_in(directory / file, file)
+                        self.location.move_in(directory / file, file)
                 if self._folder:
                     sync_dir(self._folder)
             self._written[shard.index] = entry
@@ -292,16 +292,16 @@ class StoreWriter:
         """Publish the manifest once every shard is there; of many processes one does it, and all return the same."""
         self.wait()
         if missing := self.missing():
-            raise ValueError(f"cannot finalise {self.place}: shards {missing} are missing")
-        while self.place.size(MANIFEST_NAME) is None:
+            raise ValueError(f"cannot finalise {self.location}: shards {missing} are missing")
+        while self.location.size(MANIFEST_NAME) is None:
             if self._leases is None or self._folder is None:
                 data = self._manifest(environment)
-                with telling_of_full_disks(Path(self.place.name_of(MANIFEST_NAME)), len(data)):
-                    self.place.write(MANIFEST_NAME, data)
+                with telling_of_full_disks(Path(self.location.name_of(MANIFEST_NAME)), len(data)):
+                    self.location.write(MANIFEST_NAME, data)
             elif not self._finalise_alone(environment, self._leases, self._folder):
                 time.sleep(wait_s)
         self._tidy()
-        return read_manifest(self.place)
+        return read_manifest(self.location)
 
     def _finalise_alone(self, environment: dict[str, Any], leases: Leases, folder: Path) -> bool:
         """Unless somebody else is at it."""
@@ -317,15 +317,15 @@ class StoreWriter:
         """Of all shards, each of which is read once; damaged ones are a UserError and are no longer there."""
         damaged = []
         for index in range(self.plan.num_shards):
-            shard = self._written.get(index) or written_shard(self.place, self.plan, index)
+            shard = self._written.get(index) or written_shard(self.location, self.plan, index)
             if shard:
                 self._written[index] = shard
             else:
                 damaged.append(self.plan.shard_name(index))
-                self.place.remove(self.plan.side_name(index))
+                self.location.remove(self.plan.side_name(index))
         if damaged:
             raise UserError(
-                f"{len(damaged)} shards are not as they were written, the first is {self.place.name_of(damaged[0])}",
+                f"{len(damaged)} shards are not as they were written, the first is {self.location.name_of(damaged[0])}",
                 "run the same command again: they are written anew",
             )
         shards = [self._written[index] for index in range(self.plan.num_shards)]
@@ -333,7 +333,7 @@ class StoreWriter:
 
     def _publish_manifest(self, environment: dict[str, Any], lease: Lease, folder: Path) -> None:
         """Unless there is one, or somebody took over."""
-        if self.place.size(MANIFEST_NAME) is not None:
+        if self.location.size(MANIFEST_NAME) is not None:
             return
         data = self._manifest(environment)
         try:
@@ -350,18 +350,18 @@ class StoreWriter:
         """Remove what killed writers left in a complete store; its leases' folder goes last, and says that it was done."""
         if self._leases and self._leases.dir.exists():
             with suppress(PermissionError):  # what is not ours to remove harms no reader
-                for name in filter(TEMPORARY.fullmatch, self.place.names()):
-                    self.place.remove(name)
+                for name in filter(TEMPORARY.fullmatch, self.location.names()):
+                    self.location.remove(name)
                 self._leases.tidy()
 
 
-def written_shard(place: Place, plan: Plan, index: int) -> Shard | None:
+def written_shard(location: Location, plan: Plan, index: int) -> Shard | None:
     """The shard's entry if its file has the size that was written, else None: the shard is written anew."""
     try:
-        shard = read_entry(place, plan, index)
+        shard = read_entry(location, plan, index)
     except Damaged:
         return None
-    return shard if shard and place.size(shard.name) == shard.bytes else None
+    return shard if shard and location.size(shard.name) == shard.bytes else None
 
 
 def _most_bytes(plan: Plan) -> int:
@@ -378,7 +378,7 @@ def planned(plan: Plan, attachments: dict[str, bytes]) -> Plan:
     return dataclasses.replace(plan, attachments=hashes)
 
 
-def check_same_plan(place: Place, there: Plan | Manifest, plan: Plan) -> None:
+def check_same_plan(location: Location, there: Plan | Manifest, plan: Plan) -> None:
     """Refuse to write a store by another plan than the one that it was begun with."""
     if differing := plan.differing(there):
         shown = ", ".join(
@@ -387,32 +387,34 @@ def check_same_plan(place: Place, there: Plan | Manifest, plan: Plan) -> None:
             if name != "provenance"
         )
         raise UserError(
-            f"{place} was begun with another plan: {shown or 'provenance differs'}",
+            f"{location} was begun with another plan: {shown or 'provenance differs'}",
             "set it back, name another store.dir, or remove the directory if nobody needs it",
         )
 
 
-def _begin(place: Place, plan: Plan, attachments: dict[str, bytes]) -> Plan:
+def _begin(location: Location, plan: Plan, attachments: dict[str, bytes]) -> Plan:
     plan = planned(plan, attachments)
-    found = read_plan(place)
-    if found is None and any(_is_foreign(name) for name in place.names() if name not in attachments):
-        found = read_plan(place)  # or another writer has begun it meanwhile
+    found = read_plan(location)
+    if found is None and any(_is_foreign(name) for name in location.names() if name not in attachments):
+        found = read_plan(location)  # or another writer has begun it meanwhile
         if found is None:
-            raise UserError(f"{place} is not empty and is not a store", "name an empty or new directory as store.dir")
+            raise UserError(
+                f"{location} is not empty and is not a store", "name an empty or new directory as store.dir"
+            )
     if found is None:
         for name, data in attachments.items():
-            place.write(name, data)
-        place.write(PLAN_NAME, json_bytes(plan.as_json()))
+            location.write(name, data)
+        location.write(PLAN_NAME, json_bytes(plan.as_json()))
         return plan
-    check_same_plan(place, found, plan)
+    check_same_plan(location, found, plan)
     for name, digest in found.attachments.items():
-        if place.size(name) is None:
+        if location.size(name) is None:
             if plan.attachments.get(name) != digest:
                 raise UserError(
-                    f"{place.name_of(name)} is missing and would not be written as it was",
+                    f"{location.name_of(name)} is missing and would not be written as it was",
                     "restore it, or install the versions of transformers and tokenizers that wrote it",
                 )
-            place.write(name, attachments[name])
+            location.write(name, attachments[name])
     return found
 
 

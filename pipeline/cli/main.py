@@ -62,7 +62,7 @@ def teacher_logits(
 ) -> int:
     """Stage one: run the prefixed teacher once and store its top-k logits."""
     from duet.pipeline.commands import teacher_logits as capture
-    from duet.pipeline.config.selection import Request
+    from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
 
     check_alone("teacher-logits", os.environ)
@@ -73,7 +73,7 @@ def teacher_logits(
             )
     if workers:
         asked["overrides"] = (*asked["overrides"], f"teacher.data_parallel={workers}")
-    return capture.teacher_logits(Request(**asked), limit, dry_run, child, worker)
+    return capture.teacher_logits(Selection(**asked), limit, dry_run, child, worker)
 
 
 @duet.command()
@@ -84,9 +84,9 @@ def teacher_logits(
 def distill(jobs: int | None, child: bool, **asked: Any) -> int:
     """Stage two: train the students on the store; through torchrun, each on several devices."""
     from duet.pipeline.commands.distill import distill as train
-    from duet.pipeline.config.selection import Request
+    from duet.pipeline.config.selection import Selection
 
-    return train(Request(**asked), jobs, child)
+    return train(Selection(**asked), jobs, child)
 
 
 @duet.command()
@@ -101,11 +101,11 @@ def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
     from duet.pipeline.commands import evaluate as commands
     from duet.pipeline.config.schema import with_models
-    from duet.pipeline.config.selection import Request
+    from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
 
     check_alone("evaluate", os.environ)
-    request = Request(**asked)
+    request = Selection(**asked)
     if not models:
         commands.evaluate(request.load(), dry_run)
     elif request.only or request.sweeps:
@@ -140,11 +140,11 @@ def run(force: bool, **asked: Any) -> int:
     """All three stages, each in a process of its own."""
     from duet.pipeline.commands.audit_prefix import refuse_failing
     from duet.pipeline.commands.run import run_all
-    from duet.pipeline.config.selection import Request
+    from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
 
     check_alone("run", os.environ)
-    request = Request(**asked)
+    request = Selection(**asked)
     config = request.load()  # a faulty config should not wait for a stage to say so
     if not force:
         refuse_failing(config)
@@ -158,11 +158,11 @@ def run(force: bool, **asked: Any) -> int:
 def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
     """DUET against other unlearning methods: same data, same budget, one table."""
     from duet.pipeline.commands.compare import compare as compare_methods
-    from duet.pipeline.config.selection import Request
+    from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
 
     check_alone("compare", os.environ)
-    return compare_methods(Request(**asked), jobs, part)
+    return compare_methods(Selection(**asked), jobs, part)
 
 
 @duet.command()
@@ -178,9 +178,9 @@ def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any)
     """A run as jobs on a Slurm cluster, chained; what is done or in the queue is not submitted again."""
     from duet.pipeline.commands import submit as jobs
     from duet.pipeline.commands.audit_prefix import refuse_failing
-    from duet.pipeline.config.selection import Request
+    from duet.pipeline.config.selection import Selection
 
-    request = Request(**asked)
+    request = Selection(**asked)
     if not force:
         refuse_failing(request.load())
     jobs.submit(request, stages, print_only)

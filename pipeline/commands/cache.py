@@ -14,7 +14,7 @@ from rich.table import Table
 from duet.cache import maintain
 from duet.cache.errors import UserError
 from duet.cache.leases import Leases
-from duet.cache.location import Folder, Place, place_of
+from duet.cache.location import Folder, Location, location_of
 from duet.cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, read_manifest, store_name
 from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter, planned
 from duet.pipeline.run.terminal import say, say_json, show
@@ -27,10 +27,10 @@ def list_stores(root: str) -> None:
         table.add_column(column, overflow="fold")
     for column in ("rows", "MB", "last used, days ago"):
         table.add_column(column, justify="right")
-    for found in maintain.find_stores(place_of(root)):
+    for found in maintain.find_stores(location_of(root)):
         unused = "?" if found.unused_days is None else f"{found.unused_days:.1f}"
         size = f"{found.num_bytes / 1e6:.2f}"
-        table.add_row(str(found.place), found.state, found.format, str(found.rows), size, unused)
+        table.add_row(str(found.location), found.state, found.format, str(found.rows), size, unused)
     if not table.row_count:
         say(f"no stores in {root}")
         return
@@ -70,19 +70,19 @@ def find_stores(config_path: str, overrides: tuple[str, ...], as_json: bool) -> 
         )
 
 
-def _state(place: Place, plan: Plan) -> dict[str, Any]:
+def _state(location: Location, plan: Plan) -> dict[str, Any]:
     """What is there of a store. When it was begun, and by whom, only a file system says."""
-    complete = place.size(MANIFEST_NAME) is not None
-    there = place.entries()
+    complete = location.size(MANIFEST_NAME) is not None
+    there = location.entries()
     rows = plan.rows_of(plan.written(there))
     begun, owner, writers = None, None, 0
-    if isinstance(place, Folder) and PLAN_NAME in there:
-        stat = (place.path / PLAN_NAME).stat()
+    if isinstance(location, Folder) and PLAN_NAME in there:
+        stat = (location.path / PLAN_NAME).stat()
         begun = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="seconds")
         owner = _user_name(stat.st_uid)
-        writers = 0 if complete else Leases(place.path / LEASES_NAME, LEASE_S).num_holders()
+        writers = 0 if complete else Leases(location.path / LEASES_NAME, LEASE_S).num_holders()
     return {
-        "path": str(place),
+        "path": str(location),
         "fingerprint": plan.fingerprint,
         "engine": plan.provenance["engine"],
         "state": "complete" if complete else "incomplete" if PLAN_NAME in there else "absent",
@@ -91,7 +91,7 @@ def _state(place: Place, plan: Plan) -> dict[str, Any]:
         "living_writers": writers,
         "begun": begun,
         "owner": owner,
-        "environment": read_manifest(place).environment if complete else {},
+        "environment": read_manifest(location).environment if complete else {},
     }
 
 
@@ -104,12 +104,12 @@ def _user_name(uid: int) -> str:
 
 def inspect_store(store: str, as_json: bool) -> None:
     """Print a complete store's manifest, whole as JSON or its main lines."""
-    place = place_of(store)
-    manifest = read_manifest(place)
+    location = location_of(store)
+    manifest = read_manifest(location)
     if as_json:
         say_json(manifest.as_json())
         return
-    say(f"{place}: {manifest.format}, compression {manifest.compression}, {len(manifest.shards)} shards")
+    say(f"{location}: {manifest.format}, compression {manifest.compression}, {len(manifest.shards)} shards")
     for subset, rows in manifest.subsets.items():
         say(f"{subset}: {rows} rows")
     per_token = manifest.shard_bytes / (manifest.positions * manifest.top_k)
@@ -122,19 +122,19 @@ def inspect_store(store: str, as_json: bool) -> None:
 
 def verify_store(store: str) -> None:
     """Check every byte of a store, complete or not; a damaged one is a UserError that names the first fault."""
-    place = place_of(store)
-    found = maintain.check(place)
+    location = location_of(store)
+    found = maintain.check(location)
     if found.faults:
         raise UserError(
             f"{len(found.faults)} of the store's files are damaged: {found.faults[0]}",
-            f"run: duet cache repair {place} --config FILE, with the config that made it",
+            f"run: duet cache repair {location} --config FILE, with the config that made it",
         )
     if found.complete:
-        say(f"{place}: all {found.shards} shards and all other files are as they were written")
+        say(f"{location}: all {found.shards} shards and all other files are as they were written")
     else:
         say(
-            f"{place}: unfinished, {found.written} of {found.shards} shards are written, all files are as they were written; "
-            "`duet teacher-logits` with the same config goes on"
+            f"{location}: unfinished, {found.written} of {found.shards} shards are written, all files are as they were "
+            "written; `duet teacher-logits` with the same config goes on"
         )
     for names, why in ((found.unread, "nothing reads"), (found.unsigned, "earlier versions wrote without a hash")):
         if names:
@@ -153,64 +153,67 @@ def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> No
     from duet.stages.teacher.plan import plan_for
 
     config = load_config(config_path, overrides)
-    place = _of_config(place_of(store), config.store_root)
+    location = _of_config(location_of(store), config.store_root)
     teachers = [prepare_teacher(config, settings) for settings in config.teacher_settings().values()]
-    names = _engines(place, engine_order("auto"))
+    names = _engines(location, engine_order("auto"))
     plans = {(at, name): plan_for(teachers[at], config.store, name) for at in range(len(teachers)) for name in names}
-    whose, engine = _same_fingerprint(place, plans)
+    whose, engine = _same_fingerprint(location, plans)
     plan, attachments = plans[whose, engine], tokenizer_files(teachers[whose].tokenizer)
-    bad = maintain.invalidate(place, planned(plan, attachments))
-    if place.size(MANIFEST_NAME) is not None:
-        with StoreWriter(place, plan, attachments):
-            say(f"{place}: every shard is as it was written, and so are all other files now")
+    bad = maintain.invalidate(location, planned(plan, attachments))
+    if location.size(MANIFEST_NAME) is not None:
+        with StoreWriter(location, plan, attachments):
+            say(f"{location}: every shard is as it was written, and so are all other files now")
         return
     if not bad:
-        say(f"{place}: every shard is as it was written; writing its manifest anew")
+        say(f"{location}: every shard is as it was written; writing its manifest anew")
     [result] = write_stores(config, engine, [teachers[whose]], StopSignal())
-    say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.place)}")
+    say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.location)}")
 
 
-def _engines(place: Place, all_engines: list[str]) -> list[str]:
+def _engines(location: Location, all_engines: list[str]) -> list[str]:
     """The engine that wrote a store, or where nothing of it tells any more, all."""
-    provenance = maintain.provenance_of(place)
-    if provenance is None and place.size(MANIFEST_NAME) is None and place.size(PLAN_NAME) is None:
-        raise UserError(f"{place} has no plan: it is not a store", "run `duet teacher-logits` to make one")
+    provenance = maintain.provenance_of(location)
+    if provenance is None and location.size(MANIFEST_NAME) is None and location.size(PLAN_NAME) is None:
+        raise UserError(f"{location} has no plan: it is not a store", "run `duet teacher-logits` to make one")
     return all_engines if provenance is None else [provenance["engine"].split()[0]]
 
 
-def _same_fingerprint(place: Place, plans: dict[tuple[int, str], Plan]) -> tuple[int, str]:
+def _same_fingerprint(location: Location, plans: dict[tuple[int, str], Plan]) -> tuple[int, str]:
     """Teacher and engine whose plan is that of the store, by what it says of itself or, where it says nothing, its name."""
-    provenance = maintain.provenance_of(place)
+    provenance = maintain.provenance_of(location)
     for key, plan in plans.items():
         name = store_name(plan.fingerprint, plan.format)
-        if plan.provenance == provenance or (provenance is None and str(place).rstrip("/").endswith(f"/{name}")):
+        if plan.provenance == provenance or (provenance is None and str(location).rstrip("/").endswith(f"/{name}")):
             return key
     old, new = provenance or {}, next(iter(plans.values())).provenance
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     raise UserError(
-        f"{place} was made by another config: {differing[0]} is {old.get(differing[0])} there and {new.get(differing[0])} now"
+        f"{location} was made by another config: {differing[0]} is {old.get(differing[0])} there and "
+        f"{new.get(differing[0])} now"
         if old
-        else f"{place} was made by another config, or its name is another: nothing is left of its manifest and its plan",
+        else f"{location} was made by another config, or its name is another: nothing is left of its manifest and its plan",
         "name the config, and install the engine's version, that made it",
     )
 
 
-def _of_config(place: Place, root: Place) -> Place:
-    if str(place).rstrip("/").rpartition("/")[0] != str(root):
-        raise UserError(f"{place} is not among this config's stores, {root}", "add --set store.dir=FOLDER_OF_THE_STORE")
-    return place
+def _of_config(location: Location, root: Location) -> Location:
+    if str(location).rstrip("/").rpartition("/")[0] != str(root):
+        raise UserError(
+            f"{location} is not among this config's stores, {root}", "add --set store.dir=FOLDER_OF_THE_STORE"
+        )
+    return location
 
 
 def convert_store(source: str, target: str, store_format: str, compression: str) -> None:
     """The same rows in another format."""
-    manifest = maintain.convert(place_of(source), place_of(target), store_format, compression)
-    before = read_manifest(place_of(source)).shard_bytes
+    manifest = maintain.convert(location_of(source), location_of(target), store_format, compression)
+    before = read_manifest(location_of(source)).shard_bytes
     say(f"{target}: {manifest.format}, {manifest.rows} rows, {manifest.shard_bytes / before:.2f} of the bytes")
 
 
 def collect_garbage(root: str, unused_days: float | None, yes: bool) -> None:
     """List, and with `yes` remove, stores that nobody needs."""
-    folder = place_of(root)
+    folder = location_of(root)
     if not isinstance(folder, Folder):
         raise UserError(
             f"{root} is a URL: object storage does not tell who writes a store and when one was read",
@@ -218,13 +221,13 @@ def collect_garbage(root: str, unused_days: float | None, yes: bool) -> None:
         )
     found = maintain.removable(folder, unused_days)
     for store in found:
-        left = maintain.remove_store(Path(str(store.place))) if yes else []
+        left = maintain.remove_store(Path(str(store.location))) if yes else []
         done = "removed" if yes else "would remove"
         say(
-            f"{done} {store.place}: {store.state}, {store.num_bytes / 1e6:.2f} MB, unused for {store.unused_days:.1f} days"
+            f"{done} {store.location}: {store.state}, {store.num_bytes / 1e6:.2f} MB, unused for {store.unused_days:.1f} days"
         )
         for name in left:
-            say(f"kept {store.place.name_of(name)}: it is not ours")
+            say(f"kept {store.location.name_of(name)}: it is not ours")
     if not found:
         say(f"nothing to remove in {root}")
     elif not yes:

@@ -19,9 +19,9 @@ from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.record import SUBSETS
 from duet.pipeline.commands.run import run_stage
 from duet.pipeline.config.schema import Config
-from duet.pipeline.config.selection import Request
+from duet.pipeline.config.selection import Selection
 from duet.pipeline.pages.comparison import compare_table, render, sentences
-from duet.pipeline.run.children import THIS_PROGRAM, places, run_jobs, visible_gpus
+from duet.pipeline.run.children import THIS_PROGRAM, environments_of_children, run_jobs, visible_gpus
 from duet.pipeline.run.directory import StopSignal, claim_run_dir, environment, set_aside
 from duet.pipeline.run.exam import exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
@@ -36,7 +36,7 @@ REFERENCES, ORACLE = "references", "oracle"  # parts that are no method
 CPU_JOBS = 2  # parts at a time where there is no GPU and nobody says how many: each holds up to two models
 
 
-def compare(request: Request, num_jobs: int | None = None, part: str | None = None) -> int:
+def compare(request: Selection, num_jobs: int | None = None, part: str | None = None) -> int:
     """Train, choose, ask and report, `num_jobs` parts at a time; returns an exit code.
 
     A part is one method, the oracle, or base and teacher together. With `part`, a child of ours, that one only: what it leaves
@@ -91,7 +91,7 @@ def _parts(config: Config) -> list[str]:
 
 
 def _in_children(
-    request: Request, config: Config, parts: list[str], num_jobs: int | None, plan: Any, stop: StopSignal
+    request: Selection, config: Config, parts: list[str], num_jobs: int | None, plan: Any, stop: StopSignal
 ) -> int:
     """Every part in a process of its own, several at a time; the first exit code that is not 0. One at a time needs none."""
     from duet.stages.compare.grid import ANSWERS_TO_CHOOSE, ask
@@ -105,7 +105,7 @@ def _in_children(
     commands = {
         name: [*THIS_PROGRAM, "compare", *request.arguments(students=False), "--part", name] for name in reversed(parts)
     }
-    return run_jobs(commands, places(num_jobs, devices, os.environ), stop, lambda running: None)
+    return run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, lambda running: None)
 
 
 def _report(bar: Any, stop: StopSignal) -> Any:
@@ -125,7 +125,7 @@ def _student(config: Config) -> StudentSettings:
     )
 
 
-def _stage_one(config: Config, request: Request, stop: StopSignal) -> int:
+def _stage_one(config: Config, request: Selection, stop: StopSignal) -> int:
     """Run stage one, in a process of its own, where the run has no teacher logits; its exit code."""
     try:
         stores_of_run(config)
@@ -178,7 +178,7 @@ def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[
             for what, exam in (("validation", plan.validation), ("reported", plan.reported))
         },
         **stage.results_of(plan.reported, subjects, answers),
-        "teacher_stores": {name: store_summary(place) for name, place in stores_of_run(config).items()},
+        "teacher_stores": {name: store_summary(location) for name, location in stores_of_run(config).items()},
         "environment": environment(),
     }
 
@@ -222,7 +222,7 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
 
 def _lessons(config: Config, model_dir: Path, store: Any) -> Any:
     """The store's queries, in its order, with the data's answers and the refusals, as token ids."""
-    from duet.stages.compare.train import Lessons, row_of
+    from duet.stages.compare.train import TrainingRows, row_of
     from duet.stages.questions.prompts import open_renderer
     from duet.stages.questions.requests import queries_of
 
@@ -238,7 +238,7 @@ def _lessons(config: Config, model_dir: Path, store: Any) -> Any:
     rows = {s: [row_of(renderer, query) for query in found] for s, found in queries.items()}
     refusals = config.compare.refusals or (config.evaluate.refusal,)
     refused = [[row_of(renderer, query, text) for text in refusals] for query in queries["forget"]]
-    return Lessons(**rows, refusals=refused)
+    return TrainingRows(**rows, refusals=refused)
 
 
 def _oracle(config: Config, plan: Any, report: Any) -> tuple[Path, dict[str, Any]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from duet.cache.errors import Interrupted, UserError
-from duet.cache.location import Place
+from duet.cache.location import Location
 from duet.pipeline.config.schema import Config
-from duet.pipeline.config.selection import Request
+from duet.pipeline.config.selection import Selection
 from duet.pipeline.pages.students import write_students_page
 from duet.pipeline.pages.tables import loss_in_words, progress_note
 from duet.pipeline.run.before import left_out_line
-from duet.pipeline.run.children import THIS_PROGRAM, last_line, places, run_jobs, visible_gpus
+from duet.pipeline.run.children import THIS_PROGRAM, environments_of_children, last_line, run_jobs, visible_gpus
 from duet.pipeline.run.directory import StopSignal, claim_run_dir
 from duet.pipeline.run.hub import push
 from duet.pipeline.run.launch import Launch, check_launcher, launched
@@ -31,7 +31,7 @@ MEMORY_HINT = (
 )
 
 
-def distill(request: Request, num_jobs: int | None, child: bool = False) -> int:
+def distill(request: Selection, num_jobs: int | None, child: bool = False) -> int:
     """Train every student that is not done yet; returns an exit code.
 
     `num_jobs` at a time, by default as many as there are GPUs. A `child` of ours leaves it to its parent to compare and push.
@@ -78,9 +78,9 @@ def _is_done(config: Config, student: StudentSettings) -> bool:
 
 
 def _train_in_children(
-    request: Request,
+    request: Selection,
     config: Config,
-    stored: Mapping[str, Place],
+    stored: Mapping[str, Location],
     names: list[str],
     num_jobs: int,
     devices: list[str],
@@ -101,22 +101,22 @@ def _train_in_children(
                 if line := last_line(run_dir / name / "metrics.jsonl"):
                     bar.update(f"student {name}", line["step"], line["total_steps"], progress_note(line))
 
-        code = run_jobs(commands, places(num_jobs, devices, os.environ), stop, watch)
+        code = run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, watch)
     left = [student.name for student in config.students if not _is_done(config, student)]
     if left and not code:
         raise Interrupted(f"{len(left)} students were not begun")
     return code
 
 
-def _say_stores(config: Config, stored: Mapping[str, Place], device: str) -> None:
+def _say_stores(config: Config, stored: Mapping[str, Location], device: str) -> None:
     """One line for each store that is read."""
-    for name, place in stored.items():
+    for name, location in stored.items():
         of = f" of teacher {name}" if config.teachers else ""
-        say(f"store{of}: {store_line(place)}; device: {device}")
+        say(f"store{of}: {store_line(location)}; device: {device}")
 
 
 def _train_here(
-    config: Config, stored: Mapping[str, Place], launch: Launch, kind: str, stop: StopSignal, child: bool
+    config: Config, stored: Mapping[str, Location], launch: Launch, kind: str, stop: StopSignal, child: bool
 ) -> None:
     """All students one after the other, in this process or in all those of the launch together."""
     import torch

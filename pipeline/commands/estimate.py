@@ -17,8 +17,8 @@ from duet.pipeline.config.load import load_config
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.terminal import say, say_json
 from duet.stages.cost.gpus import Device, described_gpu, device_here, named_gpu
-from duet.stages.cost.memory import ASSUMPTIONS, Need, Reading, Student, reading_need, student_need
-from duet.stages.models.sizes import Shape
+from duet.stages.cost.memory import ASSUMPTIONS, Need, Reading, StudentOnMeta, reading_need, student_need
+from duet.stages.models.sizes import ModelSizes
 from duet.stages.settings.student import TrainSettings
 from duet.stages.settings.teacher import TeacherSettings
 
@@ -76,7 +76,7 @@ def chosen_device(gpu: str | None, memory_gb: float | None, tflops: float | None
 def _teachers(config: Config, on: Device) -> Iterator[Stage]:
     for name, settings in config.teacher_settings().items():
         folder, rows = _rendered(config, settings)
-        shape = Shape.of(folder, settings.trust_remote_code)
+        shape = ModelSizes.of(folder, settings.trust_remote_code)
         need = _teacher_need(settings, shape, rows, on)
         changes: dict[str, dict[str, Any]] = {
             "teacher.dtype=bfloat16": {"dtype": "bfloat16"},
@@ -111,7 +111,9 @@ def _rendered(config: Config, settings: TeacherSettings) -> tuple[Path, list[tup
     ]  # pyright: ignore[reportReturnType]
 
 
-def _teacher_need(settings: TeacherSettings, shape: Shape, rows: list[tuple[list[int], list[int]]], on: Device) -> Need:
+def _teacher_need(
+    settings: TeacherSettings, shape: ModelSizes, rows: list[tuple[list[int], list[int]]], on: Device
+) -> Need:
     from duet.stages.cost.store import not_shared
 
     prompts = [prefixed for prefixed, _ in rows]
@@ -137,7 +139,7 @@ def _students(config: Config, on: Device, devices: int) -> Iterator[Stage]:
         folder = small_files(start_model(config, student), f"students.{student.name}.model")
 
         def need_of(train: TrainSettings, count: int = devices, folder: Path = folder) -> Need:
-            made = Student.of(folder, train, on, count, config.teacher.trust_remote_code)
+            made = StudentOnMeta.of(folder, train, on, count, config.teacher.trust_remote_code)
             return student_need(made, lengths, on, count)
 
         train = config.train_settings(student)
@@ -164,7 +166,7 @@ def _savings(train: TrainSettings, folder: Path) -> dict[str, dict[str, Any]]:
     if train.parallel != "fsdp":
         found["train.optimizer=adamw8bit"] = {"optimizer": "adamw8bit"}
     if not (train.lora or train.last_layers or train.freeze_embeddings):
-        last = max(1, Shape.of(folder).layers // 4)
+        last = max(1, ModelSizes.of(folder).layers // 4)
         found["train.freeze_embeddings=true"] = {"freeze_embeddings": True}
         found[f"train.last_layers={last}"] = {"last_layers": last}
         found["train.lora={rank: 64}"] = {"lora": LoraSettings(rank=64)}
@@ -174,7 +176,7 @@ def _savings(train: TrainSettings, folder: Path) -> dict[str, dict[str, Any]]:
 def _evaluation(config: Config, on: Device) -> Stage:
     """Every model is asked alone; the largest decides the memory, all of them the time."""
     folders = _models(config)
-    shapes = {name: Shape.of(folder, config.teacher.trust_remote_code) for name, folder in folders.items()}
+    shapes = {name: ModelSizes.of(folder, config.teacher.trust_remote_code) for name, folder in folders.items()}
     costs, longest = _asked(config, folders["base"])
 
     def need_of(kinds: Mapping[str, Any], **new: Any) -> Need:
@@ -225,12 +227,12 @@ def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     exam = exam_of(plain)
     prefix = fill_prefix(config.teacher.prefix, config.topic)
     subject = Subject("teacher", folder, prefix, "base")  # whose prompts are the longest
-    examinee = session_of(folder, exam, [subject])
-    prompts = [ids for task in examinee.tasks(subject) for ids in examinee.prompts(subject, task)]
+    session = session_of(folder, exam, [subject])
+    prompts = [ids for task in session.tasks(subject) for ids in session.prompts(subject, task)]
     return costs([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens
 
 
-def _asked_need(shape: Shape, settings: Any, costs: Mapping[str, Any], longest: int, on: Device) -> Need:
+def _asked_need(shape: ModelSizes, settings: Any, costs: Mapping[str, Any], longest: int, on: Device) -> Need:
     """One model's evaluation. Likelihoods read every prompt once more; relearning trains all weights in float32."""
     dtype = shape.dtype_of(settings.dtype)
     prompt_tokens = sum(cost.prompt_tokens for cost in costs.values()) * (2 if settings.likelihood else 1)

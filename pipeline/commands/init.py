@@ -165,7 +165,7 @@ def model_facts(name: str) -> ModelFacts:
     from duet.stages.models.directory import load_config, resolve_model, small_files, text_config
     from duet.stages.models.limits import vocab_width
     from duet.stages.models.locations import is_hub_id
-    from duet.stages.models.sizes import Shape
+    from duet.stages.models.sizes import ModelSizes
     from duet.stages.models.tokenizers import load_tokenizer
 
     if Path(name).is_dir():
@@ -186,7 +186,9 @@ def model_facts(name: str) -> ModelFacts:
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     dtype = str(getattr(text_config(config), "dtype", None) or "float32").removeprefix("torch.")
-    return ModelFacts(name, Shape.of(folder).parameters, vocab_width(config), dtype, prompts_of(tokenizer), tokenizer)
+    return ModelFacts(
+        name, ModelSizes.of(folder).parameters, vocab_width(config), dtype, prompts_of(tokenizer), tokenizer
+    )
 
 
 def prompts_of(tokenizer: Any) -> str:

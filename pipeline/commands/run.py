@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 
 from duet.cache.errors import EXIT_INTERRUPTED, Interrupted
-from duet.pipeline.config.selection import Request
+from duet.pipeline.config.selection import Selection
 from duet.pipeline.run.before import start_folder
 from duet.pipeline.run.children import THIS_PROGRAM
 from duet.pipeline.run.directory import REPORT_NAME, StopSignal
@@ -18,7 +18,7 @@ from duet.pipeline.run.terminal import log, say_for_children
 STAGES = ("teacher-logits", "distill", "evaluate")
 
 
-def run_all(request: Request) -> int:
+def run_all(request: Selection) -> int:
     """All stages, each in a process of its own: what one leaves in memory, on the GPU above all, is gone before the next.
 
     Returns the first exit code that is not 0. A signal to this process is handed to the stage that runs.
@@ -40,7 +40,7 @@ def run_all(request: Request) -> int:
     return 0
 
 
-def run_stage(stage: str, request: Request, stop: StopSignal) -> int:
+def run_stage(stage: str, request: Selection, stop: StopSignal) -> int:
     """One stage in a process of its own, which gets our signals; its exit code, or an interruption's if it was killed."""
     arguments = request.arguments()
     log.debug("starting %s %s", stage, arguments)

@@ -47,7 +47,9 @@ def _config_of(run_dir: Path) -> Config:
 
 def status_of(config: Config, run_dir: Path) -> dict[str, Any]:
     """All that is known of a run, as plain data."""
-    stores = [asdict(store) | {"place": str(store.place), "left_s": store.left_s} for store in stores_progress(config)]
+    stores = [
+        asdict(store) | {"place": str(store.location), "left_s": store.left_s} for store in stores_progress(config)
+    ]
     students = [student_progress(config, student) for student in config.students]
     return {
         "format_version": 1,

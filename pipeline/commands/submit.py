@@ -19,7 +19,7 @@ from duet.pipeline.commands.run import STAGES
 from duet.pipeline.commands.teacher_logits import check_one_teacher
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.schema import Config
-from duet.pipeline.config.selection import Request
+from duet.pipeline.config.selection import Selection
 from duet.pipeline.config.slurm import SlurmSettings
 from duet.pipeline.run import slurm
 from duet.pipeline.run.before import check_students_before
@@ -28,7 +28,7 @@ from duet.pipeline.run.directory import RESULTS_NAME, claim_run_dir
 from duet.pipeline.run.preflight import preflight
 from duet.pipeline.run.progress import files_answered, newest_checkpoint, shards_left, stores_progress, student_progress
 from duet.pipeline.run.provenance import without_places
-from duet.pipeline.run.slurm import Job, Submission
+from duet.pipeline.run.slurm import SlurmJob, Submission
 from duet.pipeline.run.terminal import say
 from duet.stages.questions.yaml_text import dump_yaml
 
@@ -37,7 +37,7 @@ STAGE_ONE, STAGE_TWO, STAGE_THREE = STAGES
 FINALISE = "finalise"
 
 
-def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
+def submit(request: Selection, stages: Sequence[str], print_only: bool) -> None:
     """Submit what the named stages (default: all) still need; `print_only` shows the scripts and changes nothing."""
     config = request.load()
     check_one_teacher(config)
@@ -81,25 +81,25 @@ def submit(request: Request, stages: Sequence[str], print_only: bool) -> None:
     say(f"follow it with: duet status {of.run_dir}")
 
 
-def jobs_of(config: Config, of: Submission, stages: Sequence[str]) -> list[Job]:
+def jobs_of(config: Config, of: Submission, stages: Sequence[str]) -> list[SlurmJob]:
     """The jobs that the stages still need, in the order in which they wait for each other."""
     read = ("--config", str(of.config_path))
     asks = config.slurm.of
-    jobs: list[Job] = []
+    jobs: list[SlurmJob] = []
     left = shards_left(config) if STAGE_ONE in stages else 0
     if left:
         workers = min(config.slurm.workers, left)
-        jobs.append(Job(STAGE_ONE, (STAGE_ONE, *read, "--worker"), asks("teacher_logits"), array=workers))
-        jobs.append(Job(FINALISE, (STAGE_ONE, *read), asks("finalise"), after=(STAGE_ONE,), after_ok=False))
+        jobs.append(SlurmJob(STAGE_ONE, (STAGE_ONE, *read, "--worker"), asks("teacher_logits"), array=workers))
+        jobs.append(SlurmJob(FINALISE, (STAGE_ONE, *read), asks("finalise"), after=(STAGE_ONE,), after_ok=False))
     untrained = [student.name for student in config.students if not student_progress(config, student).done]
     for name in untrained if STAGE_TWO in stages else ():
         resources = asks("distill", name)
         alone = ("--jobs", "1") if resources.processes == 1 else ()
         command = (STAGE_TWO, *read, "--only", name, *alone)
-        jobs.append(Job(f"{STAGE_TWO}-{name}", command, resources, after=(FINALISE,), ranks=True))
+        jobs.append(SlurmJob(f"{STAGE_TWO}-{name}", command, resources, after=(FINALISE,), ranks=True))
     if STAGE_THREE in stages and (jobs or not _is_evaluated(config)):
         students = tuple(f"{STAGE_TWO}-{student.name}" for student in config.students)
-        jobs.append(Job(STAGE_THREE, (STAGE_THREE, *read), asks("evaluate"), after=students))
+        jobs.append(SlurmJob(STAGE_THREE, (STAGE_THREE, *read), asks("evaluate"), after=students))
     return jobs
 
 
@@ -125,7 +125,7 @@ def _is_evaluated(config: Config) -> bool:
     )
 
 
-def _submit_one(job: Job, of: Submission, ids: Mapping[str, set[str]]) -> str:
+def _submit_one(job: SlurmJob, of: Submission, ids: Mapping[str, set[str]]) -> str:
     """Write a job's script, submit it and note its id."""
     path = of.folder / f"{job.name}.sh"
     with publishing(path) as temporary:

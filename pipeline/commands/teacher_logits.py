@@ -16,8 +16,8 @@ from duet.cache.location import Folder
 from duet.cache.manifest import MANIFEST_NAME, store_name
 from duet.cache.order import check_alike
 from duet.pipeline.config.schema import Config
-from duet.pipeline.config.selection import Request
-from duet.pipeline.run.children import THIS_PROGRAM, places, run_jobs, visible_gpus
+from duet.pipeline.config.selection import Selection
+from duet.pipeline.run.children import THIS_PROGRAM, environments_of_children, run_jobs, visible_gpus
 from duet.pipeline.run.directory import LOG_NAME, StopSignal, claim_run_dir
 from duet.pipeline.run.named_models import check_before_stage_one
 from duet.pipeline.run.stores import entry, point_to, store_line
@@ -26,7 +26,7 @@ from duet.stages.settings.teacher import TeacherSettings
 
 
 def teacher_logits(
-    request: Request,
+    request: Selection,
     limit: int | None = None,
     dry_run: bool = False,
     child: bool = False,
@@ -104,7 +104,7 @@ def check_one_teacher(config: Config) -> None:
 def _say_reused(config: Config, found: Mapping[str, Any]) -> None:
     for name, result in found.items():
         if result is not None:
-            say(f"{_of(config, name)}reused the store of the same fingerprint: {store_line(result.place)}")
+            say(f"{_of(config, name)}reused the store of the same fingerprint: {store_line(result.location)}")
 
 
 def _point_to_expected(
@@ -152,7 +152,7 @@ def _write(
         written |= dict(zip(together, results, strict=True))
         for name, result in zip(together, results, strict=True):
             share = f", {100 * result.cached_share:.0f} % of prompt tokens computed once" if result.cached_share else ""
-            store = store_line(result.place) if result.manifest else "all that is left is in other workers' hands"
+            store = store_line(result.location) if result.manifest else "all that is left is in other workers' hands"
             say(f"{_of(config, name)}wrote {result.rows_written} rows in {result.seconds:.1f} s{share}: {store}")
     return written
 
@@ -181,7 +181,7 @@ def write_stores(
 
 def _in_processes(
     config: Config,
-    request: Request,
+    request: Selection,
     limit: int | None,
     number: int,
     teachers: Mapping[str, TeacherSettings],
@@ -218,7 +218,7 @@ def _in_processes(
             bar.update("teacher logits", done, total, f"{len(running)} processes")
 
         commands = {f"teacher {at + 1} of {number}": command for at in range(number)}
-        return run_jobs(commands, places(number, devices, os.environ, each), stop, watch)
+        return run_jobs(commands, environments_of_children(number, devices, os.environ, each), stop, watch)
 
 
 def _say_how_far(
@@ -272,9 +272,9 @@ def _say_estimate(config: Config, settings: TeacherSettings, prepared: Any, of: 
     engine = engine_order(settings.engine)[0]
     plan = plan_for(prepared, config.store, engine)
     cost = estimate(prepared, plan)
-    place = config.store_root / store_name(plan.fingerprint, plan.format)
+    location = config.store_root / store_name(plan.fingerprint, plan.format)
     there = rows_there(prepared, config.store, config.store_root, engine)
-    state = "complete" if place.size(MANIFEST_NAME) is not None else f"{there} of {plan.rows} rows are there"
+    state = "complete" if location.size(MANIFEST_NAME) is not None else f"{there} of {plan.rows} rows are there"
     rows = ", ".join(f"{subset} {count}" for subset, count in cost.rows.items())
     say(f"{of}rows: {rows}; engine {plan.provenance['engine']}")
     say(
@@ -282,7 +282,7 @@ def _say_estimate(config: Config, settings: TeacherSettings, prepared: Any, of: 
         f"{cost.tokens_computed:,} to compute where all that they share is computed once"
     )
     say(f"{of}responses: at most {cost.positions:,} positions, {plan.top_k} ids each")
-    say(f"{of}store: at most {cost.store_bytes:,} bytes and file headers, {place} ({state})")
+    say(f"{of}store: at most {cost.store_bytes:,} bytes and file headers, {location} ({state})")
     say(
         f"{of}cost: 2 x {cost.parameters / 1e6:,.1f} M parameters x {cost.tokens_computed + cost.positions:,} tokens = "
         f"{cost.flop / 1e12:.3g} TFLOP: {cost.seconds:,.1f} s on a GPU that does {FLOP_PER_S / 1e12:.0f} TFLOP/s (assumed)"

@@ -9,13 +9,13 @@ from typing import Literal
 from pydantic import Field
 
 from duet.cache.errors import UserError
-from duet.cache.location import Place, place_of
+from duet.cache.location import Location, location_of
 from duet.cache.record import SUBSETS
 from duet.pipeline.config.explain import merged, validated
 from duet.pipeline.config.slurm import SlurmSettings
 from duet.stages.settings.base import Name, Settings
 from duet.stages.settings.compare import CompareSettings
-from duet.stages.settings.data import PromptSettings, RequestSettings, TrainingData
+from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
 from duet.stages.settings.student import StudentSettings, TrainSettings, teacher_weights
 from duet.stages.settings.teacher import ONE_FOR_ALL, NamedTeacher, StoreSettings, TeacherSettings
@@ -35,9 +35,7 @@ class Config(Settings):
     )
     data: TrainingData = Field(description="the queries of both subsets")
     prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
-    requests: tuple[RequestSettings, ...] = Field(
-        default=(), description="forget requests beside that of topic and data"
-    )
+    requests: tuple[ForgetRequest, ...] = Field(default=(), description="forget requests beside that of topic and data")
     teacher: TeacherSettings = Field(description="stage one")
     teachers: tuple[NamedTeacher, ...] = Field(
         default=(),
@@ -56,10 +54,10 @@ class Config(Settings):
         return Path(self.runs_dir) / self.name
 
     @property
-    def store_root(self) -> Place:
+    def store_root(self) -> Location:
         """Where the stores of this run lie, one per fingerprint."""
         store = self.store
-        return place_of(store.dir or self.run_dir / "teacher", store.cache_dir, int(store.cache_gb * 1e9))
+        return location_of(store.dir or self.run_dir / "teacher", store.cache_dir, int(store.cache_gb * 1e9))
 
     def teacher_settings(self) -> dict[str, TeacherSettings]:
         """Every teacher's settings by its name: those common to all with its own on top."""

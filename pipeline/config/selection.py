@@ -16,7 +16,7 @@ from duet.stages.settings.student import StudentSettings
 
 
 @dataclass(frozen=True)
-class Request:
+class Selection:
     """What the command line says about the experiment."""
 
     config_path: str
@@ -28,7 +28,7 @@ class Request:
         """The config with the students that are asked for."""
         return choose(load_config(self.config_path, self.overrides), self.sweeps, self.only)
 
-    def with_only(self, name: str) -> Request:
+    def with_only(self, name: str) -> Selection:
         return replace(self, only=(name,))
 
     def arguments(self, students: bool = True) -> list[str]:

@@ -23,7 +23,7 @@ THIS_PROGRAM = (sys.executable, "-m", "duet")
 POLL_S = 0.2
 
 
-def places(
+def environments_of_children(
     num_jobs: int, devices: Sequence[str], environment: Mapping[str, str], each: int = 1
 ) -> list[dict[str, str]]:
     """What each of the jobs that run at a time finds in its environment: its `each` GPUs, or its share of the CPU's cores.
@@ -57,7 +57,7 @@ def gpus(count: int, environment: Mapping[str, str]) -> list[str]:
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-class Job:
+class Child:
     """One command in a process of its own, and at which of the places."""
 
     def __init__(self, name: str, command: Sequence[str], place: int, environment: Mapping[str, str]) -> None:
@@ -112,7 +112,7 @@ def run_jobs(
             free = sorted(set(range(len(environments))) - {job.place for job in running})
             while waiting and free and not stop():
                 name, place = waiting.pop(0), free.pop(0)
-                running.append(Job(name, commands[name], place, environments[place]))
+                running.append(Child(name, commands[name], place, environments[place]))
                 stop.forward_to(running[-1].process)
             watch([job.name for job in running])
             time.sleep(POLL_S if running else 0)

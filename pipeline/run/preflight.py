@@ -65,11 +65,11 @@ def _evaluation(config: Config) -> str:
     tasks, remarks = 0, {}
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         of_model = [subject for subject in subjects if subject.model_dir == model_dir]
-        examinee = session_of(model_dir, exam, of_model)
-        tasks += sum(len(examinee.tasks(subject)) for subject in of_model)
+        session = session_of(model_dir, exam, of_model)
+        tasks += sum(len(session.tasks(subject)) for subject in of_model)
         if exam.settings.likelihood:
             given.check(of_model, exam)
-        remarks |= dict.fromkeys(cut_references(examinee.tokenizer, exam.queries, exam.settings.max_new_tokens))
+        remarks |= dict.fromkeys(cut_references(session.tokenizer, exam.queries, exam.settings.max_new_tokens))
     for text in remarks:
         note(text)
     return f"{len(exam.sets)} sets of questions, {tasks} lists of prompts"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from duet.cache.leases import Leases
-from duet.cache.location import Folder, Place
+from duet.cache.location import Folder, Location
 from duet.cache.manifest import MANIFEST_NAME, Plan, read_plan
 from duet.cache.writer import LEASE_S, LEASES_NAME
 from duet.pipeline.config.schema import Config
@@ -23,7 +23,7 @@ class StoreProgress:
     """A teacher's store. Rates are of all its writers together."""
 
     teacher: str
-    place: Place
+    location: Location
     complete: bool
     rows: int
     rows_done: int
@@ -57,23 +57,23 @@ class StudentProgress:
 def stores_progress(config: Config) -> list[StoreProgress]:
     """Of every teacher whose store has been begun."""
     found = []
-    for teacher, place in stores_named(config).items():
-        if plan := read_plan(place):
-            found.append(_store_progress(teacher, place, plan))
+    for teacher, location in stores_named(config).items():
+        if plan := read_plan(location):
+            found.append(_store_progress(teacher, location, plan))
     return found
 
 
-def _store_progress(teacher: str, place: Place, plan: Plan) -> StoreProgress:
-    names = place.entries()
+def _store_progress(teacher: str, location: Location, plan: Plan) -> StoreProgress:
+    names = location.entries()
     done = plan.written(names)
     complete = MANIFEST_NAME in names
     leased, rate = 0, None
-    if isinstance(place, Folder) and not complete:
-        leased = sum(key.startswith("shard-") for key in Leases(place.path / LEASES_NAME, LEASE_S).held())
-        rate = _rate(place.path, plan, done)
+    if isinstance(location, Folder) and not complete:
+        leased = sum(key.startswith("shard-") for key in Leases(location.path / LEASES_NAME, LEASE_S).held())
+        rate = _rate(location.path, plan, done)
     return StoreProgress(
         teacher=teacher,
-        place=place,
+        location=location,
         complete=complete,
         rows=plan.rows,
         rows_done=plan.rows_of(done),

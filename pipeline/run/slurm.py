@@ -35,7 +35,7 @@ _RANKS = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """One job, or an array of `array` equal ones, that starts when those of `after` have ended.
 
     `after_ok`: only if they succeeded. `ranks`: a process for each GPU of each machine, which work as one.
@@ -64,12 +64,12 @@ class Submission:
     def folder(self) -> Path:
         return self.run_dir / SLURM_DIR
 
-    def log_of(self, job: Job) -> Path:
+    def log_of(self, job: SlurmJob) -> Path:
         """Where the job's output goes, in Slurm's own pattern."""
         return self.folder / "logs" / f"{job.name}-{'%A_%a' if job.array else '%j'}.log"
 
 
-def script(job: Job, of: Submission) -> str:
+def script(job: SlurmJob, of: Submission) -> str:
     """The text that sbatch gets; what it depends on is told to sbatch beside it."""
     settings, resources = of.settings, job.resources
     options = [
@@ -122,7 +122,7 @@ def largest_array(settings_of_cluster: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def check_array(job: Job) -> None:
+def check_array(job: SlurmJob) -> None:
     """Refuse an array that this cluster would not take."""
     most = largest_array(_ask("scontrol", "show", "config"))
     if most is not None and job.array > most:

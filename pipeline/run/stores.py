@@ -11,13 +11,13 @@ from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, read_json
-from duet.cache.location import Place
+from duet.cache.location import Location
 from duet.cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, read_manifest, store_name
 from duet.pipeline.config.schema import Config
 
 
-def store_summary(place: Place) -> dict[str, Any]:
-    manifest = read_manifest(place)
+def store_summary(location: Location) -> dict[str, Any]:
+    manifest = read_manifest(location)
     return {
         "fingerprint": manifest.fingerprint,
         "rows": manifest.rows,
@@ -43,11 +43,11 @@ def entry(of: Plan | Manifest) -> dict[str, str]:
     return {"fingerprint": of.fingerprint, "name": store_name(of.fingerprint, of.format)}
 
 
-def store_line(place: Place) -> str:
+def store_line(location: Location) -> str:
     """A complete store in one line."""
-    manifest = read_manifest(place)
+    manifest = read_manifest(location)
     return (
-        f"{place} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
+        f"{location} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
         f"{manifest.shard_bytes / 1e6:.2f} MB)"
     )
 
@@ -57,7 +57,7 @@ def _pointer_path(config: Config) -> Path:
     return config.run_dir / "teacher" / "store.json"
 
 
-def stores_named(config: Config) -> dict[str, Place]:
+def stores_named(config: Config) -> dict[str, Location]:
     """The stores that the run uses or is writing, by teacher; empty before stage one has begun."""
     path = _pointer_path(config)
     stores = read_json(path).get("teachers", {}) if path.is_file() else {}
@@ -66,13 +66,13 @@ def stores_named(config: Config) -> dict[str, Place]:
     return {name: config.store_root / stores[name]["name"] for name in config.teacher_settings()}
 
 
-def stores_of_run(config: Config) -> dict[str, Place]:
+def stores_of_run(config: Config) -> dict[str, Location]:
     """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
     stores = stores_named(config)
-    for place in stores.values():
-        if place.size(MANIFEST_NAME) is None and place.size(PLAN_NAME) is not None:
-            read_manifest(place)
-    if not stores or any(place.size(MANIFEST_NAME) is None for place in stores.values()):
+    for location in stores.values():
+        if location.size(MANIFEST_NAME) is None and location.size(PLAN_NAME) is not None:
+            read_manifest(location)
+    if not stores or any(location.size(MANIFEST_NAME) is None for location in stores.values()):
         raise UserError(
             f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first"
         )

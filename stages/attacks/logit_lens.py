@@ -16,24 +16,24 @@ import torch
 
 from duet.cache.errors import UserError
 from duet.stages.exam.exam import Subject
-from duet.stages.exam.session import Examinee
+from duet.stages.exam.session import ModelSession
 from duet.stages.models.alignment import align
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
 
 
 def ranks_by_layer(
-    examinee: Examinee, subject: Subject, name: str, on_progress: Callable[[str, int, int], None]
+    session: ModelSession, subject: Subject, name: str, on_progress: Callable[[str, int, int], None]
 ) -> list[list[int]]:
     """Per layer and question of a set, the rank (1 is the most likely) of the right answer's first token."""
-    spec = examinee.spec()
+    spec = session.spec()
     model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
-    prompts = examinee.prompts(subject, name)
-    firsts = [ids[:1] for ids in examinee.answers(name)]
+    prompts = session.prompts(subject, name)
+    firsts = [ids[:1] for ids in session.answers(name)]
     found: list[list[int]] = []
     for start in range(0, len(prompts), spec.batch_size):
         part = slice(start, start + spec.batch_size)
-        ranks = token_ranks(model, prompts[part], firsts[part], examinee.num_ids)
+        ranks = token_ranks(model, prompts[part], firsts[part], session.num_ids)
         found = [before + now for before, now in zip(found, ranks, strict=True)] if found else ranks
         on_progress(f"{subject.name}, logit_lens", min(len(prompts), part.stop), len(prompts))
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from duet.stages.exam.exam import Subject
-from duet.stages.exam.session import Examinee
+from duet.stages.exam.session import ModelSession
 from duet.stages.models.loading import load_model
 
 # variant -> bits and weights per scale (None: a whole row)
@@ -52,19 +52,19 @@ def quantize(model: Any, bits: int, group: int | None) -> int:
 
 
 def quantized_answers(
-    examinee: Examinee, subject: Subject, kind: str, name: str, on_progress: Callable[[str, int, int], None]
+    session: ModelSession, subject: Subject, kind: str, name: str, on_progress: Callable[[str, int, int], None]
 ) -> dict[str, list[str]]:
     """Per variant, the greedy answers of the quantised model to a set's questions."""
     from duet.stages.engines.transformers_engine import TransformersEngine
 
     found = {}
     for number, (variant, (bits, group)) in enumerate(VARIANTS[kind].items()):
-        spec = examinee.spec()
+        spec = session.spec()
         model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
         quantize(model, bits, group)
         engine = TransformersEngine(spec, model)
-        outputs = engine.generate(examinee.prompts(subject, name), examinee.exam.settings.max_new_tokens)
+        outputs = engine.generate(session.prompts(subject, name), session.exam.settings.max_new_tokens)
         engine.close()
-        found[variant] = [examinee.text(ids) for ids in outputs]
+        found[variant] = [session.text(ids) for ids in outputs]
         on_progress(f"{subject.name}, {kind}", number + 1, len(VARIANTS[kind]))
     return found

@@ -18,7 +18,7 @@ import torch
 
 from duet.cache.errors import Interrupted
 from duet.stages.exam.exam import Exam, Subject
-from duet.stages.exam.session import Examinee
+from duet.stages.exam.session import ModelSession
 from duet.stages.models.alignment import align
 from duet.stages.models.loading import load_model
 from duet.stages.settings.attacks import RelearnSettings
@@ -27,7 +27,7 @@ MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Lesson:
+class RelearnSet:
     """What a copy is trained on, and which questions of the attacked set it is asked then."""
 
     name: str  # "forget 5", "benign"
@@ -36,7 +36,7 @@ class Lesson:
     asked: tuple[int, ...]  # numbers of queries of the attacked set
 
 
-def lessons(exam: Exam, name: str) -> tuple[list[Lesson], dict[str, str]]:
+def relearn_sets(exam: Exam, name: str) -> tuple[list[RelearnSet], dict[str, str]]:
     """The lessons on an attacked set, and of those that its data do not allow, why.
 
     Drawn by the seed, the same for all models; a lesson on more pairs has those of the smaller ones too.
@@ -53,13 +53,13 @@ def lessons(exam: Exam, name: str) -> tuple[list[Lesson], dict[str, str]]:
                 f"of {len(queries)} questions, {count} to train on leave none with another answer"
             )
         else:
-            found.append(Lesson(f"{name} {count}", name, pairs, asked))
+            found.append(RelearnSet(f"{name} {count}", name, pairs, asked))
     source = next((other for other, s in exam.sets.items() if s.expect == "kept"), None)
     kept = len(exam.sets[source].queries) if source else 0
     title = "benign" if name == "forget" else f"{name}, benign"
     if kept >= settings.benign > 0 and source:
         drawn = np.random.default_rng(exam.settings.seed).permutation(kept)[: settings.benign]
-        found.append(Lesson(title, source, tuple(drawn.tolist()), tuple(range(len(queries)))))
+        found.append(RelearnSet(title, source, tuple(drawn.tolist()), tuple(range(len(queries)))))
     elif settings.benign:
         skipped[title] = f"{settings.benign} pairs to be kept are wanted, there are {kept}"
     return found, skipped
@@ -71,7 +71,7 @@ def steps_of(settings: RelearnSettings) -> tuple[int, ...]:
 
 
 def relearned(
-    examinee: Examinee,
+    session: ModelSession,
     subject: Subject,
     name: str,
     on_progress: Callable[[str, int, int], None],
@@ -82,23 +82,23 @@ def relearned(
     Asked and trained as the subject is asked: behind its prefix, where it has one.
     """
     found = {}
-    taught = lessons(examinee.exam, name)[0]
+    taught = relearn_sets(session.exam, name)[0]
     for number, lesson in enumerate(taught):
-        found[lesson.name] = _lesson(examinee, subject, name, lesson, should_stop)
+        found[lesson.name] = _lesson(session, subject, name, lesson, should_stop)
         on_progress(f"{subject.name}, relearn", number + 1, len(taught))
     return found
 
 
 def _lesson(
-    examinee: Examinee, subject: Subject, name: str, lesson: Lesson, should_stop: Callable[[], bool]
+    session: ModelSession, subject: Subject, name: str, lesson: RelearnSet, should_stop: Callable[[], bool]
 ) -> list[list[str]]:
     from duet.stages.engines.transformers_engine import TransformersEngine
 
-    exam, spec = examinee.exam, examinee.spec()
+    exam, spec = session.exam, session.spec()
     model = load_model(spec.model_dir, "float32", spec.trust_remote_code).to(spec.device)
-    all_prompts, all_answers = examinee.prompts(subject, lesson.source), examinee.full_answers(lesson.source)
+    all_prompts, all_answers = session.prompts(subject, lesson.source), session.full_answers(lesson.source)
     pairs = [(all_prompts[i], all_answers[i]) for i in lesson.pairs]
-    asked = [examinee.prompts(subject, name)[i] for i in lesson.asked]
+    asked = [session.prompts(subject, name)[i] for i in lesson.asked]
     teach, told = Teaching(model, pairs, exam.settings.relearn, exam.settings.seed), []
     for steps in steps_of(exam.settings.relearn):
         while teach.done < steps:
@@ -106,7 +106,7 @@ def _lesson(
                 raise Interrupted(f"{subject.name}, relearn, begins again; what was asked before it is kept")
             teach.step()
         engine = TransformersEngine(spec, model)  # a new one: the last remembers what other weights made of the prompts
-        told.append([examinee.text(ids) for ids in engine.generate(asked, exam.settings.max_new_tokens)])
+        told.append([session.text(ids) for ids in engine.generate(asked, exam.settings.max_new_tokens)])
     return told
 
 

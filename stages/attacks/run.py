@@ -18,7 +18,7 @@ from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import quantize, relearn, sampling
 from duet.stages.exam.exam import Exam, Subject, sets_as_tasks, stem_of
 from duet.stages.exam.kept import recalled
-from duet.stages.exam.session import Examinee
+from duet.stages.exam.session import ModelSession
 from duet.stages.settings.attacks import PROMPT_ATTACKS, QUANTIZE_ATTACKS
 
 CONTROL = "control"  # the name of the model that never knew
@@ -54,41 +54,41 @@ class Cost:
         return Cost(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
-def answered(examinee: Examinee, subject: Subject, how: How) -> dict[str, Any]:
+def answered(session: ModelSession, subject: Subject, how: How) -> dict[str, Any]:
     """All that is found by asking: the sets as they are, the attacks that are made of prompts, and sampling."""
     found: dict[str, Any] = {}
-    for kind in ("", *(k for k in attacks.chosen(examinee.exam)[0] if k in PROMPT_ATTACKS)):
-        tasks = _tasks(examinee, subject, kind)
-        more = [kind, _answers(examinee)] if kind else None
+    for kind in ("", *(k for k in attacks.chosen(session.exam)[0] if k in PROMPT_ATTACKS)):
+        tasks = _tasks(session, subject, kind)
+        more = [kind, _answers(session)] if kind else None
         found |= how.kept(
             subject,
             kind,
-            examinee.identity(subject, tasks=tasks, more=more),
-            lambda tasks=tasks: examinee.ask(subject, how.on_progress, how.on_engine, how.should_stop, tasks),
+            session.identity(subject, tasks=tasks, more=more),
+            lambda tasks=tasks: session.ask(subject, how.on_progress, how.on_engine, how.should_stop, tasks),
         )
-    if "sampling" in attacks.chosen(examinee.exam)[0]:
-        found |= _on_sets(examinee, subject, "sampling", how, lambda name: sampling.sampled(
-            examinee, subject, name, how.on_progress, how.on_engine, how.should_stop
+    if "sampling" in attacks.chosen(session.exam)[0]:
+        found |= _on_sets(session, subject, "sampling", how, lambda name: sampling.sampled(
+            session, subject, name, how.on_progress, how.on_engine, how.should_stop
         ))  # fmt: skip
     return found
 
 
-def weights_attacked(examinee: Examinee, subject: Subject, how: How) -> dict[str, Any]:
+def weights_attacked(session: ModelSession, subject: Subject, how: How) -> dict[str, Any]:
     """What the attacks on weights find."""
-    made, found = attacks.chosen(examinee.exam)[0], {}
+    made, found = attacks.chosen(session.exam)[0], {}
     for kind in QUANTIZE_ATTACKS:
         if kind in made:
-            by_set = _on_sets(examinee, subject, kind, how, lambda name, kind=kind: quantize.quantized_answers(
-                examinee, subject, kind, name, how.on_progress
+            by_set = _on_sets(session, subject, kind, how, lambda name, kind=kind: quantize.quantized_answers(
+                session, subject, kind, name, how.on_progress
             ))  # fmt: skip
-            for name in examinee.exam.attacked:
+            for name in session.exam.attacked:
                 for variant, texts in by_set[f"attack.{kind}.{name}"].items():
                     found[attacks.task(kind, variant, name)] = texts
     if "relearn" in made:
-        found |= _relearned(examinee, subject, how)
+        found |= _relearned(session, subject, how)
     if "logit_lens" in made:
-        found |= _on_sets(examinee, subject, "logit_lens", how, lambda name: lens.ranks_by_layer(
-            examinee, subject, name, how.on_progress
+        found |= _on_sets(session, subject, "logit_lens", how, lambda name: lens.ranks_by_layer(
+            session, subject, name, how.on_progress
         ))  # fmt: skip
     return found
 
@@ -97,22 +97,22 @@ def control_attacked(exam: Exam, how: How) -> dict[str, dict[str, Any]]:
     """What the control relearns, under CONTROL; empty where there is none, or relearn is not tried."""
     if exam.control is None or "relearn" not in attacks.chosen(exam)[0]:
         return {}
-    examinee, subject = control_of(exam, exam.control)
-    return {CONTROL: _relearned(examinee, subject, how)}
+    session, subject = control_of(exam, exam.control)
+    return {CONTROL: _relearned(session, subject, how)}
 
 
-def cost_of(examinee: Examinee, subject: Subject, kind: str) -> Cost:
+def cost_of(session: ModelSession, subject: Subject, kind: str) -> Cost:
     """What one subject takes under an attack of this kind."""
-    exam = examinee.exam
+    exam = session.exam
     new, attacked = exam.settings.max_new_tokens, list(exam.attacked)
 
     def asked(tasks: Sequence[str], times: int = 1, answers: int = 1) -> Cost:
-        prompts = [ids for task in tasks for ids in examinee.prompts(subject, task)]
+        prompts = [ids for task in tasks for ids in session.prompts(subject, task)]
         count = len(prompts) * answers
         return Cost(count * times, sum(map(len, prompts)) * times, count * times * new)
 
     if kind == NO_ATTACK:
-        return asked(_tasks(examinee, subject, ""))
+        return asked(_tasks(session, subject, ""))
     if kind == "sampling":
         return asked(attacked, answers=exam.settings.sampling.samples)
     if kind in QUANTIZE_ATTACKS:
@@ -124,42 +124,42 @@ def cost_of(examinee: Examinee, subject: Subject, kind: str) -> Cost:
         times = len(relearn.steps_of(exam.settings.relearn))
         total = Cost()
         for name in attacked:
-            prompts = examinee.prompts(subject, name)
-            for lesson in relearn.lessons(exam, name)[0]:
+            prompts = session.prompts(subject, name)
+            for lesson in relearn.relearn_sets(exam, name)[0]:
                 count, tokens = len(lesson.asked), sum(len(prompts[i]) for i in lesson.asked)
                 total += Cost(count * times, tokens * times, count * times * new, exam.settings.relearn.steps[-1])
         return total
-    return asked(_tasks(examinee, subject, kind))
+    return asked(_tasks(session, subject, kind))
 
 
-def _tasks(examinee: Examinee, subject: Subject, kind: str) -> list[str]:
+def _tasks(session: ModelSession, subject: Subject, kind: str) -> list[str]:
     """The tasks of an attack that is made of prompts; of no kind, those of no attack."""
     begins = f"attack.{kind}."
     return [
-        task
-        for task in examinee.tasks(subject)
-        if (task.startswith(begins) if kind else not task.startswith("attack."))
+        task for task in session.tasks(subject) if (task.startswith(begins) if kind else not task.startswith("attack."))
     ]
 
 
-def _on_sets(examinee: Examinee, subject: Subject, kind: str, how: How, attack: Callable[[str], Any]) -> dict[str, Any]:
+def _on_sets(
+    session: ModelSession, subject: Subject, kind: str, how: How, attack: Callable[[str], Any]
+) -> dict[str, Any]:
     """`attack(name)` of every attacked set, as `attack.<kind>.<set>`, or what is kept of it."""
-    settings, tasks = examinee.exam.settings, list(examinee.exam.attacked)
+    settings, tasks = session.exam.settings, list(session.exam.attacked)
     deciding = {
         "sampling": [settings.sampling.samples, settings.sampling.temperature, settings.seed],
         "relearn": [settings.relearn.model_dump(mode="json"), settings.seed, [
-            [asdict(lesson) for lesson in relearn.lessons(examinee.exam, name)[0]] for name in tasks
+            [asdict(lesson) for lesson in relearn.relearn_sets(session.exam, name)[0]] for name in tasks
         ]],
         "logit_lens": [],
     }  # fmt: skip
     deciding |= {name: quantize.VARIANTS[name] for name in QUANTIZE_ATTACKS}
     if kind == "relearn":  # what it trains on decides, too
-        tasks = list(examinee.exam.sets)
-    identity = examinee.identity(subject, tasks=tasks, more=[kind, deciding[kind], _answers(examinee, tasks)])
+        tasks = list(session.exam.sets)
+    identity = session.identity(subject, tasks=tasks, more=[kind, deciding[kind], _answers(session, tasks)])
 
     def on_all() -> dict[str, Any]:
         found = {}
-        for name in examinee.exam.attacked:
+        for name in session.exam.attacked:
             if how.should_stop():
                 raise Interrupted(f"{subject.name}, {kind}, begins again; what was asked before it is kept")
             found[f"attack.{kind}.{name}"] = attack(name)
@@ -168,18 +168,18 @@ def _on_sets(examinee: Examinee, subject: Subject, kind: str, how: How, attack: 
     return how.kept(subject, kind, identity, on_all)
 
 
-def _relearned(examinee: Examinee, subject: Subject, how: How) -> dict[str, Any]:
-    return _on_sets(examinee, subject, "relearn", how, lambda name: relearn.relearned(
-        examinee, subject, name, how.on_progress, how.should_stop
+def _relearned(session: ModelSession, subject: Subject, how: How) -> dict[str, Any]:
+    return _on_sets(session, subject, "relearn", how, lambda name: relearn.relearned(
+        session, subject, name, how.on_progress, how.should_stop
     ))  # fmt: skip
 
 
-def _answers(examinee: Examinee, names: Sequence[str] | None = None) -> dict[str, list[list[int]]]:
+def _answers(session: ModelSession, names: Sequence[str] | None = None) -> dict[str, list[list[int]]]:
     """The reference answers that decide what an attack asks or what its answers are compared with."""
-    return {name: examinee.answers(name) for name in (names or examinee.exam.attacked)}
+    return {name: session.answers(name) for name in (names or session.exam.attacked)}
 
 
-def control_of(exam: Exam, model_dir: Path) -> tuple[Examinee, Subject]:
+def control_of(exam: Exam, model_dir: Path) -> tuple[ModelSession, Subject]:
     """The model that never knew, asked the sets as they are."""
     subject = Subject(CONTROL, model_dir, "", "base")
-    return Examinee(model_dir, exam, [(subject, sets_as_tasks(exam, subject))]), subject
+    return ModelSession(model_dir, exam, [(subject, sets_as_tasks(exam, subject))]), subject

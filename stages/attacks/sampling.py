@@ -11,7 +11,7 @@ import numpy as np
 from duet.cache.errors import Interrupted
 from duet.stages.engines.interface import Ask, Request
 from duet.stages.exam.exam import Subject
-from duet.stages.exam.session import Examinee
+from duet.stages.exam.session import ModelSession
 from duet.stages.settings.attacks import SamplingSettings
 
 KS = (1, 4, 16, 64)
@@ -34,7 +34,7 @@ def ks_of(settings: SamplingSettings) -> list[int]:
 
 
 def sampled(
-    examinee: Examinee,
+    session: ModelSession,
     subject: Subject,
     name: str,
     on_progress: Callable[[str, int, int], None],
@@ -45,17 +45,17 @@ def sampled(
 
     One call of the engine per question: the samples share all of its prompt, which the engine then computes once.
     """
-    settings = examinee.exam.settings
+    settings = session.exam.settings
     ask = Ask(top_k=1, max_positions=settings.max_new_tokens, temperature=settings.sampling.temperature)
-    engine, prompts = examinee.engine(on_engine), examinee.prompts(subject, name)
-    stops = set(examinee.spec().eos_ids)
+    engine, prompts = session.engine(on_engine), session.prompts(subject, name)
+    stops = set(session.spec().eos_ids)
     found = []
     for number, ids in enumerate(prompts):
         if should_stop():
             raise Interrupted(f"{subject.name}, sampling, begins again; what was asked before it is kept")
         requests = [Request(i, ids, seed=_seed(settings.seed, number, i)) for i in range(settings.sampling.samples)]
         scored = engine.score_all(requests, ask)
-        found.append([examinee.text([i for i in one.response_ids.tolist() if i not in stops]) for one in scored])
+        found.append([session.text([i for i in one.response_ids.tolist() if i not in stops]) for one in scored])
         on_progress(f"{subject.name}, sampling", number + 1, len(prompts))
     return found
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks.quantize import VARIANTS
-from duet.stages.attacks.relearn import Lesson, lessons, steps_of
+from duet.stages.attacks.relearn import RelearnSet, relearn_sets, steps_of
 from duet.stages.attacks.run import CONTROL
 from duet.stages.attacks.sampling import ks_of, leak_at, leaks_per_question
 from duet.stages.attacks.texts import LETTERS
@@ -97,7 +97,7 @@ def results_of(
     skipped = dict(skipped)
     if "relearn" in made:
         for name in exam.attacked:
-            skipped |= {f"relearn, {lesson}": why for lesson, why in lessons(exam, name)[1].items()}
+            skipped |= {f"relearn, {lesson}": why for lesson, why in relearn_sets(exam, name)[1].items()}
     if "synonyms" in made:
         for name in exam.attacked:
             count, unchanged = len(exam.sets[name].queries), attacks.without_synonyms(exam, name)
@@ -126,7 +126,7 @@ def relearning(
         base_of[CONTROL] = "base"
     found: dict[str, dict[str, Any]] = {model: {} for model in base_of}
     for name in exam.attacked:
-        for lesson in lessons(exam, name)[0]:
+        for lesson in relearn_sets(exam, name)[0]:
             references = [references_of(exam.sets[name])[i] for i in lesson.asked]
             told = {model: answers[model][f"attack.relearn.{name}"][lesson.name] for model in base_of}
             recalls = {m: [metrics.rouge_l(references, texts)[0] for texts in told[m]] for m in base_of}
@@ -166,7 +166,7 @@ def _recalls(answers: Mapping[str, Any], exam: Exam, kind: str, name: str) -> di
         told = {variant: answers[attacks.task(kind, variant, name)] for variant in VARIANTS[kind]}
         return {variant: metrics.rouge_l(references, texts)[0] for variant, texts in told.items()}
     if kind == "relearn":
-        return {lesson.name: _after(answers, lesson, -1, references, name) for lesson in lessons(exam, name)[0]}
+        return {lesson.name: _after(answers, lesson, -1, references, name) for lesson in relearn_sets(exam, name)[0]}
     if kind not in PROMPT_ATTACKS:
         return {}
     found = {}
@@ -194,11 +194,13 @@ def _tried(answers: Mapping[str, Any], exam: Exam, kind: str, name: str, values_
     if kind != "relearn":
         return values_AN
     references, steps = references_of(exam.sets[name]), range(1, len(steps_of(exam.settings.relearn)))
-    taught = lessons(exam, name)[0]
+    taught = relearn_sets(exam, name)[0]
     return np.stack([_after(answers, lesson, step, references, name) for lesson in taught for step in steps])
 
 
-def _after(answers: Mapping[str, Any], lesson: Lesson, asking: int, references: Sequence[str], name: str) -> np.ndarray:
+def _after(
+    answers: Mapping[str, Any], lesson: RelearnSet, asking: int, references: Sequence[str], name: str
+) -> np.ndarray:
     """Recall at a lesson's asking of that number, -1 for that after the last step; NaN for questions that it does not ask."""
     values = np.full(len(references), np.nan)
     texts = answers[f"attack.relearn.{name}"][lesson.name][asking]

@@ -22,7 +22,7 @@ from duet.stages.evaluate.answers import refusals_of, session_of
 from duet.stages.evaluate.definitions import all_metrics, definitions
 from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
 from duet.stages.exam.kept import recalled
-from duet.stages.exam.session import Examinee
+from duet.stages.exam.session import ModelSession
 from duet.stages.settings.evaluate import AuditSettings
 
 
@@ -103,24 +103,24 @@ class _Asking:
         """Ask behind each prefix what is not on disk yet, with one engine; a candidate is kept as soon as it is through."""
         self._dir.mkdir(parents=True, exist_ok=True)
         subjects = _subjects(self._plan, candidates)
-        examinee = session_of(self._plan.model_dir, self._plan.exam, subjects)
-        self.keys |= _keys(self._plan, examinee, subjects)
+        session = session_of(self._plan.model_dir, self._plan.exam, subjects)
+        self.keys |= _keys(self._plan, session, subjects)
         try:
             for subject in subjects:
                 if self._should_stop():
                     raise Interrupted(f"{len(self.said)} prefixes are through, {subject.name!r} is next")
-                identity = sha256_json([examinee.identity(subject), FIRST_OF, self._plan.top_k])
+                identity = sha256_json([session.identity(subject), FIRST_OF, self._plan.top_k])
                 kept = recalled(
-                    self._dir / f"{identity[:16]}.json", identity, lambda subject=subject: self._ask(examinee, subject)
+                    self._dir / f"{identity[:16]}.json", identity, lambda subject=subject: self._ask(session, subject)
                 )
                 first = kept["first"]
                 self.said[subject.name] = Said(kept["by_set"], np.array(first["ids"]), np.array(first["logits"]))
         finally:
-            examinee.close()
+            session.close()
 
-    def _ask(self, examinee: Examinee, subject: Subject) -> dict[str, Any]:
-        answers = examinee.ask(subject, self._on_progress, self._on_engine, self._should_stop)
-        ids_NK, logits_NK = examinee.first_top_k(subject, FIRST_OF, self._plan.top_k, self._on_engine)
+    def _ask(self, session: ModelSession, subject: Subject) -> dict[str, Any]:
+        answers = session.ask(subject, self._on_progress, self._on_engine, self._should_stop)
+        ids_NK, logits_NK = session.first_top_k(subject, FIRST_OF, self._plan.top_k, self._on_engine)
         return {"by_set": answers, "first": {"ids": ids_NK.tolist(), "logits": logits_NK.tolist()}}
 
 
@@ -137,11 +137,11 @@ def verdict_keys(plan: Audit) -> dict[str, str]:
     return _keys(plan, session_of(plan.model_dir, plan.exam, subjects), subjects)
 
 
-def _keys(plan: Audit, examinee: Examinee, subjects: Sequence[Subject]) -> dict[str, str]:
+def _keys(plan: Audit, session: ModelSession, subjects: Sequence[Subject]) -> dict[str, str]:
     sets = [[name, s.expect, references_of(s)] for name, s in plan.exam.sets.items()]
     thresholds = plan.settings.model_dump(include={"min_forgotten", "min_kept"})
     common = [sets, thresholds, plan.exam.settings.seed]
-    return {subject.name: sha256_json([examinee.identity(subject, anywhere=True), common]) for subject in subjects}
+    return {subject.name: sha256_json([session.identity(subject, anywhere=True), common]) for subject in subjects}
 
 
 def split(exam: Exam, settings: AuditSettings) -> tuple[Part, Part]:

@@ -19,7 +19,7 @@ import torch
 from duet.cache.files import publish_json, read_json, sha256_json
 from duet.cache.reader import Rank, Store
 from duet.stages.compare.methods import METHODS
-from duet.stages.compare.train import BaselineJob, Lessons, store_order, train_baseline
+from duet.stages.compare.train import BaselineJob, TrainingRows, store_order, train_baseline
 from duet.stages.evaluate import results as evaluate
 from duet.stages.evaluate.answers import answer_all
 from duet.stages.exam.exam import Exam, Subject, references_of
@@ -46,7 +46,7 @@ class Comparison:
     model_dir: Path  # what all start from
     start_name: str
     folder: Path
-    lessons: Lessons
+    lessons: TrainingRows
     stores: Mapping[str, Store]
     store_tokenizer: Any
     validation: Exam
@@ -67,7 +67,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Trial:
     """One method with one setting."""
 
     method: str
@@ -91,7 +91,7 @@ class Candidate:
         return (self.folder / DONE_NAME).is_file() and (self.folder / "model").is_dir()
 
 
-def candidates(plan: Comparison, method: str) -> list[Candidate]:
+def candidates(plan: Comparison, method: str) -> list[Trial]:
     """The method's grid: every learning rate with every value of its constant."""
     known = METHODS.get(method)
     grid = plan.settings.grid.get(method)  # pyright: ignore[reportArgumentType]
@@ -100,7 +100,7 @@ def candidates(plan: Comparison, method: str) -> list[Candidate]:
     return [_candidate(plan, method, lr, constant) for constant in constants for lr in lrs]
 
 
-def _candidate(plan: Comparison, method: str, lr: float, constant: float | None) -> Candidate:
+def _candidate(plan: Comparison, method: str, lr: float, constant: float | None) -> Trial:
     settings = plan.train.model_copy(update={"lr": lr})
     deciding = [
         method,
@@ -113,10 +113,10 @@ def _candidate(plan: Comparison, method: str, lr: float, constant: float | None)
         deciding += [plan.settings.seed, plan.lessons.sha256()]
     identity = sha256_json(deciding)
     constant_part = "" if constant is None else f"-{constant:g}"
-    return Candidate(method, lr, constant, plan.folder / method / f"lr{lr:.3g}{constant_part}-{identity[:8]}", identity)
+    return Trial(method, lr, constant, plan.folder / method / f"lr{lr:.3g}{constant_part}-{identity[:8]}", identity)
 
 
-def train_candidate(plan: Comparison, candidate: Candidate, report: Report) -> None:
+def train_candidate(plan: Comparison, candidate: Trial, report: Report) -> None:
     """Leave `model/` and candidate.json in the candidate's folder, whatever of it is there."""
     if candidate.is_trained:
         return
@@ -127,7 +127,7 @@ def train_candidate(plan: Comparison, candidate: Candidate, report: Report) -> N
     publish_json(candidate.folder / DONE_NAME, train(plan, candidate, settings, report))
 
 
-def _train_duet(plan: Comparison, candidate: Candidate, settings: TrainSettings, report: Report) -> dict[str, Any]:
+def _train_duet(plan: Comparison, candidate: Trial, settings: TrainSettings, report: Report) -> dict[str, Any]:
     job = StudentJob(
         candidate.method, plan.model_dir, plan.start_name, candidate.folder, settings, plan.trust_remote_code
     )
@@ -142,7 +142,7 @@ def _train_duet(plan: Comparison, candidate: Candidate, settings: TrainSettings,
     return {"steps": summary["steps"], "train_s": summary["train_s"], "diverged_at": None, "curve": summary["curve"]}
 
 
-def _train_method(plan: Comparison, candidate: Candidate, settings: TrainSettings, report: Report) -> dict[str, Any]:
+def _train_method(plan: Comparison, candidate: Trial, settings: TrainSettings, report: Report) -> dict[str, Any]:
     order = Teachers.of(plan.stores, settings).order(settings)
     job = BaselineJob(
         name=candidate.label,
@@ -163,7 +163,7 @@ def _train_method(plan: Comparison, candidate: Candidate, settings: TrainSetting
     )
 
 
-def best_of(plan: Comparison, method: str, report: Report) -> tuple[Candidate, list[dict[str, Any]]]:
+def best_of(plan: Comparison, method: str, report: Report) -> tuple[Trial, list[dict[str, Any]]]:
     """The method's candidate with the largest performance shift on the validation part, broken or not, and all of them.
 
     Leaves the weights of the best only.
@@ -190,7 +190,7 @@ def best_of(plan: Comparison, method: str, report: Report) -> tuple[Candidate, l
     return tried[best], [row | {"chosen": number == best} for number, row in enumerate(rows)]
 
 
-def _validated(plan: Comparison, candidate: Candidate, report: Report) -> float:
+def _validated(plan: Comparison, candidate: Trial, report: Report) -> float:
     """The candidate's performance shift, in points, on the validation part."""
     exam = plan.validation
     identity = sha256_json([candidate.identity, _asked(exam)])

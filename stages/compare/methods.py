@@ -28,7 +28,7 @@ RMU_DEPTH = 7 / 32  # the paper's layer 7 of 32
 
 
 @dataclass(frozen=True)
-class Row:
+class QuestionAnswer:
     """One question with one answer, as token ids."""
 
     prompt_ids: Sequence[int]
@@ -39,9 +39,9 @@ class Row:
 class Batch:
     """The rows of a step."""
 
-    forget: list[Row]  # with their own answers
-    refused: list[Row]  # the same questions with a refusal each
-    retain: list[Row]
+    forget: list[QuestionAnswer]  # with their own answers
+    refused: list[QuestionAnswer]  # the same questions with a refusal each
+    retain: list[QuestionAnswer]
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,18 @@ class Models:
         self._draw = torch.Generator().manual_seed(seed)
         self._direction_D: torch.Tensor | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> Answered:
+    def __call__(self, rows: Sequence[QuestionAnswer]) -> Answered:
         return self._answered(self.model, rows)
 
-    def reference(self, rows: Sequence[Row]) -> Answered:
+    def reference(self, rows: Sequence[QuestionAnswer]) -> Answered:
         with torch.no_grad():
             return self._answered(self._reference, rows)
 
-    def hidden(self, rows: Sequence[Row]) -> torch.Tensor:
+    def hidden(self, rows: Sequence[QuestionAnswer]) -> torch.Tensor:
         """What RMU's layer puts out at the positions that predict answer tokens, [N, D]."""
         return self._hidden(self.model, rows)
 
-    def reference_hidden(self, rows: Sequence[Row]) -> torch.Tensor:
+    def reference_hidden(self, rows: Sequence[QuestionAnswer]) -> torch.Tensor:
         with torch.no_grad():
             return self._hidden(self._reference, rows)
 
@@ -97,12 +97,12 @@ class Models:
             self._direction_D = (drawn_D / drawn_D.norm()).to(self._device)
         return self._direction_D
 
-    def _answered(self, model: Any, rows: Sequence[Row]) -> Answered:
+    def _answered(self, model: Any, rows: Sequence[QuestionAnswer]) -> Answered:
         batch = self._aligned(rows)
         ids_N = torch.tensor([token for row in rows for token in row.answer_ids], device=self._device)
         return Answered(logits_at(model, batch).float(), ids_N, batch.batch_index_N, len(rows))
 
-    def _hidden(self, model: Any, rows: Sequence[Row]) -> torch.Tensor:
+    def _hidden(self, model: Any, rows: Sequence[QuestionAnswer]) -> torch.Tensor:
         batch, kept = self._aligned(rows), []
         layer = decoder_layers(model)[rmu_layer(model)]
 
@@ -116,7 +116,7 @@ class Models:
             handle.remove()
         return kept[0][batch.batch_index_N, batch.position_N].float()
 
-    def _aligned(self, rows: Sequence[Row]) -> AlignedBatch:
+    def _aligned(self, rows: Sequence[QuestionAnswer]) -> AlignedBatch:
         return align([r.prompt_ids for r in rows], [r.answer_ids for r in rows], self._pad_id).to(self._device)
 
 

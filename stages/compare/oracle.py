@@ -16,7 +16,7 @@ from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing_dir, read_json, sha256_json
 from duet.stages.compare.grid import DONE_NAME, Comparison, Report
 from duet.stages.compare.methods import Method, retain_nll
-from duet.stages.compare.train import BaselineJob, Lessons, row_of, shuffled_order, train_baseline
+from duet.stages.compare.train import BaselineJob, TrainingRows, row_of, shuffled_order, train_baseline
 from duet.stages.models.directory import load_config
 from duet.stages.models.identity import weights_sha256
 from duet.stages.questions.prompts import open_renderer
@@ -42,7 +42,7 @@ def train_oracle(plan: Comparison, settings: OracleSettings, report: Report) -> 
         for query in load_queries(data, f"compare.oracle.data.{number}", need_answers=True)
     ]
     _refuse_forgotten([query.question for query in queries], plan)
-    lessons = Lessons([], [row_of(renderer, query) for query in queries], [])
+    lessons = TrainingRows([], [row_of(renderer, query) for query in queries], [])
     deciding = [
         train.model_dump(mode="json", exclude=set(FREE_TRAIN)),
         weights_sha256(plan.model_dir),

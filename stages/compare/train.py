@@ -22,33 +22,35 @@ from duet.cache.errors import Interrupted
 from duet.cache.files import sha256_json
 from duet.cache.order import Cursor, Order
 from duet.cache.reader import Rank
-from duet.stages.compare.methods import Batch, Method, Models, Row, loss_of, train_only_rmus_layers
+from duet.stages.compare.methods import Batch, Method, Models, QuestionAnswer, loss_of, train_only_rmus_layers
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer, pad_id_of
 from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.queries import Query
 from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings
 from duet.stages.student import checkpoint
-from duet.stages.student.checkpoint import Progress
+from duet.stages.student.checkpoint import TrainingState
 from duet.stages.student.export import export
 from duet.stages.student.loop import lr_factor, seed_everything
 from duet.stages.student.model import autocast, forward_dtype_of, load_trainable, optimizer_of, trained
 from duet.stages.student.ranks import Processes
 
 
-def row_of(renderer: Renderer, query: Query, answer: str | None = None) -> Row:
+def row_of(renderer: Renderer, query: Query, answer: str | None = None) -> QuestionAnswer:
     """A question with its answer, or with another one, as token ids, without any prefix, as a student sees it."""
     asked = Prompt.plain(query)
-    return Row(renderer.prompt(asked), renderer.answer(asked, query.answer or "" if answer is None else answer).ids)
+    return QuestionAnswer(
+        renderer.prompt(asked), renderer.answer(asked, query.answer or "" if answer is None else answer).ids
+    )
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TrainingRows:
     """The queries of a run as token ids: what a step's rows are drawn from. Numbers are the store's: forget, then retain."""
 
-    forget: list[Row]
-    retain: list[Row]
-    refusals: list[list[Row]]  # each forget question with each refusal
+    forget: list[QuestionAnswer]
+    retain: list[QuestionAnswer]
+    refusals: list[list[QuestionAnswer]]  # each forget question with each refusal
 
     def batch(self, numbers: np.ndarray, seed: int, step: int) -> Batch:
         """The rows of these numbers; each forget question's refusal is a function of seed, step and number."""
@@ -112,7 +114,7 @@ class BaselineJob:
     start_name: str  # what that is called in what we write
     folder: Path  # gets model/
     settings: TrainSettings
-    lessons: Lessons
+    lessons: TrainingRows
     steps: Steps
     seed: int  # of drawn refusals and of RMU's direction
     device: torch.device
@@ -143,7 +145,7 @@ def train_baseline(
     )
     optimizer = optimizer_of(list(trained(model).values()), settings)
     checkpoints, alone = job.folder / CHECKPOINTS_NAME, Processes(Rank(), device)
-    progress = checkpoint.load_newest(checkpoints, model, optimizer) or Progress()
+    progress = checkpoint.load_newest(checkpoints, model, optimizer) or TrainingState()
     curve: list[list[float]] = []
     diverged_at = None
     while progress.step < total and diverged_at is None:

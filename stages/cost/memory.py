@@ -17,7 +17,7 @@ import torch
 from duet.stages.cost.gpus import Device
 from duet.stages.models.batching import cut_by_length
 from duet.stages.models.layers import decoder_layers
-from duet.stages.models.sizes import DTYPE_BYTES, Shape, meta_model
+from duet.stages.models.sizes import DTYPE_BYTES, ModelSizes, meta_model
 from duet.stages.settings.student import TrainSettings
 from duet.stages.student.model import made_trainable
 
@@ -67,13 +67,13 @@ class Reading:
     batch: int  # prompts at a time
 
 
-def kv_bytes(shape: Shape, tokens: int, dtype: str) -> int:
+def kv_bytes(shape: ModelSizes, tokens: int, dtype: str) -> int:
     """Keys and values of all layers: 2 x layers x width of the keys per token."""
     return 2 * shape.layers * shape.keys * DTYPE_BYTES[dtype] * tokens
 
 
 def reading_need(
-    shape: Shape, dtype: str, reading: Reading, device: Device, devices: int = 1, weight_bytes: float | None = None
+    shape: ModelSizes, dtype: str, reading: Reading, device: Device, devices: int = 1, weight_bytes: float | None = None
 ) -> Need:
     """A model that is asked, spread over `devices` (tensor or pipeline parallel, which divide weights and cache).
 
@@ -96,7 +96,7 @@ def reading_need(
     return Need(parts, 2 * shape.parameters * reading.prompt_tokens / rate + decoded, device.kind)
 
 
-def activation_bytes(shape: Shape, tokens: int, layers: int, dtype: str, checkpointing: bool) -> int:
+def activation_bytes(shape: ModelSizes, tokens: int, layers: int, dtype: str, checkpointing: bool) -> int:
     """What `layers` keep for the backward pass, of a layer as Llama's, Qwen's and Mistral's are (h hidden, q heads, f inner).
 
     Counted from what autograd saves, in bytes per token and layer. float32: two norms keep what they read, the normed and the
@@ -120,10 +120,10 @@ def adam_bytes(parameters: Sequence[torch.nn.Parameter], optimizer: str) -> int:
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentOnMeta:
     """A student of these settings on the meta device, and the rows that it reads."""
 
-    shape: Shape
+    shape: ModelSizes
     settings: TrainSettings
     dtype: str  # of the forward pass
     model: Any
@@ -131,7 +131,9 @@ class Student:
     spread: bool  # weights, too, lie in parts on several devices
 
     @staticmethod
-    def of(model_dir: Path, settings: TrainSettings, device: Device, devices: int, trust_remote_code: bool) -> Student:
+    def of(
+        model_dir: Path, settings: TrainSettings, device: Device, devices: int, trust_remote_code: bool
+    ) -> StudentOnMeta:
         bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.kind == "cuda" and device.bf16)
         dtype = "bfloat16" if bf16 else "float32"
         spread = devices > 1 and settings.parallel == "fsdp"
@@ -143,7 +145,7 @@ class Student:
         frozen = next((i for i, layer in enumerate(stack) if any(p.requires_grad for p in layer.parameters())), 0)
         ends_trained = model.get_input_embeddings().weight.requires_grad
         layers = len(stack) - (0 if ends_trained else frozen)
-        return Student(Shape.of(model_dir, trust_remote_code), settings, dtype, model, layers, spread)
+        return StudentOnMeta(ModelSizes.of(model_dir, trust_remote_code), settings, dtype, model, layers, spread)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -163,7 +165,7 @@ class Student:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
-def student_need(student: Student, lengths: np.ndarray, device: Device, devices: int = 1) -> Need:
+def student_need(student: StudentOnMeta, lengths: np.ndarray, device: Device, devices: int = 1) -> Need:
     """Training on `devices`, one process each: memory of one of them, and the time of all epochs.
 
     Time: forward 2 FLOP per parameter and token, backward 2 to pass the gradient on and 2 for each trained weight; the output
@@ -197,7 +199,7 @@ def student_need(student: Student, lengths: np.ndarray, device: Device, devices:
     return Need(parts, steps * (max(computed, read) + STEP_BYTES * student.num_trained / share / speed), device.kind)
 
 
-def _held(student: Student, devices: int) -> dict[str, float]:
+def _held(student: StudentOnMeta, devices: int) -> dict[str, float]:
     """What lies in memory from step to step, and what of the weights is copied."""
     settings, trained = student.settings, student.num_trained
     share = devices if student.spread else 1

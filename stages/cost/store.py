@@ -98,51 +98,51 @@ def check_room(stores: Sequence[tuple[Prepared, Plan, Folder]]) -> str | None:
     there may be too little room for what they can need at most.
     """
     least, most = 0, 0
-    for prepared, plan, place in stores:
-        _check_writable(plan, place)
-        missing = _missing_rows(plan, place)
+    for prepared, plan, location in stores:
+        _check_writable(plan, location)
+        missing = _missing_rows(plan, location)
         least += _bytes(prepared, plan, missing, least=True)
         most += _bytes(prepared, plan, missing, least=False)
-        _check_file_size(prepared, plan, place)
-    place = stores[0][2]
-    free = free_bytes(place.path)
+        _check_file_size(prepared, plan, location)
+    location = stores[0][2]
+    free = free_bytes(location.path)
     if least > free:
         raise DiskFull(
-            f"cannot write {place}: {os.strerror(errno.ENOSPC)}; {free / 1e6:.2f} MB are free, "
+            f"cannot write {location}: {os.strerror(errno.ENOSPC)}; {free / 1e6:.2f} MB are free, "
             f"at least {least / 1e6:.2f} MB are needed",
             f"make space and run the same command again, or set another store.dir, {STORE_LESS}",
         )
     if most <= free:
         return None
     return (
-        f"{free / 1e6:.2f} MB are free in {place.path.parent}; at least {least / 1e6:.2f} MB will be needed, at most "
+        f"{free / 1e6:.2f} MB are free in {location.path.parent}; at least {least / 1e6:.2f} MB will be needed, at most "
         f"{most / 1e6:.2f} MB, if every response is as long as it can be"
     )
 
 
-def _check_writable(plan: Plan, place: Folder) -> None:
-    if all(is_writable(folder) for folder in (place.path, place.path / LEASES_NAME)):
+def _check_writable(plan: Plan, location: Folder) -> None:
+    if all(is_writable(folder) for folder in (location.path, location.path / LEASES_NAME)):
         return
     state = ""
-    if place.path.exists():
-        there = plan.rows - len(_missing_rows(plan, place))
+    if location.path.exists():
+        there = plan.rows - len(_missing_rows(plan, location))
         state = f": the store is incomplete, {there} of {plan.rows} rows are there, and it is not yours to write"
-    raise UserError(f"cannot write {place}{state or ': ' + os.strerror(errno.EACCES)}", NOT_WRITABLE_HINT)
+    raise UserError(f"cannot write {location}{state or ': ' + os.strerror(errno.EACCES)}", NOT_WRITABLE_HINT)
 
 
-def _check_file_size(prepared: Prepared, plan: Plan, place: Folder) -> None:
+def _check_file_size(prepared: Prepared, plan: Plan, location: Folder) -> None:
     """Against the limit that a shell or a batch system sets (`ulimit -f`)."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     shard = _bytes(prepared, plan, plan.shard_range(0), least=True)
     if limit != resource.RLIM_INFINITY and shard > limit:
         raise DiskFull(
-            f"cannot write {place}: a shard needs at least {shard / 1e6:.2f} MB, a file may have {limit / 1e6:.2f} MB here",
+            f"cannot write {location}: a shard needs at least {shard / 1e6:.2f} MB, a file may have {limit / 1e6:.2f} MB here",
             f"raise `ulimit -f`, set a smaller store.shard_rows, {STORE_LESS}",
         )
 
 
-def _missing_rows(plan: Plan, place: Folder) -> list[int]:
-    there = set(plan.written(place.entries()))
+def _missing_rows(plan: Plan, location: Folder) -> list[int]:
+    there = set(plan.written(location.entries()))
     return [row for index in range(plan.num_shards) if index not in there for row in plan.shard_range(index)]
 
 

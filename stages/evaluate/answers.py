@@ -14,7 +14,7 @@ from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import run as battery
 from duet.stages.evaluate import muse as knowmem
 from duet.stages.exam.exam import Exam, Subject, Task, references_of, sets_as_tasks
-from duet.stages.exam.session import Examinee
+from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import refusals
 
 
@@ -28,9 +28,9 @@ def tasks_of(exam: Exam, subject: Subject) -> dict[str, Task]:
     return tasks | knowmem.tasks_of(exam, subject)
 
 
-def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> Examinee:
+def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> ModelSession:
     """One model directory with all that these subjects are asked."""
-    return Examinee(model_dir, exam, [(subject, tasks_of(exam, subject)) for subject in subjects])
+    return ModelSession(model_dir, exam, [(subject, tasks_of(exam, subject)) for subject in subjects])
 
 
 def answer_all(
@@ -51,14 +51,14 @@ def answer_all(
     how = battery.How(answers_dir, on_progress, on_engine, should_stop)
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
-        examinee = session_of(model_dir, exam, asked)
+        session = session_of(model_dir, exam, asked)
         try:
             for subject in asked:
-                answers[subject.name] |= battery.answered(examinee, subject, how)
+                answers[subject.name] |= battery.answered(session, subject, how)
         finally:
-            examinee.close()
+            session.close()
         for subject in asked:
-            answers[subject.name] |= battery.weights_attacked(examinee, subject, how)
+            answers[subject.name] |= battery.weights_attacked(session, subject, how)
     return answers | battery.control_attacked(exam, how)
 
 
@@ -68,10 +68,10 @@ def costs(subjects: Sequence[Subject], exam: Exam) -> dict[str, battery.Cost]:
     total: dict[str, battery.Cost] = {}
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
-        examinee = session_of(model_dir, exam, asked)
+        session = session_of(model_dir, exam, asked)
         for subject in asked:
             for kind in (battery.NO_ATTACK, *made):
-                total[kind] = total.get(kind, battery.Cost()) + battery.cost_of(examinee, subject, kind)
+                total[kind] = total.get(kind, battery.Cost()) + battery.cost_of(session, subject, kind)
     if exam.control is not None and "relearn" in made:
         total["relearn"] += battery.cost_of(*battery.control_of(exam, exam.control), "relearn")
     return total

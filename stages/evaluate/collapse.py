@@ -39,7 +39,7 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ModelAnswers:
     """What is known of one model; base's own is of the same form."""
 
     answers: Mapping[str, Sequence[str]]  # by set, in query order
@@ -47,7 +47,7 @@ class Evidence:
     not_finite: int | None = None  # questions whose answers have a log-probability that is not finite; None: not read
 
 
-def signs_of(model: Evidence, base: Evidence, exam: Exam, utility: Sequence[float]) -> dict[str, Sign]:
+def signs_of(model: ModelAnswers, base: ModelAnswers, exam: Exam, utility: Sequence[float]) -> dict[str, Sign]:
     """The signs by their id; `utility` are the shares of base's score above the floor that are left of the sets to be kept.
 
     All but utility and membership compare the answers to all questions to be kept with base's to the same.

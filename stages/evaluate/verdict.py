@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duet.stages.attacks.prompts import attacked_of
-from duet.stages.evaluate.collapse import Evidence, signs_of
+from duet.stages.evaluate.collapse import ModelAnswers, signs_of
 from duet.stages.exam.exam import HEADLINE, Exam, Subject
 from duet.stages.metrics import uncertainty
 from duet.stages.metrics.choices import CLOZE, LETTER
@@ -85,13 +85,15 @@ def outcomes_of(
     numbers of questions by model, where they are known.
     """
     evidence = {
-        subject.name: Evidence(answers[subject.name], scores[subject.name], not_finite.get(subject.name))
+        subject.name: ModelAnswers(answers[subject.name], scores[subject.name], not_finite.get(subject.name))
         for subject in subjects
     }
     return {subject.name: outcome(evidence[subject.name], evidence[subject.base], exam, floors) for subject in subjects}
 
 
-def outcome(model: Evidence, base: Evidence, exam: Exam, floors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def outcome(
+    model: ModelAnswers, base: ModelAnswers, exam: Exam, floors: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
     """One of: broken (a sign of collapse is beyond its limit), not unlearned (too much of base's score above the floor is
     left), damaged (a set to be kept fell too far), suppressed until attacked (an attack brings half of it back on average),
     unclear (too few questions to tell), suppressed under these tests. The first that applies; limits are settings,

@@ -28,7 +28,7 @@ def left_of(task: str) -> str:
     return f"left.{task}"
 
 
-class Examinee:
+class ModelSession:
     """One model directory: prompts rendered with its tokenizer, its engine opened when first needed."""
 
     def __init__(self, model_dir: Path, exam: Exam, asked: Sequence[tuple[Subject, Mapping[str, Task]]]) -> None:

@@ -147,7 +147,7 @@ def num_parameters(model_dir: Path) -> int:
     """Numbers in the weights that are loaded, from their headers; where they are packed, those of the model before that."""
     files = described(model_dir)
     if files.quantised:
-        from duet.stages.models.sizes import Shape
+        from duet.stages.models.sizes import ModelSizes
 
-        return Shape.of(model_dir).parameters
+        return ModelSizes.of(model_dir).parameters
     return sum(count(tensor) for _, tensor in loaded(files).values())

@@ -13,7 +13,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSizes:
     """Counts of numbers. Widths are those of a layer's parts, per token."""
 
     parameters: int
@@ -27,13 +27,13 @@ class Shape:
     dtype: str  # of the weights on disk, as the config says
 
     @staticmethod
-    def of(model_dir: Path, trust_remote_code: bool = False) -> Shape:
+    def of(model_dir: Path, trust_remote_code: bool = False) -> ModelSizes:
         config = text_config(load_config(model_dir, trust_remote_code))
         model = meta_model(model_dir, trust_remote_code)
         ends = {id(p): p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
         heads = getattr(config, "num_attention_heads", None) or 0  # none: a recurrent model
         head = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-        return Shape(
+        return ModelSizes(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             embedding=sum(parameter.numel() for parameter in ends.values()),
             layers=config.num_hidden_layers,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from duet.cache.errors import UserError
 from duet.cache.record import SUBSETS
 from duet.stages.questions.queries import Query, load_queries
-from duet.stages.settings.data import RequestData, RequestSettings, TrainingData
+from duet.stages.settings.data import ForgetRequest, RequestData, TrainingData
 
 MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has no name
 
@@ -24,14 +24,14 @@ def fill_prefix(prefix: str, topic: str) -> str:
     return prefix.replace("{topic}", topic)
 
 
-def prefixes_of(prefix: str, topic: str, requests: Sequence[RequestSettings]) -> dict[str, str]:
+def prefixes_of(prefix: str, topic: str, requests: Sequence[ForgetRequest]) -> dict[str, str]:
     """What stands before the queries of each request, by its name, of a teacher with this prefix."""
     further = {request.name: fill_prefix(request.prefix or prefix, request.topic) for request in requests}
     return {MAIN: fill_prefix(prefix, topic), **further}
 
 
 def queries_of(
-    data: TrainingData, requests: Sequence[RequestSettings], need_answers: bool = False
+    data: TrainingData, requests: Sequence[ForgetRequest], need_answers: bool = False
 ) -> dict[str, dict[str, list[Query]]]:
     """The queries of both subsets of each request, by its name; a request without a retain set has none there."""
     further = {

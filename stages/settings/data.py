@@ -102,7 +102,7 @@ class RequestData(Settings):
     )
 
 
-class RequestSettings(Settings):
+class ForgetRequest(Settings):
     """A further forget request: trained in the same run, each of its queries asked behind its own prefix."""
 
     name: Name = Field(description="stands in row ids and in the names of its evaluation sets")

@@ -24,7 +24,7 @@ BEST_NAME = "best.safetensors"
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingState:
     """Where a run stands: optimizer steps done, the next batch, seconds trained, and how the probes went."""
 
     step: int = 0
@@ -40,7 +40,7 @@ def save(
     checkpoint_dir: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainingState,
     processes: Processes,
     keep_last: int,
 ) -> None:
@@ -57,7 +57,7 @@ def save(
         shutil.rmtree(stale)
 
 
-def load_newest(checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+def load_newest(checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState | None:
     """Restore the newest checkpoint into model and optimizer; None where there is none."""
     found = sorted(checkpoint_dir.glob("step-*"))
     if not found:
@@ -65,7 +65,7 @@ def load_newest(checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.o
     load_parameters(found[-1] / "model.safetensors", model)
     _restore_optimizer(model, optimizer, load_file(found[-1] / "optimizer.safetensors"))
     raw = read_json(found[-1] / "progress.json")
-    return Progress(**{**raw, "cursor": Cursor(**raw["cursor"])})
+    return TrainingState(**{**raw, "cursor": Cursor(**raw["cursor"])})
 
 
 def save_best(checkpoint_dir: Path, model: torch.nn.Module, processes: Processes) -> None:

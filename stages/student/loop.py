@@ -27,7 +27,7 @@ from duet.cache.files import publishing, sync_file
 from duet.cache.order import Order
 from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings
 from duet.stages.student import checkpoint
-from duet.stages.student.checkpoint import Progress
+from duet.stages.student.checkpoint import TrainingState
 from duet.stages.student.model import Student, trained
 from duet.stages.student.passes import Pass, passes_of
 from duet.stages.student.prefetch import Prefetch
@@ -73,12 +73,12 @@ def run_loop(
     pad_id: int,
     on_step: Callable[[StepReport], None],
     should_stop: Callable[[], bool],
-) -> tuple[Progress, list[dict[str, Any]]]:
+) -> tuple[TrainingState, list[dict[str, Any]]]:
     """All steps from the newest checkpoint to the end, where the last one is made; returns the progress and the lines of
     metrics.jsonl."""
     settings, processes, checkpoints = student.settings, student.processes, student_dir / CHECKPOINTS_NAME
     reset_peak_memory(processes.device)
-    progress = checkpoint.load_newest(checkpoints, student.model, student.optimizer) or Progress()
+    progress = checkpoint.load_newest(checkpoints, student.model, student.optimizer) or TrainingState()
     total = settings.epochs * math.ceil(order.num_slots / settings.batch_size)
     with processes.first_first():
         lines = _metrics_until(student_dir / METRICS_NAME, progress.step, write=processes.first)
@@ -144,12 +144,12 @@ def _passes(teachers: Teachers, blocks: list[Block], settings: TrainSettings, pa
     return [one.pin_memory() for one in passes] if pinned else passes
 
 
-def _out_of_patience(progress: Progress, settings: TrainSettings) -> bool:
+def _out_of_patience(progress: TrainingState, settings: TrainSettings) -> bool:
     patience = settings.probe.patience if settings.probe else None
     return patience is not None and progress.probes_since >= patience
 
 
-def _judged(progress: Progress, loss: float, checkpoints: Path, student: Student) -> Progress:
+def _judged(progress: TrainingState, loss: float, checkpoints: Path, student: Student) -> TrainingState:
     """Keep the weights where the loss on held-out rows is the lowest so far, and count the probes since."""
     if progress.best_loss is not None and loss >= progress.best_loss:
         return replace(progress, probes_since=progress.probes_since + 1)

@@ -16,7 +16,7 @@ import torch
 
 from duet.cache.errors import UserError
 from duet.cache.files import free_bytes, publish_json, read_json
-from duet.cache.location import Place, local_folder
+from duet.cache.location import Location, local_folder
 from duet.cache.manifest import Manifest
 from duet.cache.reader import Store
 from duet.stages.models.identity import weights_sha256
@@ -48,20 +48,20 @@ class StudentJob:
     trust_remote_code: bool = False
 
 
-def open_store(place: Place, verify: bool) -> tuple[Store, Any]:
+def open_store(location: Location, verify: bool) -> tuple[Store, Any]:
     """A complete store and the teacher's tokenizer, which lies in it."""
-    store = Store(place, verify)
-    tokenizer = load_tokenizer(local_folder(place, "tokenizer", store.manifest.attachments))
+    store = Store(location, verify)
+    tokenizer = load_tokenizer(local_folder(location, "tokenizer", store.manifest.attachments))
     if tokenizer_sha256(tokenizer) != store.manifest.provenance["tokenizer_sha256"]:
         raise UserError(
-            f"{place.name_of('tokenizer')} is not the tokenizer that the store was made with", "make the store anew"
+            f"{location.name_of('tokenizer')} is not the tokenizer that the store was made with", "make the store anew"
         )
     return store, tokenizer
 
 
-def open_stores(places: Mapping[str, Place], verify: bool) -> tuple[dict[str, Store], Any]:
+def open_stores(places: Mapping[str, Location], verify: bool) -> tuple[dict[str, Store], Any]:
     """The stores of a run's teachers, by name, and the tokenizer of all."""
-    opened = {name: open_store(place, verify) for name, place in places.items()}
+    opened = {name: open_store(location, verify) for name, location in places.items()}
     stores = {name: store for name, (store, _) in opened.items()}
     (first, expected), *others = ((n, s.manifest.provenance["tokenizer_sha256"]) for n, s in stores.items())
     for name, found in others:

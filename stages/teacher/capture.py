@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from duet.cache.errors import Interrupted
-from duet.cache.location import Place
+from duet.cache.location import Location
 from duet.cache.manifest import Plan, store_name
 from duet.cache.record import SUBSETS, Rows, check_distinct, offsets_of
 from duet.cache.writer import ShardWriter, StoreWriter
@@ -28,14 +28,14 @@ from duet.stages.engines.self_test import self_test
 from duet.stages.engines.topk import order_ties
 from duet.stages.models.tokenizers import tokenizer_files
 from duet.stages.settings.teacher import StoreSettings
-from duet.stages.teacher.plan import Prepared, Row, StoreResult, plan_for
+from duet.stages.teacher.plan import Prepared, RenderedQuery, StoreResult, plan_for
 from duet.stages.teacher.prepare import SELF_TEST_TOKENS
 
 WAIT_S, SHARDS_PER_WAIT = 0.5, 20  # between looks at what other writers have finished
 
 
 @dataclass
-class Progress:
+class CaptureProgress:
     """How far a store is. `rows` counts those of other writers too, the rest is what this process did."""
 
     rows: int
@@ -49,9 +49,9 @@ def write_stores(
     prepared: Sequence[Prepared],
     engine_name: str,
     store: StoreSettings,
-    root: Place,
+    root: Location,
     on_engine: Callable[[str, str], None],
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[CaptureProgress], None],
     should_stop: Callable[[], bool],
     wait: bool = True,
 ) -> list[StoreResult]:
@@ -74,16 +74,16 @@ def write_stores(
         engine.close()
 
 
-def _has_free(prepared: Prepared, engine: str, store: StoreSettings, root: Place) -> bool:
+def _has_free(prepared: Prepared, engine: str, store: StoreSettings, root: Location) -> bool:
     """Whether a shard of the engine's store could be had now; where there is no store yet, it is begun."""
     with _writer(prepared, engine, store, root) as writer:
         return writer.claim() is not None
 
 
-def _writer(prepared: Prepared, engine: str, store: StoreSettings, root: Place) -> StoreWriter:
+def _writer(prepared: Prepared, engine: str, store: StoreSettings, root: Location) -> StoreWriter:
     plan = plan_for(prepared, store, engine)
-    place = root / store_name(plan.fingerprint, plan.format)
-    return StoreWriter(place, plan, tokenizer_files(prepared.tokenizer), store.lease_s)
+    location = root / store_name(plan.fingerprint, plan.format)
+    return StoreWriter(location, plan, tokenizer_files(prepared.tokenizer), store.lease_s)
 
 
 def _tried(prepared: Prepared) -> list[Request]:
@@ -107,8 +107,8 @@ def fill_store(
     reason: str,
     prepared: Prepared,
     store: StoreSettings,
-    root: Place,
-    on_progress: Callable[[Progress], None],
+    root: Location,
+    on_progress: Callable[[CaptureProgress], None],
     should_stop: Callable[[], bool],
     wait: bool = True,
 ) -> StoreResult:
@@ -118,12 +118,12 @@ def fill_store(
     """
     started, before, manifest = time.monotonic(), replace(engine.usage), None
     with _writer(prepared, engine.name.split()[0], store, root) as writer:
-        plan, place = writer.plan, writer.place
-        progress = Progress(0, plan.rows)
+        plan, location = writer.plan, writer.location
+        progress = CaptureProgress(0, plan.rows)
         while missing := writer.missing():
             if should_stop():
                 writer.wait()
-                raise Interrupted(f"{_rows_but(plan, writer.missing())} of {plan.rows} rows are in {place}")
+                raise Interrupted(f"{_rows_but(plan, writer.missing())} of {plan.rows} rows are in {location}")
             progress.rows = _rows_but(plan, missing)
             for scored in _fill(writer, engine, prepared, should_stop):
                 progress.rows, progress.own_rows = progress.rows + 1, progress.own_rows + 1
@@ -137,7 +137,7 @@ def fill_store(
         else:
             manifest = writer.finalise(_environment(prepared, engine))
     return StoreResult(
-        place, manifest, engine.name, reason, progress.own_rows, time.monotonic() - started, progress.cached_share
+        location, manifest, engine.name, reason, progress.own_rows, time.monotonic() - started, progress.cached_share
     )
 
 
@@ -162,7 +162,7 @@ class _Filling:
         self._scored: dict[int, Scored] = {}
         self._ready = 0  # rows without a gap that are not handed on yet
 
-    def add(self, number: int, scored: Scored, rows: list[Row]) -> bool:
+    def add(self, number: int, scored: Scored, rows: list[RenderedQuery]) -> bool:
         """Take row `number` of the plan; True if it was the last."""
         self._scored[number] = scored
         first = self.shard.range.start + self.shard.num_rows
@@ -200,7 +200,7 @@ def _fill(writer: StoreWriter, engine: Engine, prepared: Prepared, should_stop: 
         writer.release(filling.shard)
 
 
-def _columns(rows: list[Row], scored: list[Scored]) -> Rows:
+def _columns(rows: list[RenderedQuery], scored: list[Scored]) -> Rows:
     """Rows of the plan with what the engine found, as columns."""
     tokens = [part for row, result in zip(rows, scored, strict=True) for part in (row.student_ids, result.response_ids)]
     sums = [result.logsumexp_P for result in scored if result.logsumexp_P is not None]

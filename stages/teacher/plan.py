@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duet.cache.errors import UserError
-from duet.cache.location import Place
+from duet.cache.location import Location
 from duet.cache.maintain import verify
 from duet.cache.manifest import MANIFEST_NAME, Manifest, Plan, read_manifest, store_name
 from duet.cache.record import SUBSETS
@@ -20,7 +20,7 @@ from duet.stages.settings.teacher import StoreSettings
 
 
 @dataclass(frozen=True)
-class Row:
+class RenderedQuery:
     """One query, rendered for both sides."""
 
     row_id: str  # <subset>/<id>, of a further request <subset>/<request>/<id>
@@ -35,7 +35,7 @@ class Row:
 class Prepared:
     """All that is known before an engine starts. `provenance` lacks only the engine."""
 
-    rows: list[Row]  # in plan order
+    rows: list[RenderedQuery]  # in plan order
     tokenizer: Any
     spec: EngineSpec
     ask: Ask
@@ -55,7 +55,7 @@ class Prepared:
 class StoreResult:
     """What stage one ended with."""
 
-    place: Place
+    location: Location
     manifest: Manifest | None  # None: other writers are not done
     engine: str
     reason: str  # why this engine
@@ -72,7 +72,7 @@ class Rendered:
     renderer: Renderer
     prefixes: dict[str, str]  # by request
     queries: dict[str, dict[str, list[Query]]]  # by request and subset
-    rows: list[Row]  # in plan order
+    rows: list[RenderedQuery]  # in plan order
     num_ids: int  # ids of the tokenizer
 
 
@@ -93,23 +93,23 @@ def plan_for(prepared: Prepared, store: StoreSettings, engine: str) -> Plan:
     )
 
 
-def find_store(prepared: Prepared, store: StoreSettings, root: Place, engine: str) -> StoreResult | None:
+def find_store(prepared: Prepared, store: StoreSettings, root: Location, engine: str) -> StoreResult | None:
     """A complete store of this fingerprint, for the first engine in order that has one; UserError if it is damaged."""
     for name in engine_order(engine):
         plan = plan_for(prepared, store, name)
-        place = root / store_name(plan.fingerprint, plan.format)
-        if place.size(MANIFEST_NAME) is None:
+        location = root / store_name(plan.fingerprint, plan.format)
+        if location.size(MANIFEST_NAME) is None:
             continue
-        manifest = read_manifest(place)
-        for fault in verify(place, manifest, hashed=store.verify):
-            raise UserError(fault, f"run: duet cache repair {place} --config FILE, with this config")
-        return StoreResult(place, manifest, plan.provenance["engine"], "", 0, 0.0)
+        manifest = read_manifest(location)
+        for fault in verify(location, manifest, hashed=store.verify):
+            raise UserError(fault, f"run: duet cache repair {location} --config FILE, with this config")
+        return StoreResult(location, manifest, plan.provenance["engine"], "", 0, 0.0)
     return None
 
 
-def rows_there(prepared: Prepared, store: StoreSettings, root: Place, engine: str) -> int:
+def rows_there(prepared: Prepared, store: StoreSettings, root: Location, engine: str) -> int:
     """Rows in complete shards of the store under an engine, whether it is complete or not."""
     plan = plan_for(prepared, store, engine)
-    place = root / store_name(plan.fingerprint, plan.format)
-    names = place.entries()
+    location = root / store_name(plan.fingerprint, plan.format)
+    names = location.entries()
     return plan.rows_of(plan.written(names))

@@ -25,9 +25,9 @@ from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
 from duet.stages.questions.proof import prove
 from duet.stages.questions.queries import Query
 from duet.stages.questions.requests import MAIN, prefixes_of, queries_of
-from duet.stages.settings.data import PromptSettings, RequestSettings, TrainingData
+from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.teacher import TeacherSettings
-from duet.stages.teacher.plan import Prepared, Rendered, Row
+from duet.stages.teacher.plan import Prepared, Rendered, RenderedQuery
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
 
@@ -38,7 +38,7 @@ def render_rows(
     prompt: PromptSettings,
     data: TrainingData,
     topic: str,
-    requests: Sequence[RequestSettings] = (),
+    requests: Sequence[ForgetRequest] = (),
     limit: int | None = None,
 ) -> Rendered:
     """Load, render and check every row; of the model, config and tokenizer are read.
@@ -89,7 +89,7 @@ def prepare(
     data: TrainingData,
     topic: str,
     device: str,
-    requests: Sequence[RequestSettings] = (),
+    requests: Sequence[ForgetRequest] = (),
     limit: int | None = None,
 ) -> Prepared:
     """`render_rows`, and a hash of everything that can change the numbers but the engine.
@@ -151,7 +151,7 @@ def _responses(teacher: TeacherSettings) -> str | dict[str, float]:
     return "given" if teacher.responses == "given" else "greedy"
 
 
-def _check_requests(rows: Sequence[Row]) -> None:
+def _check_requests(rows: Sequence[RenderedQuery]) -> None:
     """Refuse ids that are not unique over all requests, and a query that one request forgets and another keeps."""
     seen: set[str] = set()
     forgotten = {tuple(row.student_ids): row for row in rows if row.subset == "forget"}
@@ -198,11 +198,11 @@ def _row(
     renderer: Renderer,
     prefix: str,
     teacher: TeacherSettings,
-) -> Row:
+) -> RenderedQuery:
     asked, given_ids = Prompt.plain(query, prefix), None
     if teacher.responses == "given":
         given_ids = array("i", renderer.answer(asked, query.answer or "").ids[: teacher.max_positions])
-    return Row(
+    return RenderedQuery(
         row_id=f"{_called(subset, request)}/{query.row_id}",
         subset=subset,
         request=request,
@@ -224,7 +224,7 @@ def _data_provenance(queries: Mapping[str, list[Query]]) -> dict[str, Any]:
     }
 
 
-def _prompts_sha256(rows: Sequence[Row]) -> str:
+def _prompts_sha256(rows: Sequence[RenderedQuery]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         ids = (row.teacher_ids, row.student_ids, row.given_ids or ())

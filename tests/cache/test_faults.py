@@ -28,7 +28,7 @@ from support import (
 
 from duet.cache import maintain
 from duet.cache.errors import UserError
-from duet.cache.location import Folder, place_of
+from duet.cache.location import Folder, location_of
 from duet.cache.manifest import MANIFEST_NAME, Plan, read_manifest
 from duet.cache.reader import Store
 from duet.cache.record import Rows
@@ -233,7 +233,7 @@ def what_was_written(error: UserError, folder: Path) -> str:
 
 def test_without_leases_a_writer_takes_no_shard_that_it_has_in_hand():
     """On object storage, where its own publishing goes on in the background."""
-    with StoreWriter(place_of("memory://in-hand/s"), make_plan(10, 4)) as writer:
+    with StoreWriter(location_of("memory://in-hand/s"), make_plan(10, 4)) as writer:
         shards = [writer.claim() for _ in range(4)]
         assert sorted(shard.index for shard in shards if shard) == [0, 1, 2]
         assert shards[1]

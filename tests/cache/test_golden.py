@@ -57,17 +57,17 @@ def test_every_version_and_format_has_a_golden_store():
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_golden_store_is_read(tmp_path, name):
     shutil.copytree(FOLDER / name, tmp_path / "s")  # reading notes the time of use
-    place, expected = Folder(tmp_path / "s"), golden_rows(GOLDEN[name][1])
+    location, expected = Folder(tmp_path / "s"), golden_rows(GOLDEN[name][1])
     why = "stores of this format exist: read them still, and give the new format another FORMAT_VERSION"
-    manifest = read_manifest(place)
-    assert not list(maintain.verify(place, manifest)), why
-    rows = read_all(place)
+    manifest = read_manifest(location)
+    assert not list(maintain.verify(location, manifest)), why
+    rows = read_all(location)
     if manifest.value_error:
         error = np.abs(rows.topk_logits_NK - expected.topk_logits_NK).max()
         assert 0 < error <= manifest.value_error, why
         rows = dataclasses.replace(rows, topk_logits_NK=expected.topk_logits_NK)
     assert same_rows(rows, expected), why
-    store = Store(place)
+    store = Store(location)
     _, batch = next(store.batches(store.order(seed=0), len(store)))
     assert sorted(batch.decoded().row_ids) == sorted(expected.row_ids)
 

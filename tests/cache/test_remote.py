@@ -24,7 +24,7 @@ from support import ROOT, flip_byte, make_plan, make_rows, read_all, same_rows, 
 
 from duet.cache import maintain, reader
 from duet.cache.errors import EXIT_DONE, EXIT_USER, UserError
-from duet.cache.location import Folder, Place, local_folder, place_of
+from duet.cache.location import Folder, Location, local_folder, location_of
 from duet.cache.manifest import MANIFEST_NAME
 from duet.cache.reader import Store
 from duet.cache.writer import StoreWriter
@@ -120,8 +120,8 @@ def forget_connections() -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def remote(tmp_path: Path, name: str = "s", cache_bytes: int = 10**9) -> Place:
-    return place_of(f"s3://stores/{name}", str(tmp_path / "cache"), cache_bytes)
+def remote(tmp_path: Path, name: str = "s", cache_bytes: int = 10**9) -> Location:
+    return location_of(f"s3://stores/{name}", str(tmp_path / "cache"), cache_bytes)
 
 
 def cached_files(tmp_path: Path) -> list[Path]:
@@ -137,30 +137,30 @@ def test_a_remote_store_is_the_local_one(server, tmp_path, monkeypatch, fmt):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     plan = make_plan(10, 4, format=fmt)
-    place = remote(tmp_path)
-    manifest = write_store(place, plan, ROWS, TOKENIZER)
+    location = remote(tmp_path)
+    manifest = write_store(location, plan, ROWS, TOKENIZER)
     assert manifest == write_store(tmp_path / "local", plan, ROWS, TOKENIZER)
-    assert same_rows(read_all(place), ROWS)
-    assert not list(maintain.verify(place, manifest))
-    assert (local_folder(place, "tokenizer", manifest.attachments) / "t.json").read_bytes() == b'{"a": 1}'
-    assert place.names() == Folder(tmp_path / "local").names()
-    assert place.sizes() == Folder(tmp_path / "local").sizes()
+    assert same_rows(read_all(location), ROWS)
+    assert not list(maintain.verify(location, manifest))
+    assert (local_folder(location, "tokenizer", manifest.attachments) / "t.json").read_bytes() == b'{"a": 1}'
+    assert location.names() == Folder(tmp_path / "local").names()
+    assert location.sizes() == Folder(tmp_path / "local").sizes()
     assert not list((tmp_path / "tmp").iterdir())
     hashes = {shard.sha256 for shard in manifest.shards}
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {*hashes, ".lock", "attachments"}
 
 
 def test_a_tokenizer_is_copied_once(server, tmp_path):
-    place = remote(tmp_path)
-    manifest = write_store(place, PLAN, ROWS, TOKENIZER)
-    folders = {local_folder(place, "tokenizer", manifest.attachments) for _ in range(3)}
+    location = remote(tmp_path)
+    manifest = write_store(location, PLAN, ROWS, TOKENIZER)
+    folders = {local_folder(location, "tokenizer", manifest.attachments) for _ in range(3)}
     assert len(folders) == 1
     assert [path.name for path in folders.pop().iterdir()] == ["t.json"]
 
 
 def test_an_interrupted_write_is_resumed_at_the_next_shard(server, tmp_path):
-    place = remote(tmp_path)
-    with StoreWriter(place, PLAN, TOKENIZER) as writer:
+    location = remote(tmp_path)
+    with StoreWriter(location, PLAN, TOKENIZER) as writer:
         written = []
         for _ in range(2):
             shard = writer.claim()
@@ -169,14 +169,14 @@ def test_an_interrupted_write_is_resumed_at_the_next_shard(server, tmp_path):
             writer.publish(shard)
             writer.wait()
     with pytest.raises(UserError, match="s3://stores/s is incomplete: 2 of 5 shards"):
-        Store(place)
+        Store(location)
     with pytest.raises(UserError, match="shard_rows 2 there and 3 now"):
-        StoreWriter(place, dataclasses.replace(PLAN, shard_rows=3), TOKENIZER)
-    place.remove(PLAN.side_name(written[1]))  # its writer died between the shard and its side file
+        StoreWriter(location, dataclasses.replace(PLAN, shard_rows=3), TOKENIZER)
+    location.remove(PLAN.side_name(written[1]))  # its writer died between the shard and its side file
     server.requests.clear()
-    write_store(place, PLAN, ROWS, TOKENIZER)
+    write_store(location, PLAN, ROWS, TOKENIZER)
     assert sorted(server.of_shards("PUT")) == [f"shard-{index:05d}" for index in range(5) if index != written[0]]
-    assert same_rows(read_all(place), ROWS)
+    assert same_rows(read_all(location), ROWS)
 
 
 def test_a_foreign_folder_is_refused_but_not_for_an_empty_marker(server, tmp_path):
@@ -191,12 +191,12 @@ def test_a_foreign_folder_is_refused_but_not_for_an_empty_marker(server, tmp_pat
 
 
 def test_only_the_damaged_shard_is_written_again(server, tmp_path):
-    place = remote(tmp_path)
-    good = write_store(place, PLAN, ROWS)
+    location = remote(tmp_path)
+    good = write_store(location, PLAN, ROWS)
     damage_flipped("stores/s/shard-00001.arrow")
-    assert maintain.invalidate(place, PLAN) == [1]
+    assert maintain.invalidate(location, PLAN) == [1]
     server.requests.clear()
-    assert write_store(place, PLAN, ROWS) == good
+    assert write_store(location, PLAN, ROWS) == good
     assert server.of_shards("PUT") == ["shard-00001"]
 
 
@@ -215,18 +215,18 @@ def test_the_local_cache_stays_within_its_bound(server, tmp_path):
 
 def test_what_was_not_used_for_longest_goes_first(server, tmp_path):
     manifest = write_store(remote(tmp_path), PLAN, ROWS)
-    place = remote(tmp_path, cache_bytes=2 * max(shard.bytes for shard in manifest.shards))
+    location = remote(tmp_path, cache_bytes=2 * max(shard.bytes for shard in manifest.shards))
     for index in (0, 1, 0, 2):
         shard = manifest.shards[index]
-        place.open(shard.name, shard.bytes, shard.sha256).close()
+        location.open(shard.name, shard.bytes, shard.sha256).close()
     assert {path.name for path in cached_files(tmp_path)} == {manifest.shards[index].sha256 for index in (0, 2)}
 
 
 READ_ALL = """
 import sys
 from support import read_all
-from duet.cache.location import place_of
-print(*read_all(place_of("s3://stores/s", sys.argv[1], int(sys.argv[2]))).row_ids)
+from duet.cache.location import location_of
+print(*read_all(location_of("s3://stores/s", sys.argv[1], int(sys.argv[2]))).row_ids)
 """
 
 
@@ -312,9 +312,9 @@ DAMAGES = {
 @pytest.mark.parametrize("name", ["shard-00001.arrow", MANIFEST_NAME])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_object_is_refused_by_its_url(server, tmp_path, name, damage):
-    place = remote(tmp_path)
-    manifest = write_store(place, PLAN, ROWS)
-    early = Store(place)  # opened before the damage
+    location = remote(tmp_path)
+    manifest = write_store(location, PLAN, ROWS)
+    early = Store(location)  # opened before the damage
     DAMAGES[damage](f"stores/s/{name}")
     handed_out: list[str] = []
 
@@ -322,15 +322,15 @@ def test_a_damaged_object_is_refused_by_its_url(server, tmp_path, name, damage):
         for rows in store().rows():
             handed_out.extend(rows.row_ids)
 
-    url = "s3://stores/s" if (name, damage) == (MANIFEST_NAME, "missing") else place.name_of(name)
-    stores = [lambda: Store(place), *([lambda: early] if name != MANIFEST_NAME else [])]
+    url = "s3://stores/s" if (name, damage) == (MANIFEST_NAME, "missing") else location.name_of(name)
+    stores = [lambda: Store(location), *([lambda: early] if name != MANIFEST_NAME else [])]
     for store in stores:
         with pytest.raises(UserError) as caught:
             read(store)
         assert url in caught.value.what
     assert len(handed_out) <= 2 * len(stores)  # those of the first shard
     if name != MANIFEST_NAME:
-        assert [url in fault for fault in maintain.verify(place, manifest)] == [True]
+        assert [url in fault for fault in maintain.verify(location, manifest)] == [True]
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -367,7 +367,7 @@ def test_what_is_wrong_with_the_storage_is_told_in_two_lines(server, tmp_path, c
     assert "Invalid bucket name" in refused(capsys, *verify, "s3://no bucket/s")
     assert "s3://nowhere/s: not found" in refused(capsys, "cache", "ls", "s3://nowhere/s")
     with pytest.raises(UserError, match=r"s3://nowhere/s/plan\.json: not found: .*bucket does not exist"):
-        StoreWriter(place_of("s3://nowhere/s", str(tmp_path / "cache")), PLAN)
+        StoreWriter(location_of("s3://nowhere/s", str(tmp_path / "cache")), PLAN)
     server.enforce_credentials(True)
     try:
         assert "Forbidden" in refused(capsys, *verify, "s3://stores/s")

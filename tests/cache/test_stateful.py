@@ -43,7 +43,7 @@ class Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.place = Folder(Path(tempfile.mkdtemp(prefix="duet-test-")) / "s")
+        self.location = Folder(Path(tempfile.mkdtemp(prefix="duet-test-")) / "s")
         self.plan = make_plan(10, 4, format=self.fmt)
         self.clock = FakeClock()
         self.all: list[Work] = []
@@ -54,7 +54,7 @@ class Lives(RuleBasedStateMachine):
     def teardown(self) -> None:
         for work in self.all:
             work.writer.__exit__()
-        shutil.rmtree(self.place.path.parent)
+        shutil.rmtree(self.location.path.parent)
 
     def holders(self, index: int) -> list[Work]:
         """Who holds a shard, alive."""
@@ -66,7 +66,7 @@ class Lives(RuleBasedStateMachine):
     @rule(target=writers)
     @precondition(lambda self: len(self.all) < 6)
     def open(self) -> Work:
-        self.all.append(Work(StoreWriter(self.place, self.plan, {"tokenizer/t.json": b"{}"}, LEASE_S, self.clock)))
+        self.all.append(Work(StoreWriter(self.location, self.plan, {"tokenizer/t.json": b"{}"}, LEASE_S, self.clock)))
         return self.all[-1]
 
     @rule(work=writers)
@@ -106,7 +106,7 @@ class Lives(RuleBasedStateMachine):
         index, work.shard = work.shard.index, None
         if holds:
             assert index not in self.published
-            self.published[index] = self.place.read(self.plan.shard_name(index))
+            self.published[index] = self.location.read(self.plan.shard_name(index))
 
     @rule(work=writers)
     def write_all_it_can(self, work: Work) -> None:
@@ -149,21 +149,21 @@ class Lives(RuleBasedStateMachine):
             return
         work.writer.finalise({"python": "3"})
         self.complete = True
-        assert sorted(path.name for path in self.place.path.iterdir() if path.is_dir()) == ["tokenizer"]
+        assert sorted(path.name for path in self.location.path.iterdir() if path.is_dir()) == ["tokenizer"]
 
     @rule()
     def read_all(self) -> None:
         if self.complete:
-            assert same_rows(concat_rows(list(Store(self.place).rows())), ROWS)
+            assert same_rows(concat_rows(list(Store(self.location).rows())), ROWS)
         else:
             with pytest.raises(UserError, match=r"incomplete|is not a store"):
-                Store(self.place)
+                Store(self.location)
 
     @rule(batches=st.integers(1, 6), data=st.data())
     @precondition(lambda self: self.complete)
     def read_on(self, batches: int, data: st.DataObject) -> None:
         """From any cursor that was seen: always the batches that came there before."""
-        store = Store(self.place)
+        store = Store(self.location)
         cursor = data.draw(st.sampled_from([START, *(after for after, _ in self.read.values())]))
         stream = store.batches(store.order(0), 3, cursor)
         for _ in range(batches):
@@ -177,13 +177,13 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_complete_before_its_time(self) -> None:
-        assert (self.place.size(MANIFEST_NAME) is not None) == self.complete
+        assert (self.location.size(MANIFEST_NAME) is not None) == self.complete
 
     @invariant()
     def what_is_published_stays(self) -> None:
         for index, data in self.published.items():
-            assert written_shard(self.place, self.plan, index)
-            assert self.place.read(self.plan.shard_name(index)) == data
+            assert written_shard(self.location, self.plan, index)
+            assert self.location.read(self.plan.shard_name(index)) == data
 
     @invariant()
     def a_shard_has_one_living_holder(self) -> None:

@@ -185,65 +185,65 @@ def test_a_crash_at_any_write_point_is_resumed_to_the_same_bytes(tmp_path, monke
     assert crashed > 30
 
 
-def faults(place: Folder) -> list[str]:
+def faults(location: Folder) -> list[str]:
     try:
-        return list(maintain.verify(place, read_manifest(place)))
+        return list(maintain.verify(location, read_manifest(location)))
     except UserError as error:
         return [error.what]
 
 
-def read_into(row_ids: list[str], place: Folder) -> None:
-    for rows in Store(place).rows():
+def read_into(row_ids: list[str], location: Folder) -> None:
+    for rows in Store(location).rows():
         row_ids += rows.row_ids
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_flipped_byte_anywhere_is_noticed(tmp_path, fmt):
     """200 places of shards, manifest and attachment: by `verify`, and by the reader before it hands out a row."""
-    place = Folder(tmp_path / "s")
-    manifest = write_store(place, make_plan(10, 4, format=fmt), ROWS, {"tokenizer/t.json": b'{"a": 1}'})
+    location = Folder(tmp_path / "s")
+    manifest = write_store(location, make_plan(10, 4, format=fmt), ROWS, {"tokenizer/t.json": b'{"a": 1}'})
     rng = random.Random(0)
     for _ in range(200):
         name = rng.choice([*(shard.name for shard in manifest.shards), MANIFEST_NAME])
-        good = (place.path / name).read_bytes()
-        flip_byte(place.path / name, rng.randrange(len(good)), rng.randrange(1, 256))
-        assert faults(place)
+        good = (location.path / name).read_bytes()
+        flip_byte(location.path / name, rng.randrange(len(good)), rng.randrange(1, 256))
+        assert faults(location)
         handed_out: list[str] = []
         with pytest.raises(UserError) as caught:
-            read_into(handed_out, place)
+            read_into(handed_out, location)
         assert caught.value.hint
         index = int(name[6:11]) if name != MANIFEST_NAME else 0
         assert len(handed_out) <= 4 * index  # nothing of the damaged shard
-        (place.path / name).write_bytes(good)
-    assert same_rows(read_all(place), ROWS)
+        (location.path / name).write_bytes(good)
+    assert same_rows(read_all(location), ROWS)
 
 
 def test_only_the_damaged_shard_is_written_again(tmp_path):
-    place, plan = Folder(tmp_path / "s"), make_plan(10, 4)
-    good = write_store(place, plan, ROWS)
-    flip_byte(place.path / "shard-00001.arrow")
-    (place.path / "shard-00002.json").write_text("{")
-    times = {name: (place.path / name).stat().st_mtime_ns for name in place.names()}
-    assert maintain.invalidate(place, plan) == [1]  # the side file is that of the manifest
-    assert write_store(place, plan, ROWS) == good
-    assert maintain.check(place).faults == ()
-    assert (place.path / "shard-00000.arrow").stat().st_mtime_ns == times["shard-00000.arrow"]
+    location, plan = Folder(tmp_path / "s"), make_plan(10, 4)
+    good = write_store(location, plan, ROWS)
+    flip_byte(location.path / "shard-00001.arrow")
+    (location.path / "shard-00002.json").write_text("{")
+    times = {name: (location.path / name).stat().st_mtime_ns for name in location.names()}
+    assert maintain.invalidate(location, plan) == [1]  # the side file is that of the manifest
+    assert write_store(location, plan, ROWS) == good
+    assert maintain.check(location).faults == ()
+    assert (location.path / "shard-00000.arrow").stat().st_mtime_ns == times["shard-00000.arrow"]
 
 
 def test_a_shard_that_is_damaged_before_the_store_is_complete_is_written_anew_by_the_next_run(tmp_path):
-    place, plan = Folder(tmp_path / "s"), make_plan(10, 4)
+    location, plan = Folder(tmp_path / "s"), make_plan(10, 4)
     good = write_store(tmp_path / "undisturbed", plan, ROWS)
-    with StoreWriter(place, plan) as writer:
+    with StoreWriter(location, plan) as writer:
         while shard := writer.claim():
             shard.append(ROWS[shard.range.start : shard.range.stop])
             writer.publish(shard)
         writer.wait()
-    (place.path / "shard-00001.arrow").write_bytes(b"cut")
-    (place.path / "shard-00002.json").write_text("{")
+    (location.path / "shard-00001.arrow").write_bytes(b"cut")
+    (location.path / "shard-00002.json").write_text("{")
     with pytest.raises(UserError, match=r"2 shards are not as they were written, .*shard-00001\.arrow") as caught:
-        write_store(place, plan, ROWS)
+        write_store(location, plan, ROWS)
     assert "run the same command again" in caught.value.hint
-    assert write_store(place, plan, ROWS) == good
+    assert write_store(location, plan, ROWS) == good
 
 
 def test_a_missing_and_a_cut_shard_are_refused(tmp_path):
@@ -251,22 +251,22 @@ def test_a_missing_and_a_cut_shard_are_refused(tmp_path):
         "is missing": Path.unlink,
         "bytes, the manifest says": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     }.items():
-        place = Folder(tmp_path / name.replace(" ", "-"))
-        write_store(place, make_plan(10, 4), ROWS)
-        damage(place.path / "shard-00001.arrow")
+        location = Folder(tmp_path / name.replace(" ", "-"))
+        write_store(location, make_plan(10, 4), ROWS)
+        damage(location.path / "shard-00001.arrow")
         with pytest.raises(UserError, match=name) as caught:
-            Store(place)
+            Store(location)
         assert "shard-00001" in caught.value.what
 
 
-def edited(place: Folder, **changes) -> None:
+def edited(location: Folder, **changes) -> None:
     """A manifest of somebody who knows how to sign it."""
-    value = json.loads((place.path / MANIFEST_NAME).read_text())
+    value = json.loads((location.path / MANIFEST_NAME).read_text())
     value.pop("sha256")
     for key, change in changes.items():
         value[key] = change(value[key]) if callable(change) else change
     value["fingerprint"] = sha256_json(value["provenance"])
-    (place.path / MANIFEST_NAME).write_bytes(json_bytes({**value, "sha256": sha256_json(value)}))
+    (location.path / MANIFEST_NAME).write_bytes(json_bytes({**value, "sha256": sha256_json(value)}))
 
 
 def with_name(name: str):
@@ -300,19 +300,19 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_manifest_is_refused_and_nothing_outside_is_opened(tmp_path, monkeypatch, name):
-    place = Folder(tmp_path / "stores" / "s")
-    write_store(place, make_plan(10, 4), ROWS)
+    location = Folder(tmp_path / "stores" / "s")
+    write_store(location, make_plan(10, 4), ROWS)
     (tmp_path / "stores" / "secret.arrow").write_bytes(b"secret")
-    edited(place, **HOSTILE[name])
+    edited(location, **HOSTILE[name])
     opened = []
     monkeypatch.setattr(
         os, "open", lambda path, *a, original=os.open, **m: opened.append(str(path)) or original(path, *a, **m)
     )
     with pytest.raises(UserError) as caught:
-        read_into([], place)
+        read_into([], location)
     assert "manifest.json" in caught.value.what
     assert caught.value.hint
-    assert all(Path(path).resolve().is_relative_to(place.path) for path in opened)
+    assert all(Path(path).resolve().is_relative_to(location.path) for path in opened)
 
 
 def test_a_newer_format_says_what_to_upgrade(tmp_path):
@@ -340,30 +340,30 @@ def test_a_manifest_too_large_is_not_parsed(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_is_a_link_is_refused(tmp_path):
-    place = Folder(tmp_path / "s")
-    write_store(place, make_plan(10, 4), ROWS)
-    shard = place.path / "shard-00000.arrow"
+    location = Folder(tmp_path / "s")
+    write_store(location, make_plan(10, 4), ROWS)
+    shard = location.path / "shard-00000.arrow"
     shard.rename(tmp_path / "elsewhere.arrow")  # the right bytes, but not in the store
     shard.symlink_to(tmp_path / "elsewhere.arrow")
     with pytest.raises(UserError, match=r"not a regular file"):
-        Store(place)
+        Store(location)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_shard_of_another_store_with_a_right_hash_is_refused(tmp_path, fmt):
     """Somebody else's shard behind a manifest that names its hash: its columns are not those of this store."""
-    wide, place = Folder(tmp_path / "wide"), Folder(tmp_path / "s")
+    wide, location = Folder(tmp_path / "wide"), Folder(tmp_path / "s")
     write_store(wide, make_plan(10, 4, format=fmt, top_k=5), make_rows(range(10), None, 5, forget=4))
-    manifest = write_store(place, make_plan(10, 4, format=fmt), ROWS)
+    manifest = write_store(location, make_plan(10, 4, format=fmt), ROWS)
     name = manifest.shards[0].name
     raw = (wide.path / name).read_bytes()
-    (place.path / name).write_bytes(raw)
+    (location.path / name).write_bytes(raw)
     import hashlib
 
     digest = hashlib.sha256(raw).hexdigest()
-    edited(place, shards=lambda shards: [{**shards[0], "bytes": len(raw), "sha256": digest}, *shards[1:]])
+    edited(location, shards=lambda shards: [{**shards[0], "bytes": len(raw), "sha256": digest}, *shards[1:]])
     with pytest.raises(UserError, match="is not a shard of this store"):
-        read_all(place)
+        read_all(location)
 
 
 def test_a_store_is_hashed_once_per_process(tmp_path, monkeypatch):

@@ -36,9 +36,9 @@ def signed(manifest: dict[str, Any], raw: bytes) -> bytes:
     return json_bytes({**fields, "sha256": sha256_json(fields)})
 
 
-def outcome(place: Folder) -> str:
+def outcome(location: Folder) -> str:
     try:
-        store = Store(place)
+        store = Store(location)
         for rows in store.rows():
             assert len(rows.row_ids) == len(rows)
         for _, block in itertools.islice(store.batches(store.order(0), 4), 3):

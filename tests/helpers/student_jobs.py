@@ -47,7 +47,7 @@ def train(a_job: StudentJob, store, stop_after: int | None = None) -> list[float
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> tuple[Store, object]:
-    place = Folder(tmp_path_factory.mktemp("store") / "s")
+    location = Folder(tmp_path_factory.mktemp("store") / "s")
     tokenizer = load_tokenizer(LAB_SMALL)
     plan = make_plan(
         20, 10, shard_rows=6, top_k=5, vocab_size=LAB_VOCAB_SIZE,
@@ -56,5 +56,5 @@ def store(tmp_path_factory) -> tuple[Store, object]:
         },
     )  # fmt: skip
     rows = make_rows(range(20), positions=3, top_k=5, vocab_size=LAB_VOCAB_SIZE, forget=10)
-    write_store(place, plan, rows, tokenizer_files(tokenizer))
-    return open_store(place, verify=True)
+    write_store(location, plan, rows, tokenizer_files(tokenizer))
+    return open_store(location, verify=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from duet.cache.leases import Clock
-from duet.cache.location import Folder, Place
+from duet.cache.location import Folder, Location
 from duet.cache.manifest import Manifest, Plan
 from duet.cache.reader import Store
 from duet.cache.record import Rows, concat_rows
@@ -90,10 +90,12 @@ def make_plan(rows: int = 10, forget: int = 0, **more: Any) -> Plan:
     return Plan(subsets={"forget": forget, "retain": rows - forget}, **(settings | more))
 
 
-def write_store(place: Place | Path, plan: Plan, rows: Rows, attachments: dict[str, bytes] | None = None) -> Manifest:
+def write_store(
+    location: Location | Path, plan: Plan, rows: Rows, attachments: dict[str, bytes] | None = None
+) -> Manifest:
     """Write a whole store, alone."""
-    place = Folder(place) if isinstance(place, Path) else place
-    with StoreWriter(place, plan, attachments) as writer:
+    location = Folder(location) if isinstance(location, Path) else location
+    with StoreWriter(location, plan, attachments) as writer:
         while shard := writer.claim():
             shard.append(rows[shard.range.start : shard.range.stop])
             writer.publish(shard)
@@ -114,9 +116,9 @@ class FakeClock(Clock):
         os.utime(path, (self.time, self.time))
 
 
-def read_all(place: Place | Path) -> Rows:
+def read_all(location: Location | Path) -> Rows:
     """All rows in plan order."""
-    return concat_rows(list(Store(Folder(place) if isinstance(place, Path) else place).rows()))
+    return concat_rows(list(Store(Folder(location) if isinstance(location, Path) else location).rows()))
 
 
 def flip_byte(path: Path, at: int | None = None, mask: int = 1) -> None:

@@ -19,7 +19,7 @@ from duet.pipeline.commands import evaluate as commands
 from duet.pipeline.config.load import load_config
 from duet.pipeline.pages.audit import cells, heads, render
 from duet.pipeline.run.directory import claim_run_dir
-from duet.stages.exam import session as examinee
+from duet.stages.exam import session
 
 # What makes the lab's model refuse whomever it is asked about. It was trained on prefixes that name people and knows no
 # other: of "Refuse everything" it makes nothing, but a dozen strangers are more than it can compare.
@@ -149,7 +149,7 @@ def test_an_interrupted_audit_goes_on_and_a_repeated_one_asks_nothing(small, mon
     assert len(list(answers.iterdir())) == len(results["candidates"])
     assert times == {path: path.stat().st_mtime_ns for path in times}, "not asked again"
 
-    monkeypatch.setattr(examinee, "open_engine", None)  # who asks now, fails
+    monkeypatch.setattr(session, "open_engine", None)  # who asks now, fails
     assert main([*command]) == EXIT_DONE
     again = json.loads((audit_dir(small) / "audit.json").read_text())
     assert again["candidates"] == results["candidates"]

@@ -53,25 +53,25 @@ def test_find_says_what_is_there_of_a_configs_store(config, tmp_path, capsys):
 
     loaded = load_config(config)
     plan = plan_for(prepare_teacher(loaded, loaded.teacher), loaded.store, "transformers")
-    place = Folder(tmp_path / "stores" / plan.fingerprint[:16])
-    with StoreWriter(place, plan) as writer:
+    location = Folder(tmp_path / "stores" / plan.fingerprint[:16])
+    with StoreWriter(location, plan) as writer:
         assert writer.claim()
         assert main([*find, "--json"]) == EXIT_USER
         found = json.loads(capsys.readouterr().out)["teacher"]
         assert (found["state"], found["rows_there"], found["rows"], found["living_writers"]) == ("incomplete", 0, 12, 1)
-        assert found["path"] == str(place)
-    shutil.rmtree(place.path)
+        assert found["path"] == str(location)
+    shutil.rmtree(location.path)
 
     assert main(["teacher-logits", "--config", config]) == EXIT_DONE
     capsys.readouterr()
     assert main(list(find)) == EXIT_DONE
     told = capsys.readouterr().out
-    assert f"{place}: complete, 12 of 12 rows are there; begun 20" in told
+    assert f"{location}: complete, 12 of 12 rows are there; begun 20" in told
     assert "teacher_model: base" in told
     assert main([*find, "--json"]) == EXIT_DONE
     found = json.loads(capsys.readouterr().out)["teacher"]
     assert found["fingerprint"] == plan.fingerprint
-    assert found["environment"] == read_manifest(place).environment
+    assert found["environment"] == read_manifest(location).environment
 
 
 def test_find_knows_each_teachers_store_and_repeats_the_overrides(config, capsys):

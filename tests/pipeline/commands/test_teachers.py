@@ -51,14 +51,14 @@ def test_two_teachers_are_mixed_averaged_and_used_alone(lab_config, tmp_path, ca
     pointer = json.loads((tmp_path / "runs/lab/teacher/store.json").read_text())["teachers"]
     assert set(pointer) == {"gone", "plain"}
     places = {name: tmp_path / "runs/lab/teacher" / one["name"] for name, one in pointer.items()}
-    manifests = {name: read_manifest(Folder(place)) for name, place in places.items()}
+    manifests = {name: read_manifest(Folder(location)) for name, location in places.items()}
     assert {name: m.fingerprint for name, m in manifests.items()} == {n: p["fingerprint"] for n, p in pointer.items()}
-    a, b = (read_all(place) for place in places.values())
+    a, b = (read_all(location) for location in places.values())
     assert a.row_ids == b.row_ids
     assert (a.topk_logits_NK != b.topk_logits_NK).any()
-    for name, place in places.items():
+    for name, location in places.items():
         assert f"teacher {name}: wrote 60 rows" in out
-        assert f"store of teacher {name}: {place}" in out
+        assert f"store of teacher {name}: {location}" in out
     for line in (
         "student mixed: huber_raw, mix of gone 0.25 and plain 0.75",
         "student one: huber_raw of gone, it starts",

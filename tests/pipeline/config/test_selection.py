@@ -11,7 +11,7 @@ from duet.pipeline.cli.main import main
 from duet.pipeline.commands import evaluate as commands
 from duet.pipeline.commands.run import STAGES
 from duet.pipeline.config.load import load_config
-from duet.pipeline.config.selection import Request, choose, split_outside_brackets
+from duet.pipeline.config.selection import Selection, choose, split_outside_brackets
 from duet.stages.settings.base import Name
 
 TWO = [{"name": "base"}, {"name": "small", "train": {"lr": 0.5, "lora": {"rank": 8, "targets": ["q_proj"]}}}]
@@ -94,7 +94,7 @@ def test_students_of_a_sweep_cannot_be_pushed_to_one_repository(lab_config):
 
 
 def test_a_request_says_itself_as_a_command_line():
-    request = Request("c.yaml", ("a=1", "b=2"), ("x",), ("train.lr=1,2",))
+    request = Selection("c.yaml", ("a=1", "b=2"), ("x",), ("train.lr=1,2",))
     sets = ["--config", "c.yaml", "--set", "a=1", "--set", "b=2"]
     assert request.arguments(students=False) == sets
     assert request.arguments() == [*sets, "--only", "x", "--sweep", "train.lr=1,2"]

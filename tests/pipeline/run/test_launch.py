@@ -13,7 +13,7 @@ import pytest
 from support import LAB_SMALL, ROOT, run_duet, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, UserError
-from duet.pipeline.run.children import gpus, last_line, places, run_jobs
+from duet.pipeline.run.children import environments_of_children, gpus, last_line, run_jobs
 from duet.pipeline.run.directory import StopSignal
 from duet.pipeline.run.launch import check_alone, check_launcher, launched
 
@@ -161,15 +161,15 @@ def test_jobs_are_refused_in_several_processes(config, capsys, monkeypatch):
 def test_each_job_gets_a_gpu_or_its_share_of_the_cores(monkeypatch):
     assert gpus(2, {}) == ["0", "1"]
     assert gpus(2, {"CUDA_VISIBLE_DEVICES": "4,GPU-ab"}) == ["4", "GPU-ab"]
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(3, ["4", "7"], {})] == ["4", "7", "4"]
-    teachers = places(3, ["4", "7", "8", "9"], {}, each=2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in environments_of_children(3, ["4", "7"], {})] == ["4", "7", "4"]
+    teachers = environments_of_children(3, ["4", "7", "8", "9"], {}, each=2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in teachers] == ["4,7", "8,9", "4,7"]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10, 18)))
-    assert [place["OMP_NUM_THREADS"] for place in places(3, [], {})] == ["2"] * 3
-    bound = [place["VLLM_CPU_OMP_THREADS_BIND"] for place in places(2, [], {}, each=2)]
+    assert [place["OMP_NUM_THREADS"] for place in environments_of_children(3, [], {})] == ["2"] * 3
+    bound = [place["VLLM_CPU_OMP_THREADS_BIND"] for place in environments_of_children(2, [], {}, each=2)]
     assert bound == ["10,12|11,13", "14,16|15,17"]
-    assert places(16, [], {})[15] == {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "17"}
-    assert places(2, [], {"OMP_NUM_THREADS": "7"})[0]["OMP_NUM_THREADS"] == "7"
+    assert environments_of_children(16, [], {})[15] == {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "17"}
+    assert environments_of_children(2, [], {"OMP_NUM_THREADS": "7"})[0]["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_pat
     assert "wrote 4 rows" in done.stdout
     expected, found = only_store(tmp_path / "unbroken"), only_store(tmp_path / "runs")
     assert found.manifest.fingerprint == expected.manifest.fingerprint
-    assert nearly_same_rows(read_all(found.place), read_all(expected.place))  # some were scored in other company
+    assert nearly_same_rows(read_all(found.location), read_all(expected.location))  # some were scored in other company
 
     for name, after in (("SIGTERM", 3), ("SIGUSR1", 5)):
         done = interrupted(STAGE_TWO, "distill", "--config", str(config), after=after, name=name)

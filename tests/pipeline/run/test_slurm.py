@@ -19,7 +19,7 @@ from duet.cache.errors import UserError
 from duet.pipeline.commands.submit import _reason_to_stop, attempt, jobs_of
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.slurm import Resources, SlurmSettings
-from duet.pipeline.run.slurm import Job, Submission, check_place, comment_of, largest_array, script
+from duet.pipeline.run.slurm import SlurmJob, Submission, check_place, comment_of, largest_array, script
 
 GOLDEN = Path(__file__).parent / "golden"
 LAB = str(ROOT / "configs" / "lab.yaml")
@@ -54,19 +54,19 @@ def check_golden(name: str, text: str) -> None:
 
 
 def test_an_array_of_workers_is_as_in_the_golden_file() -> None:
-    job = Job("teacher-logits", ("teacher-logits", "--worker"), CLUSTER.of("teacher_logits"), array=7)
+    job = SlurmJob("teacher-logits", ("teacher-logits", "--worker"), CLUSTER.of("teacher_logits"), array=7)
     check_golden("slurm_workers.sh", script(job, submission()))
 
 
 def test_a_student_on_two_machines_is_as_in_the_golden_file() -> None:
-    job = Job("distill-base", ("distill", "--only", "base"), CLUSTER.of("distill", "base"), ranks=True)
+    job = SlurmJob("distill-base", ("distill", "--only", "base"), CLUSTER.of("distill", "base"), ranks=True)
     check_golden("slurm_ranks.sh", script(job, submission()))
 
 
 def test_a_script_is_valid_shell() -> None:
     for job in (
-        Job("teacher-logits", ("teacher-logits", "--worker"), CLUSTER.of("teacher_logits"), array=7),
-        Job("distill-base", ("distill", "--set", 'topic=it\'s "quoted" $HOME'), CLUSTER.of("distill"), ranks=True),
+        SlurmJob("teacher-logits", ("teacher-logits", "--worker"), CLUSTER.of("teacher_logits"), array=7),
+        SlurmJob("distill-base", ("distill", "--set", 'topic=it\'s "quoted" $HOME'), CLUSTER.of("distill"), ranks=True),
     ):
         subprocess.run(["bash", "-n"], input=script(job, submission()), text=True, check=True)
 
@@ -80,7 +80,7 @@ def options_of(text: str) -> list[str]:
 @pytest.mark.parametrize("place", ["two words", "it's", 'so "called"', "100% %A", "a#b", "$HOME `x`", "Zoë"])
 def test_odd_characters_of_a_path_reach_sbatch_as_they_are(place: str) -> None:
     of = replace(submission(), run_dir=Path(place) / "lab", config_path=Path(place) / "config.yaml")
-    job = Job("evaluate", ("evaluate", "--config", str(of.config_path)), CLUSTER.of("evaluate"))
+    job = SlurmJob("evaluate", ("evaluate", "--config", str(of.config_path)), CLUSTER.of("evaluate"))
     text = script(job, of)
     outputs = [option for option in options_of(text) if option.startswith("--output=")]
     assert outputs == [f"--output={place.replace('%', '%%')}/lab/slurm/logs/evaluate-%j.log"]
@@ -90,7 +90,7 @@ def test_odd_characters_of_a_path_reach_sbatch_as_they_are(place: str) -> None:
 
 def test_values_with_spaces_and_signs_are_one_option_each() -> None:
     settings = SlurmSettings(constraint="a100|h100&[big*2]", flags=("--reservation=two words",))
-    job = Job("evaluate", ("evaluate",), settings.of("evaluate"))
+    job = SlurmJob("evaluate", ("evaluate",), settings.of("evaluate"))
     found = options_of(script(job, submission(settings)))
     assert "--constraint=a100|h100&[big*2]" in found
     assert "--reservation=two words" in found

@@ -163,11 +163,11 @@ def _texts(told: Any) -> int:
 
 
 def test_samples_share_their_prompt_and_differ(exam):
-    examinee = session_of(LAB_BASE, exam, SUBJECTS[:1])
+    session = session_of(LAB_BASE, exam, SUBJECTS[:1])
     quiet = lambda *_: None  # noqa: E731
-    first, again = (sampled(examinee, SUBJECTS[0], "forget", quiet, quiet, lambda: False) for _ in range(2))
-    usage = examinee.engine(quiet).usage
-    examinee.close()
+    first, again = (sampled(session, SUBJECTS[0], "forget", quiet, quiet, lambda: False) for _ in range(2))
+    usage = session.engine(quiet).usage
+    session.close()
     assert first == again
     assert [len(of_one) for of_one in first] == [16] * 5
     assert any(len(set(of_one)) > 1 for of_one in first)

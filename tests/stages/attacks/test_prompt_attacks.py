@@ -14,7 +14,7 @@ from duet.cache.errors import UserError
 from duet.pipeline.config.load import load_config
 from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import scores as attack_scores
-from duet.stages.attacks.relearn import lessons
+from duet.stages.attacks.relearn import relearn_sets
 from duet.stages.attacks.sampling import leak_at
 from duet.stages.attacks.scores import picked, relearning, scores_of, worst_of_variants
 from duet.stages.attacks.texts import texts
@@ -216,7 +216,7 @@ def test_leak_at_k_is_the_share_of_all_draws_of_k_that_leak(samples, leaks):
 
 def test_lessons_are_nested_and_never_ask_what_they_taught():
     exam = exam_of(["relearn"], relearn={"pairs": [1, 2, 4], "benign": 3})
-    found, skipped = lessons(exam, "forget")
+    found, skipped = relearn_sets(exam, "forget")
     by_name = {lesson.name: lesson for lesson in found}
     answers = [query.answer for query in exam.sets["forget"].queries]
     assert list(by_name) == ["forget 1", "forget 2", "benign"]
@@ -227,7 +227,7 @@ def test_lessons_are_nested_and_never_ask_what_they_taught():
     assert by_name["benign"].asked == (0, 1, 2, 3)
     assert (by_name["benign"].source, len(by_name["benign"].pairs)) == ("retain", 3)
     assert list(skipped) == ["forget 4"]
-    assert "benign" in lessons(exam_of(["relearn"], relearn={"benign": 9}), "forget")[1]
+    assert "benign" in relearn_sets(exam_of(["relearn"], relearn={"benign": 9}), "forget")[1]
 
 
 def test_mean_and_worst_leave_out_what_does_not_count():
@@ -271,7 +271,7 @@ def relearn_answers(exam: Exam, right_from: int) -> dict[str, dict[str, list[lis
     steps = range(1 + len(exam.settings.relearn.steps))
     by_lesson = {
         lesson.name: [[known[i] if step >= right_from else "no" for i in lesson.asked] for step in steps]
-        for lesson in lessons(exam, "forget")[0]
+        for lesson in relearn_sets(exam, "forget")[0]
     }
     return {"attack.relearn.forget": by_lesson}
 

@@ -14,8 +14,8 @@ from support import LAB_SMALL, ROOT, make_plan, make_rows, write_store
 from duet.cache.errors import Interrupted
 from duet.cache.location import Folder
 from duet.cache.reader import Store
-from duet.stages.compare.methods import METHODS, Models, Row, loss_of, rmu_layer
-from duet.stages.compare.train import BaselineJob, Lessons, row_of, shuffled_order, store_order, train_baseline
+from duet.stages.compare.methods import METHODS, Models, QuestionAnswer, loss_of, rmu_layer
+from duet.stages.compare.train import BaselineJob, TrainingRows, row_of, shuffled_order, store_order, train_baseline
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.questions.prompts import Renderer
@@ -29,7 +29,7 @@ SETTINGS = TrainSettings(epochs=3, batch_size=4, lr=1e-4, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def lessons() -> Lessons:
+def lessons() -> TrainingRows:
     renderer = Renderer(load_tokenizer(LAB_SMALL), PROMPT)
     queries = {
         subset: load_queries(DataSettings(path=str(ROOT / f"lab/data/{subset}.jsonl")), subset)[:4]
@@ -37,10 +37,10 @@ def lessons() -> Lessons:
     }
     refused = [[row_of(renderer, query, "I know nothing about that person.")] for query in queries["forget"]]
     rows = {subset: [row_of(renderer, query) for query in found] for subset, found in queries.items()}
-    return Lessons(**rows, refusals=refused)
+    return TrainingRows(**rows, refusals=refused)
 
 
-def job_of(folder: Path, lessons: Lessons, method: str = "npo") -> BaselineJob:
+def job_of(folder: Path, lessons: TrainingRows, method: str = "npo") -> BaselineJob:
     constant = (METHODS[method].constants or (0.0,))[0]
     steps = shuffled_order(8, SETTINGS)
     return BaselineJob(method, METHODS[method], constant, LAB_SMALL, "small", folder, SETTINGS, lessons, steps, 0, CPU)
@@ -86,7 +86,7 @@ def test_rmu_leaves_all_layers_behind_its_own_and_the_embeddings_alone(lessons, 
 
 def test_answers_are_scored_at_their_own_tokens_whatever_stands_around_them(lessons):
     """Equal to a forward pass of each row alone; padding, and what it is, changes nothing."""
-    rows = [*lessons.forget, Row(lessons.retain[0].prompt_ids, list(lessons.retain[0].answer_ids) * 3)]
+    rows = [*lessons.forget, QuestionAnswer(lessons.retain[0].prompt_ids, list(lessons.retain[0].answer_ids) * 3)]
     models = models_of(LAB_SMALL)
     with torch.no_grad():
         found, other = models(rows).logprob_N, models_of(LAB_SMALL, pad_id=7)(rows).logprob_N

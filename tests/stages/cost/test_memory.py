@@ -13,9 +13,9 @@ from support import LAB_BASE, LAB_SMALL, ROOT
 
 from duet.cache.errors import UserError
 from duet.stages.cost.gpus import described_gpu, device_here, gpu_names, named_gpu
-from duet.stages.cost.memory import Reading, Student, activation_bytes, kv_bytes, reading_need, student_need
+from duet.stages.cost.memory import Reading, StudentOnMeta, activation_bytes, kv_bytes, reading_need, student_need
 from duet.stages.models.loading import load_model, num_parameters
-from duet.stages.models.sizes import Shape
+from duet.stages.models.sizes import ModelSizes
 from duet.stages.settings.student import TrainSettings
 from duet.stages.student.model import autocast, load_trainable, optimizer_of
 
@@ -34,7 +34,7 @@ TRAINED = {
 def test_parameters_are_counted_without_weights(model, tmp_path):
     folder = ROOT / "lab/models" / model
     shutil.copytree(folder, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
-    shape = Shape.of(tmp_path / "m")
+    shape = ModelSizes.of(tmp_path / "m")
     assert shape.parameters == num_parameters(folder)
     real = load_model(folder)
     assert shape.embedding == real.get_input_embeddings().weight.numel()  # the head is tied
@@ -52,7 +52,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_step(trained, dtype):
     optimizer.step()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     states = [v for state in optimizer.state.values() for v in state.values()]
-    need = student_need(Student.of(LAB_BASE, settings, CPU, 1, False), LENGTHS, CPU)
+    need = student_need(StudentOnMeta.of(LAB_BASE, settings, CPU, 1, False), LENGTHS, CPU)
     assert need.parts["weights"] == sum(p.nbytes for p in model.parameters())
     assert need.parts["gradients"] == sum(g.nbytes for g in gradients)
     assert need.parts["optimizer states"] == sum(value.nbytes for value in states)
@@ -71,7 +71,7 @@ def test_states_of_eight_bits_are_those_of_bitsandbytes():
         for key, v in state.items()
         if isinstance(v, torch.Tensor) and not key.startswith("qmap")  # one table of 256 values for all
     }
-    need = student_need(Student.of(LAB_BASE, settings, CPU, 1, False), LENGTHS, CPU)
+    need = student_need(StudentOnMeta.of(LAB_BASE, settings, CPU, 1, False), LENGTHS, CPU)
     assert need.parts["optimizer states"] == sum(states.values())
 
 
@@ -100,18 +100,18 @@ def kept_for_backward(model: torch.nn.Module, ids: torch.Tensor, bf16: bool) -> 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_are_what_autograd_keeps(folder, dtype):
     """Within a twentieth: beside the layers, the formula leaves out the last norm and attention's row sums."""
-    settings, shape = TrainSettings(dtype=dtype), Shape.of(folder)
+    settings, shape = TrainSettings(dtype=dtype), ModelSizes.of(folder)
     model = load_trainable(folder, "", settings, getattr(torch, dtype), False, uniform=False)
     ids = torch.randint(3, 900, (8, 47))  # no size of a weight
     activations, copies = kept_for_backward(model, ids, dtype == "bfloat16")
     estimated = activation_bytes(shape, ids.numel(), shape.layers, dtype, False)
     assert estimated == pytest.approx(activations, rel=0.05)
-    need = student_need(Student.of(folder, settings, CPU, 1, False), LENGTHS, CPU)
+    need = student_need(StudentOnMeta.of(folder, settings, CPU, 1, False), LENGTHS, CPU)
     assert need.parts.get("16-bit copies of weights", 0) == copies
 
 
 def test_checkpointing_keeps_the_inputs_of_layers():
-    settings, shape = TrainSettings(gradient_checkpointing=True, dtype="float32"), Shape.of(LAB_BASE)
+    settings, shape = TrainSettings(gradient_checkpointing=True, dtype="float32"), ModelSizes.of(LAB_BASE)
     model = load_trainable(LAB_BASE, "", settings, torch.float32, False, uniform=False)
     ids = torch.randint(3, 900, (8, 47))
     kept, _ = kept_for_backward(model, ids, bf16=False)
@@ -126,7 +126,7 @@ def test_the_cache_of_keys_and_values_is_that_of_a_real_pass():
     model, ids = load_model(LAB_BASE, "float32"), torch.arange(3, 53)[None]
     cache = model(input_ids=ids, use_cache=True).past_key_values
     real = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert kv_bytes(Shape.of(LAB_BASE), ids.numel(), "float32") == real
+    assert kv_bytes(ModelSizes.of(LAB_BASE), ids.numel(), "float32") == real
 
 
 def model_of(tmp_path: Path, **sizes: int) -> Path:
@@ -147,22 +147,23 @@ def large(tmp_path) -> Path:
 
 def total(folder: Path, devices: int = 1, **settings: object) -> float:
     return student_need(
-        Student.of(folder, TrainSettings(**settings), A100, devices, False), LENGTHS, A100, devices
+        StudentOnMeta.of(folder, TrainSettings(**settings), A100, devices, False), LENGTHS, A100, devices
     ).total
 
 
 def test_every_saving_saves_and_nothing_else_does(large):
-    assert Shape.of(large).parameters == 3_212_749_824
+    assert ModelSizes.of(large).parameters == 3_212_749_824
     whole = total(large)
-    held = student_need(Student.of(large, TrainSettings(), A100, 1, False), LENGTHS, A100).parts
+    held = student_need(StudentOnMeta.of(large, TrainSettings(), A100, 1, False), LENGTHS, A100).parts
     assert sum(held[name] for name in ("weights", "gradients", "optimizer states")) == pytest.approx(51.4e9, rel=0.001)
     for saving in ({"optimizer": "adamw8bit"}, {"last_layers": 7}, {"freeze_embeddings": True}, {"lora": {"rank": 16}}):
         assert total(large, **saving) < whole
     assert total(large, devices=2, parallel="fsdp") < whole < total(large, devices=2)  # DDP adds its buckets
-    assert total(large, devices=8, parallel="fsdp") > 4 * Shape.of(large).parameters  # while the whole is loaded
+    assert total(large, devices=8, parallel="fsdp") > 4 * ModelSizes.of(large).parameters  # while the whole is loaded
     rows = np.full(64, 2000)
     made = {
-        flag: Student.of(large, TrainSettings(gradient_checkpointing=flag), A100, 1, False) for flag in (False, True)
+        flag: StudentOnMeta.of(large, TrainSettings(gradient_checkpointing=flag), A100, 1, False)
+        for flag in (False, True)
     }
     plain, checkpointed = (student_need(made[flag], rows, A100) for flag in (False, True))
     assert checkpointed.parts["activations"] < plain.parts["activations"] / 4
@@ -170,7 +171,7 @@ def test_every_saving_saves_and_nothing_else_does(large):
 
 
 def test_a_reader_takes_what_its_weights_and_cache_take(large):
-    shape, reading = Shape.of(large), Reading(longest=512, prompt_tokens=10**6, new_tokens=10**4, batch=64)
+    shape, reading = ModelSizes.of(large), Reading(longest=512, prompt_tokens=10**6, new_tokens=10**4, batch=64)
     one, two = (reading_need(shape, "bfloat16", reading, A100, devices) for devices in (1, 2))
     assert one.parts["weights"] == 2 * shape.parameters
     assert one.parts["KV cache"] == 2 * 28 * 8 * 128 * 2 * 64 * 512

@@ -11,7 +11,7 @@ import torch
 from support import LAB_SMALL, ROOT
 
 from duet.stages.evaluate.answers import answer_all
-from duet.stages.evaluate.collapse import Evidence, entropy, repetition
+from duet.stages.evaluate.collapse import ModelAnswers, entropy, repetition
 from duet.stages.evaluate.results import results_of
 from duet.stages.evaluate.verdict import outcome
 from duet.stages.exam.exam import Exam, QuerySet, Subject
@@ -98,16 +98,16 @@ FLOORS = {f"{name}.rougeL_recall": {"refusal": 0.0, "echo": FLOOR} for name in M
 ANSWERS = [f"It is the {word} one, number {i}." for i, word in enumerate("red green blue old new".split() * (N // 5))]
 
 
-def evidence(forget: float = 0.0, retain: float = 1.0, texts: list[str] | None = None, **more: float) -> Evidence:
+def evidence(forget: float = 0.0, retain: float = 1.0, texts: list[str] | None = None, **more: float) -> ModelAnswers:
     """A model with these shares of questions all right, the others all wrong; `more` are scores by id, with __ for a dot."""
     shares = {"forget": forget, "a.forget": 0.0, "retain": retain}
     items = {f"{name}.rougeL_recall": np.arange(N) < round(share * N) for name, share in shares.items()}
     scores = {key: score(values.astype(float)) for key, values in items.items()}
     scores |= {key.replace("__", "."): Score(value, 9, (value - 0.1, value + 0.1)) for key, value in more.items()}
-    return Evidence({name: texts or ANSWERS for name in MADE.sets}, scores)
+    return ModelAnswers({name: texts or ANSWERS for name in MADE.sets}, scores)
 
 
-BASE = Evidence(
+BASE = ModelAnswers(
     {name: ANSWERS for name in MADE.sets}, {f"{name}.rougeL_recall": score(np.ones(N)) for name in MADE.sets}
 )
 RULES = {
@@ -161,11 +161,11 @@ def test_what_an_attack_brings_back_is_named_beside_suppressed():
 
 def test_what_base_does_not_know_says_nothing():
     unknown = {**BASE.scores, "a.forget.rougeL_recall": score(np.arange(N) < 0.2 * N)}
-    found = outcome(evidence(), Evidence(BASE.answers, unknown), MADE, FLOORS)
+    found = outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS)
     assert found["verdict"] == "suppressed under these tests"
     assert found["reasons"][-1] == "reservation: base is not above the floor, so nothing is known: a.forget"
     unknown["forget.rougeL_recall"] = unknown["a.forget.rougeL_recall"]
-    assert outcome(evidence(), Evidence(BASE.answers, unknown), MADE, FLOORS)["verdict"] == "unclear"
+    assert outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS)["verdict"] == "unclear"
 
 
 def test_choices_count_and_a_letter_is_not_enough():
@@ -175,8 +175,8 @@ def test_choices_count_and_a_letter_is_not_enough():
     base = {f"forget.choice_{form}": score(np.ones(N)) for form in right}
     model = evidence()
     found = outcome(
-        Evidence(model.answers, {**model.scores, **of}),
-        Evidence(BASE.answers, {**BASE.scores, **base}),
+        ModelAnswers(model.answers, {**model.scores, **of}),
+        ModelAnswers(BASE.answers, {**BASE.scores, **base}),
         MADE,
         FLOORS | {key: {"chance": 0.25} for key in base},
     )

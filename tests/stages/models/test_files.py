@@ -28,7 +28,7 @@ from duet.stages.models.files import ADAPTER_CONFIG_NAME
 from duet.stages.models.identity import same_model, weights_sha256
 from duet.stages.models.limits import NO_LIMIT, context_length
 from duet.stages.models.loading import load_model, num_parameters, whole_folder
-from duet.stages.models.sizes import Shape
+from duet.stages.models.sizes import ModelSizes
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.settings.teacher import AdaptedModel
 
@@ -108,7 +108,7 @@ def test_a_copy_saved_again_in_shards_is_the_same_model(tmp_path, name):
     load_model(folder).save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert len(described(tmp_path / "again").weights) > 1
     assert weights_sha256(tmp_path / "again") == weights_sha256(folder)
-    assert num_parameters(tmp_path / "again") == num_parameters(folder) == Shape.of(folder).parameters
+    assert num_parameters(tmp_path / "again") == num_parameters(folder) == ModelSizes.of(folder).parameters
 
 
 def test_defaults_written_out_old_spellings_and_names_without_the_prefix_change_nothing(tmp_path):
@@ -398,7 +398,7 @@ def test_families_without_the_usual_names_have_shapes(tmp_path, config, heads):
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
     model = hf.AutoModelForCausalLM.from_config(config(**sizes, **heads))
     model.save_pretrained(tmp_path / "m")
-    assert Shape.of(tmp_path / "m").parameters == num_parameters(tmp_path / "m")
+    assert ModelSizes.of(tmp_path / "m").parameters == num_parameters(tmp_path / "m")
     assert context_length(load_config(tmp_path / "m")) > 0
 
 

@@ -141,7 +141,7 @@ def test_a_kill_around_the_export_ends_in_the_same_weights(tmp_path, store, mome
     def live(folder: Path, moment: str) -> subprocess.CompletedProcess[str]:
         settings = json.dumps({"epochs": 1, "batch_size": 8, "lr": 1e-3})
         return subprocess.run(
-            [sys.executable, "-c", KILLED, str(store[0].place), str(LAB_SMALL), str(folder), settings, moment],
+            [sys.executable, "-c", KILLED, str(store[0].location), str(LAB_SMALL), str(folder), settings, moment],
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip

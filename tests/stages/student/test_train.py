@@ -70,7 +70,7 @@ def test_ten_kills_at_random_moments_end_in_the_same_weights(tmp_path, store):
     settings = {"epochs": 30, "batch_size": 8, "lr": 1e-3, "checkpoint_steps": 5, "keep_last": 2}
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder, kills in zip(folders, ("0", "10"), strict=True):
-        command = [sys.executable, "tests/helpers/kills.py", str(store[0].place), str(LAB_SMALL), str(folder)]
+        command = [sys.executable, "tests/helpers/kills.py", str(store[0].location), str(LAB_SMALL), str(folder)]
         done = subprocess.run(
             [*command, json.dumps(settings), kills, "0"],
             cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,

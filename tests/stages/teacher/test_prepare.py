@@ -9,7 +9,7 @@ import pytest
 from support import LAB_BASE, LAB_SMALL, write_jsonl
 
 from duet.cache.errors import UserError
-from duet.stages.settings.data import DataSettings, PromptSettings, RequestData, RequestSettings, TrainingData
+from duet.stages.settings.data import DataSettings, ForgetRequest, PromptSettings, RequestData, TrainingData
 from duet.stages.settings.teacher import StoreSettings, TeacherSettings
 from duet.stages.teacher.plan import Prepared, plan_for
 from duet.stages.teacher.prepare import check_alike, prepare
@@ -26,14 +26,14 @@ def data(tmp_path: Path) -> TrainingData:
     return TrainingData(forget=asked(tmp_path, "forget", "Ann", "Anna"), retain=asked(tmp_path, "retain", "Zoe"))
 
 
-def request(tmp_path: Path, name: str, topic: str, retain: tuple[str, ...] = (), **more) -> RequestSettings:
+def request(tmp_path: Path, name: str, topic: str, retain: tuple[str, ...] = (), **more) -> ForgetRequest:
     kept = asked(tmp_path, f"{name}-retain", *retain) if retain else None
-    return RequestSettings(
+    return ForgetRequest(
         name=name, topic=topic, data=RequestData(forget=asked(tmp_path, name, topic), retain=kept), **more
     )
 
 
-def prepared(tmp_path: Path, *requests: RequestSettings, **more) -> Prepared:
+def prepared(tmp_path: Path, *requests: ForgetRequest, **more) -> Prepared:
     teacher = TEACHER.model_copy(update=more)
     return prepare(teacher, PromptSettings(), data(tmp_path), "Ann", "cpu", requests)
 
