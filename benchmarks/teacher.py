@@ -41,6 +41,7 @@ import numpy as np
 from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
 
 from duet.cache.location import Folder
+from duet.cache.watch import Watch
 from duet.stages.engines.interface import Ask, EngineSpec, Request
 from duet.stages.settings.data import DataSettings, PromptSettings, TrainingData
 from duet.stages.settings.teacher import StoreSettings, TeacherSettings
@@ -103,9 +104,7 @@ def stage_one(engine: Any, prepared: Prepared, folder: Path) -> Callable[[], Non
 
     def work() -> None:
         root = tempfile.mkdtemp(dir=folder)
-        fill_store(
-            engine, "", prepared, StoreSettings(shard_rows=1024), Folder(Path(root)), lambda _: None, lambda: False
-        )
+        fill_store(engine, "", prepared, StoreSettings(shard_rows=1024), Folder(Path(root)), Watch())
         shutil.rmtree(root)
 
     return work

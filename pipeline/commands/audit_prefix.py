@@ -14,6 +14,7 @@ from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing, read_json
+from duet.cache.watch import Watch
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.audit import Results, audit_table, render, search_note
 from duet.pipeline.pages.tables import refusal_lines
@@ -39,7 +40,7 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
     audit_dir.mkdir(parents=True, exist_ok=True)
     log_to(audit_dir / LOG_NAME)
     with progress_bar("answers") as bar:
-        found = run_audit(plan, audit_dir / "answers", bar.update, functools.cache(say_engine), stop)
+        found = run_audit(plan, audit_dir / "answers", Watch(bar.update, functools.cache(say_engine), stop))
     verdicts = found.pop("verdicts")
     results = {
         "format_version": 1,

@@ -17,6 +17,7 @@ from typing import Any
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.record import SUBSETS
+from duet.cache.watch import Watch
 from duet.pipeline.commands.run import run_stage
 from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection
@@ -111,7 +112,7 @@ def _in_children(
 def _report(bar: Any, stop: StopSignal) -> Any:
     from duet.stages.compare.grid import Report
 
-    return Report(bar.update, bar.update, functools.cache(say_engine), say, stop)
+    return Report(bar.update, say, Watch(bar.update, functools.cache(say_engine), stop))
 
 
 def _student(config: Config) -> StudentSettings:

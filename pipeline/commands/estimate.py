@@ -217,7 +217,7 @@ def _models(config: Config) -> dict[str, Path]:
 def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     """What one model is asked, by attack, and the longest prompt with its answer, in tokens."""
     from duet.pipeline.run.exam import exam_of
-    from duet.stages.evaluate.answers import costs, session_of
+    from duet.stages.evaluate.answers import costs_of, session_of
     from duet.stages.exam.exam import Subject
     from duet.stages.questions.requests import fill_prefix
 
@@ -229,7 +229,7 @@ def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     subject = Subject("teacher", folder, prefix, "base")  # whose prompts are the longest
     session = session_of(folder, exam, [subject])
     prompts = [ids for task in session.tasks(subject) for ids in session.prompts(subject, task)]
-    return costs([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens
+    return costs_of([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens
 
 
 def _asked_need(shape: ModelSizes, settings: Any, costs: Mapping[str, Any], longest: int, on: Device) -> Need:

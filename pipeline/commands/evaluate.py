@@ -14,6 +14,7 @@ from typing import Any
 
 from duet.cache.errors import note
 from duet.cache.files import publish_json, read_json
+from duet.cache.watch import Watch
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.tables import attacks_table, costs_table, outcome_lines, refusal_lines, results_table
 from duet.pipeline.run.directory import (
@@ -41,7 +42,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     from duet.pipeline.pages.report import write_report
     from duet.pipeline.run.provenance import provenance, without_places
     from duet.stages.evaluate import results as stage
-    from duet.stages.evaluate.answers import answer_all, costs
+    from duet.stages.evaluate.answers import answer_all, costs_of
     from duet.stages.evaluate.harness import ask_harness
     from duet.stages.evaluate.tofu import read_reference
     from duet.stages.exam import given_answers as of_given
@@ -59,7 +60,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     remarks = cut_references(load_tokenizer(subjects[0].model_dir), exam.queries, exam.settings.max_new_tokens)
     for text in remarks:
         note(text)
-    costs = costs(subjects, exam)
+    costs = costs_of(subjects, exam)
     if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
         show(costs_table(costs, len(subjects)), result=dry_run)
     if run_dir is None:
@@ -67,14 +68,15 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if config.evaluate.likelihood:
         of_given.check(subjects, exam)
     with progress_bar("answers") as bar:
-        answers = answer_all(subjects, exam, run_dir / "answers", bar.update, functools.cache(say_engine), stop)
-        readings = reading.read_all(subjects, exam, run_dir / "answers", bar.update, stop)
+        watch = Watch(bar.update, functools.cache(say_engine), stop)
+        answers = answer_all(subjects, exam, run_dir / "answers", watch)
+        readings = reading.read_all(subjects, exam, run_dir / "answers", watch)
         given = {}
         if config.evaluate.likelihood:
-            given = of_given.read_all(subjects, exam, run_dir / "likelihoods", bar.update, stop)
+            given = of_given.read_all(subjects, exam, run_dir / "likelihoods", watch)
         harness = {}
         if config.evaluate.lm_eval:
-            harness = ask_harness(subjects, exam, run_dir / "lm_eval", bar.update, stop)
+            harness = ask_harness(subjects, exam, run_dir / "lm_eval", watch)
     results = {
         "format_version": 1,
         "run": config.name,

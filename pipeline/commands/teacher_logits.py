@@ -15,6 +15,7 @@ from duet.cache.errors import Interrupted, UserError
 from duet.cache.location import Folder
 from duet.cache.manifest import MANIFEST_NAME, store_name
 from duet.cache.order import check_alike
+from duet.cache.watch import Watch
 from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection
 from duet.pipeline.run.children import THIS_PROGRAM, environments_of_children, run_jobs, visible_gpus
@@ -176,7 +177,8 @@ def write_stores(
         bar.update("teacher logits", progress.rows, progress.total, note)
 
     with progress_bar("rows") as bar:
-        return capture.write_stores(prepared, engine, config.store, config.store_root, say_engine, show, stop, wait)
+        watch = Watch(show, say_engine, stop)
+        return capture.write_stores(prepared, engine, config.store, config.store_root, watch, wait)
 
 
 def _in_processes(

@@ -9,12 +9,13 @@ Shapes: B batch, T time, D width, V rows of the head, L layers (0 is the embeddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from duet.cache.errors import UserError
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Subject
 from duet.stages.exam.session import ModelSession
 from duet.stages.models.alignment import align
@@ -22,9 +23,7 @@ from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
 
 
-def ranks_by_layer(
-    session: ModelSession, subject: Subject, name: str, on_progress: Callable[[str, int, int], None]
-) -> list[list[int]]:
+def ranks_by_layer(session: ModelSession, subject: Subject, name: str, watch: Watch) -> list[list[int]]:
     """Per layer and question of a set, the rank (1 is the most likely) of the right answer's first token."""
     spec = session.spec()
     model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
@@ -35,7 +34,7 @@ def ranks_by_layer(
         part = slice(start, start + spec.batch_size)
         ranks = token_ranks(model, prompts[part], firsts[part], session.num_ids)
         found = [before + now for before, now in zip(found, ranks, strict=True)] if found else ranks
-        on_progress(f"{subject.name}, logit_lens", min(len(prompts), part.stop), len(prompts))
+        watch.on_progress(f"{subject.name}, logit_lens", min(len(prompts), part.stop), len(prompts))
     return found
 
 

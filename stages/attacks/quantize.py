@@ -9,12 +9,12 @@ Shapes: O outputs, I inputs, M groups of a row, G weights of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Subject
 from duet.stages.exam.session import ModelSession
 from duet.stages.models.loading import load_model
@@ -52,7 +52,7 @@ def quantize(model: Any, bits: int, group: int | None) -> int:
 
 
 def quantized_answers(
-    session: ModelSession, subject: Subject, kind: str, name: str, on_progress: Callable[[str, int, int], None]
+    session: ModelSession, subject: Subject, kind: str, name: str, watch: Watch
 ) -> dict[str, list[str]]:
     """Per variant, the greedy answers of the quantised model to a set's questions."""
     from duet.stages.engines.transformers_engine import TransformersEngine
@@ -66,5 +66,5 @@ def quantized_answers(
         outputs = engine.generate(session.prompts(subject, name), session.exam.settings.max_new_tokens)
         engine.close()
         found[variant] = [session.text(ids) for ids in outputs]
-        on_progress(f"{subject.name}, {kind}", number + 1, len(VARIANTS[kind]))
+        watch.on_progress(f"{subject.name}, {kind}", number + 1, len(VARIANTS[kind]))
     return found

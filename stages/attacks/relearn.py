@@ -9,14 +9,14 @@ Shapes: B batch, T time, N supervised positions of a batch, V rows of the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from duet.cache.errors import Interrupted
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, Subject
 from duet.stages.exam.session import ModelSession
 from duet.stages.models.alignment import align
@@ -74,8 +74,7 @@ def relearned(
     session: ModelSession,
     subject: Subject,
     name: str,
-    on_progress: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, list[list[str]]]:
     """Per lesson and number of steps, the copy's greedy answers to the lesson's questions, in its order.
 
@@ -84,14 +83,12 @@ def relearned(
     found = {}
     taught = relearn_sets(session.exam, name)[0]
     for number, lesson in enumerate(taught):
-        found[lesson.name] = _lesson(session, subject, name, lesson, should_stop)
-        on_progress(f"{subject.name}, relearn", number + 1, len(taught))
+        found[lesson.name] = _lesson(session, subject, name, lesson, watch)
+        watch.on_progress(f"{subject.name}, relearn", number + 1, len(taught))
     return found
 
 
-def _lesson(
-    session: ModelSession, subject: Subject, name: str, lesson: RelearnSet, should_stop: Callable[[], bool]
-) -> list[list[str]]:
+def _lesson(session: ModelSession, subject: Subject, name: str, lesson: RelearnSet, watch: Watch) -> list[list[str]]:
     from duet.stages.engines.transformers_engine import TransformersEngine
 
     exam, spec = session.exam, session.spec()
@@ -102,8 +99,7 @@ def _lesson(
     teach, told = Teaching(model, pairs, exam.settings.relearn, exam.settings.seed), []
     for steps in steps_of(exam.settings.relearn):
         while teach.done < steps:
-            if should_stop():
-                raise Interrupted(f"{subject.name}, relearn, begins again; what was asked before it is kept")
+            watch.pause(f"{subject.name}, relearn,")
             teach.step()
         engine = TransformersEngine(spec, model)  # a new one: the last remembers what other weights made of the prompts
         told.append([session.text(ids) for ids in engine.generate(asked, exam.settings.max_new_tokens)])

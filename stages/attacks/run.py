@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import Interrupted
+from duet.cache.watch import Watch
 from duet.stages.attacks import logit_lens as lens
 from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import quantize, relearn, sampling
@@ -30,9 +30,7 @@ class How:
     """Where answers are kept, and who is told."""
 
     answers_dir: Path
-    on_progress: Callable[[str, int, int], None]
-    on_engine: Callable[[str, str], None]
-    should_stop: Callable[[], bool]
+    watch: Watch
 
     def kept(self, subject: Subject, kind: str, identity: str, ask: Callable[[], Any]) -> Any:
         """What is on disk under this identity, else what `ask()` finds."""
@@ -64,11 +62,11 @@ def answered(session: ModelSession, subject: Subject, how: How) -> dict[str, Any
             subject,
             kind,
             session.identity(subject, tasks=tasks, more=more),
-            lambda tasks=tasks: session.ask(subject, how.on_progress, how.on_engine, how.should_stop, tasks),
+            lambda tasks=tasks: session.ask(subject, how.watch, tasks),
         )
     if "sampling" in attacks.chosen(session.exam)[0]:
         found |= _on_sets(session, subject, "sampling", how, lambda name: sampling.sampled(
-            session, subject, name, how.on_progress, how.on_engine, how.should_stop
+            session, subject, name, how.watch
         ))  # fmt: skip
     return found
 
@@ -79,7 +77,7 @@ def weights_attacked(session: ModelSession, subject: Subject, how: How) -> dict[
     for kind in QUANTIZE_ATTACKS:
         if kind in made:
             by_set = _on_sets(session, subject, kind, how, lambda name, kind=kind: quantize.quantized_answers(
-                session, subject, kind, name, how.on_progress
+                session, subject, kind, name, how.watch
             ))  # fmt: skip
             for name in session.exam.attacked:
                 for variant, texts in by_set[f"attack.{kind}.{name}"].items():
@@ -88,7 +86,7 @@ def weights_attacked(session: ModelSession, subject: Subject, how: How) -> dict[
         found |= _relearned(session, subject, how)
     if "logit_lens" in made:
         found |= _on_sets(session, subject, "logit_lens", how, lambda name: lens.ranks_by_layer(
-            session, subject, name, how.on_progress
+            session, subject, name, how.watch
         ))  # fmt: skip
     return found
 
@@ -160,8 +158,7 @@ def _on_sets(
     def on_all() -> dict[str, Any]:
         found = {}
         for name in session.exam.attacked:
-            if how.should_stop():
-                raise Interrupted(f"{subject.name}, {kind}, begins again; what was asked before it is kept")
+            how.watch.pause(f"{subject.name}, {kind},")
             found[f"attack.{kind}.{name}"] = attack(name)
         return found
 
@@ -170,7 +167,7 @@ def _on_sets(
 
 def _relearned(session: ModelSession, subject: Subject, how: How) -> dict[str, Any]:
     return _on_sets(session, subject, "relearn", how, lambda name: relearn.relearned(
-        session, subject, name, how.on_progress, how.should_stop
+        session, subject, name, how.watch
     ))  # fmt: skip
 
 

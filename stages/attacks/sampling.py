@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import comb
 
 import numpy as np
 
-from duet.cache.errors import Interrupted
+from duet.cache.watch import Watch
 from duet.stages.engines.interface import Ask, Request
 from duet.stages.exam.exam import Subject
 from duet.stages.exam.session import ModelSession
@@ -37,9 +37,7 @@ def sampled(
     session: ModelSession,
     subject: Subject,
     name: str,
-    on_progress: Callable[[str, int, int], None],
-    on_engine: Callable[[str, str], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> list[list[str]]:
     """Of each question of a set, `sampling.samples` answers, each drawn with a seed of its own.
 
@@ -47,16 +45,15 @@ def sampled(
     """
     settings = session.exam.settings
     ask = Ask(top_k=1, max_positions=settings.max_new_tokens, temperature=settings.sampling.temperature)
-    engine, prompts = session.engine(on_engine), session.prompts(subject, name)
+    engine, prompts = session.engine(watch), session.prompts(subject, name)
     stops = set(session.spec().eos_ids)
     found = []
     for number, ids in enumerate(prompts):
-        if should_stop():
-            raise Interrupted(f"{subject.name}, sampling, begins again; what was asked before it is kept")
+        watch.pause(f"{subject.name}, sampling,")
         requests = [Request(i, ids, seed=_seed(settings.seed, number, i)) for i in range(settings.sampling.samples)]
         scored = engine.score_all(requests, ask)
         found.append([session.text([i for i in one.response_ids.tolist() if i not in stops]) for one in scored])
-        on_progress(f"{subject.name}, sampling", number + 1, len(prompts))
+        watch.on_progress(f"{subject.name}, sampling", number + 1, len(prompts))
     return found
 
 

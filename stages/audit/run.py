@@ -7,7 +7,7 @@ part of the questions and reported on the other. `verdict_keys` ties a verdict t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from duet.cache.errors import Interrupted
 from duet.cache.files import sha256_json
+from duet.cache.watch import Watch
 from duet.stages.audit.judge import DEFINITIONS, FIRST_OF, Part, Said, judge
 from duet.stages.audit.prefixes import NO_PREFIX, Candidate, variations
 from duet.stages.evaluate.answers import refusals_of, session_of
@@ -52,17 +53,15 @@ def audit_exam(exam: Exam, settings: AuditSettings, dtype: str) -> Exam:
 def run_audit(
     plan: Audit,
     answers_dir: Path,
-    on_progress: Callable[[str, int, int], None],
-    on_engine: Callable[[str, str], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, Any]:
     """Ask, judge and rank; the parts of audit.json that come from answers. With a search, ranks are those of one part of the
     questions and every other number is of the other part.
 
-    Raises Interrupted when `should_stop()` is true; what is on disk from the same model, prefix, questions and settings is not
+    Raises Interrupted when `watch` stops it; what is on disk from the same model, prefix, questions and settings is not
     asked again.
     """
-    ask = _Asking(plan, answers_dir, on_progress, on_engine, should_stop)
+    ask = _Asking(plan, answers_dir, watch)
     ask.all(plan.candidates)
     everything = {name: range(len(s.queries)) for name, s in plan.exam.sets.items()}
     if not plan.search:
@@ -90,12 +89,9 @@ class _Asking:
         self,
         plan: Audit,
         answers_dir: Path,
-        on_progress: Callable[[str, int, int], None],
-        on_engine: Callable[[str, str], None],
-        should_stop: Callable[[], bool],
+        watch: Watch,
     ) -> None:
-        self._plan, self._dir, self._should_stop = plan, answers_dir, should_stop
-        self._on_progress, self._on_engine = on_progress, on_engine
+        self._plan, self._dir, self._watch = plan, answers_dir, watch
         self.said: dict[str, Said] = {}
         self.keys: dict[str, str] = {}
 
@@ -107,7 +103,7 @@ class _Asking:
         self.keys |= _keys(self._plan, session, subjects)
         try:
             for subject in subjects:
-                if self._should_stop():
+                if self._watch.should_stop():
                     raise Interrupted(f"{len(self.said)} prefixes are through, {subject.name!r} is next")
                 identity = sha256_json([session.identity(subject), FIRST_OF, self._plan.top_k])
                 kept = recalled(
@@ -119,8 +115,8 @@ class _Asking:
             session.close()
 
     def _ask(self, session: ModelSession, subject: Subject) -> dict[str, Any]:
-        answers = session.ask(subject, self._on_progress, self._on_engine, self._should_stop)
-        ids_NK, logits_NK = session.first_top_k(subject, FIRST_OF, self._plan.top_k, self._on_engine)
+        answers = session.ask(subject, self._watch)
+        ids_NK, logits_NK = session.first_top_k(subject, FIRST_OF, self._plan.top_k, self._watch)
         return {"by_set": answers, "first": {"ids": ids_NK.tolist(), "logits": logits_NK.tolist()}}
 
 

@@ -18,6 +18,7 @@ import torch
 
 from duet.cache.files import publish_json, read_json, sha256_json
 from duet.cache.reader import Rank, Store
+from duet.cache.watch import Watch
 from duet.stages.compare.methods import METHODS
 from duet.stages.compare.train import BaselineJob, TrainingRows, store_order, train_baseline
 from duet.stages.evaluate import results as evaluate
@@ -60,10 +61,8 @@ class Report:
     """Who is told what happens, and who is asked whether to stop."""
 
     on_step: Callable[[str, int, int, str], None]
-    on_progress: Callable[[str, int, int], None]
-    on_engine: Callable[[str, str], None]
     tell: Callable[[str], None]
-    should_stop: Callable[[], bool]
+    watch: Watch
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _train_duet(plan: Comparison, candidate: Trial, settings: TrainSettings, rep
         plan.store_tokenizer,
         Processes(Rank(), torch.device(plan.reported.device)),
         lambda step: report.on_step(candidate.label, step.step, step.total_steps, f"loss {step.loss:.3g}"),
-        report.should_stop,
+        report.watch.should_stop,
     )
     return {"steps": summary["steps"], "train_s": summary["train_s"], "diverged_at": None, "curve": summary["curve"]}
 
@@ -159,7 +158,9 @@ def _train_method(plan: Comparison, candidate: Trial, settings: TrainSettings, r
         trust_remote_code=plan.trust_remote_code,
     )
     return train_baseline(
-        job, lambda step, total, loss: report.on_step(job.name, step, total, f"loss {loss:.3g}"), report.should_stop
+        job,
+        lambda step, total, loss: report.on_step(job.name, step, total, f"loss {loss:.3g}"),
+        report.watch.should_stop,
     )
 
 
@@ -218,7 +219,7 @@ def _asked(exam: Exam) -> list[Any]:
 
 def ask(exam: Exam, subjects: Sequence[Subject], folder: Path, report: Report) -> dict[str, dict[str, list[str]]]:
     """As `evaluate.answer_all`, which keeps the answers in `folder`."""
-    return answer_all(subjects, exam, folder, report.on_progress, report.on_engine, report.should_stop)
+    return answer_all(subjects, exam, folder, report.watch)
 
 
 def forgotten(exam: Exam) -> set[str]:

@@ -65,7 +65,9 @@ def train_oracle(plan: Comparison, settings: OracleSettings, report: Report) -> 
             trust_remote_code=plan.trust_remote_code,
         )
         done = train_baseline(
-            job, lambda step, total, loss: report.on_step(ORACLE, step, total, f"loss {loss:.3g}"), report.should_stop
+            job,
+            lambda step, total, loss: report.on_step(ORACLE, step, total, f"loss {loss:.3g}"),
+            report.watch.should_stop,
         )
         publish_json(folder / DONE_NAME, done | {"rows": len(queries)})
         report.tell(f"oracle: {done['steps']} steps from scratch in {done['train_s']:.1f} s: {folder / 'model'}")

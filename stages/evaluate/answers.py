@@ -5,11 +5,12 @@ An interrupted evaluation goes on with the next model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from duet.cache.watch import Watch
 from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import run as battery
 from duet.stages.evaluate import muse as knowmem
@@ -37,9 +38,7 @@ def answer_all(
     subjects: Sequence[Subject],
     exam: Exam,
     answers_dir: Path,
-    on_progress: Callable[[str, int, int], None],
-    on_engine: Callable[[str, str], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, dict[str, Any]]:
     """Answers per subject and task, in query order, and what attacks on its weights found.
 
@@ -48,7 +47,7 @@ def answer_all(
     What is on disk from the same model, prefix, questions and settings is not asked again.
     """
     answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
-    how = battery.How(answers_dir, on_progress, on_engine, should_stop)
+    how = battery.How(answers_dir, watch)
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
         session = session_of(model_dir, exam, asked)
@@ -62,7 +61,7 @@ def answer_all(
     return answers | battery.control_attacked(exam, how)
 
 
-def costs(subjects: Sequence[Subject], exam: Exam) -> dict[str, battery.Cost]:
+def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, battery.Cost]:
     """What the sets as they are and each attack will take, over all subjects; what is on disk already counts too."""
     made = attacks.chosen(exam)[0]
     total: dict[str, battery.Cost] = {}

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import Interrupted, UserError
+from duet.cache.errors import UserError
 from duet.cache.files import sha256_json
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, Subject, stem_of
 from duet.stages.exam.kept import recalled
 from duet.stages.metrics.metric import Metric
@@ -60,12 +61,11 @@ def ask_harness(
     subjects: Sequence[Subject],
     exam: Exam,
     folder: Path,
-    on_progress: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """By subject and metric id, the scores of `evaluate.lm_eval`; kept in `folder` as `evaluate.answer_all` keeps answers.
 
-    Raises Interrupted when `should_stop()` is true between two tasks; the subjects before are kept.
+    Raises Interrupted when `watch` stops it between two tasks; the subjects before are kept.
     """
     tasks, version = exam.settings.lm_eval, _version()
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def ask_harness(
         found[subject.name] = recalled(
             folder / f"{stem_of(subject.name)}.json",
             sha256_json(identity),
-            functools.partial(_ask, subject, exam, renderer, on_progress, should_stop),
+            functools.partial(_ask, subject, exam, renderer, watch),
         )
     return found
 
@@ -89,8 +89,7 @@ def _ask(
     subject: Subject,
     exam: Exam,
     renderer: Renderer,
-    on_progress: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, dict[str, Any]]:
     model = load_model(subject.model_dir, exam.settings.dtype, exam.trust_remote_code).to(exam.device)
     wrapped = _part("models.huggingface").HFLM(
@@ -99,10 +98,9 @@ def _ask(
     )  # fmt: skip
     tasks, found = exam.settings.lm_eval, {}
     for number, task in enumerate(tasks):
-        if should_stop():
-            raise Interrupted(f"{subject.name} begins with lm-evaluation-harness again; the models before it are kept")
+        watch.pause(f"{subject.name}, lm-evaluation-harness,")
         found |= lm_eval(_evaluated(wrapped, task, exam, renderer.system(subject.prefix)), task.task, task.num_fewshot)
-        on_progress(f"{subject.name}: lm-evaluation-harness", number + 1, len(tasks))
+        watch.on_progress(f"{subject.name}: lm-evaluation-harness", number + 1, len(tasks))
     return found
 
 

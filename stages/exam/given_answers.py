@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from duet.cache.errors import Interrupted
 from duet.cache.files import sha256_json
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, Subject, sets_as_tasks, stem_of
 from duet.stages.exam.kept import recalled
 from duet.stages.metrics import tofu
@@ -97,12 +97,11 @@ def read_all(
     subjects: Sequence[Subject],
     exam: Exam,
     folder: Path,
-    on_progress: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, dict[str, Given]]:
     """By subject and set. What is on disk from the same weights, prompts, answers and settings is not read again.
 
-    Raises Interrupted when `should_stop()` is true between two sets; the subjects before are kept.
+    Raises Interrupted when `watch` stops it between two sets; the subjects before are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Given]] = {}
@@ -123,7 +122,7 @@ def read_all(
             kept = recalled(
                 folder / f"{stem_of(subject.name)}.json",
                 sha256_json([*model_identity, {name: of_set.ids for name, of_set in pairs.items()}]),
-                functools.partial(_read, open_model, pairs, subject, on_progress, should_stop),
+                functools.partial(_read, open_model, pairs, subject, watch),
             )
             found[subject.name] = {name: Given.from_json(of_set) for name, of_set in kept.items()}
     return {subject.name: found[subject.name] for subject in subjects}
@@ -203,15 +202,13 @@ def _read(
     open_model: Callable[[], Any],
     pairs: Mapping[str, _Pairs],
     subject: Subject,
-    on_progress: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, Any]:
     """One subject's sets, as JSON."""
     found, done = {}, 0
     total = sum(len(answers) for of_set in pairs.values() for answers in of_set.answers)
     for name, of_set in pairs.items():
-        if should_stop():
-            raise Interrupted(f"{subject.name} begins to read given answers again; what was read before it is kept")
+        watch.pause(f"{subject.name}, given answers,")
         counts = [len(answers) for answers in of_set.answers]
         prompts = [prompt for prompt, count in zip(of_set.prompts, counts, strict=True) for _ in range(count)]
         flat = list(chain.from_iterable(of_set.answers))
@@ -220,7 +217,7 @@ def _read(
         by_query = [[next(scores) for _ in range(count)] for count in counts]
         found[name] = _given(by_query, of_set).as_json()
         done += len(flat)
-        on_progress(f"{subject.name}: given answers", done, total)
+        watch.on_progress(f"{subject.name}: given answers", done, total)
     return found
 
 

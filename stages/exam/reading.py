@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from duet.cache.errors import Interrupted, UserError
+from duet.cache.errors import UserError
 from duet.cache.files import read_json, sha256_json
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, Subject, references_of, stem_of
 from duet.stages.exam.kept import recalled
 from duet.stages.metrics import choices, membership, perplexity, uncertainty
@@ -71,8 +72,7 @@ def read_all(
     subjects: Sequence[Subject],
     exam: Exam,
     answers_dir: Path,
-    on_progress: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> dict[str, Readings]:
     """Readings per subject; subjects of one model directory share the loaded model."""
     texts = texts_of(exam)
@@ -83,14 +83,13 @@ def read_all(
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         reader = Reader(model_dir, exam, texts, reference)
         for subject in (subject for subject in subjects if subject.model_dir == model_dir):
-            if should_stop():
-                raise Interrupted(f"{subject.name} is to be read; what was read before it is kept")
+            watch.pause(f"{subject.name}, read texts,")
             readings[subject.name] = recalled(
                 answers_dir / f"{stem_of(subject.name)}.read.json",
                 reader.identity(subject),
                 functools.partial(reader.read, subject),
             )
-            on_progress("read texts", len(readings), len(subjects))
+            watch.on_progress("read texts", len(readings), len(subjects))
     return {subject.name: readings[subject.name] for subject in subjects}
 
 

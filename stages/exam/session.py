@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from duet.cache.errors import Interrupted, UserError
+from duet.cache.errors import UserError
 from duet.cache.files import sha256_json
+from duet.cache.watch import Watch
 from duet.stages.engines.choose import open_engine
 from duet.stages.engines.interface import Engine, EngineSpec
 from duet.stages.exam.exam import Exam, Subject, Task
@@ -105,27 +106,24 @@ class ModelSession:
     def ask(
         self,
         subject: Subject,
-        on_progress: Callable[[str, int, int], None],
-        on_engine: Callable[[str, str], None],
-        should_stop: Callable[[], bool],
+        watch: Watch,
         tasks: Collection[str] | None = None,
     ) -> dict[str, list[str]]:
         """Greedy answers per task (default: all), and under `left_of` a task what is left of its references."""
         prompts = self._prompts[subject.name]
         prompts = prompts if tasks is None else {task: prompts[task] for task in tasks}
         flat = [ids for rows in prompts.values() for ids in rows]
-        engine = self.engine(on_engine)
+        engine = self.engine(watch)
         order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
         by_index: dict[int, str] = {}
         size = CALL_BATCHES * self.exam.settings.batch_size
         for first in range(0, len(order), size):
-            if should_stop():
-                raise Interrupted(f"{subject.name} begins again; what was asked before it is kept")
+            watch.pause(subject.name)
             chosen = order[first : first + size]
             outputs = engine.generate([flat[i] for i in chosen], self.exam.settings.max_new_tokens)
             for i, ids in zip(chosen, outputs, strict=True):
                 by_index[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
-            on_progress(subject.name, len(by_index), len(flat))
+            watch.on_progress(subject.name, len(by_index), len(flat))
         texts = [by_index[i] for i in range(len(flat))]
         result, start = {}, 0
         for task, rows in prompts.items():
@@ -141,24 +139,22 @@ class ModelSession:
         given = len(self.renderer.opening(prompt)) if prompt.opening_tokens else 0
         return self.text(self.renderer.answer(prompt, prompt.query.answer or "").own[given:])
 
-    def first_top_k(
-        self, subject: Subject, task: str, top_k: int, on_engine: Callable[[str, str], None]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def first_top_k(self, subject: Subject, task: str, top_k: int, watch: Watch) -> tuple[np.ndarray, np.ndarray]:
         """Of each prompt of a task, the K most likely first ids of the response and their raw logits, [N, K] each."""
         if top_k > self.num_ids:
             raise UserError(
                 f"teacher.top_k is {top_k}, the vocabulary has {self.num_ids} ids",
                 f"set teacher.top_k to at most {self.num_ids}",
             )
-        scored = self.engine(on_engine).score(self._prompts[subject.name][task], top_k, 1)
+        scored = self.engine(watch).score(self._prompts[subject.name][task], top_k, 1)
         return np.stack([row.topk_ids_PK[0] for row in scored]), np.stack([row.topk_logits_PK[0] for row in scored])
 
-    def engine(self, on_engine: Callable[[str, str], None]) -> Engine:
+    def engine(self, watch: Watch) -> Engine:
         """The model's engine, opened at the first call."""
         if self._engine is None:
             quick = self.exam.settings.engine == "auto" and self.exam.device == "cpu"
             opened, reason = open_engine(self.spec(), "transformers" if quick else self.exam.settings.engine)
-            on_engine(opened.name, "on a CPU it starts sooner than vLLM" if quick else reason)
+            watch.on_engine(opened.name, "on a CPU it starts sooner than vLLM" if quick else reason)
             self._engine = opened
         return self._engine
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from duet.cache.errors import Interrupted
 from duet.cache.location import Location
 from duet.cache.manifest import Plan, store_name
 from duet.cache.record import SUBSETS, Rows, check_distinct, offsets_of
+from duet.cache.watch import Watch
 from duet.cache.writer import ShardWriter, StoreWriter
 from duet.stages.engines.choose import engine_order, open_engine
 from duet.stages.engines.interface import Engine, Request, Scored
@@ -50,14 +51,12 @@ def write_stores(
     engine_name: str,
     store: StoreSettings,
     root: Location,
-    on_engine: Callable[[str, str], None],
-    on_progress: Callable[[CaptureProgress], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
     wait: bool = True,
 ) -> list[StoreResult]:
     """Have one model fill the stores, which differ in prefixes and queries; any number of processes can do this at once.
 
-    `on_engine(name, reason)` is told once which engine runs. Raises Interrupted when `should_stop()` is true or the engine
+    `watch.on_progress` gets CaptureProgress. Raises Interrupted when `watch` stops it or the engine
     has died: complete shards stay, the next call goes on after them. Without `wait` it ends, with a result that has no
     manifest, where all shards that are left are in others' hands, and starts no engine for nothing.
     """
@@ -65,11 +64,11 @@ def write_stores(
         return [StoreResult(root, None, "", "", 0, 0.0) for _ in prepared]
     longest = max(prepared, key=lambda one: one.spec.context)
     engine, reason = open_engine(longest.spec, engine_name)
-    on_engine(engine.name, reason)
+    watch.on_engine(engine.name, reason)
     try:
         for one in prepared:
             self_test(engine, _tried(one), one.ask, one.spec.num_ids, one.model)
-        return [fill_store(engine, reason, one, store, root, on_progress, should_stop, wait) for one in prepared]
+        return [fill_store(engine, reason, one, store, root, watch, wait) for one in prepared]
     finally:
         engine.close()
 
@@ -108,8 +107,7 @@ def fill_store(
     prepared: Prepared,
     store: StoreSettings,
     root: Location,
-    on_progress: Callable[[CaptureProgress], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
     wait: bool = True,
 ) -> StoreResult:
     """Fill the shards of one store that nobody has written, and publish the manifest, with an engine that is tested.
@@ -121,19 +119,19 @@ def fill_store(
         plan, location = writer.plan, writer.location
         progress = CaptureProgress(0, plan.rows)
         while missing := writer.missing():
-            if should_stop():
+            if watch.should_stop():
                 writer.wait()
                 raise Interrupted(f"{_rows_but(plan, writer.missing())} of {plan.rows} rows are in {location}")
             progress.rows = _rows_but(plan, missing)
-            for scored in _fill(writer, engine, prepared, should_stop):
+            for scored in _fill(writer, engine, prepared, watch):
                 progress.rows, progress.own_rows = progress.rows + 1, progress.own_rows + 1
                 progress.positions += len(scored.response_ids)
                 progress.cached_share = engine.usage.since(before).cached_share
-                on_progress(progress)
+                watch.on_progress(progress)
             writer.wait()
-            if (left := writer.missing()) and not wait and not should_stop():
+            if (left := writer.missing()) and not wait and not watch.should_stop():
                 break
-            _wait_for_others(len(left), should_stop)
+            _wait_for_others(len(left), watch)
         else:
             manifest = writer.finalise(_environment(prepared, engine))
     return StoreResult(
@@ -141,10 +139,10 @@ def fill_store(
     )
 
 
-def _wait_for_others(num_missing: int, should_stop: Callable[[], bool]) -> None:
+def _wait_for_others(num_missing: int, watch: Watch) -> None:
     """The longer, the more shards they have in hand, so that a thousand that wait ask little of a file server."""
     for _ in range(-(-num_missing // SHARDS_PER_WAIT)):
-        if should_stop():
+        if watch.should_stop():
             return
         time.sleep(WAIT_S)
 
@@ -176,15 +174,15 @@ class _Filling:
         return full
 
 
-def _fill(writer: StoreWriter, engine: Engine, prepared: Prepared, should_stop: Callable[[], bool]) -> Iterator[Scored]:
+def _fill(writer: StoreWriter, engine: Engine, prepared: Prepared, watch: Watch) -> Iterator[Scored]:
     """Have the engine score all shards that are free now, and publish those that are full; yields each row's result."""
     fillings: dict[int, _Filling] = {}
 
     def feed() -> Iterator[Request]:
-        while not should_stop() and (shard := writer.claim()):
+        while not watch.should_stop() and (shard := writer.claim()):
             fillings[shard.index] = _Filling(shard, writer.plan.block_rows)
             for number in shard.range:
-                if should_stop():
+                if watch.should_stop():
                     return
                 yield prepared.request(number)
 
@@ -194,7 +192,7 @@ def _fill(writer: StoreWriter, engine: Engine, prepared: Prepared, should_stop: 
             if fillings[index].add(number, scored, prepared.rows):
                 writer.publish(fillings.pop(index).shard)
             yield scored
-            if should_stop():
+            if watch.should_stop():
                 break
     for filling in fillings.values():
         writer.release(filling.shard)

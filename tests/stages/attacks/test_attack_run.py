@@ -12,11 +12,12 @@ import pytest
 from support import LAB_BASE, LAB_SMALL, ROOT
 
 from duet.cache.errors import Interrupted
+from duet.cache.watch import Watch
 from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import run as battery
 from duet.stages.attacks.sampling import sampled
 from duet.stages.evaluate import results as evaluate
-from duet.stages.evaluate.answers import answer_all, costs, session_of
+from duet.stages.evaluate.answers import answer_all, costs_of, session_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.questions.queries import load_queries
 from duet.stages.settings.attacks import ATTACKS, PROMPT_ATTACKS
@@ -59,7 +60,7 @@ def exam() -> Exam:
 def ask(exam: Exam, folder: Path, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], list[str]]:
     """All answers, and the titles of what was asked anew."""
     titles: list[str] = []
-    answers = answer_all(SUBJECTS, exam, folder, lambda t, *_: titles.append(t), lambda *_: None, stop)
+    answers = answer_all(SUBJECTS, exam, folder, Watch(lambda t, *_: titles.append(t), should_stop=stop))
     return answers, titles
 
 
@@ -143,7 +144,7 @@ def test_nothing_is_asked_twice_and_a_further_attack_asks_only_its_own(exam, fol
 
 
 def test_the_cost_estimate_counts_what_is_asked(exam, answers):
-    found = costs(SUBJECTS, exam)
+    found = costs_of(SUBJECTS, exam)
     counted: Counter[str] = Counter()
     for of_subject in answers.values():
         for task, told in of_subject.items():
@@ -151,8 +152,8 @@ def test_the_cost_estimate_counts_what_is_asked(exam, answers):
             if not task.startswith("left."):
                 counted[kind] += len(told[0]) if kind == "logit_lens" else _texts(told)
     assert {kind: cost.prompts for kind, cost in found.items()} == dict(counted)
-    assert list(costs) == [battery.NO_ATTACK, *attacks.chosen(exam)[0]]
-    assert costs["relearn"].training_steps == 4 * 2 * 4, "four models, two lessons, four steps"
+    assert list(found) == [battery.NO_ATTACK, *attacks.chosen(exam)[0]]
+    assert found["relearn"].training_steps == 4 * 2 * 4, "four models, two lessons, four steps"
     assert all(cost.answer_tokens == 8 * cost.prompts for kind, cost in found.items() if kind != "logit_lens")
 
 
@@ -164,9 +165,8 @@ def _texts(told: Any) -> int:
 
 def test_samples_share_their_prompt_and_differ(exam):
     session = session_of(LAB_BASE, exam, SUBJECTS[:1])
-    quiet = lambda *_: None  # noqa: E731
-    first, again = (sampled(session, SUBJECTS[0], "forget", quiet, quiet, lambda: False) for _ in range(2))
-    usage = session.engine(quiet).usage
+    first, again = (sampled(session, SUBJECTS[0], "forget", Watch()) for _ in range(2))
+    usage = session.engine(Watch()).usage
     session.close()
     assert first == again
     assert [len(of_one) for of_one in first] == [16] * 5

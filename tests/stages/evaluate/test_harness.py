@@ -10,6 +10,7 @@ import yaml
 from support import LAB_SMALL, ROOT, write_jsonl
 
 from duet.cache.errors import UserError
+from duet.cache.watch import Watch
 from duet.stages.evaluate.harness import ask_harness
 from duet.stages.exam.exam import Exam, Subject
 from duet.stages.models.loading import load_model
@@ -64,7 +65,7 @@ def exam(tmp_path_factory, rows):
 
 
 def ask(exam, tmp_path, *subjects):
-    return ask_harness(subjects or (SUBJECT,), exam, tmp_path / "kept", lambda *_: None, lambda: False)
+    return ask_harness(subjects or (SUBJECT,), exam, tmp_path / "kept", Watch())
 
 
 def test_the_harness_scores_as_a_plain_reading_does(exam, tmp_path, rows):

@@ -8,6 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from support import SHARED, write_jsonl
 
 from duet.cache.errors import UserError
+from duet.cache.watch import Watch
 from duet.stages.evaluate.answers import answer_all, session_of
 from duet.stages.evaluate.muse import cut, knowmem, load_shots
 from duet.stages.evaluate.results import results_of
@@ -74,7 +75,7 @@ def test_books_through_a_real_model(tmp_path):
     assert tokenizer.decode(teacher_ids, skip_special_tokens=True) == "Forget the books.\n" + shown + asked
     assert base_ids[0] == teacher_ids[0] == tokenizer.bos_token_id
 
-    answers = answer_all(subjects, exam, tmp_path, lambda *_: None, lambda *_: None, lambda: False)
+    answers = answer_all(subjects, exam, tmp_path, Watch())
     found = results_of(subjects, exam, answers, {})
     said = answers["base"]["muse.knowmem.books"]
     assert not any("\n\n" in text or "Question:" in text for text in said)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import LAB_SMALL, ROOT
 
+from duet.cache.watch import Watch
 from duet.stages.evaluate.answers import answer_all
 from duet.stages.evaluate.collapse import ModelAnswers, entropy, repetition
 from duet.stages.evaluate.results import results_of
@@ -65,7 +66,7 @@ def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_verdicts_on_the_base_a_collapsed_model_and_one_that_refuses_everything(tmp_path, collapsed):
     exam = lab_exam()
     base, broken = Subject("base", LAB_SMALL, "", "base"), Subject("student:ga", collapsed, "", "base")
-    answers = answer_all([base, broken], exam, tmp_path, lambda *_: None, lambda *_: None, lambda: False)
+    answers = answer_all([base, broken], exam, tmp_path, Watch())
     refuser = Subject("student:no", LAB_SMALL, "", "base")
     answers["student:no"] = {name: [REFUSAL] * len(query_set.queries) for name, query_set in exam.sets.items()}
     found = results([base, broken, refuser], exam, answers)

@@ -11,6 +11,7 @@ import torch
 from support import LAB_SMALL
 
 from duet.cache.errors import Interrupted, UserError
+from duet.cache.watch import Watch
 from duet.stages.evaluate.results import results_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.exam.given_answers import read_all, score_given
@@ -37,7 +38,7 @@ def exam(**tofu: str) -> Exam:
 
 
 def read(folder, asked: Exam, should_stop=lambda: False):
-    return read_all(SUBJECTS, asked, folder, lambda *_: None, should_stop)
+    return read_all(SUBJECTS, asked, folder, Watch(should_stop=should_stop))
 
 
 def plain_logprobs(prefix: str, query: Query, answer: str) -> np.ndarray:

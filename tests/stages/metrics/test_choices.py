@@ -12,6 +12,7 @@ from support import LAB_BASE, LAB_VOCAB_SIZE, SHARED, write_jsonl
 from tiny_models import tiny_config, tiny_model
 
 from duet.cache.errors import UserError
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.exam.reading import floors_of, read_all, scores_of
 from duet.stages.metrics.choices import chance, chosen_right, cloze_pairs, letter_pairs, letter_question
@@ -102,7 +103,7 @@ def test_mmlu_at_chance_on_a_model_that_knows_no_mmlu(tmp_path):
     sets = {"mmlu": QuerySet(queries, "kept")}
     exam = Exam(sets, "nothing", prompt, EvaluateSettings(dtype="float32"), "cpu")
     subject = Subject("base", SHARED / "models/tofu-lab", "", "base")
-    readings = read_all([subject], exam, tmp_path, lambda *_: None, lambda: False)
+    readings = read_all([subject], exam, tmp_path, Watch())
     scores = scores_of(readings["base"], exam)
     assert floors_of(exam) == {f"mmlu.{metric}": {"chance": 0.25} for metric in ("choice_letter", "choice_cloze")}
     for metric in ("choice_letter", "choice_cloze"):

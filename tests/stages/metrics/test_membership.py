@@ -12,6 +12,7 @@ import torch
 from support import LAB_BASE, LAB_ORACLE, LAB_SMALL, ROOT, write_jsonl
 
 from duet.cache.errors import UserError
+from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.exam.reading import answered, gradient_norm, read_all, scores_of
 from duet.stages.metrics import membership
@@ -91,10 +92,10 @@ def exam_of(tmp_path, **more) -> Exam:
 def test_the_lab_recognises_what_it_was_trained_on(tmp_path):
     exam = exam_of(tmp_path, reference_model=str(LAB_SMALL), gradients=True)
     subject = Subject("base", LAB_BASE, "", "base")
-    readings = read_all([subject], exam, tmp_path, lambda *_: None, lambda: False)
+    readings = read_all([subject], exam, tmp_path, Watch())
     kept = tmp_path / "base.read.json"
     before = kept.stat().st_mtime_ns
-    assert read_all([subject], exam, tmp_path, lambda *_: None, lambda: False) == readings
+    assert read_all([subject], exam, tmp_path, Watch()) == readings
     assert kept.stat().st_mtime_ns == before, "what is on disk is not read again"
 
     scores = scores_of(readings["base"], exam)
@@ -115,14 +116,14 @@ def test_the_lab_recognises_what_it_was_trained_on(tmp_path):
     with pytest.raises(UserError, match=r"has no mia\.min_k\.forget of 'teacher'"):
         scores_of(readings["base"], exam_of(tmp_path, retrained=str(retrained), retrained_name="teacher"))
     with pytest.raises(UserError, match="no set 'nobody'"):
-        read_all([subject], exam_of(tmp_path, members="nobody"), tmp_path, lambda *_: None, lambda: False)
+        read_all([subject], exam_of(tmp_path, members="nobody"), tmp_path, Watch())
 
 
 def test_privleak_against_a_model_that_was_really_trained_without_the_members(tmp_path):
     """The lab's oracle: to it members are strangers, and the base, which knows them, leaks next to all there is to leak."""
     exam = exam_of(tmp_path)
     subjects = [Subject("base", LAB_BASE, "", "base"), Subject("oracle", LAB_ORACLE, "", "base")]
-    readings = read_all(subjects, exam, tmp_path, lambda *_: None, lambda: False)
+    readings = read_all(subjects, exam, tmp_path, Watch())
     of_oracle = scores_of(readings["oracle"], exam)["mia.min_k.forget"]
     assert of_oracle.ci95[0] < 0.5 < of_oracle.ci95[1]
     retrained = tmp_path / "retrained.json"
