@@ -8,7 +8,7 @@ from html import escape
 from duet.pipeline.pages.charts import Bar, bars, colours, side_by_side
 from duet.pipeline.pages.page import Numbers, folded, note, pointer, row, section, table
 from duet.pipeline.pages.results import HEADLINE, attacks_of, by_interest, floor_of, is_share, label_of
-from duet.stages.attacks.prompts import Attacked
+from duet.stages.attacks.names import Attacked
 
 
 def attack_section(numbers: Numbers) -> str:

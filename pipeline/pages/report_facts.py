@@ -10,27 +10,8 @@ from duet.pipeline.pages.charts import curves, legend_of_lines, side_by_side
 from duet.pipeline.pages.page import Numbers, folded, note, row, section, table
 from duet.pipeline.pages.results import attacks_of, palette_of
 from duet.pipeline.pages.tables import loss_in_words, refusal_lines
+from duet.stages.settings.attacks import ATTACKS
 
-# What an attack is called in words, by its kind in results.json.
-KNOWN_ATTACKS = {
-    "reverse": "reverse prompts",
-    "prefix_injection": "prefix injection",
-    "affirmative_suffix": "affirmative suffixes",
-    "role_play": "role play",
-    "reversed_query": "reversed queries",
-    "synonyms": "synonyms",
-    "context_hint": "context hints",
-    "in_context": "in-context examples",
-    "multiple_choice": "multiple choice",
-    "translation": "translation",
-    "prefill": "answer prefill",
-    "format_shift": "other formats of the question",
-    "sampling": "sampling many answers",
-    "quantize_int8": "weights rounded to 8 bits",
-    "quantize_int4": "weights rounded to 4 bits",
-    "relearn": "relearning",
-    "logit_lens": "logit lens",
-}
 # What no run of this software tries, whatever its settings.
 NEVER_TRIED = (
     "prompts optimised against the model (GCG and its kin)",
@@ -162,7 +143,7 @@ def _not_tried(numbers: Numbers) -> list[str]:
     """The attacks that say nothing here because nobody tried them, by name."""
     tried = {attack.kind.partition(".")[0] for attack in attacks_of(numbers)}
     tried |= {kind for kind, part in (("relearn", "relearning"), ("logit_lens", "layers")) if numbers.at(part)}
-    missing = [words for kind, words in KNOWN_ATTACKS.items() if kind not in tried]
+    missing = [attack.title for kind, attack in ATTACKS.items() if kind not in tried]
     found = [f"Not tried in this run: {escape(', '.join(missing))}."] if missing else []
     found += [
         f"{escape(what)}: {numbers.show('text', 'attacks_skipped', what)}"

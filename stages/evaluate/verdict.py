@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duet.stages.attacks.prompts import attacked_of
+from duet.stages.attacks.names import attacked_of
 from duet.stages.evaluate.collapse import ModelAnswers, signs_of
 from duet.stages.exam.exam import HEADLINE, Exam, Subject
 from duet.stages.metrics import uncertainty
