@@ -29,13 +29,13 @@ def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Scor
     return of_recall(answers, exam, kind, name) | of_variants(exam, kind, name, picks, "picked")
 
 
-def picked(prompts: Sequence[Prompt], told: Sequence[str]) -> np.ndarray:
+def picked(prompts: Sequence[Prompt], texts: Sequence[str]) -> np.ndarray:
     """Share of questions where the answer names the letter of the right choice, or recalls the right choice more than any
     other does. One in as many as there are choices is chance.
 
     1 or 0 per question.
     """
-    return np.array([float(_picks(prompt, text)) for prompt, text in zip(prompts, told, strict=True)])
+    return np.array([float(_picks(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)])
 
 
 def _picks(prompt: Prompt, text: str) -> bool:

@@ -81,7 +81,7 @@ class ProvedKind(Kind, Protocol):
 
 
 def asked(session: ModelSession, subject: Subject, tasks: Collection[str], times: int = 1, answers: int = 1) -> Cost:
-    """The cost of asking all prompts of these tasks `times` times, each time for so many answers."""
+    """The cost of asking all prompts of these tasks `times` times, each time with `answers` answers per prompt."""
     prompts = [ids for task in tasks for ids in session.prompts(subject, task)]
     count = len(prompts) * answers * times
     return Cost(count, sum(map(len, prompts)) * times, count * session.exam.settings.max_new_tokens)

@@ -48,8 +48,8 @@ def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.
     """ROUGE-L recall of each variant by its title, float64 [N]; NaN where a question does not count."""
     found = {}
     for variant, prompts in prompts_of(exam, kind, name, "").items():
-        told = task(kind, variant, name)
-        found[title(variant, name)] = _best_match(prompts, answers[told], answers.get(left_of(told)))
+        asked_as = task(kind, variant, name)
+        found[title(variant, name)] = _best_match(prompts, answers[asked_as], answers.get(left_of(asked_as)))
     return found
 
 
@@ -73,7 +73,7 @@ def _tasks(session: ModelSession, subject: Subject, kind: str) -> list[str]:
     return [name for name in session.tasks(subject) if name.startswith(f"attack.{kind}.")]
 
 
-def _best_match(prompts: Sequence[Prompt], told: Sequence[str], left: Sequence[str] | None) -> np.ndarray:
+def _best_match(prompts: Sequence[Prompt], outputs: Sequence[str], left: Sequence[str] | None) -> np.ndarray:
     """Recall of the best of each prompt's references; NaN where nothing of the reference is left to be said."""
     values = np.full(len(prompts), np.nan)
     for number, prompt in enumerate(prompts):
@@ -82,7 +82,7 @@ def _best_match(prompts: Sequence[Prompt], told: Sequence[str], left: Sequence[s
         else:
             references = [text for text in prompt.references or [prompt.query.answer or ""] if split_words(text)]
         if references:
-            values[number] = metrics.rouge_l(references, [told[number]] * len(references))[0].max()
+            values[number] = metrics.rouge_l(references, [outputs[number]] * len(references))[0].max()
     return values
 
 

@@ -59,8 +59,8 @@ def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
 
 def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
     """ROUGE-L recall of each variant by its title, float64 [N]."""
-    references, told = references_of(exam.sets[name]), answers[f"attack.{kind}.{name}"]
-    return {title(variant, name): metrics.rouge_l(references, told[variant])[0] for variant in VARIANTS[kind]}
+    references, outputs = references_of(exam.sets[name]), answers[f"attack.{kind}.{name}"]
+    return {title(variant, name): metrics.rouge_l(references, outputs[variant])[0] for variant in VARIANTS[kind]}
 
 
 def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:

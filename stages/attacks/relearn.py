@@ -118,8 +118,8 @@ def relearning(
     for name in exam.attacked:
         for one in relearn_sets(exam, name)[0]:
             references = [references_of(exam.sets[name])[i] for i in one.asked]
-            told = {model: answers[model][f"attack.relearn.{name}"][one.name] for model in base_of}
-            recall = {m: [metrics.rouge_l(references, texts)[0] for texts in told[m]] for m in base_of}
+            outputs = {model: answers[model][f"attack.relearn.{name}"][one.name] for model in base_of}
+            recall = {m: [metrics.rouge_l(references, texts)[0] for texts in outputs[m]] for m in base_of}
             for model, base in base_of.items():
                 means = [score(values, clusters=references, seed=exam.settings.seed) for values in recall[model]]
                 found[model][one.name] = _by_steps(means, steps_of(exam.settings.relearn), recall[base][0].mean() / 2)
@@ -152,8 +152,8 @@ def relearn_sets(exam: Exam, name: str) -> tuple[list[RelearnSet], dict[str, str
     found, skipped = [], {}
     for count in settings.pairs:
         pairs = tuple(order[:count])
-        told = {queries[i].answer for i in pairs}
-        asked = tuple(i for i, query in enumerate(queries) if i not in pairs and query.answer not in told)
+        taught = {queries[i].answer for i in pairs}
+        asked = tuple(i for i, query in enumerate(queries) if i not in pairs and query.answer not in taught)
         if len(order) < count or not asked:
             skipped[f"{name} {count}"] = (
                 f"of {len(queries)} questions, {count} to train on leave none with another answer"
@@ -199,14 +199,14 @@ def _answers_after(
     all_prompts, all_answers = session.prompts(subject, one.source), session.full_answers(one.source)
     pairs = [(all_prompts[i], all_answers[i]) for i in one.pairs]
     asked = [session.prompts(subject, name)[i] for i in one.asked]
-    teach, told = Teaching(model, pairs, exam.settings.relearn, exam.settings.seed), []
+    teach, found = Teaching(model, pairs, exam.settings.relearn, exam.settings.seed), []
     for steps in steps_of(exam.settings.relearn):
         while teach.done < steps:
             watch.pause(f"{subject.name}, relearn,")
             teach.step()
         engine = TransformersEngine(spec, model)  # a new one: the last one's cache of prompts is of other weights
-        told.append([session.text(ids) for ids in engine.generate(asked, exam.settings.max_new_tokens)])
-    return told
+        found.append([session.text(ids) for ids in engine.generate(asked, exam.settings.max_new_tokens)])
+    return found
 
 
 class Teaching:
@@ -235,8 +235,8 @@ class Teaching:
             input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
         ).logits
         logits_NV = logits_BTV[batch.batch_index_N, batch.position_N]
-        told_N = torch.tensor([i for answer in answers for i in answer], device=logits_NV.device)
-        loss = torch.nn.functional.cross_entropy(logits_NV.float(), told_N)
+        token_N = torch.tensor([i for answer in answers for i in answer], device=logits_NV.device)
+        loss = torch.nn.functional.cross_entropy(logits_NV.float(), token_N)
         self._optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), MAX_GRAD_NORM)

@@ -1,4 +1,4 @@
-"""The whole battery on the lab's models: every attack is made, scored and kept, and those that should work on them do."""
+"""All attacks on the lab's models: every one is made, scored and kept, and those that should work on them do."""
 
 from __future__ import annotations
 
