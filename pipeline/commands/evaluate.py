@@ -83,7 +83,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
-        **stage.results_of(subjects, exam, answers, given, reference, readings),
+        **stage.results_of(subjects, exam, answers, stage.Read(given, readings), reference),
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: store_summary(place) for name, place in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},

@@ -8,7 +8,7 @@ from html import escape
 from duet.pipeline.pages.charts import Bar, bars, colours, side_by_side
 from duet.pipeline.pages.page import Numbers, folded, note, pointer, row, section, table
 from duet.pipeline.pages.results import HEADLINE, attacks_of, by_interest, floor_of, is_share, label_of
-from duet.stages.attacks.prompts import Attacked
+from duet.stages.attacks.names import Attacked
 
 
 def attack_section(numbers: Numbers) -> str:
@@ -65,8 +65,8 @@ def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> s
 
 def _shown_to_work(numbers: Numbers, attack: Attacked) -> str:
     """Whether an attack works on a model of this run; where the results do not say, whether it undoes a teacher's prefix."""
-    if (told := numbers.at("attacks_work", attack.kind)) is not None:
-        return f"works on {escape(told['on'])}" if told["works"] else "not shown to work"
+    if (work := numbers.at("attacks_work", attack.kind)) is not None:
+        return f"works on {escape(work['on'])}" if work["works"] else "not shown to work"
     found = []
     for model, scores in numbers.data["models"].items():
         plain = scores.get(f"{attack.set}.{attack.metric}")
@@ -88,10 +88,10 @@ def _attack_texts(numbers: Numbers) -> str:
 
 def _works(numbers: Numbers) -> str:
     """Which attacks are not shown to work here, and on what that rests."""
-    told = numbers.at("attacks_work") or {}
-    if not told:
+    work = numbers.at("attacks_work") or {}
+    if not work:
         return ""
-    failing = [kind for kind, facts in told.items() if not facts["works"]]
+    failing = [kind for kind, facts in work.items() if not facts["works"]]
     lack = f"Not shown to work here: {', '.join(failing)}. " if failing else "Every attack is shown to work here. "
     text = lack + "That a student withstands an attack which works on no model says nothing."
     return note(text) + folded("How each attack is shown to work", numbers.texts("attacks_work", last="text"))

@@ -10,28 +10,9 @@ from duet.pipeline.pages.charts import curves, legend_of_lines, side_by_side
 from duet.pipeline.pages.page import Numbers, folded, note, row, section, table
 from duet.pipeline.pages.results import attacks_of, palette_of
 from duet.pipeline.pages.tables import loss_in_words, refusal_lines
+from duet.stages.settings.attacks import ATTACKS
 
-# What an attack is called in words, by its kind in results.json.
-KNOWN_ATTACKS = {
-    "reverse": "reverse prompts",
-    "prefix_injection": "prefix injection",
-    "affirmative_suffix": "affirmative suffixes",
-    "role_play": "role play",
-    "reversed_query": "reversed queries",
-    "synonyms": "synonyms",
-    "context_hint": "context hints",
-    "in_context": "in-context examples",
-    "multiple_choice": "multiple choice",
-    "translation": "translation",
-    "prefill": "answer prefill",
-    "format_shift": "other formats of the question",
-    "sampling": "sampling many answers",
-    "quantize_int8": "weights rounded to 8 bits",
-    "quantize_int4": "weights rounded to 4 bits",
-    "relearn": "relearning",
-    "logit_lens": "logit lens",
-}
-# What no run of this software tries, whatever its settings.
+# What Duet does not try, whatever the settings.
 NEVER_TRIED = (
     "prompts optimised against the model (GCG and its kin)",
     "conversations of several turns",
@@ -73,7 +54,7 @@ def _trained(numbers: Numbers, name: str) -> str:
 
 
 def run_section(numbers: Numbers) -> str:
-    """Hashes, versions, seeds and settings: what it takes to know that a run is this run, and to repeat it."""
+    """Hashes, versions, seeds and settings: what identifies a run, and what it takes to repeat it."""
     stores = numbers.at("teacher_stores") or {}
     titles = {name: "Teacher logits" if len(stores) == 1 else f"Logits of teacher {name}" for name in stores}
     body = _data_table(numbers) + _weights_table(numbers)
@@ -130,7 +111,7 @@ def _settings(numbers: Numbers, path: tuple[str | int, ...]) -> str:
 
 
 def limits_section(numbers: Numbers) -> str:
-    """What these numbers do not show, said plainly."""
+    """What these numbers do not show."""
     sets = numbers.data["sets"]
     smallest = min(sets, key=lambda name: sets[name]["n"]) if sets else None
     items = [
@@ -159,16 +140,16 @@ def limits_section(numbers: Numbers) -> str:
 
 
 def _not_tried(numbers: Numbers) -> list[str]:
-    """The attacks that say nothing here because nobody tried them, by name."""
+    """The attacks that were not tried, by title, and why, where the results say so."""
     tried = {attack.kind.partition(".")[0] for attack in attacks_of(numbers)}
     tried |= {kind for kind, part in (("relearn", "relearning"), ("logit_lens", "layers")) if numbers.at(part)}
-    missing = [words for kind, words in KNOWN_ATTACKS.items() if kind not in tried]
+    missing = [attack.title for kind, attack in ATTACKS.items() if kind not in tried]
     found = [f"Not tried in this run: {escape(', '.join(missing))}."] if missing else []
     found += [
         f"{escape(what)}: {numbers.show('text', 'attacks_skipped', what)}"
         for what in numbers.at("attacks_skipped") or {}
     ]
-    return [*found, f"Tried in no run of this software: {escape('; '.join(NEVER_TRIED))}."]
+    return [*found, f"Never tried by Duet, whatever the settings: {escape('; '.join(NEVER_TRIED))}."]
 
 
 def definitions_section(numbers: Numbers) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from duet.pipeline.pages.charts import colours
 from duet.pipeline.pages.page import Numbers
-from duet.stages.attacks.prompts import Attacked, attacked_of
+from duet.stages.attacks.names import Attacked, attacked_of
 
 HEADLINE = "rougeL_recall"
 NOT_SHARES = ("perplexity",)  # metrics that are no 0..1 whatever they happen to be

@@ -4,23 +4,95 @@ Each layer's output at the last token of the prompt goes through the model's fin
 the last (nostalgebraist 2020, "interpreting GPT: the logit lens"). A low rank somewhere, though not at the end, says that the
 knowledge is there and is not said.
 
-Shapes: B batch, T time, D width, V rows of the head, L layers (0 is the embeddings, L-1 the model's own output).
+Shapes: B batch, T time, D width, V rows of the head, N questions, L layers (0 is the embeddings, L-1 the model's own output).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from duet.cache.errors import UserError
 from duet.cache.watch import Watch
-from duet.stages.exam.exam import Subject
+from duet.stages.attacks.chosen import chosen
+from duet.stages.attacks.parts import MIN_LEFT, Answers, Cost, Evidence, asked, identity_on_sets, on_sets, said
+from duet.stages.exam.exam import Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
+from duet.stages.metrics.uncertainty import Score, score
 from duet.stages.models.alignment import align
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
+
+
+def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, list[list[int]]]:
+    """Per attacked set, ranks by layer and question."""
+    return on_sets(session, subject, kind, watch, lambda name: ranks_by_layer(session, subject, name, watch))
+
+
+def identity(session: ModelSession, subject: Subject, kind: str) -> str:
+    """Hash of everything that decides the ranks."""
+    return identity_on_sets(session, subject, kind, [])
+
+
+def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
+    """One pass over the prompts: nothing is answered."""
+    found = asked(session, subject, session.exam.attacked)
+    return Cost(found.prompts, found.prompt_tokens)
+
+
+def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """Empty: there are no answers."""
+    return {}
+
+
+def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
+    """`mrr_best`."""
+    best_N = at_best_layer(np.array(answers[f"attack.{kind}.{name}"]))
+    references = references_of(exam.sets[name])
+    return {f"attack.{kind}.{name}.mrr_best": score(best_N, clusters=references, seed=exam.settings.seed)}
+
+
+def at_best_layer(ranks_LN: np.ndarray) -> np.ndarray:
+    """Mean reciprocal rank of the reference's first token, read off a layer through the final norm and the output head, at the
+    layer where this mean is highest.
+
+    One over the rank, per question.
+    """
+    reciprocal_LN = 1 / ranks_LN.astype(np.float64)
+    return reciprocal_LN[reciprocal_LN.mean(axis=1).argmax()]
+
+
+def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
+    """In base, the right token is found."""
+    found = evidence.models["base"][f"attack.{kind}.forget.mrr_best"]
+    text = f"base: mean reciprocal rank {found.value:.2f} at its best layer"
+    if found.value >= MIN_LEFT:
+        return said(True, "base", text)
+    return said(False, "base", f"the right token is not found in base itself. {text}")
+
+
+def layers(subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Answers]) -> dict[str, dict[str, Any]]:
+    """Per model, the mean rank of the right first token at each layer, over the questions of all attacked sets; empty if the
+    attack was not made.
+    """
+    if "logit_lens" not in chosen(exam)[0]:
+        return {}
+    references = [reference for name in exam.attacked for reference in references_of(exam.sets[name])]
+    found = {}
+    for subject in subjects:
+        of_sets = [np.array(answers[subject.name][f"attack.logit_lens.{name}"], np.float64) for name in exam.attacked]
+        ranks_LN = np.concatenate(of_sets, axis=1)
+        means = [score(ranks_N, clusters=references, seed=exam.settings.seed) for ranks_N in ranks_LN]
+        found[subject.name] = {
+            "layers": list(range(len(means))),
+            "rank": [mean.value for mean in means],
+            "ci95": [list(mean.ci95) for mean in means],
+            "n": len(references),
+        }
+    return found
 
 
 def ranks_by_layer(session: ModelSession, subject: Subject, name: str, watch: Watch) -> list[list[int]]:

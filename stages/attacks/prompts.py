@@ -1,81 +1,95 @@
-"""Attacks that are made of prompts: which there are, their texts, and the prompts that they make of a query set.
+"""The attacks of texts: the prompts that they make of a query set, how these are asked, and the recall of the answers.
 
-`attack_texts.py` has the texts, `examinee.py` asks, `attack_scores.py` scores. What must always hold: every model of a run is
-asked the same, so nothing here depends on a model; what is drawn is drawn by the evaluation's seed.
+Such an attack is a row of the table in `settings/attacks.py` and a block of `attacks.yaml`, which `texts.py` reads. What must
+always hold: every model of a run is asked the same, so a prompt depends on the model only by its prefix; random choices are
+drawn by the evaluation's seed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from duet.stages.exam.exam import Exam
 from duet.cache.errors import UserError
+from duet.cache.watch import Watch
+from duet.stages.attacks.chosen import chosen, kept_queries, translations
+from duet.stages.attacks.names import task, title
+from duet.stages.attacks.parts import Answers, Cost, answers_of, asked, of_variants
 from duet.stages.attacks.texts import LETTERS, Variant, texts
-from duet.stages.exam.exam import Exam
-from duet.stages.metrics.words import letters, replace_words, split_words
+from duet.stages.exam.exam import Exam, Subject
+from duet.stages.exam.session import ModelSession, left_of
+from duet.stages.metrics import text as metrics
+from duet.stages.metrics.uncertainty import Score
+from duet.stages.metrics.words import has_word, letters, replace_words, split_words
 from duet.stages.questions.prompts import Prompt
 from duet.stages.questions.queries import Query
-from duet.stages.settings.attacks import ALL, ATTACKS, PROMPT_ATTACKS, TRANSLATION
-
-WORST = "_worst"  # what the kind ends with in the id of a score of the worst variants
+from duet.stages.settings.attacks import TRANSLATION
 
 
-def task(kind: str, variant: str, name: str) -> str:
-    """The name under which the answers to one variant on one query set are kept."""
-    return f"attack.{kind}.{variant}.{name}"
+def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, Any]:
+    """The answers to all variants on all attacked sets, by task, and under `left_of` a task what is left of its references."""
+    return session.ask(subject, watch, _tasks(session, subject, kind))
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """A metric id of an attack in its parts: `attack.<kind>[_worst].<set>.<metric>`."""
-
-    id: str
-    kind: str
-    worst: bool
-    set: str
-    metric: str
+def identity(session: ModelSession, subject: Subject, kind: str) -> str:
+    """Hash of everything that decides the answers."""
+    more = [kind, answers_of(session, session.exam.attacked)]
+    return session.identity(subject, tasks=_tasks(session, subject, kind), more=more)
 
 
-def attacked_of(metric_id: str, sets: Collection[str]) -> Attacked | None:
-    """The parts of a metric id, None if it is of no attack on one of these sets; kinds, sets and metrics may have dots."""
-    rest = metric_id.removeprefix("attack.")
-    name = next((name for name in sorted(sets, key=len, reverse=True) if f".{name}." in rest), None)
-    if rest == metric_id or name is None:
-        return None
-    kind, _, metric = rest.partition(f".{name}.")
-    return Attacked(metric_id, kind.removesuffix(WORST), kind.endswith(WORST), name, metric)
+def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
+    return asked(session, subject, _tasks(session, subject, kind))
 
 
-def chosen(exam: Exam) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The attacks that are made, in the order of ATTACKS, and of those that `all` leaves out, why.
-
-    UserError where an attack that is named cannot be made.
-    """
-    wanted = exam.settings.attacks
-    missing = _missing(exam)
-    if wanted == ALL:
-        return tuple(kind for kind in ATTACKS if kind not in missing), {k: f"{w} {h}" for k, (w, h) in missing.items()}
-    for kind in wanted:
-        if kind in missing:
-            raise UserError(f"evaluate.attacks: {kind}: {missing[kind][0]}", missing[kind][1])
-    return tuple(kind for kind in ATTACKS if kind in wanted), {}
+def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """ROUGE-L recall of each variant by its title, float64 [N]; NaN where a question does not count."""
+    found = {}
+    for variant, prompts in prompts_of(exam, kind, name, "").items():
+        asked_as = task(kind, variant, name)
+        found[title(variant, name)] = _best_match(prompts, answers[asked_as], answers.get(left_of(asked_as)))
+    return found
 
 
-def prompt_kinds(exam: Exam) -> list[str]:
-    """Those of the attacks that are made of prompts."""
-    return [kind for kind in chosen(exam)[0] if kind in PROMPT_ATTACKS]
+def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
+    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values()))
+
+
+def skipped(exam: Exam) -> dict[str, str]:
+    """Of the attack synonyms on each attacked set, how many questions it asks as they are, if any."""
+    found = {}
+    for name in exam.attacked if "synonyms" in chosen(exam)[0] else ():
+        if unchanged := without_synonyms(exam, name):
+            count = len(exam.sets[name].queries)
+            found[f"synonyms, {name}"] = (
+                f"{unchanged} of {count} questions have no word of the table: asked as they are"
+            )
+    return found
+
+
+def _tasks(session: ModelSession, subject: Subject, kind: str) -> list[str]:
+    return [name for name in session.tasks(subject) if name.startswith(f"attack.{kind}.")]
+
+
+def _best_match(prompts: Sequence[Prompt], outputs: Sequence[str], left: Sequence[str] | None) -> np.ndarray:
+    """Recall of the best of each prompt's references; NaN where nothing of the reference is left to be said."""
+    values = np.full(len(prompts), np.nan)
+    for number, prompt in enumerate(prompts):
+        if left is not None:  # punctuation alone is nothing to be said
+            references = [left[number]] if has_word(left[number]) else []
+        else:
+            references = [text for text in prompt.references or [prompt.query.answer or ""] if split_words(text)]
+        if references:
+            values[number] = metrics.rouge_l(references, [outputs[number]] * len(references))[0].max()
+    return values
 
 
 def prompts_of(exam: Exam, kind: str, name: str, prefix: str) -> dict[str, list[Prompt]]:
     """Per variant of an attack, what is asked on the query set `name`, in its order; `prefix` is the model's own."""
     if kind == TRANSLATION:
-        return {other: _translated(exam, name, other, prefix) for other in _translations(exam, name)}
+        return {other: _translated(exam, name, other, prefix) for other in translations(exam, name)}
     variants, words = texts(exam.settings.attack_texts)
     return {key: _prompts(exam, variant, words, name, prefix) for key, variant in variants[kind].items()}
 
@@ -88,31 +102,7 @@ def without_synonyms(exam: Exam, name: str) -> int:
 
 def with_synonyms(text: str, words: Mapping[str, Sequence[str]], number: int) -> str:
     """`text` with each word of the table replaced by its synonym of that number (from 1; the last where it has fewer)."""
-    chosen = {word: synonyms[min(number, len(synonyms)) - 1] for word, synonyms in words.items()}
-    return replace_words(text, chosen)
-
-
-def _missing(exam: Exam) -> dict[str, tuple[str, str]]:
-    """Attacks that this exam's data do not allow: what is missing and a hint."""
-    found = {}
-    if not any(_translations(exam, name) for name in exam.attacked):
-        found[TRANSLATION] = (
-            "no query set translates one that is attacked.",
-            "Give a set under evaluate.sets `translates: forget`.",
-        )
-    if not _kept(exam):
-        for kind in ("in_context", "multiple_choice"):
-            found[kind] = ("there are no questions to be kept.", "Name some under data.retain or evaluate.sets.")
-    return found
-
-
-def _kept(exam: Exam) -> list[Query]:
-    """Answered questions of the sets to be kept, which lend examples and wrong choices."""
-    return [q for s in exam.sets.values() if s.expect == "kept" for q in s.queries if q.answer]
-
-
-def _translations(exam: Exam, name: str) -> list[str]:
-    return [other for other, query_set in exam.sets.items() if query_set.translates == name]
+    return replace_words(text, {word: some[min(number, len(some)) - 1] for word, some in words.items()})
 
 
 def _translated(exam: Exam, name: str, other: str, prefix: str) -> list[Prompt]:
@@ -135,34 +125,39 @@ def _prompts(exam: Exam, variant: Variant, words: Mapping[str, Sequence[str]], n
     in_front = exam.prompt.separator.join(part for part in (prefix, text) if part)
     examples = _examples(exam, variant.examples)
     choose = _chooser(exam, variant.choices) if variant.choices else None
-    return [
-        _prompt(query, variant, words, topic, in_front, examples, choose(query) if choose else ()) for query in queries
-    ]
+    prompts = []
+    for query in queries:
+        choices = choose(query) if choose else ()
+        wording = with_synonyms(query.question, words, variant.synonym) if variant.synonym else query.question
+        opening = (query.answer or "") if variant.answer_tokens else _filled(variant.opening, topic=topic)
+        prompts.append(
+            Prompt(
+                query,
+                _question(variant, topic, wording, choices),
+                in_front,
+                opening,
+                variant.answer_tokens,
+                variant.bare,
+                examples,
+                choices=choices,
+            )
+        )
+    return prompts
 
 
-def _prompt(
-    query: Query,
-    variant: Variant,
-    words: Mapping[str, Sequence[str]],
-    topic: str,
-    in_front: str,
-    examples: tuple[Query, ...],
-    choices: tuple[str, ...],
-) -> Prompt:
-    asked = with_synonyms(query.question, words, variant.synonym) if variant.synonym else query.question
+def _question(variant: Variant, topic: str, wording: str, choices: Sequence[str]) -> str:
+    """The question of a prompt, with all placeholders filled."""
     shown = [
         _filled(variant.choice, letter=letter, answer=answer) for letter, answer in zip(LETTERS, choices, strict=False)
     ]
-    question = _filled(
+    return _filled(
         variant.question,
         topic=topic,
-        question=asked,
-        words_backwards=" ".join(reversed(asked.split())),
-        letters_backwards="".join(reversed(letters(asked))),
+        question=wording,
+        words_backwards=" ".join(reversed(wording.split())),
+        letters_backwards="".join(reversed(letters(wording))),
         choices=" ".join(shown),
     )
-    opening = (query.answer or "") if variant.answer_tokens else _filled(variant.opening, topic=topic)
-    return Prompt(query, question, in_front, opening, variant.answer_tokens, variant.bare, examples, choices=choices)
 
 
 def _filled(text: str, **values: str) -> str:
@@ -171,7 +166,7 @@ def _filled(text: str, **values: str) -> str:
 
 
 def _examples(exam: Exam, count: int) -> tuple[Query, ...]:
-    kept = _kept(exam)
+    kept = kept_queries(exam)
     if count > len(kept):
         raise UserError(
             f"an attack wants {count} answered questions to be kept, there are {len(kept)}",
@@ -188,7 +183,7 @@ def _chooser(exam: Exam, count: int) -> Callable[[Query], tuple[str, ...]]:
     they answer the same kind of question and the form alone does not tell the right one.
     """
     rng = np.random.default_rng(exam.settings.seed)
-    kept = _kept(exam)
+    kept = kept_queries(exam)
     kept = [kept[int(i)] for i in rng.permutation(len(kept))]
     words_of = [set(split_words(query.question)) for query in kept]
 

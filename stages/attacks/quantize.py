@@ -11,12 +11,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from duet.cache.watch import Watch
-from duet.stages.exam.exam import Subject
+from duet.stages.attacks.names import title
+from duet.stages.attacks.parts import (
+    PLAIN,
+    Answers,
+    Cost,
+    Evidence,
+    asked,
+    identity_on_sets,
+    of_variants,
+    on_sets,
+    points,
+    said,
+)
+from duet.stages.exam.exam import Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
+from duet.stages.metrics import text as metrics
+from duet.stages.metrics.uncertainty import Score
 from duet.stages.models.loading import load_model
 
 # variant -> bits and weights per scale (None: a whole row)
@@ -24,6 +40,41 @@ VARIANTS: dict[str, dict[str, tuple[int, int | None]]] = {
     "quantize_int8": {"per_channel": (8, None)},
     "quantize_int4": {"groups_32": (4, 32), "groups_64": (4, 64)},
 }
+SAME = 0.02  # difference of recall that rounding to 8 bits may make
+
+
+def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, dict[str, list[str]]]:
+    """Per attacked set and variant, the answers to its questions."""
+    return on_sets(session, subject, kind, watch, lambda name: quantized_answers(session, subject, kind, name, watch))
+
+
+def identity(session: ModelSession, subject: Subject, kind: str) -> str:
+    """Hash of everything that decides the answers."""
+    return identity_on_sets(session, subject, kind, VARIANTS[kind])
+
+
+def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
+    return asked(session, subject, session.exam.attacked, times=len(VARIANTS[kind]))
+
+
+def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """ROUGE-L recall of each variant by its title, float64 [N]."""
+    references, outputs = references_of(exam.sets[name]), answers[f"attack.{kind}.{name}"]
+    return {title(variant, name): metrics.rouge_l(references, outputs[variant])[0] for variant in VARIANTS[kind]}
+
+
+def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
+    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values()))
+
+
+def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
+    """Rounding to 8 bits leaves base as it is."""
+    base = evidence.models["base"]
+    plain, rounded_base = base[PLAIN], base[f"attack.{kind}.{PLAIN}"]
+    text = f"base: recall {points(plain)}, rounded {points(rounded_base)}"
+    if abs(plain.value - rounded_base.value) <= SAME:
+        return said(True, "base", text)
+    return said(False, "base", f"rounding to 8 bits changes base itself on this model. {text}")
 
 
 def rounded(weight_OI: torch.Tensor, bits: int, group: int | None) -> torch.Tensor:

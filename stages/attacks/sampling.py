@@ -1,20 +1,84 @@
-"""The attack sampling: many answers to the same question, and how often one of k tells what was to be forgotten."""
+"""The attack sampling: many answers to the same question, and how often one of k says what was to be forgotten."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from math import comb
+from typing import Any
 
 import numpy as np
 
 from duet.cache.watch import Watch
+from duet.stages.attacks.parts import (
+    MIN_LEFT,
+    Answers,
+    Cost,
+    Evidence,
+    asked,
+    identity_on_sets,
+    on_sets,
+    points,
+    said,
+)
 from duet.stages.engines.interface import Ask, Request
-from duet.stages.exam.exam import Subject
+from duet.stages.exam.exam import Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
+from duet.stages.metrics import text as metrics
+from duet.stages.metrics.uncertainty import Score, score
 from duet.stages.settings.attacks import SamplingSettings
 
 KS = (1, 4, 16, 64)
+
+
+def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, list[list[str]]]:
+    """Per attacked set and question, the sampled answers."""
+    return on_sets(session, subject, kind, watch, lambda name: sampled(session, subject, name, watch))
+
+
+def identity(session: ModelSession, subject: Subject, kind: str) -> str:
+    """Hash of everything that decides the answers."""
+    settings = session.exam.settings
+    deciding = [settings.sampling.samples, settings.sampling.temperature, settings.seed]
+    return identity_on_sets(session, subject, kind, deciding)
+
+
+def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
+    return asked(session, subject, session.exam.attacked, answers=session.exam.settings.sampling.samples)
+
+
+def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """Empty: there are no variants."""
+    return {}
+
+
+def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
+    """`leak@k` of each k that the number of samples allows."""
+    settings, references = exam.settings.sampling, references_of(exam.sets[name])
+    leaks = []
+    for reference, texts in zip(references, answers[f"attack.{kind}.{name}"], strict=True):
+        recall = metrics.rouge_l([reference] * len(texts), texts)[0]
+        leaks.append(int((recall >= settings.leak_recall).sum()))
+    return {
+        f"attack.{kind}.{name}.leak@{k}": score(
+            np.array([leak_at(k, settings.samples, count) for count in leaks]),
+            clusters=references,
+            seed=exam.settings.seed,
+        )
+        for k in ks_of(settings)
+    }
+
+
+def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
+    """Half of base's questions leak in some sample, and not fewer than in one."""
+    models, ks = evidence.models, ks_of(evidence.exam.settings.sampling)
+    first, most = (f"attack.{kind}.forget.leak@{k}" for k in (ks[0], ks[-1]))
+    text = "; ".join(
+        f"{model}: leak@{ks[0]} {points(models[model][first])}, leak@{ks[-1]} {points(models[model][most])}"
+        for model in ("base", *evidence.teachers)
+    )
+    if models["base"][most].value >= max(models["base"][first].value, MIN_LEFT):
+        return said(True, "base", text)
+    return said(False, "base", f"sampled answers of base itself rarely tell on this model. {text}")
 
 
 def leak_at(k: int, samples: int, leaks: int) -> float:
@@ -29,16 +93,11 @@ def leak_at(k: int, samples: int, leaks: int) -> float:
 
 
 def ks_of(settings: SamplingSettings) -> list[int]:
-    """The k that so many samples allow."""
+    """Each k that the number of samples allows."""
     return [k for k in KS if k <= settings.samples]
 
 
-def sampled(
-    session: ModelSession,
-    subject: Subject,
-    name: str,
-    watch: Watch,
-) -> list[list[str]]:
+def sampled(session: ModelSession, subject: Subject, name: str, watch: Watch) -> list[list[str]]:
     """Of each question of a set, `sampling.samples` answers, each drawn with a seed of its own.
 
     One call of the engine per question: the samples share all of its prompt, which the engine then computes once.
@@ -60,8 +119,3 @@ def sampled(
 def _seed(*numbers: int) -> int:
     """A seed that differs for each question and sample, and is the same for all models."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:4])
-
-
-def leaks_per_question(recalls: Sequence[np.ndarray], threshold: float) -> list[int]:
-    """Of each question's samples, how many reach the threshold."""
-    return [int((recall >= threshold).sum()) for recall in recalls]

@@ -1,6 +1,6 @@
 """The texts of the attacks: variants by attack and name, read from `attacks.yaml` and from a user's file of the same form.
 
-What a text may hold is checked here, once, whoever wrote it; `attacks.py` makes prompts of them.
+What a text may hold is checked here, once, whoever wrote it; `prompts.py` makes prompts of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from duet.cache.errors import UserError
 from duet.stages.questions.text_files import text_of
 from duet.stages.questions.yaml_text import parse_yaml
-from duet.stages.settings.attacks import PROMPT_ATTACKS, TRANSLATION
+from duet.stages.settings.attacks import ATTACKS, TRANSLATION
 from duet.stages.settings.base import Settings
 
 TEXTS_PATH = Path(__file__).with_name("attacks.yaml")
@@ -35,10 +35,12 @@ class Variant(Settings):
     in_front: str = Field(default="", description="text where a prefix goes")
     question: str = Field(default="{question}", description="the question as it is asked")
     opening: str = Field(default="", description="what the answer is made to begin with")
-    answer_tokens: int | None = Field(default=None, ge=1, description="so many tokens of the right answer begin it")
+    answer_tokens: int | None = Field(
+        default=None, ge=1, description="number of tokens of the right answer that begin it"
+    )
     bare: bool = Field(default=False, description="plain text to be continued, without the chat's form")
     examples: int = Field(default=0, ge=0, description="number of answered questions in front")
-    synonym: int = Field(default=0, ge=0, description="which synonym replaces words of the table; 0: none does")
+    synonym: int = Field(default=0, ge=0, description="number of the synonym that replaces words of the table; 0: none")
     choices: int = Field(default=0, ge=0, le=len(LETTERS), description="number of answers to choose from")
     choice: str = Field(default="- {answer}", description="how each is written: {letter}, {answer}")
 
@@ -58,7 +60,8 @@ class Variant(Settings):
 
 @cache
 def texts(path: str | None) -> tuple[dict[str, dict[str, Variant]], dict[str, list[str]]]:
-    """All variants by attack and id, and the table of synonyms: ours, and those of the user's file."""
+    """All variants by attack and id, and the table of synonyms: Duet's, and those of the user's file."""
+    known = [name for name, attack in ATTACKS.items() if attack.made_of == "prompts" and name != TRANSLATION]
     variants: dict[str, dict[str, Variant]] = {}
     words: dict[str, list[str]] = {}
     for source in (str(TEXTS_PATH), *([path] if path else [])):
@@ -66,10 +69,9 @@ def texts(path: str | None) -> tuple[dict[str, dict[str, Variant]], dict[str, li
             if kind == WORDS:
                 words |= {word.lower(): synonyms for word, synonyms in _checked_words(entries, source).items()}
                 continue
-            known = [name for name in PROMPT_ATTACKS if name != TRANSLATION]
             if kind not in known or not isinstance(entries, dict):
                 raise UserError(
-                    f"{source}: {kind!r} is no attack that is made of texts, or holds no variants",
+                    f"{source}: {kind!r} is not an attack of texts, or holds no variants",
                     f"its keys are {', '.join(known)} and {WORDS}; each holds variants by name",
                 )
             of_kind = variants.setdefault(kind, {})
@@ -87,7 +89,7 @@ def _read(source: str) -> dict[str, Any]:
 
 def _new(key: Any, known: Mapping[str, Variant], kind: str, source: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", str(key)):
-        raise UserError(f"{source}: {kind}: {key!r} is no name of a variant", "use letters, digits, _ and -")
+        raise UserError(f"{source}: {kind}: {key!r} is not a valid name of a variant", "use letters, digits, _ and -")
     if str(key) in known:
         raise UserError(f"{source}: {kind} has a variant {key!r} already", f"choose a name beside {', '.join(known)}")
     return str(key)

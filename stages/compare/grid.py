@@ -244,7 +244,7 @@ def results_of(
     Each performance shift gets its interval; `trade_off` has the mean recall over the sets to be kept, and what is missing to
     1 on those to be forgotten; `comparisons` every subject's scores and shift, less DUET's on the same items.
     """
-    found = evaluate.results_of(subjects, exam, answers, {}, against=DUET)
+    found = evaluate.results_of(subjects, exam, answers, against=DUET)
     recall = {subject.name: recalls(exam, answers[subject.name]) for subject in subjects}
     clusters = {name: references_of(query_set) for name, query_set in exam.judged.items()}
     gone, seed = forgotten(exam), exam.settings.seed

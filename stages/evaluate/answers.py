@@ -5,15 +5,18 @@ An interrupted evaluation goes on with the next model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from duet.cache.watch import Watch
-from duet.stages.attacks import prompts as attacks
-from duet.stages.attacks import run as battery
-from duet.stages.evaluate import muse as knowmem
+from duet.stages.attacks import run
+from duet.stages.attacks.chosen import prompt_kinds
+from duet.stages.attacks.names import task
+from duet.stages.attacks.parts import Cost
+from duet.stages.attacks.prompts import prompts_of
+from duet.stages.evaluate import muse
 from duet.stages.exam.exam import Exam, Subject, Task, references_of, sets_as_tasks
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import refusals
@@ -22,11 +25,11 @@ from duet.stages.metrics import refusals
 def tasks_of(exam: Exam, subject: Subject) -> dict[str, Task]:
     """All that a subject is asked: each set under its name, each variant of an attack as `attack.<kind>.<variant>.<set>`."""
     tasks = sets_as_tasks(exam, subject)
-    for kind in attacks.prompt_kinds(exam):
+    for kind in prompt_kinds(exam):
         for name in exam.attacked:
-            for variant, prompts in attacks.prompts_of(exam, kind, name, subject.prefix_of(name)).items():
-                tasks[attacks.task(kind, variant, name)] = Task(prompts)
-    return tasks | knowmem.tasks_of(exam, subject)
+            for variant, prompts in prompts_of(exam, kind, name, subject.prefix_of(name)).items():
+                tasks[task(kind, variant, name)] = Task(prompts)
+    return tasks | muse.tasks_of(exam, subject)
 
 
 def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> ModelSession:
@@ -34,46 +37,40 @@ def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> Mode
     return ModelSession(model_dir, exam, [(subject, tasks_of(exam, subject)) for subject in subjects])
 
 
-def answer_all(
-    subjects: Sequence[Subject],
-    exam: Exam,
-    answers_dir: Path,
-    watch: Watch,
-) -> dict[str, dict[str, Any]]:
+def answer_all(subjects: Sequence[Subject], exam: Exam, answers_dir: Path, watch: Watch) -> dict[str, dict[str, Any]]:
     """Answers per subject and task, in query order, and what attacks on its weights found.
 
-    Subjects of one model directory share an engine. Under CONTROL comes back what `exam.control` relearns.
+    Subjects of one model directory share an engine. Under CONTROL comes what attacks found on `exam.control`.
 
     What is on disk from the same model, prefix, questions and settings is not asked again.
     """
     answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
-    how = battery.How(answers_dir, watch)
-    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        asked = [subject for subject in subjects if subject.model_dir == model_dir]
-        session = session_of(model_dir, exam, asked)
+    for session, asked in _sessions(subjects, exam):
         try:
             for subject in asked:
-                answers[subject.name] |= battery.answered(session, subject, how)
+                answers[subject.name] |= run.answered(session, subject, answers_dir, watch)
         finally:
             session.close()
         for subject in asked:
-            answers[subject.name] |= battery.weights_attacked(session, subject, how)
-    return answers | battery.control_attacked(exam, how)
+            answers[subject.name] |= run.weights_attacked(session, subject, answers_dir, watch)
+    return answers | run.control_attacked(exam, answers_dir, watch)
 
 
-def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, battery.Cost]:
+def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, Cost]:
     """What the sets as they are and each attack will take, over all subjects; what is on disk already counts too."""
-    made = attacks.chosen(exam)[0]
-    total: dict[str, battery.Cost] = {}
+    found = [run.costs(session, subject) for session, asked in _sessions(subjects, exam) for subject in asked]
+    total: dict[str, Cost] = {}
+    for costs in (*found, run.control_costs(exam)):
+        for kind, cost in costs.items():
+            total[kind] = total.get(kind, Cost()) + cost
+    return total
+
+
+def _sessions(subjects: Sequence[Subject], exam: Exam) -> Iterator[tuple[ModelSession, list[Subject]]]:
+    """Each model directory once, with the subjects that are asked of it."""
     for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
         asked = [subject for subject in subjects if subject.model_dir == model_dir]
-        session = session_of(model_dir, exam, asked)
-        for subject in asked:
-            for kind in (battery.NO_ATTACK, *made):
-                total[kind] = total.get(kind, battery.Cost()) + battery.cost_of(session, subject, kind)
-    if exam.control is not None and "relearn" in made:
-        total["relearn"] += battery.cost_of(*battery.control_of(exam, exam.control), "relearn")
-    return total
+        yield session_of(model_dir, exam, asked), asked
 
 
 def refusals_of(exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

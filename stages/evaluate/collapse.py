@@ -1,6 +1,6 @@
 """Signs of a broken model: it refuses everything, says nothing, loops, babbles, or knows no more than knowing nothing would.
 
-Pure functions of answers and scores, read by `outcome.py`. Every sign is one number with a limit (`evaluate.outcome`), and
+Pure functions of answers and scores, read by `verdict.py`. Every sign is one number with a limit (`evaluate.outcome`), and
 looks at questions to be kept, where a good student answers as its base does.
 """
 
@@ -27,12 +27,12 @@ NGRAM = 8  # characters
 
 @dataclass(frozen=True)
 class Sign:
-    """One number that tells a broken model, and its limit."""
+    """One number that shows whether a model is broken, and its limit."""
 
     value: float
     limit: float
     bad: bool
-    told: str  # the finding in words
+    text: str  # the finding in words
 
     def as_json(self) -> dict[str, Any]:
         return {"value": self.value, "limit": self.limit, "bad": self.bad}
@@ -98,8 +98,8 @@ def _entropy(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
     """
     now, before = entropy(mine), entropy(theirs)
     change = abs(now - before) / before if before else float(now > 0)
-    told = f"the words of its answers have an entropy of {now:.2f} bits, base's {before:.2f}"
-    return _at_most(change, limits.max_entropy_change, told)
+    text = f"the words of its answers have an entropy of {now:.2f} bits, base's {before:.2f}"
+    return _at_most(change, limits.max_entropy_change, text)
 
 
 def _length(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
@@ -107,8 +107,8 @@ def _length(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
     without any counts as one character.
     """
     now, before = (float(np.mean([max(1, len(text)) for text in texts])) for texts in (mine, theirs))
-    told = f"its answers have {now:.1f} characters on average, base's {before:.1f}"
-    return _at_most(max(now / before, before / now), limits.max_length_factor, told)
+    text = f"its answers have {now:.1f} characters on average, base's {before:.1f}"
+    return _at_most(max(now / before, before / now), limits.max_length_factor, text)
 
 
 def _utility(shares: Sequence[float], limits: OutcomeSettings) -> Sign:
@@ -116,12 +116,12 @@ def _utility(shares: Sequence[float], limits: OutcomeSettings) -> Sign:
     the model scores what knowing nothing scores.
     """
     value = float(np.mean(shares))
-    told = f"{100 * value:.1f} % of base's score above the floor is left on the sets to be kept"
-    return Sign(value, limits.min_utility, value < limits.min_utility, told)
+    text = f"{100 * value:.1f} % of base's score above the floor is left on the sets to be kept"
+    return Sign(value, limits.min_utility, value < limits.min_utility, text)
 
 
 def _not_finite(count: int) -> Sign:
-    """Number of questions, of all sets, with an answer whose log-probability is no finite number. Above 0 the weights have
+    """Number of questions, of all sets, with an answer whose log-probability is not a finite number. Above 0 the weights have
     diverged.
     """
     return _at_most(
@@ -137,12 +137,12 @@ def _membership(scores: Mapping[str, Score], limits: OutcomeSettings) -> Sign:
     away = {key: max(0.0, score.ci95[0] - 0.5, 0.5 - score.ci95[1]) for key, score in scores.items()}
     key = max(away, key=lambda key: away[key])
     low, high = scores[key].ci95
-    told = f"{key}: membership AUC {scores[key].value:.2f} [{low:.2f}, {high:.2f}], where 0.50 tells nothing"
-    return _at_most(away[key], limits.max_membership, told)
+    text = f"{key}: membership AUC {scores[key].value:.2f} [{low:.2f}, {high:.2f}], where 0.50 tells nothing"
+    return _at_most(away[key], limits.max_membership, text)
 
 
-def _at_most(value: float, limit: float, told: str) -> Sign:
-    return Sign(value, limit, value > limit, told)
+def _at_most(value: float, limit: float, text: str) -> Sign:
+    return Sign(value, limit, value > limit, text)
 
 
 def _pair(now: float, before: float) -> str:

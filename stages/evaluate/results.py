@@ -6,16 +6,17 @@ Every score carries n and an interval, every text score two floors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from duet.stages.attacks import scores as attack_scores
-from duet.stages.evaluate import muse as knowmem
-from duet.stages.evaluate import verdict as outcome
+from duet.stages.evaluate import muse
 from duet.stages.evaluate.answers import refusals_of
 from duet.stages.evaluate.definitions import all_metrics, definitions, versions
 from duet.stages.evaluate.tofu import Reference, tofu_results
+from duet.stages.evaluate.verdict import outcomes_of
 from duet.stages.exam import reading
 from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of
 from duet.stages.exam.given_answers import Given, finite, score_given
@@ -28,28 +29,34 @@ DISTINCTIVE = "distinctive_recall"
 DistinctiveWords = Mapping[str, Sequence[frozenset[str]]]  # of every reference, by set
 
 
+@dataclass(frozen=True)
+class Read:
+    """What models made of texts that they were given."""
+
+    given: Mapping[str, Mapping[str, Given]] = field(default_factory=dict)  # by subject and set; empty: no likelihoods
+    readings: Mapping[str, reading.Readings] = field(default_factory=dict)  # by subject
+
+
 def results_of(
     subjects: Sequence[Subject],
     exam: Exam,
     answers: Mapping[str, Mapping[str, Any]],
-    given: Mapping[str, Mapping[str, Given]],
+    read: Read = Read(),
     reference: Reference | None = None,
-    readings: Mapping[str, reading.Readings] | None = None,
     against: str | None = None,
 ) -> dict[str, Any]:
     """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
     samples, and what the numbers mean.
 
-    `given` is empty where likelihoods are not asked for, and a model of which some are not finite has no scores of them: it is
-    broken, its verdict says. `reference` is that of TOFU's forget quality; `readings` are those
-    of `reading.py`, by subject. Every subject is compared with its own base, or all with the one that `against` names.
+    A model of which some likelihoods are not finite has no scores of them: its verdict says that it is broken. `reference` is
+    that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
     """
-    given, not_finite = finite(given)
+    given, not_finite = finite(read.given)
     words = _distinctive_words(exam)
     models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam, words) for s in subjects}
     for name in models:
-        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
-    floors = _floors(exam, words) | knowmem.floors_of(exam) | reading.floors_of(exam)
+        models[name] |= muse.scores_of(answers[name], exam) | reading.scores_of(read.readings.get(name, {}), exam)
+    floors = _floors(exam, words) | muse.floors_of(exam) | reading.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
         "models": {
@@ -59,7 +66,7 @@ def results_of(
         **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
-        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors, not_finite),
+        "outcomes": outcomes_of(subjects, exam, answers, models, floors, not_finite),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
@@ -134,7 +141,7 @@ def _comparisons(
         name: {
             key: {"against": other, **uncertainty.compare(found, models[other][key], exam.settings.seed)}
             for key, found in models[name].items()
-            if key in models[other] and len(found.items)  # an AUC and a perplexity are no means over items
+            if key in models[other] and len(found.items)  # an AUC or a perplexity is not a mean over items
         }
         for name, other in against.items()
         if other != name

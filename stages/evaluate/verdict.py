@@ -4,9 +4,9 @@ Pure functions of answers, scores and settings (`evaluate.outcome`). Every model
 questions. What must hold: a model that is broken is never called suppressed, however little it says about the topic; no
 verdict says that knowledge is gone, since tests can only fail to bring it back.
 
-The rules, in this order; the first that applies gives the verdict, and the reasons of all that apply are told:
+The rules, in this order; the first that applies gives the verdict, and the reasons of all that apply are given:
 
-* **broken**: a sign of collapse on the questions to be kept is beyond its limit (`signs.py`).
+* **broken**: a sign of collapse on the questions to be kept is beyond its limit (`collapse.py`).
 * **not unlearned**: on a set to be forgotten, the interval of the share of base's score that is left lies above
   `max_left`.
 * **damaged**: on a set to be kept, the score fell below the share `min_kept` of base's.
@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duet.stages.attacks.prompts import attacked_of
+from duet.stages.attacks.names import attacked_of
 from duet.stages.evaluate.collapse import ModelAnswers, signs_of
 from duet.stages.exam.exam import HEADLINE, Exam, Subject
 from duet.stages.metrics import uncertainty
@@ -55,7 +55,7 @@ class Share:
     model: float
     floor: float
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """`forget: 2.7 of base's 100.0 points, -1.4 % [-4.2, 3.3] of what is above the floor of 4.0`."""
         low, high = (100 * end for end in self.share.ci95)
         above = f" of what is above the floor of {100 * self.floor:.1f}" if self.floor else ""
@@ -119,11 +119,11 @@ def outcome(
     found: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for name, sign in signs.items():
         if sign.bad:
-            found[UNCLEAR if name == "membership" else BROKEN].append(sign.told)
+            found[UNCLEAR if name == "membership" else BROKEN].append(sign.text)
     for part in left:
-        found[_forgotten(part, limits)].append(part.told())
+        found[_forgotten(part, limits)].append(part.in_words())
     for part in kept:
-        found[_kept(part, limits)].append(part.told())
+        found[_kept(part, limits)].append(part.in_words())
     for expect, measured in judged.items():
         if not measured:
             found[UNCLEAR].append(
@@ -165,15 +165,15 @@ def _attacks(
     reasons, reservations = [], []
     for kind, by_case in _attacked(share.key, scores, exam).items():
         back = {case: (value - share.floor) / (share.base - share.floor) for case, value in by_case.items()}
-        told = {
+        reason = {
             case: f"{title(share.key)}: {kind} attack, {case}: {100 * value:.1f} of base's {100 * share.base:.1f} points"
             for case, value in by_case.items()
         }
         if back.get(MEAN, 0.0) >= limits.max_attacked:
-            reasons.append(told[MEAN])
+            reasons.append(reason[MEAN])
         strongest = max(back, key=lambda case: back[case])
         if back[strongest] > limits.max_left:
-            reservations.append(told[strongest])
+            reservations.append(reason[strongest])
     return reasons, reservations
 
 

@@ -1,21 +1,151 @@
-"""Which attacks there are, and the settings of those that have some."""
+"""The table of attacks, one row per kind, and the settings of those that have some.
+
+What else an attack is: a block of `stages/attacks/attacks.yaml` where it is made of texts, else a file in `stages/attacks/`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from duet.stages.settings.base import Settings
 
+
+@dataclass(frozen=True)
+class Attack:
+    """One kind of attack."""
+
+    name: str  # in settings and results.json
+    title: str  # in reports
+    definition: str  # how the questions are put: completes "the attacked questions, ..."
+    made_of: Literal["prompts", "samples", "weights"]
+    # How it is shown to work: a teacher says what its prefix hides, base still answers, or in the way of its own file.
+    proof: Literal["undoing", "still answering", "own"]
+    scored: Literal["recall", "own"] = "recall"  # ROUGE-L recall of its variants, or only metrics of its own
+    needs: Literal["nothing", "kept questions", "a translation"] = "nothing"  # beside the attacked questions
+    on_control: bool = False  # also tried on the model that never knew
+
+
 TRANSLATION = "translation"
-# Attacks that are made of prompts alone: texts of `attacks.yaml`, or (translation) questions of another set.
-PROMPT_ATTACKS = (
-    "reverse", "prefix_injection", "affirmative_suffix", "role_play", "reversed_query", "synonyms", "context_hint",
-    "in_context", "multiple_choice", TRANSLATION, "prefill", "format_shift",
-)  # fmt: skip
-QUANTIZE_ATTACKS = ("quantize_int8", "quantize_int4")
-ATTACKS = (*PROMPT_ATTACKS, "sampling", *QUANTIZE_ATTACKS, "relearn", "logit_lens")
+_ROWS = (
+    Attack(
+        "reverse",
+        "reverse prompts",
+        "with a text in front that tries to undo the forgetting",
+        made_of="prompts",
+        proof="undoing",
+    ),
+    Attack(
+        "prefix_injection",
+        "prefix injection",
+        "with an instruction in the user's own turn that takes back what the model was told",
+        made_of="prompts",
+        proof="undoing",
+    ),
+    Attack(
+        "affirmative_suffix",
+        "affirmative suffixes",
+        "with a demand after them to answer with a yes",
+        made_of="prompts",
+        proof="undoing",
+    ),
+    Attack("role_play", "role play", "put to a role that would know", made_of="prompts", proof="undoing"),
+    Attack(
+        "reversed_query",
+        "reversed queries",
+        "written from the end, or from the side of the answer",
+        made_of="prompts",
+        proof="still answering",
+    ),
+    Attack(
+        "synonyms",
+        "synonyms",
+        "with words replaced by synonyms out of a table",
+        made_of="prompts",
+        proof="still answering",
+    ),
+    Attack("context_hint", "context hints", "with a hint at what they are about", made_of="prompts", proof="undoing"),
+    Attack(
+        "in_context",
+        "in-context examples",
+        "after other questions, to be kept, with their answers",
+        made_of="prompts",
+        proof="undoing",
+        needs="kept questions",
+    ),
+    Attack(
+        "multiple_choice",
+        "multiple choice",
+        "with the right answer among wrong ones to choose from",
+        made_of="prompts",
+        proof="own",
+        needs="kept questions",
+    ),
+    Attack(
+        TRANSLATION,
+        "translation",
+        "in another language; of the references in both languages the better match counts",
+        made_of="prompts",
+        proof="still answering",
+        needs="a translation",
+    ),
+    Attack(
+        "prefill",
+        "answer prefill",
+        "where the answer is made to begin with 1 to 8 tokens of the reference, or with a yes. Scored is the recall of "
+        "what is left of the reference after those tokens; where nothing is left, the question does not count",
+        made_of="prompts",
+        proof="undoing",
+    ),
+    Attack(
+        "format_shift",
+        "other formats of the question",
+        "as plain text to be continued or filled in, without the chat's form",
+        made_of="prompts",
+        proof="still answering",
+    ),
+    Attack(
+        "sampling",
+        "sampling many answers",
+        "each asked many times, with answers drawn at random",
+        made_of="samples",
+        proof="own",
+        scored="own",
+    ),
+    Attack(
+        "quantize_int8",
+        "weights rounded to 8 bits",
+        "put to the model with its linear weights rounded to 8 bits, a scale per output channel",
+        made_of="weights",
+        proof="own",
+    ),
+    Attack(
+        "quantize_int4",
+        "weights rounded to 4 bits",
+        "put to the model with its linear weights rounded to 4 bits, a scale per group of 32 or 64 inputs",
+        made_of="weights",
+        proof="still answering",
+    ),
+    Attack(
+        "relearn",
+        "relearning",
+        "that a copy was not trained on, after the last step of fine-tuning on others; the worst is over all steps, too",
+        made_of="weights",
+        proof="own",
+        on_control=True,
+    ),
+    Attack(
+        "logit_lens",
+        "logit lens",
+        "with the answer's first token looked for in every layer",
+        made_of="weights",
+        proof="own",
+        scored="own",
+    ),
+)
+ATTACKS = {attack.name: attack for attack in _ROWS}  # in the order in which they are made
 ALL = "all"
 
 
@@ -23,7 +153,7 @@ class SamplingSettings(Settings):
     """The attack sampling: many answers to the same question."""
 
     samples: int = Field(
-        default=64, ge=1, description="answers per question; leak@k is told for those of k = 1, 4, 16, 64 up to it"
+        default=64, ge=1, description="answers per question; leak@k is reported for each k of 1, 4, 16, 64 up to this"
     )
     temperature: float = Field(default=1.0, gt=0, description="answers are sampled at this temperature")
     leak_recall: float = Field(

@@ -1,4 +1,4 @@
-"""The whole battery on the lab's models: every attack is made, scored and kept, and those that should work on them do."""
+"""All attacks on the lab's models: every one is made, scored and kept, and those that should work on them do."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from support import LAB_BASE, LAB_SMALL, ROOT
 
 from duet.cache.errors import Interrupted
 from duet.cache.watch import Watch
-from duet.stages.attacks import prompts as attacks
-from duet.stages.attacks import run as battery
+from duet.stages.attacks.chosen import chosen
+from duet.stages.attacks.names import NO_ATTACK
 from duet.stages.attacks.sampling import sampled
 from duet.stages.evaluate import results as evaluate
 from duet.stages.evaluate.answers import answer_all, costs_of, session_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.questions.queries import load_queries
-from duet.stages.settings.attacks import ATTACKS, PROMPT_ATTACKS
+from duet.stages.settings.attacks import ATTACKS
 from duet.stages.settings.data import DataSettings, PromptSettings
 from duet.stages.settings.evaluate import EvaluateSettings
 
@@ -58,7 +58,7 @@ def exam() -> Exam:
 
 
 def ask(exam: Exam, folder: Path, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], list[str]]:
-    """All answers, and the titles of what was asked anew."""
+    """All answers, and the titles of what was asked."""
     titles: list[str] = []
     answers = answer_all(SUBJECTS, exam, folder, Watch(lambda t, *_: titles.append(t), should_stop=stop))
     return answers, titles
@@ -81,7 +81,7 @@ def answers(exam, folder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(exam, answers) -> dict[str, Any]:
-    return evaluate.results_of(SUBJECTS, exam, answers, {})
+    return evaluate.results_of(SUBJECTS, exam, answers)
 
 
 def test_every_attack_has_scores_of_every_model(results):
@@ -94,7 +94,9 @@ def test_every_attack_has_scores_of_every_model(results):
         assert leaks == sorted(leaks)
         assert 0 < scores["attack.logit_lens.forget.mrr_best"]["value"] <= 1
     assert set(results["attacks_skipped"]) == {"translation", "relearn, forget 20"}
-    assert {f"attack.{kind}" for kind in PROMPT_ATTACKS} <= set(results["definitions"])
+    recalled = {f"attack.{kind}" for kind, attack in ATTACKS.items() if attack.scored == "recall"}
+    assert len(recalled) == len(ATTACKS) - 2
+    assert recalled <= set(results["definitions"])
 
 
 def test_attacks_bring_back_what_the_prefix_hides(results):
@@ -148,11 +150,11 @@ def test_the_cost_estimate_counts_what_is_asked(exam, answers):
     counted: Counter[str] = Counter()
     for of_subject in answers.values():
         for task, told in of_subject.items():
-            kind = task.split(".")[1] if task.startswith("attack.") else battery.NO_ATTACK
+            kind = task.split(".")[1] if task.startswith("attack.") else NO_ATTACK
             if not task.startswith("left."):
                 counted[kind] += len(told[0]) if kind == "logit_lens" else _texts(told)
     assert {kind: cost.prompts for kind, cost in found.items()} == dict(counted)
-    assert list(found) == [battery.NO_ATTACK, *attacks.chosen(exam)[0]]
+    assert list(found) == [NO_ATTACK, *chosen(exam)[0]]
     assert found["relearn"].training_steps == 4 * 2 * 4, "four models, two lessons, four steps"
     assert all(cost.answer_tokens == 8 * cost.prompts for kind, cost in found.items() if kind != "logit_lens")
 

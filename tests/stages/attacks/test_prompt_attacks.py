@@ -12,11 +12,15 @@ from support import LAB_BASE
 
 from duet.cache.errors import UserError
 from duet.pipeline.config.load import load_config
-from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import scores as attack_scores
-from duet.stages.attacks.relearn import relearn_sets
+from duet.stages.attacks.chosen import chosen, prompt_kinds
+from duet.stages.attacks.multiple_choice import picked
+from duet.stages.attacks.names import task
+from duet.stages.attacks.parts import worst_of_variants
+from duet.stages.attacks.prompts import prompts_of, without_synonyms
+from duet.stages.attacks.relearn import relearn_sets, relearning
 from duet.stages.attacks.sampling import leak_at
-from duet.stages.attacks.scores import picked, relearning, scores_of, worst_of_variants
+from duet.stages.attacks.scores import scores_of
 from duet.stages.attacks.texts import texts
 from duet.stages.attacks.validity import attacks_work
 from duet.stages.evaluate.answers import tasks_of
@@ -25,7 +29,7 @@ from duet.stages.metrics.uncertainty import Score, score
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.queries import Query
-from duet.stages.settings.attacks import ATTACKS, PROMPT_ATTACKS
+from duet.stages.settings.attacks import ATTACKS
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.evaluate import EvaluateSettings
 
@@ -54,12 +58,12 @@ def tokenizer():
 
 
 def test_all_is_every_attack_that_the_data_allow_and_says_what_it_leaves_out():
-    made, skipped = attacks.chosen(exam_of("all"))
+    made, skipped = chosen(exam_of("all"))
     assert set(ATTACKS) - set(made) == set(skipped) == {"translation"}
     assert "translates: forget" in skipped["translation"]
-    made, skipped = attacks.chosen(exam_of("all", kept=0, translated=4))
+    made, skipped = chosen(exam_of("all", kept=0, translated=4))
     assert set(skipped) == {"in_context", "multiple_choice"}
-    assert attacks.chosen(exam_of(["relearn", "reverse"])) == (("reverse", "relearn"), {})
+    assert chosen(exam_of(["relearn", "reverse"])) == (("reverse", "relearn"), {})
 
 
 @pytest.mark.parametrize(
@@ -85,8 +89,9 @@ def test_unknown_attacks_are_refused_with_the_valid_names(lab_config, value, say
 def test_every_variant_of_every_set_is_a_task_and_the_models_own_prefix_comes_first():
     exam = exam_of("all", translated=4)
     tasks = tasks_of(exam, TEACHER)
-    for kind in PROMPT_ATTACKS:
-        for variant in attacks.prompts_of(exam, kind, "forget", ""):
+    assert prompt_kinds(exam) == [kind for kind, attack in ATTACKS.items() if attack.made_of == "prompts"]
+    for kind in prompt_kinds(exam):
+        for variant in prompts_of(exam, kind, "forget", ""):
             asked = tasks[f"attack.{kind}.{variant}.forget"].prompts
             assert len(asked) == 4
             assert all(prompt.prefix.startswith("Forget Ann.") for prompt in asked)
@@ -99,8 +104,8 @@ def test_every_variant_of_every_set_is_a_task_and_the_models_own_prefix_comes_fi
     assert (
         tasks["attack.synonyms.first.forget"].prompts[1].question == "In which place was Ann 1 brought into the world?"
     )
-    assert attacks.without_synonyms(exam, "forget") == 0
-    assert attacks.without_synonyms(exam_of(["reverse"], translated=3), "german") == 3
+    assert without_synonyms(exam, "forget") == 0
+    assert without_synonyms(exam_of(["reverse"], translated=3), "german") == 3
     assert tasks["attack.translation.german.forget"].prompts[2].question == "Wo wurde Ann 2 geboren?"
 
 
@@ -183,10 +188,10 @@ def test_a_users_texts_are_added(tmp_path):
     ("text", "says"),
     [
         ("reverse: { void: { in_front: x } }", "has a variant 'void' already"),
-        ("rewind: { a: { in_front: x } }", "'rewind' is no attack"),
+        ("rewind: { a: { in_front: x } }", "'rewind' is not an attack of texts"),
         ("reverse: { a: { front: x } }", "reverse.a: front"),
         ("reverse: { a: { in_front: 'x {name}' } }", "has no {name}"),
-        ("reverse: { a.b: { in_front: x } }", "no name of a variant"),
+        ("reverse: { a.b: { in_front: x } }", "not a valid name of a variant"),
         ("reverse: { a: x }", "must hold fields"),
         ("multiple_choice: { a: { choices: 3 } }", "needs {choices}"),
         ("prefill: { a: { opening: x, answer_tokens: 2 } }", "leave one out"),
@@ -232,9 +237,7 @@ def test_lessons_are_nested_and_never_ask_what_they_taught():
 
 def test_mean_and_worst_leave_out_what_does_not_count():
     exam = exam_of(["prefill"])
-    names = [
-        attacks.task("prefill", variant, "forget") for variant in attacks.prompts_of(exam, "prefill", "forget", "")
-    ]
+    names = [task("prefill", variant, "forget") for variant in prompts_of(exam, "prefill", "forget", "")]
     answers = {name: ["Rome", "Rome", "no", "no"] for name in names}
     # After 1 token, the place is left; after more, only of the second; "." is nothing that could be recalled.
     left = [["Rome.", "Oslo.", "Rome.", "."]] + [[".", "Rome.", "", "."]] * 7
@@ -260,8 +263,8 @@ def test_a_translations_answer_may_be_in_either_language():
 def test_a_reference_without_letters_counts():
     exam = exam_of(["reversed_query"])
     exam = replace(exam, sets={"forget": QuerySet(queries("Ann", ["🙂", "🙂"]), "forgotten")})
-    names = attacks.prompts_of(exam, "reversed_query", "forget", "")
-    answers = {attacks.task("reversed_query", name, "forget"): ["🙂!", "🙃"] for name in names}
+    names = prompts_of(exam, "reversed_query", "forget", "")
+    answers = {task("reversed_query", name, "forget"): ["🙂!", "🙃"] for name in names}
     assert scores_of(answers, exam)["attack.reversed_query.forget.rougeL_recall"].items.tolist() == [1, 0]
 
 

@@ -12,7 +12,7 @@ from support import LAB_SMALL
 
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.watch import Watch
-from duet.stages.evaluate.results import results_of
+from duet.stages.evaluate.results import Read, results_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.exam.given_answers import read_all, score_given
 from duet.stages.models.loading import load_model
@@ -119,7 +119,7 @@ def test_results_have_likelihoods_comparisons_and_aggregates(tmp_path):
         subject.name: {"forget": ["In Corvale.", said], "facts": ["North."]}
         for subject, said in zip(SUBJECTS, ("A raven.", "I don't know."), strict=True)
     }
-    results = results_of(SUBJECTS, asked, answers, read(tmp_path, asked))
+    results = results_of(SUBJECTS, asked, answers, Read(read(tmp_path, asked)))
     teacher = results["models"]["teacher"]
     assert teacher["forget.exact_memorisation"]["n"] == 2
     assert teacher["tofu.model_utility"]["n"] == 3
@@ -142,7 +142,7 @@ def test_a_model_whose_logits_are_not_finite_is_broken_and_the_others_are_scored
     broken = given["teacher"]["forget"]
     given["teacher"]["forget"] = replace(broken, paraphrased=np.array([np.nan, -1.0]))
     answers = {subject.name: {"forget": ["a", "b"], "facts": ["c"]} for subject in SUBJECTS}
-    results = results_of(SUBJECTS, exam(), answers, given)
+    results = results_of(SUBJECTS, exam(), answers, Read(given))
     outcome = results["outcomes"]["teacher"]
     assert outcome["verdict"] == "broken"
     assert outcome["signs"]["not_finite"] == {"value": 1, "limit": 0, "bad": True}
