@@ -46,7 +46,8 @@ from numpy.lib.format import open_memmap
 
 from duet.cache.codec import Layout, encode, position_columns
 from duet.cache.location import Folder
-from duet.cache.manifest import Manifest, Plan
+from duet.cache.manifest import Manifest
+from duet.cache.plan import Plan
 from duet.cache.reader import Store
 from duet.cache.record import Rows, offsets_of
 from duet.cache.writer import StoreWriter

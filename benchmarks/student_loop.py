@@ -47,7 +47,7 @@ from bench import on_one_core, reset_peak, seconds, status_mb
 from store import make_rows
 
 from duet.cache.location import Folder
-from duet.cache.manifest import Plan
+from duet.cache.plan import Plan
 from duet.cache.reader import Rank, Store
 from duet.cache.record import Rows, counts_of, offsets_of, prompt_and_response
 from duet.cache.writer import StoreWriter

@@ -13,16 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from duet.cache.codec import (
-    ZSTD_LEVEL,
-    Block,
-    Columns,
-    Layout,
-    join_tokens,
-    position_columns,
-    split_tokens,
-    token_high_offsets,
-)
+from duet.cache.codec import ZSTD_LEVEL, Block, Columns, Layout, position_columns
+from duet.cache.packed_ids import join_tokens, split_tokens, token_high_offsets
 from duet.cache.record import SUBSETS
 
 

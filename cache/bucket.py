@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import UserError
+from duet.cache.errors import NotPermitted, UserError
 from duet.cache.files import MAX_JSON_BYTES, publishing
 
 CACHE_DIR = "~/.cache/duet"
@@ -143,7 +143,8 @@ def _explaining(url: str) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, FileNotFoundError):
             reason = f"not found: {reason}"
-        raise UserError(
+        kind = NotPermitted if isinstance(error, PermissionError) else UserError
+        raise kind(
             f"{url}: {reason}",
             "check that the bucket exists, and the endpoint and credentials in the environment, e.g. AWS_ENDPOINT_URL",
         ) from error

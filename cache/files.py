@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import UserError
+from duet.cache.errors import DamagedStore, NotPermitted, UserError
 
 MAX_JSON_BYTES = 256 * 2**20  # a manifest of a million shards
 TEMPORARY = re.compile(r"(.*/)?\..*\.tmp")  # what a killed `publishing` leaves
@@ -25,8 +25,8 @@ class DiskFull(UserError):
     """No space left for a file."""
 
 
-class Damaged(UserError):
-    """A file is not as it was written."""
+class NotAsWritten(DamagedStore):
+    """A file that describes a store is not as it was written: `duet cache repair` can replace it."""
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def sync_dir(directory: Path) -> None:
 def telling_of_full_disks(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn "no space left" and "quota exceeded" into a DiskFull that names the path and, where known, the space needed.
 
-    And a write that is not allowed into a UserError.
+    And a write that is not allowed into NotPermitted.
     """
     needed = f", about {needed_bytes / 1e6:.2f} MB are needed" if needed_bytes else ""
     try:
@@ -86,7 +86,7 @@ def telling_of_full_disks(path: Path, needed_bytes: int | None = None) -> Iterat
         raise DiskFull(error.what + needed, error.hint) from error
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"cannot write {path}: {os.strerror(error.errno)}", NOT_WRITABLE_HINT) from error
+            raise NotPermitted(f"cannot write {path}: {os.strerror(error.errno)}", NOT_WRITABLE_HINT) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFull(
@@ -141,14 +141,14 @@ def signed(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def read_signed(raw: bytes, name: str, key: str, hint: str, unsigned: bool = False) -> dict[str, Any]:
-    """The fields that `signed` was given; Damaged, with this hint, unless every byte is as `json_bytes` wrote it.
+    """The fields that `signed` was given; NotAsWritten, with this hint, unless every byte is as `json_bytes` wrote it.
 
     `unsigned`: a file without `key` is taken, of which only the form can be checked.
     """
     try:
         value = parse_json(raw, name)
     except UserError as error:
-        raise Damaged(error.what, hint) from error
+        raise NotAsWritten(error.what, hint) from error
     fields = {field: found for field, found in value.items() if field != key} if isinstance(value, dict) else {}
     try:
         expected = sha256_json(fields)
@@ -157,7 +157,7 @@ def read_signed(raw: bytes, name: str, key: str, hint: str, unsigned: bool = Fal
             return fields
     except (ValueError, RecursionError):  # NaN, half a surrogate pair, too deep: we write none of these
         pass
-    raise Damaged(f"{name} is not as it was written", hint)
+    raise NotAsWritten(f"{name} is not as it was written", hint)
 
 
 def sha256_file(path: Path) -> str:

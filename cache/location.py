@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from duet.cache.bucket import CACHE_BYTES, CACHE_DIR, Remote
-from duet.cache.errors import UserError
+from duet.cache.errors import DamagedStore, NotPermitted, UserError
 from duet.cache.files import MAX_JSON_BYTES, publishing, sha256_json, sync_dir
 
 
@@ -179,8 +179,8 @@ class Folder:
         (self.path / name).unlink(missing_ok=True)
 
 
-def _private(name: str) -> UserError:
-    return UserError(
+def _private(name: str) -> NotPermitted:
+    return NotPermitted(
         f"cannot read {name}: {os.strerror(errno.EACCES)}",
         "set another store.dir, or ask its owner to let your group read",
     )
@@ -215,7 +215,7 @@ def local_folder(location: Location, folder: str, attachments: dict[str, str]) -
     found = {name: location.read(name) or b"" for name in wanted}
     for name, raw in found.items():
         if hashlib.sha256(raw).hexdigest() != wanted[name]:
-            raise UserError(
+            raise DamagedStore(
                 f"{location.name_of(name)} is missing or is not as it was written",
                 "`duet cache repair` with the store's config restores it",
             )

@@ -12,25 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from duet.cache.errors import UserError
-from duet.cache.files import TEMPORARY, Damaged, json_bytes
+from duet.cache.errors import DamagedStore, NotPermitted
+from duet.cache.files import TEMPORARY, NotAsWritten, json_bytes
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, Location, check_file
-from duet.cache.manifest import (
-    MANIFEST_NAME,
-    PLAN_NAME,
-    Manifest,
-    Plan,
-    Shard,
-    is_signed,
-    no_manifest,
-    read_entry,
-    read_manifest,
-    read_plan,
-    side_name,
-)
+from duet.cache.manifest import MANIFEST_NAME, Manifest, Shard, no_manifest, read_entry, read_manifest
+from duet.cache.plan import PLAN_NAME, Plan, check_same_plan, is_signed, read_plan, side_name
 from duet.cache.reader import Store
-from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter, check_same_plan, written_shard
+from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter, written_shard
 
 T = TypeVar("T")
 OURS = re.compile(
@@ -75,7 +64,7 @@ def check(location: Location) -> Checked:
         return _check_complete(location, read_manifest(location))
     plan = read_plan(location)
     if plan is None:
-        raise UserError(*no_manifest(location))
+        raise no_manifest(location)
     return _check_unfinished(location, plan)
 
 
@@ -91,7 +80,7 @@ def _check_complete(location: Location, manifest: Manifest) -> Checked:
             faults.append(
                 f"{location.name_of(PLAN_NAME)} is {'missing' if plan is None else 'not that of the manifest'}"
             )
-    except Damaged as error:
+    except NotAsWritten as error:
         faults.append(error.what)
     ours = {MANIFEST_NAME, PLAN_NAME, *copies, *manifest.attachments, *(shard.name for shard in manifest.shards)}
     unread = sorted(set(location.names()) - ours)
@@ -124,7 +113,7 @@ def _shard_fault(location: Location, plan: Plan, index: int) -> str | None:
     """What is wrong with a written shard or its side file."""
     try:
         shard = read_entry(location, plan, index)
-    except Damaged as error:
+    except NotAsWritten as error:
         return error.what
     if shard is None:
         return f"{location.name_of(plan.side_name(index))} is missing"
@@ -171,7 +160,7 @@ def provenance_of(location: Location) -> dict[str, Any] | None:
 def _undamaged(read: Callable[[Location], T | None], location: Location) -> T | None:
     try:
         return read(location)
-    except Damaged:
+    except NotAsWritten:
         return None
 
 
@@ -223,7 +212,7 @@ class Found:
     """A store under a folder of stores."""
 
     location: Location
-    state: str  # "complete", "incomplete", "being written" or "damaged"
+    state: str  # "complete", "incomplete", "being written", "damaged" or "not readable"
     rows: int
     num_bytes: int
     format: str
@@ -245,8 +234,9 @@ def _found(location: Location) -> Found:
             manifest = read_manifest(location)
             return Found(location, "complete", manifest.rows, num_bytes, manifest.format, unused)
         plan = read_plan(location)
-    except UserError:
-        return Found(location, "damaged", 0, num_bytes, "?", unused)
+    except (DamagedStore, NotPermitted) as error:
+        state = "damaged" if isinstance(error, DamagedStore) else "not readable"
+        return Found(location, state, 0, num_bytes, "?", unused)
     held = isinstance(location, Folder) and Leases(location.path / LEASES_NAME, LEASE_S).held()
     state = "being written" if held else "incomplete"
     return Found(location, state, plan.rows if plan else 0, num_bytes, plan.format if plan else "?", unused)

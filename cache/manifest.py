@@ -1,113 +1,29 @@
-"""The plan, written before any work, an entry per shard, and the manifest, written last: what a store holds and from where.
+"""An entry per shard and the manifest, which is written last: what a store holds and how it was made.
 
 `manifest.json` is the only sign of completeness. Its fields are a contract with other programs (docs/store-format.md).
-Whatever it says is checked before it is used: a store may come from somebody else. Each of these files carries its own
-hash. The plan and the entries stay in a complete store, where only `duet cache repair` reads them: to write the manifest
-anew. It restores them from the manifest in turn.
+Everything in it is checked before it is used: a store may come from somebody else. The plan, each entry and the manifest carry
+their own hash. Plan and entries stay in a complete store, where only `duet cache repair` reads them: to write the manifest
+again. It restores them from the manifest in turn.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from duet.cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Layout, common_dtype
-from duet.cache.errors import UserError
-from duet.cache.files import Damaged, read_signed, sha256_json, signed
+from duet.cache.errors import DamagedStore, IncompleteStore, UserError
+from duet.cache.files import NotAsWritten, read_signed, sha256_json, signed
 from duet.cache.location import Location
+from duet.cache.plan import FORMATS, REPAIR_HINT, SELF_HASH, Plan, check_version, read_plan, shard_name
 from duet.cache.record import SUBSETS
 
-FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-PLAN_NAME = "plan.json"
-FORMATS = {"arrow": "arrow", "zarr": "zarr.zip"}  # format: how the names of its shards end
-BLOCK_POSITIONS = 4096
-REPAIR_HINT = "run: duet cache repair STORE --config FILE, with the config that made it"
 _ATTACHMENT = re.compile(r"[a-z]+/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SIGNED = "self_sha256"  # in plan and entries; a shard's entry has a `sha256` already
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything fixed before the first row: shard i holds rows `i*shard_rows` up to the next shard's first row."""
-
-    subsets: dict[str, int]  # rows of each subset, which lie in this order
-    shard_rows: int
-    top_k: int
-    max_positions: int
-    vocab_size: int
-    provenance: dict[str, Any]  # every setting that can change the stored numbers, readable
-    format: str = "arrow"
-    compression: str = "none"
-    values: str = "lossless"
-    attachments: dict[str, str] = dataclasses.field(default_factory=dict)  # other files of the store and their sha256
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def rows(self) -> int:
-        return sum(self.subsets.values())
-
-    @property
-    def fingerprint(self) -> str:
-        return sha256_json(self.provenance)
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.rows // self.shard_rows)
-
-    @property
-    def block_rows(self) -> int:
-        """Rows per block: what is read at once."""
-        return block_rows(self.max_positions)
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.top_k, self.vocab_size)
-
-    def shard_range(self, index: int) -> range:
-        """The plan's row numbers in shard `index`."""
-        return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows))
-
-    def shard_name(self, index: int) -> str:
-        return shard_name(index, self.format)
-
-    def side_name(self, index: int) -> str:
-        """The file that says that shard `index` is written."""
-        return side_name(index)
-
-    def written(self, names: Collection[str]) -> list[int]:
-        """Indices of the shards that are written, going by the names of the store's files."""
-        return [index for index in range(self.num_shards) if self.side_name(index) in names]
-
-    def rows_of(self, shards: Iterable[int]) -> int:
-        """Rows of these shards together."""
-        return sum(len(self.shard_range(index)) for index in shards)
-
-    def as_json(self) -> dict[str, Any]:
-        """What its file holds."""
-        return signed(dataclasses.asdict(self), _SIGNED)
-
-    def differing(self, other: Plan | Manifest) -> list[str]:
-        """Names of the fields that differ, but for the attachments; a manifest has no `values`."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "attachments"]
-        return [name for name in names if hasattr(other, name) and getattr(other, name) != getattr(self, name)]
-
-
-def block_rows(max_positions: int) -> int:
-    """Rows of a block: BLOCK_POSITIONS positions or somewhat fewer."""
-    return max(1, BLOCK_POSITIONS // max_positions)
-
-
-def side_name(index: int) -> str:
-    return f"shard-{index:05d}.json"
-
-
-def shard_name(index: int, store_format: str) -> str:
-    return f"shard-{index:05d}.{FORMATS[store_format]}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +42,7 @@ class Shard:
 
     def as_json(self) -> dict[str, Any]:
         """What its side file holds."""
-        return signed(dataclasses.asdict(self), _SIGNED)
+        return signed(dataclasses.asdict(self), SELF_HASH)
 
 
 @dataclass(frozen=True)
@@ -200,17 +116,12 @@ def manifest_of(plan: Plan, shards: list[Shard], environment: dict[str, Any]) ->
     )
 
 
-def store_name(fingerprint: str, store_format: str) -> str:
-    """Name of a store under a folder of stores: one per fingerprint and format."""
-    return fingerprint[:16] if store_format == "arrow" else f"{fingerprint[:16]}.{store_format}"
-
-
 def read_manifest(location: Location) -> Manifest:
     """Read a complete store's manifest; anything else in its place is a UserError that says what was found."""
     name = location.name_of(MANIFEST_NAME)
     raw = location.read(MANIFEST_NAME)
     if raw is None:
-        raise UserError(*no_manifest(location))
+        raise no_manifest(location)
     value = read_signed(raw, name, "sha256", REPAIR_HINT)
     check_version(value, name)
     hint = "whoever signed it changed it: make the store anew"
@@ -218,29 +129,12 @@ def read_manifest(location: Location) -> Manifest:
         manifest = Manifest(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
         fault = next(_faults(manifest), None)
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(f"{name} has missing, unknown or ill-formed fields: {error}", hint) from None
+        raise DamagedStore(f"{name} has missing, unknown or ill-formed fields: {error}", hint) from None
     if fault:
-        raise UserError(f"{name}: {fault}", hint)
+        raise DamagedStore(f"{name}: {fault}", hint)
     if manifest.fingerprint != sha256_json(manifest.provenance):
-        raise UserError(f"{name}: the provenance does not give the fingerprint {manifest.fingerprint[:16]}", hint)
+        raise DamagedStore(f"{name}: the provenance does not give the fingerprint {manifest.fingerprint[:16]}", hint)
     return manifest
-
-
-def check_version(value: dict[str, Any], name: str) -> None:
-    """Refuse a format that this program does not know."""
-    version = value.get("format_version")
-    if not isinstance(version, int):
-        raise UserError(f"{name} has no format_version", "this is not a store of ours")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{name} has format_version {version}, this program reads {FORMAT_VERSION}",
-            "upgrade with: pip install --upgrade duet-unlearn",
-        )
-    if version < FORMAT_VERSION:
-        raise UserError(
-            f"{name} has format_version {version}, which was never released; this program reads {FORMAT_VERSION}",
-            "remove the store and run `duet teacher-logits` again",
-        )
 
 
 def _faults(manifest: Manifest) -> Iterator[str]:
@@ -281,52 +175,28 @@ def _shard_faults(manifest: Manifest) -> Iterator[str]:
         yield f"value_dtype {manifest.value_dtype!r} is not that of the shards"
 
 
-def read_plan(location: Location) -> Plan | None:
-    """The plan that a store was begun with, or None where there is none."""
-    raw = location.read(PLAN_NAME)
-    if raw is None:
-        return None
-    name = location.name_of(PLAN_NAME)
-    value = read_signed(raw, name, _SIGNED, REPAIR_HINT, unsigned=True)
-    check_version(value, name)
-    try:
-        plan = Plan(**value)
-    except TypeError as error:
-        raise Damaged(f"{name} is not a plan: {error}", REPAIR_HINT) from None
-    if plan.values not in ("lossless", *VALUE_DTYPES):
-        raise Damaged(f"{name} is not a plan: its values are {plan.values!r}", REPAIR_HINT)
-    return plan
-
-
 def read_entry(location: Location, plan: Plan, index: int) -> Shard | None:
-    """A shard's entry by its side file, None where there is none; Damaged if it is not one of this plan's shard."""
+    """A shard's entry by its side file, None where there is none; NotAsWritten if it is not one of this plan's shard."""
     raw = location.read(plan.side_name(index))
     if raw is None:
         return None
     name = location.name_of(plan.side_name(index))
     try:
-        shard = Shard(**read_signed(raw, name, _SIGNED, REPAIR_HINT, unsigned=True))
+        shard = Shard(**read_signed(raw, name, SELF_HASH, REPAIR_HINT, unsigned=True))
     except TypeError as error:
-        raise Damaged(f"{name} is not the entry of a shard: {error}", REPAIR_HINT) from None
+        raise NotAsWritten(f"{name} is not the entry of a shard: {error}", REPAIR_HINT) from None
     if shard.name != plan.shard_name(index) or shard.rows != len(plan.shard_range(index)):
-        raise Damaged(f"{name} is the entry of another shard", REPAIR_HINT)
+        raise NotAsWritten(f"{name} is the entry of another shard", REPAIR_HINT)
     return shard
 
 
-def is_signed(raw: bytes) -> bool:
-    """Whether a plan or an entry, which was read, carries its own hash: those of earlier versions do not."""
-    return f'"{_SIGNED}"'.encode() in raw
-
-
-def no_manifest(location: Location) -> tuple[str, str]:
-    """What to say, and a hint, of a place without a manifest."""
+def no_manifest(location: Location) -> UserError:
+    """The error of a place without a manifest: IncompleteStore where a store was begun."""
     plan = read_plan(location)
-    if plan:
-        names = location.entries()
-        done = len(plan.written(names))
-        return (
-            f"the store {location} is incomplete: {done} of {plan.num_shards} shards are written, and {MANIFEST_NAME} is "
-            "missing",
-            "run `duet teacher-logits` with the same config: it resumes at the next shard",
-        )
-    return f"{location} is not a store: it has no {MANIFEST_NAME}", "make one with `duet teacher-logits`"
+    if plan is None:
+        return UserError(f"{location} is not a store: it has no {MANIFEST_NAME}", "make one with `duet teacher-logits`")
+    done = len(plan.written(location.entries()))
+    return IncompleteStore(
+        f"the store {location} is incomplete: {done} of {plan.num_shards} shards are written, and {MANIFEST_NAME} is missing",
+        "run `duet teacher-logits` with the same config: it resumes at the next shard",
+    )

@@ -172,7 +172,7 @@ class Order:
         """[blocks, 2]: first and end row of the plan of each block of a window. A place counts their rows from 0 on."""
         return self._streams[window.stream].ranges(window)
 
-    def places(self, cursor: Cursor, count: int) -> list[tuple[Window, np.ndarray]]:
+    def draw(self, cursor: Cursor, count: int) -> list[tuple[Window, np.ndarray]]:
         """`count` slots from the cursor on, not beyond the epoch's end: windows and places in their rows."""
         first, end = cursor.slot, min(cursor.slot + count, self.num_slots)
         begin, stop = self._forget(first), self._forget(end)

@@ -16,7 +16,7 @@ import numpy as np
 
 from duet.cache.arrow_format import ArrowShard
 from duet.cache.codec import Block, concat_blocks, position_columns
-from duet.cache.errors import UserError
+from duet.cache.errors import DamagedStore, UserError
 from duet.cache.location import Folder, Location, damaged, wrong_size
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.order import GROUP_SHARDS, Cursor, Order, Window
@@ -24,7 +24,7 @@ from duet.cache.record import Rows
 from duet.cache.window import OpenWindow, Recycler, gather, open_window
 from duet.cache.zarr_format import ZarrShard
 
-REPAIR_HINT = "`duet cache repair` with the store's config writes only the damaged shards anew"
+REPAIR_HINT = "`duet cache repair` with the store's config writes only the damaged shards again"
 FORMAT_READERS = {"arrow": ArrowShard, "zarr": ZarrShard}
 _checked: set[tuple[str, int, int, str]] = set()  # (file, its inode, its time of change, sha256) hashed by this process
 
@@ -53,7 +53,7 @@ class Store:
         sizes = location.sizes()
         for shard in self.manifest.shards:
             if fault := wrong_size(location, shard.name, sizes.get(shard.name), shard.bytes):
-                raise UserError(fault, REPAIR_HINT)
+                raise DamagedStore(fault, REPAIR_HINT)
         if isinstance(location, Folder):
             with suppress(OSError):  # somebody else's store, in which we may only read
                 os.utime(location.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
@@ -80,7 +80,7 @@ class Store:
                 num_rows = min(batch_size, order.num_slots - cursor.slot)
                 first, end = (cursor.slot + num_rows * part // rank.world for part in (rank.number, rank.number + 1))
                 picks: list[tuple[OpenWindow, np.ndarray]] = []
-                for window, places in order.places(Cursor(cursor.epoch, first), end - first):
+                for window, places in order.draw(Cursor(cursor.epoch, first), end - first):
                     last, rows = held.get(window.stream, (None, None))
                     if rows is None or last != window:
                         memory = rows.memory if rows and all(rows is not picked for picked, _ in picks) else None
@@ -151,7 +151,7 @@ class Store:
         except Exception as error:
             name = self.location.name_of(self.manifest.shards[shard].name)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{name} is not a shard of this store: {reason}", "make the store anew") from error
+            raise DamagedStore(f"{name} is not a shard of this store: {reason}", "make the store anew") from error
 
     def _shard(self, index: int) -> ArrowShard | ZarrShard:
         shard = self._shards.pop(index, None) or self._open(index)
@@ -166,13 +166,13 @@ class Store:
         with self.location.open(entry.name, entry.bytes, entry.sha256) as file:
             found = os.fstat(file.fileno())
             if fault := wrong_size(self.location, entry.name, found.st_size, entry.bytes):
-                raise UserError(fault, REPAIR_HINT)
+                raise DamagedStore(fault, REPAIR_HINT)
             key = (name, found.st_ino, found.st_mtime_ns, entry.sha256)
             if self._verify and key not in _checked:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if digest != entry.sha256:
                     self.location.drop(entry.sha256)
-                    raise UserError(damaged(self.location, entry.name, digest, entry.sha256), REPAIR_HINT)
+                    raise DamagedStore(damaged(self.location, entry.name, digest, entry.sha256), REPAIR_HINT)
                 _checked.add(key)
             columns = position_columns(manifest.layout, entry.value_dtype, entry.logsumexp)
             return FORMAT_READERS[manifest.format](file, manifest.layout, columns, manifest.block_rows)

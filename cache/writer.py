@@ -3,46 +3,36 @@
 A shard is written when its side file `shard-NNNNN.json` exists. It is published by rename out of the writer's lease, the
 shard before it, so a crash costs at most the shard in progress, and a writer that lost its lease publishes nothing. Whoever
 writes the manifest reads every side file and refuses one whose shard has not the size that it names.
-
-A writer lists the store and the leases once. From then on it asks for shards by name, in an order of its own as soon as it
-meets others, so that n writers of n shards do not try the same ones, and lists again only after so many surprises that the
-listings grow with their logarithm. On object storage there are no leases: a second
-writer does work twice, and no harm, since an upload appears whole or not at all.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
-import random
 import shutil
 import tempfile
 import time
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from duet.cache import arrow_format, zarr_format
-from duet.cache.claims import PATIENCE, key, rank
+from duet.cache.claims import Claim, Claims
 from duet.cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Block, encode, of_one_dtype, position_columns
-from duet.cache.errors import UserError
-from duet.cache.files import TEMPORARY, Damaged, json_bytes, sha256_file, sync_dir, sync_file, telling_of_full_disks
-from duet.cache.leases import Clock, Heartbeat, Lease, LeaseLost, Leases
-from duet.cache.location import Folder, Location
-from duet.cache.manifest import (
-    MANIFEST_NAME,
-    PLAN_NAME,
-    Manifest,
-    Plan,
-    Shard,
-    manifest_of,
-    read_entry,
-    read_manifest,
-    read_plan,
+from duet.cache.errors import DamagedStore, UserError
+from duet.cache.files import (
+    TEMPORARY,
+    NotAsWritten,
+    json_bytes,
+    sha256_file,
+    sync_dir,
+    sync_file,
+    telling_of_full_disks,
 )
+from duet.cache.leases import Clock, Lease, LeaseLost, Leases
+from duet.cache.location import Folder, Location
+from duet.cache.manifest import MANIFEST_NAME, Manifest, Shard, manifest_of, read_entry, read_manifest
+from duet.cache.plan import PLAN_NAME, Plan, begin
 from duet.cache.record import Rows, check_rows, concat_rows, counts_of
 
 LEASES_NAME = "leases"
@@ -53,8 +43,9 @@ FORMAT_WRITERS = {"arrow": arrow_format.write_shard, "zarr": zarr_format.write_s
 class ShardWriter:
     """The rows of one shard, taken by this process: filled with `append` in plan order, then handed to `publish`."""
 
-    def __init__(self, plan: Plan, index: int, lease: Lease | None) -> None:
-        self.index, self.range, self.lease = index, plan.shard_range(index), lease
+    def __init__(self, plan: Plan, claim: Claim) -> None:
+        self.claim, self.index, self.lease = claim, claim.index, claim.lease
+        self.range = plan.shard_range(claim.index)
         self.num_rows, self.longest, self.error = 0, 0, 0.0
         self._plan = plan
         self._waiting: list[Rows] = []  # fewer rows than a block
@@ -114,109 +105,33 @@ class StoreWriter:
             )
         self.location = location
         with telling_of_full_disks(Path(location.name_of(PLAN_NAME)), plan.num_shards * _most_bytes(plan)):
-            self.plan = _begin(location, plan, attachments or {})
+            self.plan = begin(location, plan, attachments or {})
         self._folder = location.path if isinstance(location, Folder) else None
         self._leases = Leases(self._folder / LEASES_NAME, lease_s, clock) if self._folder else None
-        self._heartbeat = Heartbeat(self._leases) if self._leases else None
+        self._claims = Claims(location, self.plan, self._leases)
         self._background = ThreadPoolExecutor(max_workers=2, thread_name_prefix="publish")
         self._publishing: list[Future[None]] = []
         self._written: dict[int, Shard] = {}  # by this process, or read
-        self._missing: set[int] = set()  # not known to be written, and
-        self._stamps: dict[str, float] = {}  # the leases of others, by the last listing or met since
-        self._listings, self._surprises = 0, 0
-        self._walk: deque[int] = deque()  # what is to be tried next
-        self._in_hand: dict[int, ShardWriter] = {}  # claimed by this process and neither written nor released
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._background.shutdown(wait=True)
-        for shard in list(self._in_hand.values()):
-            self.release(shard)
-        if self._heartbeat:
-            self._heartbeat.close()
+        self._claims.close()
 
     def missing(self) -> list[int]:
         """Indices of the shards that are not written, in plan order."""
-        if not self._listings:
-            self._list()
-        elif self._missing and self.location.size(MANIFEST_NAME) is not None:
-            self._missing.clear()
-        else:
-            for index in list(self._missing):
-                self._is_written(index)
-        return sorted(self._missing)
-
-    def _list(self) -> None:
-        there = self.location.entries()
-        self._stamps = self._leases.stamps() if self._leases else {}
-        self._missing = set(range(self.plan.num_shards)) - set(self.plan.written(there))
-        self._listings, self._surprises = self._listings + 1, 0
-
-    def _is_written(self, index: int) -> bool:
-        found = index in self._written or self.location.size(self.plan.side_name(index)) is not None
-        if found:
-            self._missing.discard(index)
-        return found
+        return self._claims.missing()
 
     def claim(self) -> ShardWriter | None:
         """A shard that is neither written nor held by a living writer; None if there is none now."""
         while self._publishing and self._publishing[0].done():
             self._publishing.pop(0).result()
-        if not self._listings:
-            self._list()
-        with telling_of_full_disks(Path(self.location.name_of(LEASES_NAME)), self._needed_bytes(len(self._missing))):
-            if shard := self._claim_on_the_walk():
-                return shard
-            self._walk = self._new_walk()  # what others held may be free again
-            return self._claim_on_the_walk()
-
-    def _new_walk(self) -> deque[int]:
-        """All shards that are missing, in the order in which they are tried: first what the dead seem to have begun."""
-        walk = sorted(self._missing - set(self._in_hand))
-        if self._leases is None or self._stamps:
-            random.shuffle(walk)
-        if self._leases and self._stamps:
-            young = self._leases.now() - self._leases.lease_s
-            walk.sort(key=lambda index: rank(self._stamps.get(key(index)), young))
-        return deque(walk)
-
-    def _claim_on_the_walk(self) -> ShardWriter | None:
-        """The first shard of the walk that is free. Many that are not, against the listing, call for another listing."""
-        now = self._leases.now() if self._leases and self._walk else 0.0
-        while self._walk:
-            if self._surprises >= PATIENCE * 4**self._listings:
-                self._list()
-                self._walk = self._new_walk()
-                continue
-            index = self._walk.popleft()
-            if index in self._in_hand:
-                continue
-            if self._is_written(index):
-                self._surprises += 1
-            elif self._leases is None:
-                return self._take(index, None)
-            elif not self._leases.alive(key(index), now) and (lease := self._acquire(index, self._leases)):
-                return self._take(index, lease)
-            elif self._stamps.setdefault(key(index), now) == now:
-                self._surprises += 1
-                if len(self._stamps) == 1:  # the first other writer that we meet
-                    random.shuffle(self._walk)
-        return None
-
-    def _acquire(self, index: int, leases: Leases) -> Lease | None:
-        lease = leases.acquire(key(index))
-        if lease and self._is_written(index):  # between our look and the lease
-            leases.release(lease)
-            return None
-        return lease
-
-    def _take(self, index: int, lease: Lease | None) -> ShardWriter:
-        if lease and self._heartbeat:
-            self._heartbeat.add(lease)
-        self._in_hand[index] = ShardWriter(self.plan, index, lease)
-        return self._in_hand[index]
+        needed = self._needed_bytes(self._claims.num_missing())
+        with telling_of_full_disks(Path(self.location.name_of(LEASES_NAME)), needed):
+            claim = self._claims.take()
+        return ShardWriter(self.plan, claim) if claim else None
 
     def _needed_bytes(self, num_shards: int) -> int:
         """Of shards to come: as many as the written ones have, or what they can have at most where none is written."""
@@ -236,10 +151,7 @@ class StoreWriter:
 
     def release(self, shard: ShardWriter) -> None:
         """Give an unfinished shard back."""
-        self._in_hand.pop(shard.index, None)
-        if shard.lease and self._leases and self._heartbeat:
-            self._heartbeat.remove(shard.lease)
-            self._leases.release(shard.lease)
+        self._claims.release(shard.claim)
 
     def wait(self) -> None:
         """Until all published shards are safe; raises what went wrong with one."""
@@ -266,6 +178,7 @@ class StoreWriter:
                 if self._folder:
                     sync_dir(self._folder)
             self._written[shard.index] = entry
+            self._claims.wrote(shard.index)
         except (LeaseLost, FileNotFoundError):  # our folder goes when somebody takes over
             if not shard.lease or shard.lease.path.exists():
                 raise
@@ -324,9 +237,9 @@ class StoreWriter:
                 damaged.append(self.plan.shard_name(index))
                 self.location.remove(self.plan.side_name(index))
         if damaged:
-            raise UserError(
+            raise DamagedStore(
                 f"{len(damaged)} shards are not as they were written, the first is {self.location.name_of(damaged[0])}",
-                "run the same command again: they are written anew",
+                "run the same command again: they are written again",
             )
         shards = [self._written[index] for index in range(self.plan.num_shards)]
         return json_bytes(manifest_of(self.plan, shards, environment).as_json())
@@ -359,7 +272,7 @@ def written_shard(location: Location, plan: Plan, index: int) -> Shard | None:
     """The shard's entry if its file has the size that was written, else None: the shard is written anew."""
     try:
         shard = read_entry(location, plan, index)
-    except Damaged:
+    except NotAsWritten:
         return None
     return shard if shard and location.size(shard.name) == shard.bytes else None
 
@@ -370,53 +283,3 @@ def _most_bytes(plan: Plan) -> int:
     columns = position_columns(plan.layout, value_dtype, logsumexp=True)
     per_position = sum(dtype.itemsize * math.prod(shape) for dtype, shape in columns.values())
     return min(plan.shard_rows, plan.rows) * plan.max_positions * per_position
-
-
-def planned(plan: Plan, attachments: dict[str, bytes]) -> Plan:
-    """The plan of a store that gets these attachments."""
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(attachments.items())}
-    return dataclasses.replace(plan, attachments=hashes)
-
-
-def check_same_plan(location: Location, there: Plan | Manifest, plan: Plan) -> None:
-    """Refuse to write a store by another plan than the one that it was begun with."""
-    if differing := plan.differing(there):
-        shown = ", ".join(
-            f"{name} {getattr(there, name)!r} there and {getattr(plan, name)!r} now"
-            for name in differing
-            if name != "provenance"
-        )
-        raise UserError(
-            f"{location} was begun with another plan: {shown or 'provenance differs'}",
-            "set it back, name another store.dir, or remove the directory if nobody needs it",
-        )
-
-
-def _begin(location: Location, plan: Plan, attachments: dict[str, bytes]) -> Plan:
-    plan = planned(plan, attachments)
-    found = read_plan(location)
-    if found is None and any(_is_foreign(name) for name in location.names() if name not in attachments):
-        found = read_plan(location)  # or another writer has begun it meanwhile
-        if found is None:
-            raise UserError(
-                f"{location} is not empty and is not a store", "name an empty or new directory as store.dir"
-            )
-    if found is None:
-        for name, data in attachments.items():
-            location.write(name, data)
-        location.write(PLAN_NAME, json_bytes(plan.as_json()))
-        return plan
-    check_same_plan(location, found, plan)
-    for name, digest in found.attachments.items():
-        if location.size(name) is None:
-            if plan.attachments.get(name) != digest:
-                raise UserError(
-                    f"{location.name_of(name)} is missing and would not be written as it was",
-                    "restore it, or install the versions of transformers and tokenizers that wrote it",
-                )
-            location.write(name, attachments[name])
-    return found
-
-
-def _is_foreign(name: str) -> bool:
-    return not name.rpartition("/")[2].startswith(".")

@@ -16,16 +16,8 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from duet.cache.codec import (
-    ZSTD_LEVEL,
-    Block,
-    Columns,
-    Layout,
-    concat_blocks,
-    join_tokens,
-    split_tokens,
-    token_high_offsets,
-)
+from duet.cache.codec import ZSTD_LEVEL, Block, Columns, Layout, concat_blocks
+from duet.cache.packed_ids import join_tokens, split_tokens, token_high_offsets
 from duet.cache.record import counts_of, cut, offsets_of
 
 ARRAYS_OF_ROWS = (

@@ -14,7 +14,8 @@ from support import ROOT, make_plan, make_rows, write_store
 
 from duet.cache.arrow_format import schema
 from duet.cache.codec import Layout, position_columns
-from duet.cache.manifest import FORMATS, Manifest, Shard
+from duet.cache.manifest import Manifest, Shard
+from duet.cache.plan import FORMATS
 from duet.pipeline.cli.main import duet
 from duet.stages.evaluate.definitions import all_metrics, as_markdown
 

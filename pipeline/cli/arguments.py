@@ -6,7 +6,6 @@ Commands are made with `Group.command`, so that a new one has all this without a
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from duet.cache.errors import UserError
+from duet.cache.errors import UserError, did_you_mean
 from duet.pipeline.run.terminal import LEVELS, VERBOSITY
 
 _ASKED = "duet.asked"  # in click's context: which of the common options were given, wherever they stood
@@ -70,8 +69,7 @@ class Group(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(args[0], self.commands, n=1)
-            hint = f"did you mean `{ctx.command_path} {near[0]}`? " if near else ""
+            hint = did_you_mean(args[0], self.commands, f"`{ctx.command_path} {{}}`")
             known = [name for name, command in self.commands.items() if not command.hidden]
             raise UserError(
                 f"No such command {args[0]!r} of `{ctx.command_path}`", f"{hint}The commands are {', '.join(known)}"

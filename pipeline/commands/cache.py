@@ -12,11 +12,12 @@ from typing import Any
 from rich.table import Table
 
 from duet.cache import maintain
-from duet.cache.errors import UserError
+from duet.cache.errors import IncompleteStore, UserError
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, Location, location_of
-from duet.cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, read_manifest, store_name
-from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter, planned
+from duet.cache.manifest import MANIFEST_NAME, read_manifest
+from duet.cache.plan import PLAN_NAME, Plan, planned, store_name
+from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter
 from duet.pipeline.run.terminal import say, say_json, show
 
 
@@ -64,8 +65,9 @@ def find_stores(config_path: str, overrides: tuple[str, ...], as_json: bool) -> 
     missing = [store["path"] for store in found.values() if store["state"] != "complete"]
     if missing:
         more = "".join(f" --set {shlex.quote(override)}" for override in overrides)
-        raise UserError(
-            f"{len(missing)} of this config's {len(found)} stores is not complete: {missing[0]}",
+        is_not = "is not" if len(missing) == 1 else "are not"
+        raise IncompleteStore(
+            f"{len(missing)} of this config's {len(found)} stores {is_not} complete: {missing[0]}",
             f"run: duet teacher-logits --config {shlex.quote(config_path)}{more}",
         )
 

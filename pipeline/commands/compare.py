@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import Interrupted, UserError
+from duet.cache.errors import IncompleteStore, Interrupted, UserError
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.record import SUBSETS
 from duet.cache.watch import Watch
@@ -131,7 +131,7 @@ def _stage_one(config: Config, request: Selection, stop: StopSignal) -> int:
     try:
         stores_of_run(config)
         return 0
-    except UserError:
+    except IncompleteStore:
         if stop():
             raise Interrupted("before stage one") from None
     return run_stage("teacher-logits", request, stop)

@@ -14,9 +14,10 @@ from typing import Any
 
 import click
 
-from duet.cache.errors import UserError, near_path
+from duet.cache.errors import UserError, nearest_path
 from duet.pipeline.commands.init_text import Answers, ModelFacts
 from duet.pipeline.run.terminal import say
+from duet.stages.questions.columns import WrongField
 from duet.stages.questions.queries import Query, load_queries
 from duet.stages.settings.data import DataSettings
 
@@ -132,9 +133,7 @@ def read_queries(path: str, key: str, question: str | None, answer: str | None) 
     settings = DataSettings.model_validate({"path": path} | {k: v for k, v in named.items() if v is not None})
     try:
         return settings, load_queries(settings, f"--{key}")
-    except UserError as error:
-        if "_field" not in error.hint:
-            raise
+    except WrongField as error:
         raise UserError(
             error.what,
             "rename the field, or name yours with --question-field and --answer-field; both files must call it the same",
@@ -172,7 +171,8 @@ def model_facts(name: str) -> ModelFacts:
         folder = resolve_model(name, "--model")
     elif not is_hub_id(name):
         raise UserError(
-            f"--model: {name} is neither a directory nor of the form OWNER/NAME", f"{near_path(name)}check path or id"
+            f"--model: {name} is neither a directory nor of the form OWNER/NAME",
+            f"{nearest_path(name)}check path or id",
         )
     else:
         try:

@@ -13,8 +13,9 @@ from typing import Any
 
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.location import Folder
-from duet.cache.manifest import MANIFEST_NAME, store_name
+from duet.cache.manifest import MANIFEST_NAME
 from duet.cache.order import check_alike
+from duet.cache.plan import store_name
 from duet.cache.watch import Watch
 from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from duet.cache.errors import UserError
+from duet.cache.errors import UserError, did_you_mean
 
 
 def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -37,8 +36,8 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tupl
     key = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(model, loc[:-1])
-        near = _elsewhere(model, loc) or difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = _elsewhere(model, loc)
+        hint = f"did you mean {near[0]}? " if near else did_you_mean(str(loc[-1]), valid, cutoff=0.5)
         return f"{where}: unknown key {key}", f"{hint}valid here: {', '.join(valid)}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing", _describe(model, loc)

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from duet.cache.errors import UserError, near_path
+from duet.cache.errors import UserError, nearest_path
 from duet.cache.location import check_url, is_url
 from duet.pipeline.config.explain import merged, validated
 from duet.pipeline.config.schema import Config, check_requests, check_students, check_teachers, check_tofu
@@ -124,7 +124,7 @@ def read_mapping(path: str) -> dict[str, Any]:
             f"{path} is a directory, expected a config file", f"name a file in it: {there}" if there else HOW_TO_GET_ONE
         )
     if not file.is_file():
-        raise UserError(f"no such config file: {path}", near_path(path) + HOW_TO_GET_ONE)
+        raise UserError(f"no such config file: {path}", nearest_path(path) + HOW_TO_GET_ONE)
     if file.suffix.lower() in READERS and file.suffix.lower() != ".json":  # JSON is YAML, too
         raise UserError(f"{path} is a file of questions, expected a config file", HOW_TO_GET_ONE)
     try:

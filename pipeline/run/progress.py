@@ -8,7 +8,8 @@ from typing import Any
 
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, Location
-from duet.cache.manifest import MANIFEST_NAME, Plan, read_plan
+from duet.cache.manifest import MANIFEST_NAME
+from duet.cache.plan import Plan, read_plan
 from duet.cache.writer import LEASE_S, LEASES_NAME
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.children import last_line

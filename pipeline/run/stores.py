@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import UserError
+from duet.cache.errors import IncompleteStore
 from duet.cache.files import publish_json, read_json
 from duet.cache.location import Location
-from duet.cache.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Plan, read_manifest, store_name
+from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
+from duet.cache.plan import PLAN_NAME, Plan, store_name
 from duet.pipeline.config.schema import Config
 
 
@@ -67,13 +68,13 @@ def stores_named(config: Config) -> dict[str, Location]:
 
 
 def stores_of_run(config: Config) -> dict[str, Location]:
-    """The run's stores, by teacher; where stage one has not ended, a UserError that says how far it came."""
+    """The run's stores, by teacher; where stage one has not ended, an IncompleteStore that says how far it came."""
     stores = stores_named(config)
     for location in stores.values():
         if location.size(MANIFEST_NAME) is None and location.size(PLAN_NAME) is not None:
             read_manifest(location)
     if not stores or any(location.size(MANIFEST_NAME) is None for location in stores.values()):
-        raise UserError(
+        raise IncompleteStore(
             f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first"
         )
     return stores

@@ -84,7 +84,7 @@ def store_order(order: Order, settings: TrainSettings) -> Steps:
 
     def numbers(step: int) -> np.ndarray:
         epoch, at = divmod(step, per_epoch)
-        places = order.places(Cursor(epoch, at * settings.batch_size), settings.batch_size)
+        places = order.draw(Cursor(epoch, at * settings.batch_size), settings.batch_size)
         rows = [np.concatenate([np.arange(*block) for block in order.ranges(window)])[at] for window, at in places]
         return np.concatenate(rows)
 

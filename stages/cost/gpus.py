@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from duet.cache.errors import UserError
+from duet.cache.errors import UserError, did_you_mean
 
 GPUS_PATH = Path(__file__).with_name("gpus.yaml")
 FLOP_PER_BYTE = 150  # assumption, not measured: of a GPU whose bandwidth is not told, as an A100 has it
@@ -49,8 +48,7 @@ def named_gpu(name: str) -> Device:
     table = _table()
     found = next((key for key in table if key.lower() == name.lower()), None)
     if found is None:
-        near = difflib.get_close_matches(name.upper(), table, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name.upper(), table)
         raise UserError(
             f"--gpu {name}: not in the table", f"{hint}It has {', '.join(table)}; or say --gpu-memory GB --tflops X"
         )

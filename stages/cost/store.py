@@ -16,7 +16,7 @@ from duet.cache.codec import position_columns
 from duet.cache.errors import UserError
 from duet.cache.files import NOT_WRITABLE_HINT, DiskFull, free_bytes, is_writable
 from duet.cache.location import Folder
-from duet.cache.manifest import Plan
+from duet.cache.plan import Plan
 from duet.cache.writer import LEASES_NAME
 from duet.stages.models.loading import num_parameters
 from duet.stages.teacher.plan import Prepared

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from duet.cache.errors import UserError, near_path
+from duet.cache.errors import UserError, nearest_path
 from duet.stages.models.files import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
@@ -47,7 +47,7 @@ def find_base(name: str, adapter: Path, weights: bool = True) -> Path:
         return _fetch(name, f"the base of the adapter {adapter}", weights)
     raise UserError(
         f"the base of the adapter {adapter} is not here: {name}",
-        f"{near_path(name)}correct base_model_name_or_path in its {ADAPTER_CONFIG_NAME}, or name both: "
+        f"{nearest_path(name)}correct base_model_name_or_path in its {ADAPTER_CONFIG_NAME}, or name both: "
         "{model: BASE, adapter: DIRECTORY}",
     )
 
@@ -84,7 +84,7 @@ def _fetch(name: str, where: str, weights: bool) -> Path:
         is_file = Path(name).is_file()
         raise UserError(
             f"{where}: {name} is a file, expected a directory" if is_file else f"{where}: no such directory: {name}",
-            near_path(name) + "paths are relative to the current directory; a hub id is OWNER/NAME",
+            nearest_path(name) + "paths are relative to the current directory; a hub id is OWNER/NAME",
         )
     folder = _snapshot(name, where, _SMALL)
     return _snapshot(name, where, [*_SMALL, *_weights_of(folder)]) if weights else folder
@@ -110,5 +110,5 @@ def _snapshot(name: str, where: str, files: Sequence[str]) -> Path:
         way = "unset HF_HUB_OFFLINE" if offline else "check the network and your hub token; `duet doctor` looks at both"
         raise UserError(
             f"{where}: {name} is neither a directory nor a model that can be fetched: {why}",
-            f"{near_path(name)}check the name; {way}; or name a local directory",
+            f"{nearest_path(name)}check the name; {way}; or name a local directory",
         ) from None

@@ -18,6 +18,10 @@ HUB_SCHEME = "hf://"
 _MAGIC = b"PAR1"
 
 
+class WrongField(UserError):
+    """A field that the settings name is missing, or holds something else than they say."""
+
+
 def fields_of(settings: DataSettings) -> list[str]:
     """The fields that the settings name."""
     named = (getattr(settings, name) for name in type(settings).model_fields if name.endswith("_field"))

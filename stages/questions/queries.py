@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from duet.cache.errors import UserError, near_path
-from duet.stages.questions.columns import HUB_SCHEME, read_hub, read_parquet
+from duet.cache.errors import UserError, nearest_path
+from duet.stages.questions.columns import HUB_SCHEME, WrongField, read_hub, read_parquet
 from duet.stages.questions.json_rows import KINDS as JSON_KINDS
 from duet.stages.questions.json_rows import read_json_rows
 from duet.stages.questions.tables import DELIMITERS, read_table
@@ -69,7 +69,7 @@ def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(
             f"{where}.path: no such file: {settings.path}",
-            near_path(settings.path)
+            nearest_path(settings.path)
             + "paths are relative to the current directory; a data set on the Hugging Face hub is hf://OWNER/NAME",
         )
     reader = READERS.get(path.suffix.lower())
@@ -107,16 +107,16 @@ def shown(value: Any) -> str:
 
 
 def _field(row: dict[str, Any], setting: str, settings: DataSettings, at: str, where: str) -> Any:
-    """What the row holds in the field that a setting names; UserError if that is nothing."""
+    """What the row holds in the field that a setting names; WrongField if that is nothing."""
     field = getattr(settings, setting)
     if field not in row:
-        raise UserError(
+        raise WrongField(
             f"{at} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}",
             f"name the field with {where}.{setting}",
         )
     value = row[field]
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise UserError(
+        raise WrongField(
             f"{at}: {field} is {'null' if value is None else 'NaN'}",
             f"fill it, take the row out, or name another field with {where}.{setting}",
         )
@@ -126,9 +126,9 @@ def _field(row: dict[str, Any], setting: str, settings: DataSettings, at: str, w
 def _text(row: dict[str, Any], setting: str, settings: DataSettings, at: str, where: str) -> str:
     field, value = getattr(settings, setting), _field(row, setting, settings, at, where)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(
+        raise WrongField(
             f"{at} has {shown(value)} in field {field!r}, expected text",
-            f"mend the row, or name another field with {where}.{setting}",
+            f"fix the row, or name another field with {where}.{setting}",
         )
     _check_whole(value, f"{at}: {field}")
     return value
@@ -144,9 +144,9 @@ def _texts(row: dict[str, Any], setting: str, settings: DataSettings, at: str, w
     field, found = getattr(settings, setting), _field(row, setting, settings, at, where)
     if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
         wanted = "texts" if setting == "choices_field" else "wrong answers"
-        raise UserError(
+        raise WrongField(
             f"{at} has {shown(found)} in field {field!r}, expected a list of {wanted}",
-            f"mend the row, or name another field with {where}.{setting}",
+            f"fix the row, or name another field with {where}.{setting}",
         )
     for number, text in enumerate(found):
         _check_whole(text, f"{at}: {field}, entry {number},")
@@ -157,9 +157,9 @@ def _row_id(row: dict[str, Any], settings: DataSettings, at: str, where: str) ->
     """The row's own id, which is text or a number."""
     field, value = settings.id_field, _field(row, "id_field", settings, at, where)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise UserError(
+        raise WrongField(
             f"{at} has {shown(value)} in field {field!r}, expected an id: text or a number",
-            f"mend the row, name another field with {where}.id_field, or leave that out",
+            f"fix the row, name another field with {where}.id_field, or leave that out",
         )
     _check_whole(str(value), f"{at}: {field}")
     return str(value)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
-from duet.cache.errors import UserError
+from duet.cache.errors import UserError, did_you_mean
 from duet.cache.record import SUBSETS
 from duet.stages.questions.queries import Query, load_queries
 from duet.stages.settings.data import ForgetRequest, RequestData, TrainingData
@@ -17,9 +16,9 @@ MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has 
 def fill_prefix(prefix: str, topic: str) -> str:
     """The prefix with the topic in place. One that names it in its own words is fine, a mistyped {topic} is not."""
     for name in re.findall(r"\{\s*(\w+)\s*\}", prefix.replace("{topic}", "")):
-        if difflib.get_close_matches(name.lower(), ["topic"]):
+        if did_you_mean(name.lower(), ["topic"]):
             raise UserError(
-                f"the prefix {prefix!r} has {{{name}}}, which nothing is put in the place of", "write it {topic}"
+                f"the prefix {prefix!r} has {{{name}}}, which is not replaced by anything", "write it {topic}"
             )
     return prefix.replace("{topic}", topic)
 

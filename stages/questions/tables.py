@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from duet.cache.errors import UserError
+from duet.stages.questions.columns import WrongField
 from duet.stages.questions.text_files import text_of
 from duet.stages.settings.data import DataSettings
 
@@ -72,7 +73,7 @@ def _header(cells: list[str], at: str, delimiter: str, settings: DataSettings, w
         name = getattr(settings, setting)
         if name is not None and name not in cells:
             _refuse_other_delimiter(cells, name, at, delimiter, where)
-            raise UserError(
+            raise WrongField(
                 f"{where}: {at}: the header has no column {name!r}; it has {', '.join(map(repr, cells))}",
                 f"the first line must name the columns; rename one, or name it with {where}.{setting}",
             )

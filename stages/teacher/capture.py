@@ -19,7 +19,7 @@ import numpy as np
 
 from duet.cache.errors import Interrupted
 from duet.cache.location import Location
-from duet.cache.manifest import Plan, store_name
+from duet.cache.plan import Plan, store_name
 from duet.cache.record import SUBSETS, Rows, check_distinct, offsets_of
 from duet.cache.watch import Watch
 from duet.cache.writer import ShardWriter, StoreWriter

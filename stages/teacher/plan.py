@@ -10,7 +10,8 @@ from typing import Any
 from duet.cache.errors import UserError
 from duet.cache.location import Location
 from duet.cache.maintain import verify
-from duet.cache.manifest import MANIFEST_NAME, Manifest, Plan, read_manifest, store_name
+from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
+from duet.cache.plan import Plan, store_name
 from duet.cache.record import SUBSETS
 from duet.stages.engines.choose import engine_order, engine_version
 from duet.stages.engines.interface import Ask, EngineSpec, Request

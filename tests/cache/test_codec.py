@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import make_rows
 
-from duet.cache.codec import Layout, encode, join_ids, join_tokens, split_ids, split_tokens, token_high_offsets, widened
+from duet.cache.codec import Layout, encode, widened
 from duet.cache.errors import UserError
+from duet.cache.packed_ids import join_ids, join_tokens, split_ids, split_tokens, token_high_offsets
 from duet.cache.record import offsets_of
 
 WIDTHS = (2, 65_536, 65_537, 128_256, 131_072, 131_073, 151_936, 152_064, 262_144, 2**20)

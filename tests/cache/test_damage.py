@@ -23,10 +23,11 @@ from duet.cache.errors import UserError
 from duet.cache.files import Damaged, json_bytes
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, Location, location_of
-from duet.cache.manifest import MANIFEST_NAME, PLAN_NAME, Plan, is_signed, read_entry, read_manifest, read_plan
+from duet.cache.manifest import MANIFEST_NAME, read_entry, read_manifest
+from duet.cache.plan import PLAN_NAME, Plan, is_signed, planned, read_plan
 from duet.cache.reader import Store
 from duet.cache.record import concat_rows
-from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter, planned
+from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter
 
 FLIPS = int(os.environ.get("DUET_FLIPS", "50"))  # in each of the four kinds of store
 ROWS = make_rows(range(10), positions=None, forget=4)

@@ -29,7 +29,8 @@ from support import (
 from duet.cache import maintain
 from duet.cache.errors import UserError
 from duet.cache.location import Folder, location_of
-from duet.cache.manifest import MANIFEST_NAME, Plan, read_manifest
+from duet.cache.manifest import MANIFEST_NAME, read_manifest
+from duet.cache.plan import Plan
 from duet.cache.reader import Store
 from duet.cache.record import Rows
 from duet.cache.writer import StoreWriter

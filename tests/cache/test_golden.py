@@ -17,7 +17,8 @@ from support import make_plan, make_rows, read_all, same_rows, write_store
 
 from duet.cache import maintain
 from duet.cache.location import Folder
-from duet.cache.manifest import FORMAT_VERSION, Plan, read_manifest
+from duet.cache.manifest import read_manifest
+from duet.cache.plan import FORMAT_VERSION, Plan
 from duet.cache.reader import Store
 from duet.cache.record import Rows
 

@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 from support import FakeClock, make_plan, make_rows, read_all, same_rows
 
-from duet.cache import writer
+from duet.cache import claims, writer
 from duet.cache.leases import Lease, Leases
 from duet.cache.location import Folder
-from duet.cache.manifest import MANIFEST_NAME, Plan
+from duet.cache.manifest import MANIFEST_NAME
+from duet.cache.plan import Plan
 from duet.cache.record import Rows
 from duet.cache.writer import ShardWriter, StoreWriter
 
@@ -243,7 +244,7 @@ def run_array(folder: Path, tasks: int, shards: int, killed: int, preempted: int
     plan = make_plan(shards, shard_rows=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "ThreadPoolExecutor", lambda **_: Inline())
-        patch.setattr(writer, "Heartbeat", NoHeart)
+        patch.setattr(claims, "Heartbeat", NoHeart)
         array = Array(folder, plan, rows, FileServer(patch), rng)
         waiting = [array.begin(dies_at=rng.randint(1, 60)) for _ in range(killed)]
         waiting += [array.begin(preempted=True) for _ in range(preempted)]

@@ -31,7 +31,7 @@ def manifest(forget: int, retain: int, shard_rows: int = 7, block_rows: int = 3)
 def slots(order: Order, epoch: int, first: int = 0, count: int = 10**9) -> list[int]:
     """Row numbers of the plan."""
     rows: list[int] = []
-    for window, places in order.places(Cursor(epoch, first), count):
+    for window, places in order.draw(Cursor(epoch, first), count):
         rows += np.concatenate([np.arange(*bounds) for bounds in order.ranges(window)])[places].tolist()
     return rows
 

@@ -21,7 +21,8 @@ from duet.cache import maintain, reader
 from duet.cache.errors import UserError
 from duet.cache.files import json_bytes, sha256_json
 from duet.cache.location import Folder
-from duet.cache.manifest import FORMAT_VERSION, MANIFEST_NAME, PLAN_NAME, read_manifest
+from duet.cache.manifest import MANIFEST_NAME, read_manifest
+from duet.cache.plan import FORMAT_VERSION, PLAN_NAME
 from duet.cache.reader import Store
 from duet.cache.record import Rows, check_distinct, check_rows, concat_rows
 from duet.cache.writer import StoreWriter

@@ -20,7 +20,8 @@ from pathlib import Path
 from support import make_plan, make_rows
 
 from duet.cache.location import Folder
-from duet.cache.manifest import MANIFEST_NAME, Plan
+from duet.cache.manifest import MANIFEST_NAME
+from duet.cache.plan import Plan
 from duet.cache.writer import StoreWriter
 
 SHARDS, SHARD_ROWS = 80, 3

@@ -19,7 +19,8 @@ import pytest
 
 from duet.cache.leases import Clock
 from duet.cache.location import Folder, Location
-from duet.cache.manifest import Manifest, Plan
+from duet.cache.manifest import Manifest
+from duet.cache.plan import Plan
 from duet.cache.reader import Store
 from duet.cache.record import Rows, concat_rows
 from duet.cache.writer import StoreWriter
