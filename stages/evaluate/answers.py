@@ -14,7 +14,7 @@ from duet.cache.watch import Watch
 from duet.stages.attacks import prompts as attacks
 from duet.stages.attacks import run as battery
 from duet.stages.evaluate import muse as knowmem
-from duet.stages.exam.exam import Exam, Subject, Task, references_of, sets_as_tasks
+from duet.stages.exam.exam import Exam, Subject, Task, by_directory, references_of, sets_as_tasks
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import refusals
 
@@ -48,8 +48,7 @@ def answer_all(
     """
     answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
     how = battery.How(answers_dir, watch)
-    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        asked = [subject for subject in subjects if subject.model_dir == model_dir]
+    for model_dir, asked in by_directory(subjects).items():
         session = session_of(model_dir, exam, asked)
         try:
             for subject in asked:
@@ -65,8 +64,7 @@ def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, battery.Cost]
     """What the sets as they are and each attack will take, over all subjects; what is on disk already counts too."""
     made = attacks.chosen(exam)[0]
     total: dict[str, battery.Cost] = {}
-    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        asked = [subject for subject in subjects if subject.model_dir == model_dir]
+    for model_dir, asked in by_directory(subjects).items():
         session = session_of(model_dir, exam, asked)
         for subject in asked:
             for kind in (battery.NO_ATTACK, *made):

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from duet.stages.attacks import scores as attack_scores
-from duet.stages.evaluate import muse as knowmem
-from duet.stages.evaluate import verdict as outcome
+from duet.stages.evaluate import muse
 from duet.stages.evaluate.answers import refusals_of
 from duet.stages.evaluate.definitions import all_metrics, definitions, versions
 from duet.stages.evaluate.tofu import Reference, tofu_results
-from duet.stages.exam import reading
+from duet.stages.evaluate.verdict import outcomes_of
+from duet.stages.exam import given_texts
 from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of
 from duet.stages.exam.given_answers import Given, finite, score_given
 from duet.stages.metrics import text as metrics
@@ -34,22 +34,24 @@ def results_of(
     answers: Mapping[str, Mapping[str, Any]],
     given: Mapping[str, Mapping[str, Given]],
     reference: Reference | None = None,
-    readings: Mapping[str, reading.Readings] | None = None,
+    readings: Mapping[str, given_texts.Readings] | None = None,
     against: str | None = None,
 ) -> dict[str, Any]:
     """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
     samples, and what the numbers mean.
 
     `given` is empty where likelihoods are not asked for, and a model of which some are not finite has no scores of them: it is
-    broken, its verdict says. `reference` is that of TOFU's forget quality; `readings` are those
-    of `reading.py`, by subject. Every subject is compared with its own base, or all with the one that `against` names.
+    broken, its verdict says. `reference` is that of TOFU's forget quality; `readings` are what
+    subjects made of other texts. Every subject is compared with its own base, or all with the one that `against` names.
     """
     given, not_finite = finite(given)
     words = _distinctive_words(exam)
     models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam, words) for s in subjects}
     for name in models:
-        models[name] |= knowmem.scores_of(answers[name], exam) | reading.scores_of((readings or {}).get(name, {}), exam)
-    floors = _floors(exam, words) | knowmem.floors_of(exam) | reading.floors_of(exam)
+        models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(
+            (readings or {}).get(name, {}), exam
+        )
+    floors = _floors(exam, words) | muse.floors_of(exam) | given_texts.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
         "models": {
@@ -59,7 +61,7 @@ def results_of(
         **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
-        "outcomes": outcome.outcomes_of(subjects, exam, answers, models, floors, not_finite),
+        "outcomes": outcomes_of(subjects, exam, answers, models, floors, not_finite),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
