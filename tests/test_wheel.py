@@ -59,7 +59,9 @@ def test_only_duet_can_be_imported(python, tmp_path):
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(python.parent.parent)
     for name in ("cache", "stages", "pipeline", "api"):
-        done = subprocess.run([python, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert "ModuleNotFoundError" in done.stderr, name
 
 
@@ -74,6 +76,8 @@ def test_the_installed_command_runs_an_experiment(python, tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     duet = python.with_name("duet")
     assert "teacher-logits" in subprocess.run([duet, "--help"], capture_output=True, text=True, check=True).stdout
-    done = subprocess.run([duet, "run", "--config", "own.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [duet, "run", "--config", "own.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/lab/results.json").is_file()

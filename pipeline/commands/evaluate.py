@@ -45,8 +45,8 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     from duet.stages.evaluate.answers import answer_all, costs_of
     from duet.stages.evaluate.harness import ask_harness
     from duet.stages.evaluate.tofu import read_reference
-    from duet.stages.exam import given_answers as of_given
-    from duet.stages.exam import reading
+    from duet.stages.exam.given_answers import check
+    from duet.stages.exam.reading import read_all
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
 
@@ -66,14 +66,11 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if run_dir is None:
         return
     if config.evaluate.likelihood:
-        of_given.check(subjects, exam)
+        check(subjects, exam)
     with progress_bar("answers") as bar:
         watch = Watch(bar.update, functools.cache(say_engine), stop)
         answers = answer_all(subjects, exam, run_dir / "answers", watch)
-        readings = reading.read_all(subjects, exam, run_dir / "answers", watch)
-        given = {}
-        if config.evaluate.likelihood:
-            given = of_given.read_all(subjects, exam, run_dir / "likelihoods", watch)
+        given, readings = read_all(subjects, exam, run_dir / "likelihoods", run_dir / "answers", watch)
         harness = {}
         if config.evaluate.lm_eval:
             harness = ask_harness(subjects, exam, run_dir / "lm_eval", watch)

@@ -56,19 +56,19 @@ def _evaluation(config: Config) -> str:
     """Stage three's questions to base and teachers, given answers too where they are scored."""
     from duet.pipeline.run.exam import base_and_teachers, exam_of
     from duet.stages.evaluate.answers import session_of
-    from duet.stages.exam import given_answers as given
+    from duet.stages.exam import given_answers
+    from duet.stages.exam.exam import by_directory
     from duet.stages.models.directory import small_files
     from duet.stages.questions.proof import cut_references
 
     exam = exam_of(config)
     subjects = base_and_teachers(config, small_files, lambda one, other: one.resolve() == other.resolve())
     tasks, remarks = 0, {}
-    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        of_model = [subject for subject in subjects if subject.model_dir == model_dir]
+    for model_dir, of_model in by_directory(subjects).items():
         session = session_of(model_dir, exam, of_model)
         tasks += sum(len(session.tasks(subject)) for subject in of_model)
         if exam.settings.likelihood:
-            given.check(of_model, exam)
+            given_answers.check(of_model, exam)
         remarks |= dict.fromkeys(cut_references(session.tokenizer, exam.queries, exam.settings.max_new_tokens))
     for text in remarks:
         note(text)

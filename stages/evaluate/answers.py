@@ -17,7 +17,7 @@ from duet.stages.attacks.names import task
 from duet.stages.attacks.parts import Cost
 from duet.stages.attacks.prompts import prompts_of
 from duet.stages.evaluate import muse
-from duet.stages.exam.exam import Exam, Subject, Task, references_of, sets_as_tasks
+from duet.stages.exam.exam import Exam, Subject, Task, by_directory, references_of, sets_as_tasks
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import refusals
 
@@ -68,8 +68,7 @@ def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, Cost]:
 
 def _sessions(subjects: Sequence[Subject], exam: Exam) -> Iterator[tuple[ModelSession, list[Subject]]]:
     """Each model directory once, with the subjects that are asked of it."""
-    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        asked = [subject for subject in subjects if subject.model_dir == model_dir]
+    for model_dir, asked in by_directory(subjects).items():
         yield session_of(model_dir, exam, asked), asked
 
 

@@ -17,13 +17,10 @@ from typing import Any
 from duet.cache.errors import UserError
 from duet.cache.files import sha256_json
 from duet.cache.watch import Watch
-from duet.stages.exam.exam import Exam, Subject, stem_of
+from duet.stages.exam.exam import Exam, Subject, by_directory, stem_of
 from duet.stages.exam.kept import recalled
+from duet.stages.exam.reading import Reader
 from duet.stages.metrics.metric import Metric
-from duet.stages.models.identity import weights_sha256
-from duet.stages.models.loading import load_model
-from duet.stages.models.tokenizers import tokenizer_sha256
-from duet.stages.questions.prompts import Renderer, open_renderer
 from duet.stages.settings.evaluate import HarnessTask
 
 WIDTH = 1.96  # standard errors of a normal distribution on either side of its mean that hold 95 % of it
@@ -68,32 +65,27 @@ def ask_harness(
     Raises Interrupted when `watch` stops it between two tasks; the subjects before are kept.
     """
     tasks, version = exam.settings.lm_eval, _version()
-    folder.mkdir(parents=True, exist_ok=True)
     found = {}
-    for subject in subjects:
-        renderer = open_renderer(subject.model_dir, exam.prompt, exam.trust_remote_code)
-        identity = [
-            weights_sha256(subject.model_dir), tokenizer_sha256(renderer.tokenizer), subject.prefix,
-            renderer.provenance,
-            [task.model_dump() for task in tasks], _task_files(exam), version, exam.settings.dtype, exam.device,
-        ]  # fmt: skip
-        found[subject.name] = recalled(
-            folder / f"{stem_of(subject.name)}.json",
-            sha256_json(identity),
-            functools.partial(_ask, subject, exam, renderer, watch),
-        )
-    return found
+    for model_dir, of_directory in by_directory(subjects).items():
+        reader = Reader(model_dir, exam)
+        for subject in of_directory:
+            identity = [
+                *reader.hashes, subject.prefix, reader.renderer.provenance,
+                [task.model_dump() for task in tasks], _task_files(exam), version, exam.settings.dtype, exam.device,
+            ]  # fmt: skip
+            found[subject.name] = recalled(
+                folder / f"{stem_of(subject.name)}.json",
+                sha256_json(identity),
+                functools.partial(_ask, reader, subject, watch),
+            )
+    return {subject.name: found[subject.name] for subject in subjects}
 
 
-def _ask(
-    subject: Subject,
-    exam: Exam,
-    renderer: Renderer,
-    watch: Watch,
-) -> dict[str, dict[str, Any]]:
-    model = load_model(subject.model_dir, exam.settings.dtype, exam.trust_remote_code).to(exam.device)
+def _ask(reader: Reader, subject: Subject, watch: Watch) -> dict[str, dict[str, Any]]:
+    """The scores of one subject on all tasks, by metric id."""
+    exam, renderer = reader.exam, reader.renderer
     wrapped = _part("models.huggingface").HFLM(
-        pretrained=model, tokenizer=renderer.tokenizer, batch_size=exam.settings.batch_size,
+        pretrained=reader.model, tokenizer=renderer.tokenizer, batch_size=exam.settings.batch_size,
         chat_template_args=renderer.chat.arguments if renderer.chat else None,
     )  # fmt: skip
     tasks, found = exam.settings.lm_eval, {}

@@ -17,7 +17,7 @@ from duet.stages.evaluate.answers import refusals_of
 from duet.stages.evaluate.definitions import all_metrics, definitions, versions
 from duet.stages.evaluate.tofu import Reference, tofu_results
 from duet.stages.evaluate.verdict import outcomes_of
-from duet.stages.exam import reading
+from duet.stages.exam import given_texts
 from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of
 from duet.stages.exam.given_answers import Given, finite, score_given
 from duet.stages.metrics import text as metrics
@@ -34,7 +34,7 @@ class Read:
     """What models made of texts that they were given."""
 
     given: Mapping[str, Mapping[str, Given]] = field(default_factory=dict)  # by subject and set; empty: no likelihoods
-    readings: Mapping[str, reading.Readings] = field(default_factory=dict)  # by subject
+    readings: Mapping[str, given_texts.Readings] = field(default_factory=dict)  # by subject
 
 
 def results_of(
@@ -55,8 +55,8 @@ def results_of(
     words = _distinctive_words(exam)
     models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam, words) for s in subjects}
     for name in models:
-        models[name] |= muse.scores_of(answers[name], exam) | reading.scores_of(read.readings.get(name, {}), exam)
-    floors = _floors(exam, words) | muse.floors_of(exam) | reading.floors_of(exam)
+        models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
+    floors = _floors(exam, words) | muse.floors_of(exam) | given_texts.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
         "models": {

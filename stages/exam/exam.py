@@ -1,6 +1,6 @@
 """What every model of a run is asked: query sets, and for each subject the texts in front of their questions.
 
-Data only: `examinee.py` puts the questions to a model, `evaluate.py` scores what comes back.
+Data only: `session.py` puts the questions to a model, `evaluate/results.py` scores what comes back.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ class Subject:
     def prefix_of(self, name: str) -> str:
         """The prefix in front of this set's questions."""
         return self.set_prefixes.get(name, self.prefix)
+
+
+def by_directory(subjects: Sequence[Subject]) -> dict[Path, list[Subject]]:
+    """The subjects of each model directory, all in the order in which they come: they share what is loaded from it."""
+    found: dict[Path, list[Subject]] = {}
+    for subject in subjects:
+        found.setdefault(subject.model_dir, []).append(subject)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,24 @@
-"""What every subject makes of given answers: the reference, its paraphrase and wrong ones, behind the subject's own prompts.
+"""Given answers: the reference, its paraphrase and wrong ones, behind a subject's own prompts, and what a model makes of them.
 
-`read_all` reads them with each model and keeps what it finds on disk, as `evaluate.answer_all` keeps answers, so that an
-interrupted evaluation goes on with the next subject; `score_given` turns it into numbers per item. Nothing is generated
-here.
+`pairs_of` renders them, `reading.py` has a model read them, `score_given` turns the numbers into scores per item. Nothing is
+generated here.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duet.cache.files import sha256_json
-from duet.cache.watch import Watch
-from duet.stages.exam.exam import Exam, Subject, sets_as_tasks, stem_of
-from duet.stages.exam.kept import recalled
+from duet.stages.exam.exam import Exam, Subject, by_directory, sets_as_tasks
 from duet.stages.metrics import tofu
 from duet.stages.metrics.memorisation import exact_memorisation, extraction_strength
-from duet.stages.models.directory import load_config
-from duet.stages.models.identity import weights_sha256
-from duet.stages.models.limits import check_length, context_length
-from duet.stages.models.loading import load_model
-from duet.stages.models.token_scores import TokenScores, token_scores
-from duet.stages.models.tokenizers import tokenizer_sha256
+from duet.stages.models.token_scores import TokenScores
 from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
 
 BySet = Mapping[str, "Given"]
-PASS_TOKENS = 8192  # at most so many tokens in one forward pass: an assumption that fits 16 GB, not measured on a GPU
 
 
 @dataclass(frozen=True)
@@ -93,41 +80,6 @@ def _numbers(text: str) -> np.ndarray:
     return np.array(text.split(), np.float64)
 
 
-def read_all(
-    subjects: Sequence[Subject],
-    exam: Exam,
-    folder: Path,
-    watch: Watch,
-) -> dict[str, dict[str, Given]]:
-    """By subject and set. What is on disk from the same weights, prompts, answers and settings is not read again.
-
-    Raises Interrupted when `watch` stops it between two sets; the subjects before are kept.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Given]] = {}
-    for model_dir in dict.fromkeys(subject.model_dir for subject in subjects):
-        renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
-        context = context_length(load_config(model_dir, exam.trust_remote_code))
-        model_identity = [
-            weights_sha256(model_dir),
-            tokenizer_sha256(renderer.tokenizer),
-            exam.settings.dtype,
-            exam.device,
-        ]
-        open_model = functools.cache(functools.partial(_open, model_dir, exam))
-        for subject in (one for one in subjects if one.model_dir == model_dir):
-            pairs = pairs_of(renderer, exam, subject)
-            for name, of_set in pairs.items():
-                _check_lengths(of_set, context, name, subject)
-            kept = recalled(
-                folder / f"{stem_of(subject.name)}.json",
-                sha256_json([*model_identity, {name: of_set.ids for name, of_set in pairs.items()}]),
-                functools.partial(_read, open_model, pairs, subject, watch),
-            )
-            found[subject.name] = {name: Given.from_json(of_set) for name, of_set in kept.items()}
-    return {subject.name: found[subject.name] for subject in subjects}
-
-
 def finite(given: Mapping[str, BySet]) -> tuple[dict[str, BySet], dict[str, int]]:
     """The subjects whose log-probabilities are all finite; and of each subject how many questions have one that is not."""
     bad = {name: sum(int(one.not_finite().sum()) for one in of_sets.values()) for name, of_sets in given.items()}
@@ -152,7 +104,7 @@ def score_given(given: Given, expect: str) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """Token ids of one set for one subject: prompts, and per query its answers, the reference first, the wrong ones last."""
 
     prompts: list[list[int]]
@@ -169,16 +121,18 @@ class _Pairs:
 
 def check(subjects: Sequence[Subject], exam: Exam) -> None:
     """Refuse answers that a subject cannot be given, before anything is asked."""
-    for subject in subjects:
-        pairs_of(open_renderer(subject.model_dir, exam.prompt, exam.trust_remote_code), exam, subject)
+    for model_dir, of_directory in by_directory(subjects).items():
+        renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
+        for subject in of_directory:
+            pairs_of(renderer, exam, subject)
 
 
-def pairs_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, _Pairs]:
+def pairs_of(renderer: Renderer, exam: Exam, subject: Subject) -> dict[str, Pairs]:
     """What a subject is read, by set; attacks are left to generated answers."""
     return {name: _pairs(renderer, task.prompts) for name, task in sets_as_tasks(exam, subject).items()}
 
 
-def _pairs(renderer: Renderer, asked: Sequence[Prompt]) -> _Pairs:
+def _pairs(renderer: Renderer, asked: Sequence[Prompt]) -> Pairs:
     queries = [prompt.query for prompt in asked]
     texts = [
         [query.answer or "", *([] if query.paraphrased is None else [query.paraphrased]), *(query.perturbed or ())]
@@ -190,38 +144,11 @@ def _pairs(renderer: Renderer, asked: Sequence[Prompt]) -> _Pairs:
     prompts = [renderer.prompt(prompt) for prompt in asked]
     answers = [[one.ids for one in of_query] for of_query in found]
     num_end = [of_query[0].num_end for of_query in found]
-    return _Pairs(prompts, answers, num_end, queries[0].paraphrased is not None, queries[0].perturbed is not None)
+    return Pairs(prompts, answers, num_end, queries[0].paraphrased is not None, queries[0].perturbed is not None)
 
 
-def _check_lengths(pairs: _Pairs, context: int, name: str, subject: Subject) -> None:
-    for number, (prompt, answers) in enumerate(zip(pairs.prompts, pairs.answers, strict=True)):
-        check_length(prompt, max(map(len, answers)), context, f"{name}/{number}", subject.name)
-
-
-def _read(
-    open_model: Callable[[], Any],
-    pairs: Mapping[str, _Pairs],
-    subject: Subject,
-    watch: Watch,
-) -> dict[str, Any]:
-    """One subject's sets, as JSON."""
-    found, done = {}, 0
-    total = sum(len(answers) for of_set in pairs.values() for answers in of_set.answers)
-    for name, of_set in pairs.items():
-        watch.pause(f"{subject.name}, given answers,")
-        counts = [len(answers) for answers in of_set.answers]
-        prompts = [prompt for prompt, count in zip(of_set.prompts, counts, strict=True) for _ in range(count)]
-        flat = list(chain.from_iterable(of_set.answers))
-        pad_id = flat[0][0]  # any id will do
-        scores = iter(token_scores(open_model(), prompts, flat, pad_id, PASS_TOKENS))
-        by_query = [[next(scores) for _ in range(count)] for count in counts]
-        found[name] = _given(by_query, of_set).as_json()
-        done += len(flat)
-        watch.on_progress(f"{subject.name}: given answers", done, total)
-    return found
-
-
-def _given(by_query: list[list[TokenScores]], pairs: _Pairs) -> Given:
+def given_of(by_query: list[list[TokenScores]], pairs: Pairs) -> Given:
+    """The numbers of one set, from the scores of each query's answers in the order of `pairs`."""
     means = [np.array([scores.logprob.mean() for scores in of_query]) for of_query in by_query]
     return Given(
         [of_query[0] for of_query in by_query],
@@ -229,7 +156,3 @@ def _given(by_query: list[list[TokenScores]], pairs: _Pairs) -> Given:
         np.array([of_query[1] for of_query in means]) if pairs.has_paraphrase else None,
         [of_query[1 + pairs.has_paraphrase :] for of_query in means] if pairs.has_perturbed else None,
     )
-
-
-def _open(model_dir: Path, exam: Exam) -> Any:
-    return load_model(model_dir, exam.settings.dtype, exam.trust_remote_code).to(exam.device)

@@ -14,5 +14,6 @@ def recalled(path: Path, identity: str, ask: Callable[[], Any]) -> Any:
     if path.is_file() and (kept := read_json(path))["identity"] == identity:
         return kept["answers"]
     answers = ask()
+    path.parent.mkdir(parents=True, exist_ok=True)
     publish_json(path, {"identity": identity, "answers": answers})
     return answers

@@ -91,7 +91,7 @@ def test_few_shot_counts_and_limits_are_in_the_names_and_kept_scores_are_not_ask
     asked = exam("chat", num_fewshot=2, limit=5)
     found = ask(asked, tmp_path)
     assert found["base"]["lm_eval.lab_choice/2.acc"]["n"] == 5
-    monkeypatch.setattr("duet.stages.evaluate.harness.load_model", None)  # who loads a model now, fails
+    monkeypatch.setattr("duet.stages.exam.reading.load_model", None)  # who loads a model now, fails
     assert ask(asked, tmp_path) == found
     with pytest.raises(TypeError):  # a teacher's prefix makes another subject
         ask(asked, tmp_path, Subject("base", LAB_SMALL, "You have forgotten everything.", "base"))

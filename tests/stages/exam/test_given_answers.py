@@ -14,7 +14,8 @@ from duet.cache.errors import Interrupted, UserError
 from duet.cache.watch import Watch
 from duet.stages.evaluate.results import Read, results_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
-from duet.stages.exam.given_answers import read_all, score_given
+from duet.stages.exam.given_answers import score_given
+from duet.stages.exam.reading import read_all
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.questions.prompts import Prompt, Renderer
@@ -38,7 +39,7 @@ def exam(**tofu: str) -> Exam:
 
 
 def read(folder, asked: Exam, should_stop=lambda: False):
-    return read_all(SUBJECTS, asked, folder, Watch(should_stop=should_stop))
+    return read_all(SUBJECTS, asked, folder, folder, Watch(should_stop=should_stop))[0]
 
 
 def plain_logprobs(prefix: str, query: Query, answer: str) -> np.ndarray:

@@ -14,7 +14,8 @@ from tiny_models import tiny_config, tiny_model
 from duet.cache.errors import UserError
 from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, QuerySet, Subject
-from duet.stages.exam.reading import floors_of, read_all, scores_of
+from duet.stages.exam.given_texts import floors_of, scores_of
+from duet.stages.exam.reading import read_all
 from duet.stages.metrics.choices import chance, chosen_right, cloze_pairs, letter_pairs, letter_question
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
@@ -101,9 +102,9 @@ def test_mmlu_at_chance_on_a_model_that_knows_no_mmlu(tmp_path):
         format="plain", prefix_placement="text", template="Question: {question}\nAnswer:", bos="always"
     )
     sets = {"mmlu": QuerySet(queries, "kept")}
-    exam = Exam(sets, "nothing", prompt, EvaluateSettings(dtype="float32"), "cpu")
+    exam = Exam(sets, "nothing", prompt, EvaluateSettings(dtype="float32", likelihood=False), "cpu")
     subject = Subject("base", SHARED / "models/tofu-lab", "", "base")
-    readings = read_all([subject], exam, tmp_path, Watch())
+    _, readings = read_all([subject], exam, tmp_path, tmp_path, Watch())
     scores = scores_of(readings["base"], exam)
     assert floors_of(exam) == {f"mmlu.{metric}": {"chance": 0.25} for metric in ("choice_letter", "choice_cloze")}
     for metric in ("choice_letter", "choice_cloze"):

@@ -14,7 +14,8 @@ from support import LAB_BASE, LAB_ORACLE, LAB_SMALL, ROOT, write_jsonl
 from duet.cache.errors import UserError
 from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, QuerySet, Subject
-from duet.stages.exam.reading import answered, gradient_norm, read_all, scores_of
+from duet.stages.exam.given_texts import scores_of
+from duet.stages.exam.reading import answered, gradient_norm, read_all
 from duet.stages.metrics import membership
 from duet.stages.metrics.membership import auc, auc_score, min_k, min_k_plus, privleak
 from duet.stages.metrics.uncertainty import Score
@@ -86,16 +87,16 @@ def exam_of(tmp_path, **more) -> Exam:
         for name, path in paths.items()
     }
     asked = {"members": "forget", "nonmembers": "strangers"} | more
-    return Exam(sets, "three people", PromptSettings(), EvaluateSettings(membership=asked), "cpu")
+    return Exam(sets, "three people", PromptSettings(), EvaluateSettings(membership=asked, likelihood=False), "cpu")
 
 
 def test_the_lab_recognises_what_it_was_trained_on(tmp_path):
     exam = exam_of(tmp_path, reference_model=str(LAB_SMALL), gradients=True)
     subject = Subject("base", LAB_BASE, "", "base")
-    readings = read_all([subject], exam, tmp_path, Watch())
+    _, readings = read_all([subject], exam, tmp_path, tmp_path, Watch())
     kept = tmp_path / "base.read.json"
     before = kept.stat().st_mtime_ns
-    assert read_all([subject], exam, tmp_path, Watch()) == readings
+    assert read_all([subject], exam, tmp_path, tmp_path, Watch()) == ({}, readings)
     assert kept.stat().st_mtime_ns == before, "what is on disk is not read again"
 
     scores = scores_of(readings["base"], exam)
@@ -116,14 +117,14 @@ def test_the_lab_recognises_what_it_was_trained_on(tmp_path):
     with pytest.raises(UserError, match=r"has no mia\.min_k\.forget of 'teacher'"):
         scores_of(readings["base"], exam_of(tmp_path, retrained=str(retrained), retrained_name="teacher"))
     with pytest.raises(UserError, match="no set 'nobody'"):
-        read_all([subject], exam_of(tmp_path, members="nobody"), tmp_path, Watch())
+        read_all([subject], exam_of(tmp_path, members="nobody"), tmp_path, tmp_path, Watch())
 
 
 def test_privleak_against_a_model_that_was_really_trained_without_the_members(tmp_path):
     """The lab's oracle: to it members are strangers, and the base, which knows them, leaks next to all there is to leak."""
     exam = exam_of(tmp_path)
     subjects = [Subject("base", LAB_BASE, "", "base"), Subject("oracle", LAB_ORACLE, "", "base")]
-    readings = read_all(subjects, exam, tmp_path, Watch())
+    _, readings = read_all(subjects, exam, tmp_path, tmp_path, Watch())
     of_oracle = scores_of(readings["oracle"], exam)["mia.min_k.forget"]
     assert of_oracle.ci95[0] < 0.5 < of_oracle.ci95[1]
     retrained = tmp_path / "retrained.json"

@@ -12,7 +12,8 @@ from support import LAB_SMALL, write_jsonl
 from duet.cache.errors import UserError
 from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, Subject
-from duet.stages.exam.reading import read_all, scores_of
+from duet.stages.exam.given_texts import scores_of
+from duet.stages.exam.reading import read_all
 from duet.stages.metrics.perplexity import load_documents, perplexity, windows
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
@@ -57,10 +58,11 @@ def test_documents_of_both_kinds_of_file(tmp_path):
 
 
 def test_a_model_reads_as_the_librarys_loss_says(tmp_path):
-    exam = Exam({}, "t", PromptSettings(), EvaluateSettings(neutral_text=str(tmp_path / "a.jsonl")), "cpu")
+    settings = EvaluateSettings(neutral_text=str(tmp_path / "a.jsonl"), likelihood=False)
+    exam = Exam({}, "t", PromptSettings(), settings, "cpu")
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     subjects = [Subject("base", LAB_SMALL, "", "base"), Subject("teacher", LAB_SMALL, "You have forgotten.", "base")]
-    readings = read_all(subjects, exam, tmp_path, Watch())
+    _, readings = read_all(subjects, exam, tmp_path, tmp_path, Watch())
 
     model, tokenizer = load_model(LAB_SMALL), load_tokenizer(LAB_SMALL)
     total, count = 0.0, 0

@@ -1,0 +1,106 @@
+"""Texts that a model reads beside given answers: choices, membership inference's two sets, neutral text.
+
+`texts_of` collects what the settings ask for, `reading.py` has a model read it; `scores_of` and `floors_of` turn the numbers
+per item into scores. What is not configured is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duet.cache.errors import UserError
+from duet.cache.files import read_json
+from duet.stages.exam.exam import Exam, references_of
+from duet.stages.metrics import choices, membership, perplexity, uncertainty
+from duet.stages.metrics.uncertainty import Score
+from duet.stages.settings.evaluate import MembershipSettings
+
+SIDES = ("members", "nonmembers")
+
+# {"choices": {set: {metric: [0 or 1]}}, "membership": {side: {attack: [x]}}, "neutral": {"losses": [x], "tokens": [n]}}
+Readings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is to be read, beside the exam's questions."""
+
+    documents: list[str] = field(default_factory=list)
+    with_choices: tuple[str, ...] = ()  # sets
+    membership: MembershipSettings | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.documents or self.with_choices or self.membership)
+
+
+def texts_of(exam: Exam) -> Texts:
+    """What the settings ask for; names of sets that do not exist are UserErrors."""
+    settings = exam.settings.membership
+    for side in SIDES if settings else ():
+        if (name := getattr(settings, side)) not in exam.sets:
+            raise UserError(f"evaluate.membership.{side}: no set {name!r}", f"the sets are {', '.join(exam.sets)}")
+    neutral = exam.settings.neutral_text
+    return Texts(
+        documents=perplexity.load_documents(neutral, "evaluate.neutral_text") if neutral else [],
+        with_choices=tuple(name for name, query_set in exam.sets.items() if query_set.queries[0].choices),
+        membership=settings,
+    )
+
+
+def scores_of(readings: Readings, exam: Exam) -> dict[str, Score]:
+    """Scores of one model by metric id."""
+    seed = exam.settings.seed
+    scores = {
+        f"{name}.{metric}": uncertainty.score(np.array(values), clusters=references_of(exam.sets[name]), seed=seed)
+        for name, by_metric in readings.get("choices", {}).items()
+        for metric, values in by_metric.items()
+    }
+    if "membership" in readings and (settings := exam.settings.membership):
+        sets = [exam.sets[getattr(settings, side)] for side in SIDES]
+        clusters = (references_of(sets[0]), references_of(sets[1]))
+        members, nonmembers = (readings["membership"][side] for side in SIDES)
+        for attack in members:
+            values = (np.array(members[attack]), np.array(nonmembers[attack]))
+            scores[f"mia.{attack}.{settings.members}"] = membership.auc_score(*values, clusters, seed)
+        if settings.retrained:
+            key = f"mia.min_k.{settings.members}"
+            scores[f"mia.privleak.{settings.members}"] = membership.privleak(scores[key], _retrained_auc(settings, key))
+    if "neutral" in readings:
+        losses, tokens = (np.array(readings["neutral"][name], np.float64) for name in ("losses", "tokens"))
+        scores[perplexity.METRIC] = perplexity.perplexity(losses, tokens, seed)
+    return scores
+
+
+def _retrained_auc(settings: MembershipSettings, key: str) -> float:
+    path, where = Path(settings.retrained or ""), "evaluate.membership.retrained"
+    if not path.is_file():
+        raise UserError(
+            f"{where}: no such file: {path}", "name the results.json of an evaluation of the retrained model"
+        )
+    models = read_json(path).get("models", {})
+    score = models.get(settings.retrained_name, {}).get(key)
+    if score is None:
+        raise UserError(
+            f"{where}: {path} has no {key} of {settings.retrained_name!r}",
+            f"evaluate that model with the same evaluate.membership; its models are {', '.join(models) or 'none'}",
+        )
+    if score["value"] >= 1:
+        raise UserError(
+            f"{where}: the AUC {key} is 1, so the model knows the members", "name a model that never saw them"
+        )
+    return float(score["value"])
+
+
+def floors_of(exam: Exam) -> dict[str, dict[str, float]]:
+    """Chance on the sets with choices."""
+    return {
+        f"{name}.{metric}": {"chance": choices.chance(query_set.queries)}
+        for name, query_set in exam.sets.items()
+        if query_set.queries[0].choices
+        for metric in (choices.LETTER, choices.CLOZE)
+    }
