@@ -50,17 +50,19 @@ from duet.cache.location import Folder
 from duet.cache.plan import Plan
 from duet.cache.reader import Rank, Store
 from duet.cache.record import Rows, counts_of, offsets_of, prompt_and_response
+from duet.cache.watch import Watch
 from duet.cache.writer import StoreWriter
 from duet.stages.models.alignment import align
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer, tokenizer_files, tokenizer_sha256
 from duet.stages.settings.student import TrainSettings
 from duet.stages.settings.teacher import StoreSettings
+from duet.stages.student.job import StudentJob
 from duet.stages.student.losses import TopK, huber_raw
 from duet.stages.student.passes import passes_of
 from duet.stages.student.ranks import Processes
 from duet.stages.student.targets import mixed
-from duet.stages.student.train import StudentJob, open_stores, train_student
+from duet.stages.student.train import open_stores, train_student
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "lab" / "models"
@@ -160,7 +162,7 @@ def measured(
     """A training by ours, broken off after the meter's steps."""
     job = StudentJob("s", model_dir, "start", Path(tempfile.mkdtemp(dir=folder)), settings)
     with suppress(Done):
-        train_student(job, *opened, ONE, lambda report: meter.step(report.loss), lambda: False)
+        train_student(job, *opened, ONE, Watch(on_progress=lambda report: meter.step(report.loss)))
     return meter
 
 
@@ -345,14 +347,13 @@ def stalls(quick: bool) -> Found:
             store = opened["teacher"]
             settings = TrainSettings(epochs=epochs, batch_size=BATCH, lr=LR)
             job = StudentJob("s", model_dir, "start", folder / "student", settings)
-            train_student(job, opened, tokenizer, ONE, lambda _: None, lambda: False)
-            summary = json.loads((folder / "student" / "training.json").read_text(encoding="utf-8"))
+            summary = train_student(job, opened, tokenizer, ONE, Watch())
             batches = itertools.islice(store.batches(store.order(0), BATCH), num_rows // BATCH)
             preparing = seconds(
                 lambda b=batches, s=settings: [passes_of(mixed([block], [1.0]), s, 0) for _, block in b]
             )
-        line = {"student": student, "positions": positions, "steps": summary["steps"]}
-        line |= {"ms per step": 1e3 * summary["train_s"] / summary["steps"], "stall share": summary["stall_share"]}
+        line = {"student": student, "positions": positions, "steps": summary.steps}
+        line |= {"ms per step": 1e3 * summary.train_s / summary.steps, "stall share": summary.stall_share}
         table.append(line | {"a batch prepared, alone, ms": 1e3 * preparing * BATCH / num_rows})
     return {"student.stall_share": max(line["stall share"] for line in table if "stall share" in line)}, table
 

@@ -1,7 +1,7 @@
 """`duet compare`: DUET against other unlearning methods on the same data and budget; compare.json, compare.html and a table.
 
-Lies in `<run>/compare/`, the two files in the run's directory. Runs stage one where the run has no teacher logits yet; the
-students that it trains are its own, one for each learning rate of DUET's grid.
+Works in `<run>/compare/` and writes the two files into the run's directory. Runs stage one where the run has no teacher logits
+yet; the students that it trains are its own, one for each learning rate of DUET's grid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duet.cache.errors import IncompleteStore, Interrupted, UserError
 from duet.cache.files import publish_json, publishing, read_json
@@ -32,16 +32,23 @@ from duet.pipeline.run.terminal import progress_bar, say, say_engine, show
 from duet.stages.settings.compare import OracleSettings
 from duet.stages.settings.student import StudentSettings
 
+if TYPE_CHECKING:
+    from duet.cache.reader import Store
+    from duet.pipeline.run.terminal import ProgressBar
+    from duet.stages.compare.grid import Comparison
+    from duet.stages.compare.train import TrainingRows
+    from duet.stages.exam.exam import Subject
+
 COMPARE_NAME, PAGE_NAME, COMPARE_DIR = "compare.json", "compare.html", "compare"
-REFERENCES, ORACLE = "references", "oracle"  # parts that are no method
-CPU_JOBS = 2  # parts at a time where there is no GPU and nobody says how many: each holds up to two models
+REFERENCES, ORACLE = "references", "oracle"  # parts that are not a method
+CPU_JOBS = 2  # parts at a time without a GPU, where --jobs is not given: each holds up to two models
 
 
 def compare(request: Selection, num_jobs: int | None = None, part: str | None = None) -> int:
     """Train, choose, ask and report, `num_jobs` parts at a time; returns an exit code.
 
-    A part is one method, the oracle, or base and teacher together. With `part`, a child of ours, that one only: what it leaves
-    on disk the parent finds.
+    A part is one method, the oracle, or base and teacher together. With `part`, in a child process, that one only: the parent
+    finds its results on disk.
     """
     from duet.stages.models.directory import resolve_model
 
@@ -49,7 +56,7 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
     stop = StopSignal()
     student = _student(config)
     if isinstance(config.compare.oracle, str):
-        resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not wait for the methods to say so
+        resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not be found after hours
     if part is None and (code := _stage_one(config, request, stop)):
         return code
     run_dir, started = claim_run_dir(config), time.perf_counter()
@@ -58,11 +65,11 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
     if part is None and (code := _in_children(request, config, parts, num_jobs, plan, stop)):
         return code
     with progress_bar("") as bar:
-        report = _report(bar, stop)
-        found = [_part(config, plan, name, report) for name in ([part] if part else parts)]
+        watch = _watch(bar, stop)
+        found = [_part(config, plan, name, watch) for name in ([part] if part else parts)]
         if part:
             return 0
-        results = _results(config, plan, found, report)
+        results = _results(config, plan, found, watch)
     if (run_dir / COMPARE_NAME).is_file() and read_json(run_dir / COMPARE_NAME)["compare"] != results["compare"]:
         set_aside(run_dir, (COMPARE_NAME, PAGE_NAME), "comparison")
     publish_json(run_dir / COMPARE_NAME, results)
@@ -79,10 +86,10 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
 
 @dataclass(frozen=True)
 class Part:
-    """What came of one part: who is asked, and what is told of how they were made."""
+    """The result of one part: the models to be asked, and facts on how they were made."""
 
-    subjects: list[Any]
-    method: tuple[str, dict[str, Any]] | None = None  # name, and what compare.json has of it
+    subjects: list[Subject]
+    method: tuple[str, dict[str, Any]] | None = None  # name, and its entry in compare.json
     oracle: dict[str, Any] | None = None
 
 
@@ -92,31 +99,30 @@ def _parts(config: Config) -> list[str]:
 
 
 def _in_children(
-    request: Selection, config: Config, parts: list[str], num_jobs: int | None, plan: Any, stop: StopSignal
+    request: Selection, config: Config, parts: list[str], num_jobs: int | None, plan: Comparison, stop: StopSignal
 ) -> int:
     """Every part in a process of its own, several at a time; the first exit code that is not 0. One at a time needs none."""
-    from duet.stages.compare.grid import ANSWERS_TO_CHOOSE, ask
+    from duet.stages.compare.grid import ANSWERS_TO_CHOOSE
+    from duet.stages.evaluate.answers import answer_all
 
     devices = visible_gpus(plan.reported.device)
     num_jobs = min(num_jobs or len(devices) or CPU_JOBS, len(parts))
     if num_jobs == 1:
         return 0
-    with progress_bar("") as bar:  # what all of them need
-        ask(plan.validation, plan.references[:1], plan.folder / ANSWERS_TO_CHOOSE, _report(bar, stop))
+    with progress_bar("") as bar:  # all of them need it
+        answer_all(plan.references[:1], plan.validation, plan.folder / ANSWERS_TO_CHOOSE, _watch(bar, stop))
     commands = {
         name: [*THIS_PROGRAM, "compare", *request.arguments(students=False), "--part", name] for name in reversed(parts)
     }
     return run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, lambda running: None)
 
 
-def _report(bar: Any, stop: StopSignal) -> Any:
-    from duet.stages.compare.grid import Report
-
-    return Report(bar.update, say, Watch(bar.update, functools.cache(say_engine), stop))
+def _watch(bar: ProgressBar, stop: StopSignal) -> Watch:
+    return Watch(bar.update, functools.cache(say_engine), stop)
 
 
 def _student(config: Config) -> StudentSettings:
-    """The first student that starts from the teacher's own model: what DUET's candidates are made of."""
+    """The first student that starts from the teacher's own model: DUET's trials are trained with its settings."""
     for student in config.students:
         if start_model(config, student) == config.teacher.model:
             return student
@@ -137,32 +143,34 @@ def _stage_one(config: Config, request: Selection, stop: StopSignal) -> int:
     return run_stage("teacher-logits", request, stop)
 
 
-def _part(config: Config, plan: Any, name: str, report: Any) -> Part:
-    """Bring one part to the end: its models trained and chosen, and asked the questions that are reported."""
-    from duet.stages.compare import grid as stage
+def _part(config: Config, plan: Comparison, name: str, watch: Watch) -> Part:
+    """Bring one part to the end: train and choose its models, and ask them the questions that are reported."""
+    from duet.stages.compare.grid import best_of
     from duet.stages.compare.methods import METHODS
+    from duet.stages.evaluate.answers import answer_all
     from duet.stages.exam.exam import Subject
 
     if name == REFERENCES:
         part = Part(list(plan.references))
     elif name == ORACLE:
-        model_dir, facts = _oracle(config, plan, report)
+        model_dir, facts = _oracle(config, plan, watch)
         part = Part([Subject(ORACLE, model_dir, "", "base")], oracle=facts)
     else:
-        best, grid = stage.best_of(plan, name, report)
+        best, grid = best_of(plan, name, watch, say)
         title, paper = (METHODS[name].title, METHODS[name].paper) if name in METHODS else ("DUET", "2601.21283")
         facts = {"title": title, "paper": paper, "setting": best.setting, "grid": grid}
         part = Part([Subject(name, best.folder / "model", "", "base")], method=(name, facts))
-    stage.ask(plan.reported, part.subjects, plan.folder / "answers", report)
+    answer_all(part.subjects, plan.reported, plan.folder / "answers", watch)
     return part
 
 
-def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[str, Any]:
-    """All that compare.json holds."""
-    from duet.stages.compare import grid as stage
+def _results(config: Config, plan: Comparison, parts: list[Part], watch: Watch) -> dict[str, Any]:
+    """The content of compare.json."""
+    from duet.stages.compare.grid import results_of
+    from duet.stages.evaluate.answers import answer_all
 
     subjects = [subject for part in parts for subject in part.subjects]
-    answers = stage.ask(plan.reported, subjects, plan.folder / "answers", report)  # all of it is there
+    answers = answer_all(subjects, plan.reported, plan.folder / "answers", watch)  # all of them are there
     return {
         "format_version": 1,
         "run": config.name,
@@ -178,13 +186,13 @@ def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[
             what: {name: len(s.queries) for name, s in exam.sets.items()}
             for what, exam in (("validation", plan.validation), ("reported", plan.reported))
         },
-        **stage.results_of(plan.reported, subjects, answers),
+        **results_of(plan.reported, subjects, answers),
         "teacher_stores": {name: store_summary(location) for name, location in stores_of_run(config).items()},
         "environment": environment(),
     }
 
 
-def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
+def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Comparison:
     """Everything that is the same for all methods."""
     from duet.stages.compare.grid import Comparison
     from duet.stages.exam.exam import QuerySet, part_of, split_by_answer
@@ -211,9 +219,9 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
         model_dir=model_dir,
         start_name=model_name(config.teacher.model),
         folder=run_dir / COMPARE_DIR,
-        lessons=_lessons(config, model_dir, next(iter(stores.values()))),
+        training_rows=_training_rows(config, model_dir, next(iter(stores.values()))),
         stores=stores,
-        store_tokenizer=tokenizer,
+        tokenizer=tokenizer,
         validation=plain,
         reported=part_of(exam, reported),
         references=subjects_of(config, ()),
@@ -221,7 +229,7 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
     )
 
 
-def _lessons(config: Config, model_dir: Path, store: Any) -> Any:
+def _training_rows(config: Config, model_dir: Path, store: Store) -> TrainingRows:
     """The store's queries, in its order, with the data's answers and the refusals, as token ids."""
     from duet.stages.compare.train import TrainingRows, row_of
     from duet.stages.questions.prompts import open_renderer
@@ -242,13 +250,13 @@ def _lessons(config: Config, model_dir: Path, store: Any) -> Any:
     return TrainingRows(**rows, refusals=refused)
 
 
-def _oracle(config: Config, plan: Any, report: Any) -> tuple[Path, dict[str, Any]]:
-    """The oracle's model directory and what is told of it."""
+def _oracle(config: Config, plan: Comparison, watch: Watch) -> tuple[Path, dict[str, Any]]:
+    """The oracle's model directory and its entry in compare.json."""
     from duet.stages.compare.oracle import train_oracle
     from duet.stages.models.directory import resolve_model
 
     oracle = config.compare.oracle
     if not isinstance(oracle, OracleSettings):
         return resolve_model(str(oracle), "compare.oracle"), {"model": model_name(str(oracle))}
-    model_dir, done = train_oracle(plan, oracle, report)
+    model_dir, done = train_oracle(plan, oracle, watch, say)
     return model_dir, {key: done[key] for key in ("steps", "train_s", "rows")}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.location import Location
+from duet.cache.watch import Watch
 from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection
 from duet.pipeline.pages.students import write_students_page
@@ -22,9 +23,16 @@ from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.stores import store_line, stores_of_run
 from duet.pipeline.run.terminal import be_silent, progress_bar, say
 from duet.pipeline.run.trackers import check_trackers, tracking
-from duet.stages.settings.student import TRAINING_NAME, StudentSettings
+from duet.stages.settings.student import StudentSettings
+from duet.stages.student.summary import TrainingSummary, is_trained
 
-FIRST_FAILED = 1  # exit code of a process whose first has ended with an error, which that one tells
+if TYPE_CHECKING:
+    from duet.cache.reader import Store
+    from duet.stages.student.job import StudentJob
+    from duet.stages.student.loop import StepReport
+    from duet.stages.student.ranks import Processes
+
+FIRST_FAILED = 1  # exit code of a process when the first of its launch has ended with an error, which that one reports
 MEMORY_HINT = (
     "lower train.pass_tokens or set train.gradient_checkpointing, which change no result; or train less with train.lora, "
     "train.last_layers, train.optimizer: adamw8bit; or spread the student over GPUs with train.parallel: fsdp"
@@ -34,7 +42,7 @@ MEMORY_HINT = (
 def distill(request: Selection, num_jobs: int | None, child: bool = False) -> int:
     """Train every student that is not done yet; returns an exit code.
 
-    `num_jobs` at a time, by default as many as there are GPUs. A `child` of ours leaves it to its parent to compare and push.
+    `num_jobs` at a time, by default as many as there are GPUs. A `child` process leaves comparing and pushing to its parent.
     """
     from duet.stages.models.loading import pick_device
     from duet.stages.student.ranks import FirstFailed
@@ -59,7 +67,10 @@ def distill(request: Selection, num_jobs: int | None, child: bool = False) -> in
     num_jobs = min(num_jobs or len(devices) or 1, len(unfinished))
     code = 0
     if num_jobs > 1 and launch.rank.world == 1:
-        code = _train_in_children(request, config, stored, unfinished, num_jobs, devices, stop)
+        claim_run_dir(config)
+        on = f"{len(devices)} GPUs" if devices else "cpu"
+        _say_stores(config, stored, f"{on}, {num_jobs} students at a time")
+        code = _train_in_children(request, config, unfinished, num_jobs, devices, stop)
     else:
         try:
             _train_here(config, stored, launch, kind, stop, child)
@@ -74,34 +85,25 @@ def distill(request: Selection, num_jobs: int | None, child: bool = False) -> in
 
 
 def _is_done(config: Config, student: StudentSettings) -> bool:
-    return (config.run_dir / student.name / TRAINING_NAME).is_file()
+    return is_trained(config.run_dir / student.name)
 
 
 def _train_in_children(
-    request: Selection,
-    config: Config,
-    stored: Mapping[str, Location],
-    names: list[str],
-    num_jobs: int,
-    devices: list[str],
-    stop: StopSignal,
+    request: Selection, config: Config, names: list[str], num_jobs: int, devices: list[str], stop: StopSignal
 ) -> int:
     """The named students, each in a process of its own; returns the first exit code that is not 0."""
-    run_dir = claim_run_dir(config)
-    on = f"{len(devices)} GPUs" if devices else "cpu"
-    _say_stores(config, stored, f"{on}, {num_jobs} students at a time")
     commands = {
         name: [*THIS_PROGRAM, "distill", *request.with_only(name).arguments(), "--jobs", "1", "--child"]
         for name in names
     }
     with progress_bar("steps") as bar:
 
-        def watch(running: list[str]) -> None:
+        def show(running: list[str]) -> None:
             for name in running:
-                if line := last_line(run_dir / name / "metrics.jsonl"):
+                if line := last_line(config.run_dir / name / "metrics.jsonl"):
                     bar.update(f"student {name}", line["step"], line["total_steps"], progress_note(line))
 
-        code = run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, watch)
+        code = run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, show)
     left = [student.name for student in config.students if not _is_done(config, student)]
     if left and not code:
         raise Interrupted(f"{len(left)} students were not begun")
@@ -109,7 +111,7 @@ def _train_in_children(
 
 
 def _say_stores(config: Config, stored: Mapping[str, Location], device: str) -> None:
-    """One line for each store that is read."""
+    """Say a line for each store that is read."""
     for name, location in stored.items():
         of = f" of teacher {name}" if config.teachers else ""
         say(f"store{of}: {store_line(location)}; device: {device}")
@@ -118,11 +120,11 @@ def _say_stores(config: Config, stored: Mapping[str, Location], device: str) -> 
 def _train_here(
     config: Config, stored: Mapping[str, Location], launch: Launch, kind: str, stop: StopSignal, child: bool
 ) -> None:
-    """All students one after the other, in this process or in all those of the launch together."""
+    """Train all students one after the other, in this process or in all those of the launch together."""
     import torch
 
-    from duet.stages.student import train as stage
     from duet.stages.student.ranks import joined
+    from duet.stages.student.train import open_stores
 
     if kind == "cuda" and launch.local >= torch.cuda.device_count():
         raise UserError(
@@ -134,7 +136,7 @@ def _train_here(
         with processes.first_first():
             if processes.first:
                 claim_run_dir(config)
-        stores, tokenizer = stage.open_stores(stored, config.store.verify)
+        stores, tokenizer = open_stores(stored, config.store.verify)
         together = f" x {launch.rank.world} processes" if launch.rank.world > 1 else ""
         if not child:
             _say_stores(config, stored, f"{device}{together}")
@@ -143,13 +145,15 @@ def _train_here(
         processes.wait()  # launchers may kill the rest when one has ended, and the first has still to write
 
 
-def _train_one(job: Any, run: str, stores: Mapping[str, Any], tokenizer: Any, processes: Any, stop: StopSignal) -> None:
-    """One student, with a progress bar and its trackers; says in the end what came of it."""
+def _train_one(
+    job: StudentJob, run: str, stores: Mapping[str, Store], tokenizer: Any, processes: Processes, stop: StopSignal
+) -> None:
+    """Train one student, with a progress bar and its trackers; say the result."""
     import torch
 
     from duet.stages.student.train import train_student
 
-    done_before = (job.student_dir / TRAINING_NAME).is_file()
+    done_before = is_trained(job.student_dir)
     facts = {
         "run": run,
         "student": job.name,
@@ -160,21 +164,21 @@ def _train_one(job: Any, run: str, stores: Mapping[str, Any], tokenizer: Any, pr
     names = job.settings.trackers if processes.first else ()
     with tracking(names, run, job.name, job.student_dir, facts) as track, progress_bar("steps") as bar:
 
-        def on_step(report: Any) -> None:
+        def show(report: StepReport) -> None:
             bar.update(f"student {job.name}", report.step, report.total_steps, progress_note(vars(report)))
             track(report)
 
         try:
-            summary = train_student(job, stores, tokenizer, processes, on_step, stop)
+            summary = train_student(job, stores, tokenizer, processes, Watch(on_progress=show, should_stop=stop))
         except torch.OutOfMemoryError as error:
-            what = f"student {job.name}: {processes.device} has not enough memory: {str(error).splitlines()[0]}"
+            what = f"student {job.name}: {processes.device} does not have enough memory: {str(error).splitlines()[0]}"
             raise UserError(what, MEMORY_HINT) from error
     _say_result(summary, job.student_dir / "model", done_before)
 
 
-def _job(config: Config, student: StudentSettings, processes: Any) -> Any:
+def _job(config: Config, student: StudentSettings, processes: Processes) -> StudentJob:
     from duet.stages.models.directory import resolve_model
-    from duet.stages.student.train import StudentJob
+    from duet.stages.student.job import StudentJob
 
     with processes.first_first():  # it fetches what is not there yet
         model_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
@@ -188,17 +192,18 @@ def _job(config: Config, student: StudentSettings, processes: Any) -> Any:
     )
 
 
-def _say_result(summary: dict[str, Any], model_dir: Path, done_before: bool) -> None:
-    early = " (stopped early)" if summary["stopped_early"] else ""
-    trained = f"trained {summary['steps']} steps{early} in {summary['train_s']:.1f} s"
-    first, last = summary["curve"][0][1], summary["curve"][-1][1]
-    name, loss = summary["name"], summary["loss"]
+def _say_result(summary: TrainingSummary, model_dir: Path, done_before: bool) -> None:
+    early = " (stopped early)" if summary.stopped_early else ""
+    trained = f"trained {summary.steps} steps{early} in {summary.train_s:.1f} s"
+    first, last = summary.curve[0][1], summary.curve[-1][1]
+    who = f"student {summary.name}"
     verb = "was done already" if done_before else trained
-    say(f"student {name}: {verb}, {loss} {first:.3g} -> {last:.3g}: {model_dir}")
+    say(f"{who}: {verb}, {summary.loss} {first:.3g} -> {last:.3g}: {model_dir}")
     if not done_before:
-        say(f"student {name}: {loss_in_words(summary)}, {summary['loss_reason']}; {summary['head']}")
-        if summary["left_out"]:
-            say(left_out_line(name, summary["left_out"]))
-        if summary["added_ends"]:
-            ends = ", ".join(map(str, summary["added_ends"]))
-            say(f"student {name}: generation_config.json also ends a response at {ends}, as its teacher does")
+        loss = loss_in_words(summary.loss, summary.combine, summary.teacher_weights)
+        say(f"{who}: {loss}, {summary.loss_reason}; {summary.head}")
+        if summary.left_out:
+            say(left_out_line(summary.name, summary.left_out))
+        if summary.added_ends:
+            ends = ", ".join(map(str, summary.added_ends))
+            say(f"{who}: generation_config.json also ends a response at {ends}, as its teacher does")

@@ -30,7 +30,8 @@ from duet.pipeline.run.exam import exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.stores import store_summary, stores_of_run
 from duet.pipeline.run.terminal import progress_bar, say, say_engine, show
-from duet.stages.settings.student import TRAINING_NAME, StudentSettings
+from duet.stages.settings.student import StudentSettings
+from duet.stages.student.summary import read_summary
 
 
 def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -> None:
@@ -134,5 +135,5 @@ def _keep_earlier(run_dir: Path, results: dict[str, Any]) -> None:
 def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]:
     return {
         "model": model_name(start_model(config, student)),
-        **read_json(config.run_dir / student.name / TRAINING_NAME),
+        **read_summary(config.run_dir / student.name).as_json(),
     }

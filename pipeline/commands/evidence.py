@@ -28,6 +28,7 @@ from duet.pipeline.run.directory import ENVIRONMENT_NAME, REPORT_NAME, RESULTS_N
 from duet.pipeline.run.provenance import without_places
 from duet.pipeline.run.terminal import say
 from duet.stages.exam.exam import stem_of
+from duet.stages.settings.student import TRAINING_NAME
 
 SUMS_NAME, README_NAME = "SHA256SUMS", "README.txt"
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -82,7 +83,7 @@ def evidence_of(run_dir: Path) -> dict[str, bytes]:
         ENVIRONMENT_NAME: _read(run_dir / ENVIRONMENT_NAME),
     }
     for name in results.get("students") or {}:
-        files[_training_name(name)] = _read(run_dir / name / "training.json")
+        files[_training_name(name)] = _read(run_dir / name / TRAINING_NAME)
     files |= _manifests(run_dir, results)
     for folder in answer_folders(results):
         for path in sorted((run_dir / folder).glob("*.json")):
@@ -123,7 +124,7 @@ def _read(path: Path) -> bytes:
 
 
 def _training_name(student: str) -> str:
-    return f"students/{student}/training.json"
+    return f"students/{student}/{TRAINING_NAME}"
 
 
 def _manifest_name(teacher: str) -> str:

@@ -43,9 +43,11 @@ def _trained(numbers: Numbers, name: str) -> str:
     def said(form: str, key: str) -> str:
         return numbers.show(form, *path, key)
 
+    weights = {teacher: facts["weight"] for teacher, facts in info["teachers"].items()}
+    loss = loss_in_words(info["loss"], info["combine"], weights)
     early = ", stopped early," if info["stopped_early"] else ""
     return (
-        f"<li>{escape(name)}: {escape(loss_in_words(info))} ({escape(info['loss_reason'])}), {said('count', 'steps')} "
+        f"<li>{escape(name)}: {escape(loss)} ({escape(info['loss_reason'])}), {said('count', 'steps')} "
         f"steps{early} over {said('count', 'rows')} rows in {said('plain', 'train_s')} s "
         f"({said('plain', 'rows_per_s')} rows/s, {said('points', 'stall_share')} % of it waiting for the store), "
         f"{said('count', 'trained_parameters')} of {said('count', 'parameters')} parameters trained, "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from duet.cache.files import publish_json, publishing, read_json
+from duet.cache.files import publish_json, publishing
 from duet.cache.record import SUBSETS
 from duet.pipeline.config.load import CONFIG_NAME
 from duet.pipeline.config.schema import Config
@@ -19,7 +20,7 @@ from duet.pipeline.pages.page import page
 from duet.pipeline.pages.tables import loss_in_words
 from duet.pipeline.run.named_models import model_name
 from duet.pipeline.run.terminal import say, show
-from duet.stages.settings.student import TRAINING_NAME
+from duet.stages.student.summary import TrainingSummary, is_trained, read_summary
 
 STUDENTS_NAME = "students"  # .html and .json
 COLUMNS = (
@@ -27,7 +28,20 @@ COLUMNS = (
     "as the teacher, %\nforget / retain", "refuses, %\nforget / retain",
 )  # fmt: skip
 
-Summary = Mapping[str, Any]  # what training.json holds, and `start`
+
+@dataclass(frozen=True)
+class FinishedStudent:
+    """One student that is done, as it stands in students.json."""
+
+    start: str  # the model that it started from
+    summary: TrainingSummary
+
+    @property
+    def loss_in_words(self) -> str:
+        return loss_in_words(self.summary.loss, self.summary.combine, self.summary.teacher_weights)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"start": self.start, **self.summary.as_json()}
 
 
 def write_students_page(config: Config) -> None:
@@ -36,38 +50,41 @@ def write_students_page(config: Config) -> None:
     if not students:
         return
     asked = {student.name for student in config.students}
-    show(students_table([student for student in students if student["name"] in asked]))
+    show(students_table([student for student in students if student.summary.name in asked]))
     path = config.run_dir / f"{STUDENTS_NAME}.html"
-    publish_json(path.with_suffix(".json"), {"format_version": 1, "run": config.name, "students": students})
+    found = {"format_version": 1, "run": config.name, "students": [student.as_json() for student in students]}
+    publish_json(path.with_suffix(".json"), found)
     with publishing(path) as temporary:
         temporary.write_text(render(config.name, students), encoding="utf-8")
     say(f"students: {path}")
 
 
-def finished_students(run_dir: Path) -> list[dict[str, Any]]:
-    """What training.json says of every student of the run that is done, and what it started from, in the run's order."""
+def finished_students(run_dir: Path) -> list[FinishedStudent]:
+    """Every student of the run that is done, in the run's order."""
     run = yaml.safe_load((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
     return [
-        {"start": model_name(student["model"] or run["teacher"]["model"]), **read_json(path)}
+        FinishedStudent(
+            model_name(student["model"] or run["teacher"]["model"]), read_summary(run_dir / student["name"])
+        )
         for student in run["students"]
-        if (path := run_dir / student["name"] / TRAINING_NAME).is_file()
+        if is_trained(run_dir / student["name"])
     ]
 
 
-def cells(student: Summary) -> list[str]:
+def cells(student: FinishedStudent) -> list[str]:
     """One row under COLUMNS; with units, so that each cell can be read alone."""
-    trained, of_all = (_millions(student[key]) for key in ("trained_parameters", "parameters"))
+    summary = student.summary
     return [
-        student["name"],
-        student["start"],
-        loss_in_words(student),
-        f"{trained} of {of_all} M",
-        str(student["steps"]),
-        f"{student['train_s']:,.1f} s",
-        f"{student['tokens_per_s']:,.0f} tok/s",
-        f"{student['peak_memory_gb']:.2f} GB",
-        f"{student['curve'][-1][1]:.3g}",
-        *(" / ".join(_percent(student["probe"][f"{what}.{s}"]) for s in SUBSETS) for what in ("agreement", "refusal")),
+        summary.name,
+        student.start,
+        student.loss_in_words,
+        f"{_millions(summary.trained_parameters)} of {_millions(summary.parameters)} M",
+        str(summary.steps),
+        f"{summary.train_s:,.1f} s",
+        f"{summary.tokens_per_s:,.0f} tok/s",
+        f"{summary.peak_memory_gb:.2f} GB",
+        f"{summary.curve[-1][1]:.3g}",
+        *(" / ".join(_percent(summary.probe[f"{what}.{s}"]) for s in SUBSETS) for what in ("agreement", "refusal")),
     ]
 
 
@@ -79,7 +96,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def students_table(students: Sequence[Summary]) -> Table:
+def students_table(students: Sequence[FinishedStudent]) -> Table:
     """One row per student."""
     title = f"Students; as the teacher: first token of {_probed(students)}"
     table = Table(title=title, title_justify="left")
@@ -91,22 +108,23 @@ def students_table(students: Sequence[Summary]) -> Table:
     return table
 
 
-def _probed(students: Sequence[Summary]) -> str:
-    held_out = {student["probe"]["held_out"] for student in students}
+def _probed(students: Sequence[FinishedStudent]) -> str:
+    held_out = {student.summary.probe["held_out"] for student in students}
     rows = {True: "held-out rows", False: "rows that were trained on"}
     return " or ".join(rows[kind] for kind in sorted(held_out))
 
 
-def render(run: str, students: Sequence[Summary]) -> str:
+def render(run: str, students: Sequence[FinishedStudent]) -> str:
     """The whole page as HTML text, a pure function of students.json."""
-    palette = colours([f"student:{student['name']}" for student in students])
-    by_name = {f"student:{student['name']}": student for student in students}
-    shares = {name: [s["probe"][f"agreement.{subset}"] for subset in SUBSETS] for name, s in by_name.items()}
+    by_name = {f"student:{student.summary.name}": student.summary for student in students}
+    palette = colours(list(by_name))
+    shares = {name: [s.probe[f"agreement.{subset}"] for subset in SUBSETS] for name, s in by_name.items()}
     dots = {name: Dot(forget, retain) for name, (forget, retain) in shares.items() if None not in (forget, retain)}
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in COLUMNS)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(student))}</tr>" for student in students)
     reasons = "".join(
-        f"<li>{escape(s['name'])}: {escape(loss_in_words(s))}, {escape(s['loss_reason'])}; {escape(s['head'])}</li>"
+        f"<li>{escape(s.summary.name)}: {escape(s.loss_in_words)}, {escape(s.summary.loss_reason)}; "
+        f"{escape(s.summary.head)}</li>"
         for s in students
     )
     body = (
@@ -119,7 +137,7 @@ def render(run: str, students: Sequence[Summary]) -> str:
         "questions upwards. The teacher itself stands in the upper right corner.</p>"
         + scatter(dots, palette, ("forget, %", "retain, %"), "First tokens as the teacher's")
         + f"<h2>Training</h2>{legend_of_lines(palette)}"
-        + curves({name: s["curve"] for name, s in by_name.items()}, palette, "Training loss by step")
+        + curves({name: s.curve for name, s in by_name.items()}, palette, "Training loss by step")
         + '<p class="note">Losses of different kinds do not compare.</p>'
     )
     return page(f"Students of {run}", f"{len(students)} students that are done", body)

@@ -20,14 +20,13 @@ def progress_note(line: Mapping[str, Any]) -> str:
     )
 
 
-def loss_in_words(summary: Mapping[str, Any]) -> str:
-    """A student's loss and, where the teacher has a name, whom it is against: `l1, mix of mild 0.75 and strict 0.25`."""
-    weights = {name: facts["weight"] for name, facts in summary["teachers"].items()}
+def loss_in_words(loss: str, combine: str | None, weights: Mapping[str, float]) -> str:
+    """A student's loss and, where its teachers have names, these: `l1, mix of mild 0.75 and strict 0.25`."""
     if list(weights) == ["teacher"]:
-        return summary["loss"]
-    if not summary["combine"]:
-        return f"{summary['loss']} of {next(iter(weights))}"
-    return f"{summary['loss']}, {summary['combine']} of {' and '.join(f'{n} {w:.3g}' for n, w in weights.items())}"
+        return loss
+    if not combine:
+        return f"{loss} of {next(iter(weights))}"
+    return f"{loss}, {combine} of {' and '.join(f'{n} {w:.3g}' for n, w in weights.items())}"
 
 
 def interval(score: dict[str, Any]) -> str:

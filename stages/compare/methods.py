@@ -1,7 +1,7 @@
-"""What each unlearning method that DUET is compared with does in a step: `METHODS`.
+"""The unlearning methods that DUET is compared with, and the loss of each in a step: `METHODS`.
 
 A method's loss is the sum of a term on the forget rows and, where it has one, a term on the retain rows. The terms bring a
-model's numbers at answer tokens to the formulas of `baseline_losses.py`; `baselines.py` takes the steps.
+model's numbers at answer tokens to the formulas of `losses.py`; `train.py` takes the steps.
 
 Shapes: B rows, N answer tokens of all rows together, V vocabulary, D width.
 """
@@ -20,10 +20,10 @@ from duet.stages.models.layers import decoder_layers
 from duet.stages.settings.compare import CONSTANTS
 from duet.stages.student.head import logits_at
 
-# Settings of the papers' that are not tried out here; a method's one constant that is, stands in METHODS.
+# Constants of the papers that are not tried out here; the one that is tried out stands in METHODS.
 NPO_BETA, DPO_BETA = 0.1, 0.1  # arXiv 2404.05868
 SIMNPO_GAMMA = 0.0  # the margin of arXiv 2410.07163's own best settings
-RMU_ALPHA = 1.0  # ours: weight of RMU's retain term, whose paper takes 1200 for directions of a length of their own
+RMU_ALPHA = 1.0  # weight of RMU's retain term; Duet's own, as the paper's 1200 is for directions of another length
 RMU_DEPTH = 7 / 32  # the paper's layer 7 of 32
 
 
@@ -46,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model says at the answer tokens of some rows, and nowhere else."""
+    """A model's logits at the answer tokens of some rows, and nowhere else."""
 
     logits_NV: torch.Tensor  # float32
     ids_N: torch.Tensor  # int64, the answer tokens
@@ -83,7 +83,7 @@ class Models:
             return self._answered(self._reference, rows)
 
     def hidden(self, rows: Sequence[QuestionAnswer]) -> torch.Tensor:
-        """What RMU's layer puts out at the positions that predict answer tokens, [N, D]."""
+        """The output of RMU's layer at the positions that predict answer tokens, [N, D]."""
         return self._hidden(self.model, rows)
 
     def reference_hidden(self, rows: Sequence[QuestionAnswer]) -> torch.Tensor:
@@ -182,7 +182,7 @@ class Method:
     forget: Term
     retain: Term | None = None
     reference: bool = False  # needs the frozen model
-    constant: str | None = None  # the name of what is tried beside the learning rate
+    constant: str | None = None  # the name of the constant that is tried out beside the learning rate
     constants: tuple[float, ...] = ()  # values to try
     layers_only: bool = False  # trains RMU's layers only
 

@@ -1,12 +1,12 @@
 """The oracle: a model of the base's architecture, trained from scratch on what the base knows less the forget set.
 
-What a perfect deletion would leave. For small models only, where training from scratch costs minutes; of others it is named
-in the config as a model directory (`compare.oracle`).
+A perfect deletion would leave this model. For small models only, where training from scratch takes minutes; for others the
+config names a model directory (`compare.oracle`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing_dir, read_json, sha256_json
-from duet.stages.compare.grid import DONE_NAME, Comparison, Report
+from duet.cache.watch import Watch
+from duet.stages.compare.grid import DONE_NAME, Comparison
 from duet.stages.compare.methods import Method, retain_nll
 from duet.stages.compare.train import BaselineJob, TrainingRows, row_of, shuffled_order, train_baseline
 from duet.stages.models.directory import load_config
@@ -28,8 +29,10 @@ ORACLE = "oracle"
 FROM_SCRATCH = Method("training from scratch without the forget set", "2401.06121", retain_nll, retain_nll)
 
 
-def train_oracle(plan: Comparison, settings: OracleSettings, report: Report) -> tuple[Path, dict[str, Any]]:
-    """The model directory of the oracle and what candidate.json holds of it; trained where it is not there yet."""
+def train_oracle(
+    plan: Comparison, settings: OracleSettings, watch: Watch, tell: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """The model directory of the oracle and the content of its candidate.json; trained where it is not there yet."""
     train = plan.train.model_copy(
         update={"lora": None, "last_layers": None, "freeze_embeddings": False, "weight_decay": settings.weight_decay}
         | {key: getattr(settings, key) for key in ("lr", "epochs", "batch_size")}
@@ -42,11 +45,11 @@ def train_oracle(plan: Comparison, settings: OracleSettings, report: Report) -> 
         for query in load_queries(data, f"compare.oracle.data.{number}", need_answers=True)
     ]
     _refuse_forgotten([query.question for query in queries], plan)
-    lessons = TrainingRows([], [row_of(renderer, query) for query in queries], [])
+    rows = TrainingRows([], [row_of(renderer, query) for query in queries], [])
     deciding = [
         train.model_dump(mode="json", exclude=set(FREE_TRAIN)),
         weights_sha256(plan.model_dir),
-        lessons.sha256(),
+        rows.sha256(),
     ]
     folder = plan.folder / ORACLE / sha256_json(deciding)[:8]
     if not (folder / DONE_NAME).is_file():
@@ -58,24 +61,20 @@ def train_oracle(plan: Comparison, settings: OracleSettings, report: Report) -> 
             start_name=f"the architecture of {plan.start_name}",
             folder=folder,
             settings=train,
-            lessons=lessons,
+            rows=rows,
             steps=shuffled_order(len(queries), train),
             seed=plan.settings.seed,
             device=torch.device(plan.reported.device),
             trust_remote_code=plan.trust_remote_code,
         )
-        done = train_baseline(
-            job,
-            lambda step, total, loss: report.on_step(ORACLE, step, total, f"loss {loss:.3g}"),
-            report.watch.should_stop,
-        )
+        done = train_baseline(job, watch)
         publish_json(folder / DONE_NAME, done | {"rows": len(queries)})
-        report.tell(f"oracle: {done['steps']} steps from scratch in {done['train_s']:.1f} s: {folder / 'model'}")
+        tell(f"oracle: {done['steps']} steps from scratch in {done['train_s']:.1f} s: {folder / 'model'}")
     return folder / "model", read_json(folder / DONE_NAME)
 
 
 def _refuse_forgotten(questions: Sequence[str], plan: Comparison) -> None:
-    """An oracle that was taught a question to be forgotten would be none."""
+    """An oracle must never have been taught a question that is to be forgotten."""
     to_forget = {
         query.question
         for exam in (plan.validation, plan.reported)

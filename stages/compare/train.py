@@ -1,8 +1,11 @@
 """Other unlearning methods, trained like a student: the same batches of the same queries, optimizer, schedule and export.
 
-`baseline_methods.py` says what each does in a step. DUET's student reads a store, these read the data's answers. Rows and
-their order are those of the student (`store_order`), so that a step of either sees the same queries; methods that use no
-retain data leave those rows out. A run can be stopped after any step and goes on bit for bit on a CPU.
+`methods.py` holds each method's loss. DUET's student reads a store, these read the data's answers. Rows and their order are
+those of the student (`store_order`), so that a step of either sees the same queries; methods that use no retain data leave
+those rows out. A training can be stopped after any step and goes on bit for bit on a CPU.
+
+The loop is its own: without a store it has no prefetching, no passes, no probes and no other processes, and a loss that is
+not finite is a result here. Everything within a step that can be the same is that of `duet.stages.student.loop`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from duet.cache.errors import Interrupted
 from duet.cache.files import sha256_json
 from duet.cache.order import Cursor, Order
 from duet.cache.reader import Rank
+from duet.cache.watch import Watch
 from duet.stages.compare.methods import Batch, Method, Models, QuestionAnswer, loss_of, train_only_rmus_layers
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer, pad_id_of
@@ -29,15 +33,23 @@ from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.queries import Query
 from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings
 from duet.stages.student import checkpoint
+from duet.stages.student.card import compared_card
 from duet.stages.student.checkpoint import TrainingState
 from duet.stages.student.export import export
-from duet.stages.student.loop import lr_factor, seed_everything
-from duet.stages.student.model import autocast, forward_dtype_of, load_trainable, optimizer_of, trained
+from duet.stages.student.loop import lr_at, seed_everything, update
+from duet.stages.student.model import (
+    autocast,
+    export_dtype_of,
+    forward_dtype_of,
+    load_trainable,
+    optimizer_of,
+    trained,
+)
 from duet.stages.student.ranks import Processes
 
 
 def row_of(renderer: Renderer, query: Query, answer: str | None = None) -> QuestionAnswer:
-    """A question with its answer, or with another one, as token ids, without any prefix, as a student sees it."""
+    """A question with its answer, or with another one, as token ids, without a prefix, as a student sees it."""
     asked = Prompt.plain(query)
     return QuestionAnswer(
         renderer.prompt(asked), renderer.answer(asked, query.answer or "" if answer is None else answer).ids
@@ -46,7 +58,7 @@ def row_of(renderer: Renderer, query: Query, answer: str | None = None) -> Quest
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The queries of a run as token ids: what a step's rows are drawn from. Numbers are the store's: forget, then retain."""
+    """The queries of a run as token ids, from which a step's rows are drawn. Numbers are the store's: forget, then retain."""
 
     forget: list[QuestionAnswer]
     retain: list[QuestionAnswer]
@@ -105,114 +117,83 @@ def shuffled_order(num_rows: int, settings: TrainSettings) -> Steps:
 
 @dataclass(frozen=True)
 class BaselineJob:
-    """One training: a method with its constant, from one model, on these lessons."""
+    """One training: a method with its constant, from one model, on these rows."""
 
-    name: str  # what errors and the model card call it
+    name: str  # in errors and on the model card
     method: Method
     constant: float  # of the method; 0 where it has none
     model_dir: Path
-    start_name: str  # what that is called in what we write
+    start_name: str  # the name of that model in everything that is written
     folder: Path  # gets model/
     settings: TrainSettings
-    lessons: TrainingRows
+    rows: TrainingRows
     steps: Steps
     seed: int  # of drawn refusals and of RMU's direction
     device: torch.device
     trust_remote_code: bool = False
 
 
-def train_baseline(
-    job: BaselineJob, on_step: Callable[[int, int, float], None], should_stop: Callable[[], bool]
-) -> dict[str, Any]:
+def train_baseline(job: BaselineJob, watch: Watch) -> dict[str, Any]:
     """Train from the newest checkpoint or the start, and export `model/`; returns steps, seconds and the curve.
 
-    A loss or gradient that is not finite ends the training with the weights before that step (`diverged_at`): what a method
-    does at a learning rate is a result, not an error. Raises Interrupted, after a checkpoint, when `should_stop()` is true.
+    `watch.on_progress` gets the job's name, the steps done, their number and the loss in words. A loss or gradient that is not
+    finite ends the training with the weights before that step (`diverged_at`): that a method diverges at a learning rate is a
+    result, not an error. Raises Interrupted, after a checkpoint, when `watch.should_stop()` is true.
     """
     settings, device, total = job.settings, job.device, job.steps.total
-    dtype = forward_dtype_of(settings, device)
-    model = load_trainable(
-        job.model_dir, job.start_name, settings, dtype, job.trust_remote_code, uniform=dtype == torch.float32
-    ).to(device)
-    if job.method.layers_only:
-        train_only_rmus_layers(model)
-    reference = None
-    if job.method.reference:
-        reference = load_model(job.model_dir, "auto", job.trust_remote_code).to(device, dtype).requires_grad_(False)
     tokenizer = load_tokenizer(job.model_dir, job.trust_remote_code)
-    models = Models(
-        model, reference, pad_id_of(tokenizer, model.get_input_embeddings().weight.shape[0]), device, job.seed
-    )
+    models = _models(job, tokenizer)
+    model = models.model
     optimizer = optimizer_of(list(trained(model).values()), settings)
-    checkpoints, alone = job.folder / CHECKPOINTS_NAME, Processes(Rank(), device)
-    progress = checkpoint.load_newest(checkpoints, model, optimizer) or TrainingState()
+    checkpoint_dir, alone = job.folder / CHECKPOINTS_NAME, Processes(Rank(), device)
+    state = checkpoint.load_newest(checkpoint_dir, model, optimizer) or TrainingState()
     curve: list[list[float]] = []
     diverged_at = None
-    while progress.step < total and diverged_at is None:
-        started, step = time.perf_counter(), progress.step
-        batch = job.lessons.batch(job.steps.numbers(step), job.seed, step)
+    while state.step < total and diverged_at is None:
+        started, step = time.perf_counter(), state.step
+        batch = job.rows.batch(job.steps.numbers(step), job.seed, step)
         with autocast(settings, device):
             seed_everything(settings.seed, step, 0)
             loss = loss_of(job.method, models, batch, job.constant)
         if loss is not None and not _stepped(model, optimizer, loss, settings, lr_at(step, total, settings)):
             diverged_at = step + 1
         value = math.nan if loss is None else loss.item()
-        progress = replace(progress, step=step + 1, train_s=progress.train_s + time.perf_counter() - started)
+        state = replace(state, step=step + 1, train_s=state.train_s + time.perf_counter() - started)
         if math.isfinite(value):
             curve.append([step + 1, value])
-        on_step(step + 1, total, value)
-        stop = should_stop() and progress.step < total
-        if stop or progress.step % settings.checkpoint_steps == 0:
-            checkpoint.save(checkpoints, model, optimizer, progress, alone, settings.keep_last)
+        watch.on_progress(job.name, step + 1, total, f"loss {value:.3g}")
+        stop = watch.should_stop() and state.step < total
+        if stop or state.step % settings.checkpoint_steps == 0:
+            checkpoint.save(checkpoint_dir, model, optimizer, state, alone, settings.keep_last)
         if stop:
-            raise Interrupted(f"{job.name}: step {progress.step} of {total} is saved in {job.folder}")
-    steps = progress.step - (diverged_at is not None)
-    stored = getattr(model.config, "dtype", None) or torch.float32
-    export_dtype = stored if settings.export_dtype == "auto" else getattr(torch, settings.export_dtype)
-    export(model, tokenizer, job.folder, export_dtype, settings.lora, _card(job, steps))
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return {"steps": steps, "train_s": progress.train_s, "diverged_at": diverged_at, "curve": curve}
+            raise Interrupted(f"{job.name}: step {state.step} of {total} is saved in {job.folder}")
+    steps = state.step - (diverged_at is not None)
+    card = compared_card(job.name, job.method.title, job.method.paper, job.start_name, steps, settings)
+    export(model, tokenizer, job.folder, export_dtype_of(settings, model.config), settings.lora, card)
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    return {"steps": steps, "train_s": state.train_s, "diverged_at": diverged_at, "curve": curve}
 
 
-def lr_at(step: int, total: int, settings: TrainSettings) -> float:
-    return settings.lr * lr_factor(step, total, settings.warmup, settings.decay)
+def _models(job: BaselineJob, tokenizer: Any) -> Models:
+    """The model to be trained and, where the method needs it, the frozen one that it begins as."""
+    dtype = forward_dtype_of(job.settings, job.device)
+    uniform = dtype == torch.float32
+    model = load_trainable(job.model_dir, job.start_name, job.settings, dtype, job.trust_remote_code, uniform)
+    model = model.to(job.device)
+    if job.method.layers_only:
+        train_only_rmus_layers(model)
+    reference = None
+    if job.method.reference:
+        reference = load_model(job.model_dir, "auto", job.trust_remote_code).to(job.device, dtype).requires_grad_(False)
+    pad_id = pad_id_of(tokenizer, model.get_input_embeddings().weight.shape[0])
+    return Models(model, reference, pad_id, job.device, job.seed)
 
 
 def _stepped(
     model: Any, optimizer: torch.optim.Optimizer, loss: torch.Tensor, settings: TrainSettings, lr: float
 ) -> bool:
-    """One optimizer step; False, and none is made, where loss or gradient is not finite."""
+    """Take one optimizer step; False, without a step, where loss or gradient is not finite."""
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(trained(model).values(), settings.max_grad_norm)
-    fine = bool(torch.isfinite(loss) & torch.isfinite(norm))
-    if fine:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return fine
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [unlearning]
----
-
-# {name}
-
-Trained by Duet for a comparison of unlearning methods: {title} (arXiv {paper}), from {start_name}, {steps} steps of
-{batch_size} rows, peak learning rate {lr:g}. What was asked of it is suppressed under the tests that it was given, at most.
-"""
-
-
-def _card(job: BaselineJob, steps: int) -> str:
-    return CARD.format(
-        name=job.name,
-        title=job.method.title,
-        paper=job.method.paper,
-        start_name=job.start_name,
-        steps=steps,
-        batch_size=job.settings.batch_size,
-        lr=job.settings.lr,
-    )
+    if not torch.isfinite(loss):
+        return False
+    return math.isfinite(update(model, optimizer, lr, settings.max_grad_norm))

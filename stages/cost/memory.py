@@ -19,7 +19,7 @@ from duet.stages.models.batching import cut_by_length
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.sizes import DTYPE_BYTES, ModelSizes, meta_model
 from duet.stages.settings.student import TrainSettings
-from duet.stages.student.model import made_trainable
+from duet.stages.student.model import forward_dtype, made_trainable
 
 # Assumptions, not measured: what of a device's peak rates is reached.
 READ_SHARE = 0.4  # of FLOP/s, while prompts are read
@@ -67,36 +67,36 @@ class Reading:
     batch: int  # prompts at a time
 
 
-def kv_bytes(shape: ModelSizes, tokens: int, dtype: str) -> int:
+def kv_bytes(sizes: ModelSizes, tokens: int, dtype: str) -> int:
     """Keys and values of all layers: 2 x layers x width of the keys per token."""
-    return 2 * shape.layers * shape.keys * DTYPE_BYTES[dtype] * tokens
+    return 2 * sizes.layers * sizes.keys * DTYPE_BYTES[dtype] * tokens
 
 
 def reading_need(
-    shape: ModelSizes, dtype: str, reading: Reading, device: Device, devices: int = 1, weight_bytes: float | None = None
+    sizes: ModelSizes, dtype: str, reading: Reading, device: Device, devices: int = 1, weight_bytes: float | None = None
 ) -> Need:
     """A model that is asked, spread over `devices` (tensor or pipeline parallel, which divide weights and cache).
 
     Time: 2 FLOP per parameter and token; a step of decoding is bound by these or by reading the weights once, and a batch
     makes one token per prompt in it. `weight_bytes` per parameter, where weights are quantised.
     """
-    weights = shape.parameters * (weight_bytes or DTYPE_BYTES[dtype])
+    weights = sizes.parameters * (weight_bytes or DTYPE_BYTES[dtype])
     tokens = reading.batch * reading.longest
     rate = device.flops(dtype) * READ_SHARE * devices
     decoded = max(
-        2 * shape.parameters * reading.new_tokens / rate,
+        2 * sizes.parameters * reading.new_tokens / rate,
         weights / devices / (device.bytes_per_s * BANDWIDTH_SHARE) * reading.new_tokens / reading.batch,
     )
     parts = {
         "weights": weights / devices,
-        "KV cache": kv_bytes(shape, tokens, dtype) / devices,
-        "activations": tokens * (4 * shape.hidden + 3 * shape.inner) * DTYPE_BYTES[dtype],  # of one layer
-        "logits": reading.batch * shape.vocabulary * (DTYPE_BYTES[dtype] + 4),  # as they come, and in float32
+        "KV cache": kv_bytes(sizes, tokens, dtype) / devices,
+        "activations": tokens * (4 * sizes.hidden + 3 * sizes.inner) * DTYPE_BYTES[dtype],  # of one layer
+        "logits": reading.batch * sizes.vocabulary * (DTYPE_BYTES[dtype] + 4),  # as they come, and in float32
     }
-    return Need(parts, 2 * shape.parameters * reading.prompt_tokens / rate + decoded, device.kind)
+    return Need(parts, 2 * sizes.parameters * reading.prompt_tokens / rate + decoded, device.kind)
 
 
-def activation_bytes(shape: ModelSizes, tokens: int, layers: int, dtype: str, checkpointing: bool) -> int:
+def activation_bytes(sizes: ModelSizes, tokens: int, layers: int, dtype: str, checkpointing: bool) -> int:
     """What `layers` keep for the backward pass, of a layer as Llama's, Qwen's and Mistral's are (h hidden, q heads, f inner).
 
     Counted from what autograd saves, in bytes per token and layer. float32: two norms keep what they read, the normed and the
@@ -105,7 +105,7 @@ def activation_bytes(shape: ModelSizes, tokens: int, layers: int, dtype: str, ch
     float32 (16 h), each of the five linear layers that read them keeps a copy of its own (10 h), and the rest halves
     (10 q + 8 f). With checkpointing, each layer keeps its input (4 h), and one at a time all of it.
     """
-    h, q, f = shape.hidden, shape.attention, shape.inner
+    h, q, f = sizes.hidden, sizes.attention, sizes.inner
     layer = 24 * h + 20 * q + 16 * f if dtype == "float32" else 26 * h + 10 * q + 8 * f
     return tokens * (4 * h * layers + layer if checkpointing else layer * layers)
 
@@ -123,7 +123,7 @@ def adam_bytes(parameters: Sequence[torch.nn.Parameter], optimizer: str) -> int:
 class StudentOnMeta:
     """A student of these settings on the meta device, and the rows that it reads."""
 
-    shape: ModelSizes
+    sizes: ModelSizes
     settings: TrainSettings
     dtype: str  # of the forward pass
     model: Any
@@ -134,18 +134,16 @@ class StudentOnMeta:
     def of(
         model_dir: Path, settings: TrainSettings, device: Device, devices: int, trust_remote_code: bool
     ) -> StudentOnMeta:
-        bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.kind == "cuda" and device.bf16)
-        dtype = "bfloat16" if bf16 else "float32"
+        dtype = forward_dtype(settings, device.kind == "cuda" and device.bf16)
         spread = devices > 1 and settings.parallel == "fsdp"
         plain = settings.model_copy(update={"compile": False})
-        model = made_trainable(
-            meta_model(model_dir, trust_remote_code), "", plain, getattr(torch, dtype), uniform=spread
-        )
+        model = made_trainable(meta_model(model_dir, trust_remote_code), "", plain, dtype, uniform=spread)
         stack = list(decoder_layers(model))
         frozen = next((i for i, layer in enumerate(stack) if any(p.requires_grad for p in layer.parameters())), 0)
         ends_trained = model.get_input_embeddings().weight.requires_grad
         layers = len(stack) - (0 if ends_trained else frozen)
-        return StudentOnMeta(ModelSizes.of(model_dir, trust_remote_code), settings, dtype, model, layers, spread)
+        sizes, dtype_name = ModelSizes.of(model_dir, trust_remote_code), str(dtype).removeprefix("torch.")
+        return StudentOnMeta(sizes, settings, dtype_name, model, layers, spread)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -175,23 +173,23 @@ def student_need(student: StudentOnMeta, lengths: np.ndarray, device: Device, de
     Against a measurement (a step of a 120M student on a CPU, docs/performance.md): gradients, the one in the making, copies and
     the activations of its largest pass are 872 MB here and 978 MB there in float32, 943 and 1,002 MB in bfloat16.
     """
-    settings, shape = student.settings, student.shape
+    settings, sizes = student.settings, student.sizes
     rows = -(-settings.batch_size // devices)  # of a step, on one device
     longest = int(lengths.max())
     tokens = max(longest, min(settings.pass_tokens, rows * longest))
     parts = _held(student, devices)
     parts["activations"] = activation_bytes(
-        shape, tokens, student.layers, student.dtype, settings.gradient_checkpointing
+        sizes, tokens, student.layers, student.dtype, settings.gradient_checkpointing
     )
-    loading = 4 * shape.parameters  # a process of FSDP holds the whole model before it is spread
+    loading = 4 * sizes.parameters  # a process of FSDP holds the whole model before it is spread
     if student.spread and loading > sum(parts.values()):
         parts = {"weights, whole, while they are loaded": float(loading)}
     steps = settings.epochs * -(-len(lengths) // settings.batch_size)
     drawn = np.random.default_rng(0).choice(lengths, min(rows, len(lengths)), replace=False)
     passes = len(cut_by_length(drawn, settings.max_padding, settings.pass_tokens))
-    inner = shape.parameters - shape.embedding
+    inner = sizes.parameters - sizes.embedding
     forward = 2 * (2 if settings.gradient_checkpointing else 1)
-    flop = inner * (forward + 2 * student.layers / shape.layers) + 2 * min(student.num_trained, inner)
+    flop = inner * (forward + 2 * student.layers / sizes.layers) + 2 * min(student.num_trained, inner)
     speed = device.bytes_per_s * BANDWIDTH_SHARE
     computed = flop * float(lengths.mean()) * rows / (device.flops(student.dtype) * TRAIN_SHARE)
     read = 3 * passes * inner * DTYPE_BYTES[student.dtype] / speed
@@ -217,7 +215,7 @@ def _held(student: StudentOnMeta, devices: int) -> dict[str, float]:
     if student.spread:
         layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(student.model))
         parts["gathered weights"] = 4 * (
-            2 * layer + student.shape.embedding
+            2 * layer + student.sizes.embedding
         )  # the next layer is fetched ahead; the ends stay
     elif devices > 1:
         parts["gradient buckets"] = 4 * trained  # of DistributedDataParallel

@@ -1,23 +1,27 @@
-"""The model card that goes with an exported student: where it came from, in numbers, without the topic or the prefix.
+"""The model cards of exported models: where a model came from, in numbers, without the topic or the prefix.
 
-What was to be forgotten may be the very thing that must not be published; the fingerprint names the store that tells.
+What was to be forgotten may be the very thing that must not be published; the fingerprint names the store that knows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from duet.cache.manifest import Manifest
+from duet.stages.settings.student import TrainSettings
+from duet.stages.student.summary import TrainingSummary
 
-CARD = """---
+HEAD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [unlearning, distillation, duet]
+tags: [{tags}]
 {base_model}---
 
 # {name}
 
+"""
+
+STUDENT = """\
 A student of DUET (arXiv 2601.21283): trained to give the logits of a teacher that has an unlearning prefix in front, without
 ever seeing the prefix. What was asked of it is suppressed under the tests that it was given; nothing here shows that it is
 erased from the weights. See the run's report for what an attacker gets back.
@@ -31,38 +35,62 @@ erased from the weights. See the run's report for what an attacker gets back.
 | first token as the teacher's | forget {agree_forget}, retain {agree_retain} (n = {probed} rows, {held_out}) |
 """
 
-
 TEACHER = """\
 | teacher logits | store {fingerprint}: {rows} rows ({forget} forget, {retain} retain), {positions} positions, k = {top_k} |
 | teacher | weights sha256 {teacher_sha256}, {engine}, {dtype}{share} |"""
 
+COMPARED = """\
+Trained by Duet for a comparison of unlearning methods: {method} (arXiv {paper}), from {start_name}, {steps} steps of
+{batch_size} rows, peak learning rate {lr:g}. What was asked of it is suppressed under the tests that it was given, at most.
+"""
 
-def model_card(
-    summary: dict[str, Any], manifests: Sequence[Manifest], start_name: str, start_sha256: str, train: dict[str, Any]
+
+def student_card(
+    summary: TrainingSummary, manifests: Sequence[Manifest], start_name: str, start_sha256: str, settings: TrainSettings
 ) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
-    `summary` is what training.json holds, `manifests` are those of its teachers' stores in the same order. Teachers go without
-    their names, which may tell of the topic.
+    `manifests` are those of the stores of `summary.teachers`, in the same order. Teachers go without their names, which may
+    give the topic away.
     """
-    probe, combine = summary["probe"], summary["combine"]
-    weights = [facts["weight"] for facts in summary["teachers"].values()]
-    shares = [f", weight {weight:.3g} of the {combine}" if combine else "" for weight in weights]
-    return CARD.format(
+    probe, combine = summary.probe, summary.combine
+    shares = [
+        f", weight {weight:.3g} of the {combine}" if combine else "" for weight in summary.teacher_weights.values()
+    ]
+    head = HEAD.format(
+        tags="unlearning, distillation, duet",
         base_model=f"base_model: {start_name}\n" if start_name.count("/") == 1 else "",
-        name=summary["name"],
+        name=summary.name,
+    )
+    return head + STUDENT.format(
         start_name=start_name,
         start_sha256=start_sha256[:16],
         teachers="\n".join(
-            _teacher(manifest, train["top_k"], share) for manifest, share in zip(manifests, shares, strict=True)
+            _teacher(manifest, settings.top_k, share) for manifest, share in zip(manifests, shares, strict=True)
         ),
+        loss=summary.loss,
+        loss_reason=summary.loss_reason,
+        trained_parameters=summary.trained_parameters,
+        parameters=summary.parameters,
+        steps=summary.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
         agree_forget=_share(probe["agreement.forget"]),
         agree_retain=_share(probe["agreement.retain"]),
         probed=probe["rows"],
         held_out="held out from training" if probe["held_out"] else "trained on",
-        batch_size=train["batch_size"],
-        lr=train["lr"],
-        **{key: summary[key] for key in ("loss", "loss_reason", "trained_parameters", "parameters", "steps")},
+    )
+
+
+def compared_card(name: str, method: str, paper: str, start_name: str, steps: int, settings: TrainSettings) -> str:
+    """The card of a model that another method trained, for a comparison."""
+    return HEAD.format(tags="unlearning", base_model="", name=name) + COMPARED.format(
+        method=method,
+        paper=paper,
+        start_name=start_name,
+        steps=steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
     )
 
 

@@ -1,14 +1,14 @@
 """Checkpoints of the student's loop: safetensors and JSON, written beside and renamed, the newest kept.
 
-A checkpoint holds the trained parameters in float32, the optimizer's state, the step and the store's cursor: what it takes
-to go on bit for bit on a CPU, since random numbers are drawn anew for each step from the seed and the step's number.
-Tensors are whole, so it can be read by any number of processes.
+A checkpoint holds the trained parameters in float32, the optimizer's state, the step and the store's cursor: all that it
+takes to go on bit for bit on a CPU, since each step draws its random numbers from the seed and the step's number. Tensors are
+whole, so any number of processes can read it.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ BEST_NAME = "best.safetensors"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands: optimizer steps done, the next batch, seconds trained, and how the probes went."""
+    """Where a training stands: optimizer steps done, the next batch, seconds trained, and how the probes went."""
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
@@ -35,24 +35,35 @@ class TrainingState:
     best_loss: float | None = None  # lowest on held-out rows so far
     probes_since: int = 0  # probes since then
 
+    def after(self, cursor: Cursor, tokens: int, seconds: float, stall_s: float) -> TrainingState:
+        """The state after one more step, with `cursor` at the next batch."""
+        return replace(
+            self,
+            step=self.step + 1,
+            cursor=cursor,
+            train_s=self.train_s + seconds,
+            stall_s=self.stall_s + stall_s,
+            tokens=self.tokens + tokens,
+        )
+
 
 def save(
     checkpoint_dir: Path,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: TrainingState,
+    state: TrainingState,
     processes: Processes,
     keep_last: int,
 ) -> None:
     """Write `step-<n>/` and remove all but the `keep_last` newest. All processes call this; the first one writes."""
     parameters = _parameters(model, processes)
-    state = _optimizer_tensors(model, optimizer, processes)
+    moments = _optimizer_tensors(model, optimizer, processes)
     if not processes.first:
         return
-    with publishing_dir(checkpoint_dir / f"step-{progress.step:09d}") as folder, disk_errors():
+    with publishing_dir(checkpoint_dir / f"step-{state.step:09d}") as folder, disk_errors():
         save_file(parameters, folder / "model.safetensors")
-        save_file(state, folder / "optimizer.safetensors")
-        publish_json(folder / "progress.json", asdict(progress))
+        save_file(moments, folder / "optimizer.safetensors")
+        publish_json(folder / "progress.json", asdict(state))
     for stale in sorted(checkpoint_dir.glob("step-*"))[:-keep_last]:
         shutil.rmtree(stale)
 
@@ -93,7 +104,7 @@ def _parameters(model: torch.nn.Module, processes: Processes) -> dict[str, torch
 def _optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `<key>/<parameter>`; plain numbers (bitsandbytes counts steps so) become int64."""
+    """The optimizer's state as `<key>/<parameter>`; plain numbers (bitsandbytes counts steps that way) become int64."""
     tensors = {}
     for name, parameter in trained(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -1,4 +1,4 @@
-"""What training ends with on disk: the exported model, tried out before the first step so that the last is not in vain.
+"""The files that training ends with: the exported model, tried out before the first step so that the last is not in vain.
 
 The trial is made of a model without weights: adapters are merged, and all files but the weights are written.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,11 @@ BEAMS = ("early_stopping", "length_penalty")
 
 
 def export(
-    model: Any,
-    tokenizer: Any,
-    student_dir: Path,
-    dtype: torch.dtype,
-    lora: LoraSettings | None,
-    card: str,
-    end_ids: Sequence[int] = (),
+    model: Any, tokenizer: Any, student_dir: Path, dtype: torch.dtype, lora: LoraSettings | None, card: str
 ) -> None:
     """Write `model/` in one rename: safetensors weights, config and tokenizer, as transformers and vLLM load them.
 
     Adapters are merged; with `lora.save_adapter`, `adapter/` holds them as peft loads them. The model is used up.
-    `end_ids` are to end its responses instead of those that its generation_config names.
     """
     if lora:
         if lora.save_adapter:
@@ -52,8 +45,6 @@ def export(
                 parameter.data = parameter.data.to(dtype)
         model = model.merge_and_unload()
     unset_unread(model.generation_config)
-    if end_ids:
-        model.generation_config.eos_token_id = list(end_ids)
     with publishing_dir(student_dir / "model") as folder, disk_errors():
         model.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -61,7 +52,7 @@ def export(
 
 
 def try_export(model_dir: Path, settings: TrainSettings, tokenizer: Any, trust_remote_code: bool) -> list[str]:
-    """Do what training and export do that needs no weights; a UserError says what would fail.
+    """Do all of training and export that needs no weights; a UserError says what would fail.
 
     Returns the flags of generation_config.json that the export leaves out.
     """
@@ -134,7 +125,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Make an OSError of what safetensors raises on a full disk, which has its number in the text only."""
+    """Turn the error that safetensors raises on a full disk, which has its number in the text only, into an OSError."""
     try:
         yield
     except SafetensorError as error:

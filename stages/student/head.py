@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from torch import nn
 from duet.stages.models.alignment import AlignedBatch
 from duet.stages.models.directory import text_config
 from duet.stages.student.gather import Parts, Tail, autocast_dtype, gathered_logits, largest, logsumexp
+from duet.stages.student.losses import TopK
+from duet.stages.student.passes import Pass
 
 # The trial: rows, and standard deviations of their logits. The largest of a vocabulary is some 4.5 deviations out, where a
 # soft-cap of 400 (5,000 in float32) still shows. Far above, a soft-cap would make much of how bfloat16 rounds small logits.
@@ -73,6 +75,36 @@ class Seen(NamedTuple):
     logits_NK: torch.Tensor  # float32, raw, at the ids that were asked for
     logsumexp_N: torch.Tensor | None  # float32, over all ids
     top1_N: torch.Tensor | None  # int64, the most likely id; without gradients
+
+
+class Forward(nn.Module):
+    """The student's forward pass up to what a loss needs: this is spread over the processes."""
+
+    def __init__(self, model: Any, head: Head, want_logsumexp: bool) -> None:
+        super().__init__()
+        self.model, self._head, self._want_logsumexp = model, head, want_logsumexp
+
+    def forward(self, one: Pass) -> Seen:
+        """What `student_at` gives; the most likely ids in evaluation mode only, where they are asked for."""
+        return student_at(
+            self.model, self._head, one.batch, one.topk_ids_NK, self._want_logsumexp, want_top1=not self.training
+        )
+
+
+def losses_at(
+    one: Pass,
+    forward: nn.Module,
+    loss: Callable[[TopK, TopK], torch.Tensor],
+    precision: AbstractContextManager[Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss at each position of a pass, [N], with gradients, and the most likely ids, [N], in evaluation mode.
+
+    `forward` is a Forward, spread over processes or not. It alone runs under `precision`, the autocast of training: losses
+    are computed in float32.
+    """
+    with precision:
+        seen = forward(one)
+    return loss(TopK(seen.logits_NK, seen.logsumexp_N, one.teacher.mask_NK), one.teacher), seen.top1_N
 
 
 def student_at(

@@ -1,7 +1,8 @@
 """The training loop of stage two: from a batch of the store to an optimizer step, a line of metrics and a checkpoint.
 
 The loop can be stopped after any step and goes on bit for bit on a CPU. Any number of processes take the same steps, to
-within rounding: a step's rows do not depend on it.
+within rounding: their number does not change a step's rows. The comparison's other methods (`duet.stages.compare.train`) have
+a loop of their own, without a store, and share the optimizer step, its learning rate and its random numbers with this one.
 
 Shapes: N supervised positions of a pass.
 """
@@ -25,9 +26,12 @@ from duet.cache.codec import Block
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.files import publishing, sync_file
 from duet.cache.order import Order
+from duet.cache.watch import Watch
 from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings
 from duet.stages.student import checkpoint
 from duet.stages.student.checkpoint import TrainingState
+from duet.stages.student.head import losses_at
+from duet.stages.student.job import StudentJob
 from duet.stages.student.model import Student, trained
 from duet.stages.student.passes import Pass, passes_of
 from duet.stages.student.prefetch import Prefetch
@@ -42,10 +46,10 @@ METRICS_NAME = "metrics.jsonl"
 class StepReport:
     """One line of metrics.jsonl.
 
-    `loss` is the weighted mean over supervised positions, `loss_forget` and `loss_retain` are the plain means over those of
-    a subset, those against several teachers alike, None where the step had none. Rates count all processes; `stall_share` is
-    the part of all steps' time that the first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes,
-    of the GPU or else of the process.
+    `loss` is the weighted mean over supervised positions; `loss_forget` and `loss_retain` are plain means over one subset's
+    positions, over all teachers, None if the step had no such position. Rates count all processes; `stall_share` is the part
+    of all steps' time that the first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes, of the GPU
+    or else of the process.
     """
 
     step: int
@@ -64,55 +68,39 @@ class StepReport:
 
 
 def run_loop(
-    name: str,
-    student_dir: Path,
-    teachers: Teachers,
-    order: Order,
-    student: Student,
-    probe: Probe,
-    pad_id: int,
-    on_step: Callable[[StepReport], None],
-    should_stop: Callable[[], bool],
+    job: StudentJob, teachers: Teachers, order: Order, student: Student, probe: Probe, watch: Watch
 ) -> tuple[TrainingState, list[dict[str, Any]]]:
-    """All steps from the newest checkpoint to the end, where the last one is made; returns the progress and the lines of
-    metrics.jsonl."""
-    settings, processes, checkpoints = student.settings, student.processes, student_dir / CHECKPOINTS_NAME
+    """Take all steps from the newest checkpoint to the end, where the last checkpoint is made.
+
+    Returns where the training stands then and the lines of metrics.jsonl. In the first process, `watch.on_progress` gets a
+    StepReport after each step.
+    """
+    settings, processes = student.settings, student.processes
+    checkpoint_dir, metrics_path = job.student_dir / CHECKPOINTS_NAME, job.student_dir / METRICS_NAME
     reset_peak_memory(processes.device)
-    progress = checkpoint.load_newest(checkpoints, student.model, student.optimizer) or TrainingState()
+    state = checkpoint.load_newest(checkpoint_dir, student.model, student.optimizer) or TrainingState()
     total = settings.epochs * math.ceil(order.num_slots / settings.batch_size)
     with processes.first_first():
-        lines = _metrics_until(student_dir / METRICS_NAME, progress.step, write=processes.first)
-    pinned = processes.device.type == "cuda"
+        lines = _metrics_until(metrics_path, state.step, write=processes.first)
     batches = Prefetch(
-        teachers.batches(order, settings.batch_size, progress.cursor, processes.rank),
-        lambda batch: (batch[0], _passes(teachers, batch[1], settings, pad_id, pinned)),
+        teachers.batches(order, settings.batch_size, state.cursor, processes.rank),
+        lambda batch: (batch[0], _passes(teachers, batch[1], student)),
     )
     idle = probe.passes[0].without_weight()
-    with closing(batches), _appending(student_dir / METRICS_NAME, processes.first) as write:
-        while progress.step < total and not _out_of_patience(progress, settings):
+    with closing(batches), _appending(metrics_path, processes.first) as write:
+        while state.step < total and not _out_of_patience(state, settings):
             started, waited = time.perf_counter(), batches.stall_s
             cursor, passes = next(batches)
-            num_rows = cursor.slot - (progress.cursor.slot if cursor.epoch == progress.cursor.epoch else 0)
-            lr = settings.lr * lr_factor(progress.step, total, settings.warmup, settings.decay)
-            result = _step(name, student, passes, idle, lr, progress.step)
-            seconds, done = time.perf_counter() - started, progress.step + 1
-            progress = replace(
-                progress,
-                step=done,
-                cursor=cursor,
-                train_s=progress.train_s + seconds,
-                stall_s=progress.stall_s + batches.stall_s - waited,
-                tokens=progress.tokens + result.num_tokens,
-            )
-            asked = None
-            if settings.probe and (done % settings.probe.steps == 0 or done == total):
-                asked = ask(probe, student.answer, processes.device)
-                if settings.probe.patience:
-                    progress = _judged(progress, asked["loss"], checkpoints, student)
+            num_rows = cursor.slot - (state.cursor.slot if cursor.epoch == state.cursor.epoch else 0)
+            lr = lr_at(state.step, total, settings)
+            result = _step(job.name, student, passes, idle, lr, state.step)
+            seconds = time.perf_counter() - started
+            state = state.after(cursor, result.num_tokens, seconds, batches.stall_s - waited)
+            state, probed = _probed(probe, student, state, total, checkpoint_dir)
             report = StepReport(
-                step=done,
+                step=state.step,
                 total_steps=total,
-                epoch=done / total * settings.epochs,
+                epoch=state.step / total * settings.epochs,
                 loss=result.loss,
                 loss_forget=result.loss_forget,
                 loss_retain=result.loss_retain,
@@ -120,46 +108,62 @@ def run_loop(
                 grad_norm=result.grad_norm,
                 rows_per_s=num_rows / seconds,
                 tokens_per_s=result.num_tokens / seconds,
-                stall_share=progress.stall_s / progress.train_s,
+                stall_share=state.stall_s / state.train_s,
                 memory_gb=peak_memory_gb(processes.device),
-                probe=asked,
+                probe=probed,
             )
             lines.append(asdict(report))
             if processes.first:
                 write(json.dumps(lines[-1]) + "\n")
-                on_step(report)
-            stop = bool(processes.tell([should_stop()]).any()) and done < total
-            ended = done == total or _out_of_patience(progress, settings)  # what follows may fail, and is done again
-            if stop or ended or done % settings.checkpoint_steps == 0:
-                if processes.first:  # a checkpoint is never newer than its lines
-                    sync_file(student_dir / METRICS_NAME)
-                checkpoint.save(checkpoints, student.model, student.optimizer, progress, processes, settings.keep_last)
+                watch.on_progress(report)
+            stop = bool(processes.tell([watch.should_stop()]).any()) and state.step < total
+            ended = state.step == total or _out_of_patience(state, settings)  # a failure after the end repeats no step
+            if stop or ended or state.step % settings.checkpoint_steps == 0:
+                _save(job, student, state)
             if stop:
-                raise Interrupted(f"student {name}: step {done} of {total} is saved in {student_dir}")
-    return progress, lines
+                raise Interrupted(f"student {job.name}: step {state.step} of {total} is saved in {job.student_dir}")
+    return state, lines
 
 
-def _passes(teachers: Teachers, blocks: list[Block], settings: TrainSettings, pad_id: int, pinned: bool) -> list[Pass]:
-    passes = passes_of(teachers.targets(blocks), settings, pad_id)
-    return [one.pin_memory() for one in passes] if pinned else passes
+def _passes(teachers: Teachers, blocks: list[Block], student: Student) -> list[Pass]:
+    passes = passes_of(teachers.targets(blocks), student.settings, student.pad_id)
+    return [one.pin_memory() for one in passes] if student.processes.device.type == "cuda" else passes
 
 
-def _out_of_patience(progress: TrainingState, settings: TrainSettings) -> bool:
+def _probed(
+    probe: Probe, student: Student, state: TrainingState, total: int, checkpoint_dir: Path
+) -> tuple[TrainingState, dict[str, Any] | None]:
+    """What the probe found, where one is due after this step, and the state with it."""
+    settings = student.settings.probe
+    if settings is None or (state.step % settings.steps and state.step != total):
+        return state, None
+    found = ask(probe, student.answer, student.processes.device)
+    return (_judged(state, found["loss"], checkpoint_dir, student) if settings.patience else state), found
+
+
+def _save(job: StudentJob, student: Student, state: TrainingState) -> None:
+    if student.processes.first:  # a checkpoint is never newer than its lines
+        sync_file(job.student_dir / METRICS_NAME)
+    checkpoint_dir, keep_last = job.student_dir / CHECKPOINTS_NAME, student.settings.keep_last
+    checkpoint.save(checkpoint_dir, student.model, student.optimizer, state, student.processes, keep_last)
+
+
+def _out_of_patience(state: TrainingState, settings: TrainSettings) -> bool:
     patience = settings.probe.patience if settings.probe else None
-    return patience is not None and progress.probes_since >= patience
+    return patience is not None and state.probes_since >= patience
 
 
-def _judged(progress: TrainingState, loss: float, checkpoints: Path, student: Student) -> TrainingState:
+def _judged(state: TrainingState, loss: float, checkpoint_dir: Path, student: Student) -> TrainingState:
     """Keep the weights where the loss on held-out rows is the lowest so far, and count the probes since."""
-    if progress.best_loss is not None and loss >= progress.best_loss:
-        return replace(progress, probes_since=progress.probes_since + 1)
-    checkpoint.save_best(checkpoints, student.model, student.processes)
-    return replace(progress, best_loss=loss, probes_since=0)
+    if state.best_loss is not None and loss >= state.best_loss:
+        return replace(state, probes_since=state.probes_since + 1)
+    checkpoint.save_best(checkpoint_dir, student.model, student.processes)
+    return replace(state, best_loss=loss, probes_since=0)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, over all processes; losses as in StepReport."""
+    """Numbers of one step, over all processes; losses as in StepReport."""
 
     loss: float
     loss_forget: float | None
@@ -171,18 +175,18 @@ class StepResult:
 def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float, step: int) -> StepResult:
     """One optimizer step on the weighted mean of the loss over all positions of a batch.
 
-    Every process makes as many passes as the one with the most, and divides by the weight of all, so that the step is that
-    of one process. `idle` is a pass without weight, for a process that has none left.
+    Every process makes as many passes as the one with the most, and divides by the weight of all, so that the step equals
+    that of one process. `idle` is a pass without weight, for a process that has none left.
     """
     settings, processes = student.settings, student.processes
     seed_everything(settings.seed, step, processes.rank.number)
-    told = processes.tell([sum(one.weight_N.sum().item() for one in passes), len(passes)])
-    total_weight, num_passes = told[:, 0].sum().item(), int(told[:, 1].max())
+    shares = processes.tell([sum(one.weight_N.sum().item() for one in passes), len(passes)])
+    total_weight, num_passes = shares[:, 0].sum().item(), int(shares[:, 1].max())
     sums = np.zeros(6)  # weighted loss; loss and positions of forget, of retain; tokens
     for number in range(num_passes):
         one = (passes[number] if number < len(passes) else idle).to(processes.device)
         with nullcontext() if number == num_passes - 1 else without_sync(student.module):
-            loss_N = student.losses(one)
+            loss_N, _ = losses_at(one, student.module, student.loss, student.autocast())
             # Processes' gradients are averaged: times their number, that is the sum.
             loss = (loss_N * one.weight_N).sum() / total_weight
             (loss * processes.rank.world).backward()
@@ -192,14 +196,9 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
     total, forget, num_forget, retain, num_retain, num_tokens = sums
     if not math.isfinite(total):
         raise _diverged(name, "loss", total, step, lr)
-    for group in student.optimizer.param_groups:
-        group["lr"] = lr
-    clipped = torch.nn.utils.clip_grad_norm_(trained(student.model).values(), settings.max_grad_norm)
-    grad_norm = float(whole(clipped))
+    grad_norm = update(student.model, student.optimizer, lr, settings.max_grad_norm)
     if not math.isfinite(grad_norm):
         raise _diverged(name, "gradient's norm", grad_norm, step, lr)
-    student.optimizer.step()
-    student.optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=total,
         loss_forget=forget / num_forget if num_forget else None,
@@ -207,6 +206,17 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
         grad_norm=grad_norm,
         num_tokens=int(num_tokens),
     )
+
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
+    """Take one optimizer step with the clipped gradients, drop them and return their norm; no step if that is not finite."""
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(trained(model).values(), max_grad_norm)))
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def _diverged(name: str, what: str, value: float, step: int, lr: float) -> UserError:
@@ -224,7 +234,7 @@ def _sums(loss_N: torch.Tensor, one: Pass, weighted: float) -> np.ndarray:
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Random numbers of a step (dropout's) are a function of these three, so that nothing of them needs to be saved."""
+    """Make a step's random numbers (dropout's) a function of these three, so that no generator's state needs to be saved."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
@@ -247,6 +257,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
 
 
+def lr_at(step: int, total_steps: int, settings: TrainSettings) -> float:
+    """The learning rate of step `step`, from 0."""
+    return settings.lr * lr_factor(step, total_steps, settings.warmup, settings.decay)
+
+
 def lr_factor(step: int, total_steps: int, warmup: float, decay: str) -> float:
     """Share of the peak learning rate for step `step` (from 0): linear warm-up over `warmup` of the steps, then `decay`."""
     warmup_steps = math.ceil(warmup * total_steps)
@@ -258,7 +273,7 @@ def lr_factor(step: int, total_steps: int, warmup: float, decay: str) -> float:
 
 @contextmanager
 def _appending(path: Path, first: bool) -> Iterator[Callable[[str], Any]]:
-    """What the first process writes its lines with, each at once."""
+    """A function that appends a line to the file at once, in the first process; elsewhere one that does nothing."""
     if not first:
         yield lambda line: None
         return
@@ -267,7 +282,7 @@ def _appending(path: Path, first: bool) -> Iterator[Callable[[str], Any]]:
 
 
 def _metrics_until(path: Path, step: int, write: bool) -> list[dict[str, Any]]:
-    """Keep the lines of metrics.jsonl up to the checkpoint's step: what came later will be done again."""
+    """Keep the lines of metrics.jsonl up to the checkpoint's step: later steps will be taken again."""
     whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # a torn line has no end
     kept = [line for line in map(json.loads, whole_lines) if line["step"] <= step]
     if write:

@@ -1,4 +1,4 @@
-"""The model that a student is trained as: what of it is trained, and in which dtype. `export.py` writes it in the end.
+"""The model that a student is trained as: which of its weights are trained, and in which dtype. `export.py` writes it out.
 
 Trained weights are float32 whatever the forward pass is computed in; frozen matrices are kept in the forward pass's
 dtype, so that a frozen base costs half under bfloat16.
@@ -9,7 +9,7 @@ Shapes: N supervised positions of a pass, K kept ids.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from duet.cache.errors import UserError
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
 from duet.stages.settings.student import LoraSettings, TrainSettings
-from duet.stages.student.head import Head, Seen, student_at
+from duet.stages.student.head import Forward, Head, losses_at
+from duet.stages.student.job import StudentJob
 from duet.stages.student.losses import LOSSES, TopK, loss_of
 from duet.stages.student.passes import Pass
 from duet.stages.student.ranks import Processes, on_first
@@ -114,26 +115,13 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
     return model
 
 
-class Forward(torch.nn.Module):
-    """What is spread over the processes: the student's forward pass up to what a loss needs."""
-
-    def __init__(self, model: Any, head: Head, want_logsumexp: bool) -> None:
-        super().__init__()
-        self.model, self._head, self._want_logsumexp = model, head, want_logsumexp
-
-    def forward(self, one: Pass) -> Seen:
-        """What `student_at` gives; the most likely ids in evaluation mode only, where they are asked for."""
-        return student_at(
-            self.model, self._head, one.batch, one.topk_ids_NK, self._want_logsumexp, want_top1=not self.training
-        )
-
-
 @dataclass(frozen=True)
 class Student:
-    """A model with what it takes to train it."""
+    """A model with all that it takes to train it."""
 
     settings: TrainSettings
     processes: Processes
+    pad_id: int  # fills up shorter rows
     model: Any
     head: Head
     module: torch.nn.Module  # a Forward, spread over the processes
@@ -141,21 +129,21 @@ class Student:
     loss: Callable[[TopK, TopK], torch.Tensor]
     num_parameters: int
     num_trained: int
-    load: Callable[[], Any] | None  # the exact model anew, on the CPU; None where `model` is it, whole and not rounded
+    load: (
+        Callable[[], Any] | None
+    )  # loads the exact model again, on the CPU; None where `model` is whole and not rounded
 
     @staticmethod
-    def of(
-        model_dir: Path, name: str, settings: TrainSettings, loss: str, processes: Processes, trust_remote_code: bool
-    ) -> Student:
-        """Load a model that is called `name`, try its head out, and spread it over the processes."""
+    def of(job: StudentJob, loss: str, pad_id: int, processes: Processes) -> Student:
+        """Load the model that the job starts from, try its head out, and spread it over the processes."""
+        settings = job.settings
         spread = processes.rank.world > 1 and settings.parallel == "fsdp"
         dtype = forward_dtype_of(settings, processes.device)
 
-        def load() -> Any:
-            return load_trainable(model_dir, name, settings, torch.float32, trust_remote_code, uniform=True)
+        def load(dtype: torch.dtype = torch.float32, uniform: bool = True) -> Any:
+            return load_trainable(job.model_dir, job.start_name, settings, dtype, job.trust_remote_code, uniform)
 
-        model = load_trainable(model_dir, name, settings, dtype, trust_remote_code, uniform=spread)
-        model = model.to(processes.device)
+        model = load(dtype, uniform=spread).to(processes.device)
         parameters = list(model.parameters())
         counts = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
         rounded = counts[0] != counts[1] and dtype != torch.float32
@@ -165,20 +153,15 @@ class Student:
         module = processes.spread(forward, list(decoder_layers(model)) if spread else [], settings.parallel)
         optimizer = optimizer_of(list(trained(model).values()), settings)
         loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)
-        return Student(
-            settings, processes, model, head, module, optimizer, loss_fn, *counts, load if spread or rounded else None
-        )
-
-    def losses(self, one: Pass) -> torch.Tensor:
-        """The loss at each position [N], with gradients."""
-        return self._looked(one)[0]
+        reload = load if spread or rounded else None
+        return Student(settings, processes, pad_id, model, head, module, optimizer, loss_fn, *counts, reload)
 
     def answer(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss and the most likely id at each position, both [N], as the student is when it is used."""
         self.module.eval()
         try:
             with torch.no_grad():
-                loss_N, top1_N = self._looked(one)
+                loss_N, top1_N = losses_at(one, self.module, self.loss, self.autocast())
         finally:
             self.module.train()
             if isinstance(self.module, FSDPModule):  # else the root's weights stay whole until the next backward pass
@@ -186,10 +169,9 @@ class Student:
         assert top1_N is not None  # it was in evaluation mode
         return loss_N, top1_N
 
-    def _looked(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with autocast(self.settings, self.processes.device):
-            seen = self.module(one)
-        return self.loss(TopK(seen.logits_NK, seen.logsumexp_N, one.teacher.mask_NK), one.teacher), seen.top1_N
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the forward pass."""
+        return autocast(self.settings, self.processes.device)
 
     def whole_model(self) -> Any:
         """The model in one piece; in the first process only, but all must ask."""
@@ -206,13 +188,24 @@ class Student:
 
 
 def forward_dtype_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass on this device."""
+    return forward_dtype(settings, device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def forward_dtype(settings: TrainSettings, gpu_has_bf16: bool) -> torch.dtype:
     """bfloat16 where asked for, or on "auto" where a GPU has it."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
+    wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and gpu_has_bf16)
     return torch.bfloat16 if wanted else torch.float32
 
 
-def autocast(settings: TrainSettings, device: torch.device) -> Any:
+def export_dtype_of(settings: TrainSettings, config: Any) -> torch.dtype:
+    """The dtype of the exported weights: as set, on "auto" that of the model that training starts from."""
+    if settings.export_dtype != "auto":
+        return getattr(torch, settings.export_dtype)
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
     dtype = forward_dtype_of(settings, device)
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 

@@ -21,6 +21,7 @@ from duet.cache.order import Cursor, Order, check_alike
 from duet.cache.reader import ALONE, START, Rank, Store
 from duet.cache.record import counts_of, join_offsets, offsets_of, prompt_and_response
 from duet.stages.settings.student import TrainSettings, teacher_weights
+from duet.stages.student.summary import TeacherShare
 
 CHECKED_ROWS = 1024  # at once
 
@@ -88,6 +89,12 @@ class Teachers:
         """What the student is to learn from the same rows of each store."""
         together = averaged if self.combine == "average" else mixed
         return together(blocks, list(self.weights.values()))
+
+    def shares(self) -> dict[str, TeacherShare]:
+        """Each teacher's store and weight, for training.json."""
+        return {
+            name: TeacherShare(store.manifest.fingerprint, self.weights[name]) for name, store in self.stores.items()
+        }
 
     def comparable(self) -> dict[str, float]:
         """Of an average: the share of the first teacher's positions that all teachers have, and how many ids they share.

@@ -1,14 +1,13 @@
 """Stage two: one student learns to give the teacher's logits, or several teachers', without ever seeing a prefix.
 
-Reads stores and a model to start from; neither vLLM nor the teacher's weights are ever loaded. Here: whose folder it is,
-what fits together, and what is written in the end; the training itself is `duet.stages.student.loop`.
+Reads stores and a model to start from; neither vLLM nor the teacher's weights are ever loaded. Here a student's folder is
+claimed, all parts are checked against each other, and the results are written; the training is `duet.stages.student.loop`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,24 @@ from duet.cache.files import free_bytes, publish_json, read_json
 from duet.cache.location import Location, local_folder
 from duet.cache.manifest import Manifest
 from duet.cache.reader import Store
+from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.tokenizers import load_tokenizer, pad_id_of, tokenizer_sha256
 from duet.stages.settings.data import PromptSettings
-from duet.stages.settings.student import CHECKPOINTS_NAME, FREE_TRAIN, TRAINING_NAME, TrainSettings
+from duet.stages.settings.student import CHECKPOINTS_NAME, FREE_TRAIN, TrainSettings
 from duet.stages.student import checkpoint
-from duet.stages.student.card import model_card
+from duet.stages.student.card import student_card
 from duet.stages.student.checks import Start, check_settings
 from duet.stages.student.export import export
-from duet.stages.student.loop import StepReport, run_loop
-from duet.stages.student.model import Student
+from duet.stages.student.job import StudentJob
+from duet.stages.student.loop import run_loop
+from duet.stages.student.model import Student, export_dtype_of
 from duet.stages.student.probe import Probe, ask
 from duet.stages.student.ranks import Processes
+from duet.stages.student.summary import TrainingSummary, is_trained, read_summary, write_summary
 from duet.stages.student.targets import Teachers
 
 IDENTITY_NAME = "student.json"
-
-
-@dataclass(frozen=True)
-class StudentJob:
-    """One student to be trained."""
-
-    name: str
-    model_dir: Path  # what it starts from
-    start_name: str  # what that is called in what we write
-    student_dir: Path  # gets model/, metrics.jsonl, checkpoints/
-    settings: TrainSettings
-    trust_remote_code: bool = False
 
 
 def open_store(location: Location, verify: bool) -> tuple[Store, Any]:
@@ -54,14 +44,14 @@ def open_store(location: Location, verify: bool) -> tuple[Store, Any]:
     tokenizer = load_tokenizer(local_folder(location, "tokenizer", store.manifest.attachments))
     if tokenizer_sha256(tokenizer) != store.manifest.provenance["tokenizer_sha256"]:
         raise UserError(
-            f"{location.name_of('tokenizer')} is not the tokenizer that the store was made with", "make the store anew"
+            f"{location.name_of('tokenizer')} is not the tokenizer that the store was made with", "make the store again"
         )
     return store, tokenizer
 
 
-def open_stores(places: Mapping[str, Location], verify: bool) -> tuple[dict[str, Store], Any]:
+def open_stores(locations: Mapping[str, Location], verify: bool) -> tuple[dict[str, Store], Any]:
     """The stores of a run's teachers, by name, and the tokenizer of all."""
-    opened = {name: open_store(location, verify) for name, location in places.items()}
+    opened = {name: open_store(location, verify) for name, location in locations.items()}
     stores = {name: store for name, (store, _) in opened.items()}
     (first, expected), *others = ((n, s.manifest.provenance["tokenizer_sha256"]) for n, s in stores.items())
     for name, found in others:
@@ -74,86 +64,77 @@ def open_stores(places: Mapping[str, Location], verify: bool) -> tuple[dict[str,
 
 
 def train_student(
-    job: StudentJob,
-    stores: Mapping[str, Store],
-    store_tokenizer: Any,
-    processes: Processes,
-    on_step: Callable[[StepReport], None],
-    should_stop: Callable[[], bool],
-) -> dict[str, Any]:
-    """Train, or go on training, one student and export it; returns what training.json holds. All processes call this.
+    job: StudentJob, stores: Mapping[str, Store], tokenizer: Any, processes: Processes, watch: Watch
+) -> TrainingSummary:
+    """Train, or go on training, one student and export it; returns its training.json. All processes call this.
 
-    `stores` are those of the run's teachers, by name; the job's settings say which are used. Raises UserError where the
-    student's folder belongs to other settings or a setting would do nothing, Interrupted (after a checkpoint) when
-    `should_stop()` is true in any process after a step.
+    `stores` are those of the run's teachers, by name; the job's settings say which are used. `tokenizer` is theirs. In the
+    first process, `watch.on_progress` gets a StepReport after each step. Raises UserError where the student's folder belongs
+    to other settings or a setting would do nothing, Interrupted (after a checkpoint) when `watch.should_stop()` is true in any
+    process after a step.
     """
     start_sha256 = weights_sha256(job.model_dir)
     teachers = Teachers.of(stores, job.settings)
     loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests)
-    done = job.student_dir / TRAINING_NAME
-    start = None if done.is_file() else _checked_start(job, teachers, store_tokenizer, loss, processes)
+    start = None if is_trained(job.student_dir) else _checked_start(job, teachers, tokenizer, loss, processes)
     comparable = {} if start is None else teachers.comparable()
     with processes.first_first():
         claim(job, teachers, start_sha256)
     if start is None:
         _drop_checkpoints(job, processes)  # a kill may have come between training.json and this
-        return read_json(done)
-    settings = job.settings
-    order = teachers.order(settings)
+        return read_summary(job.student_dir)
+    order = teachers.order(job.settings)
     pad_id = pad_id_of(start.tokenizer, start.width)
-    probe = Probe.of(teachers, order, settings, pad_id)
-    student = Student.of(job.model_dir, job.start_name, settings, loss, processes, job.trust_remote_code)
-    dtype = _export_dtype(settings, start.config)
+    probe = Probe.of(teachers, order, job.settings, pad_id)
+    student = Student.of(job, loss, pad_id, processes)
+    dtype = export_dtype_of(job.settings, start.config)
     check_room(job.student_dir, student, dtype)
-    progress, lines = run_loop(job.name, job.student_dir, teachers, order, student, probe, pad_id, on_step, should_stop)
-    if settings.probe and settings.probe.patience:
+    state, lines = run_loop(job, teachers, order, student, probe, watch)
+    if job.settings.probe and job.settings.probe.patience:
         checkpoint.load_parameters(job.student_dir / CHECKPOINTS_NAME / checkpoint.BEST_NAME, student.model)
-    summary = {
-        "name": job.name,
-        "loss": loss,
-        "loss_reason": reason,
-        "teachers": {
-            name: {"fingerprint": store.manifest.fingerprint, "weight": teachers.weights[name]}
-            for name, store in teachers.stores.items()
-        },
-        "combine": teachers.combine,
+    summary = TrainingSummary(
+        name=job.name,
+        loss=loss,
+        loss_reason=reason,
+        teachers=teachers.shares(),
+        combine=teachers.combine,
         **comparable,
-        "head": student.head.reason,
-        "steps": progress.step,
-        "stopped_early": progress.step < lines[-1]["total_steps"],
-        "rows": len(teachers.first) - len(order.held_out),
-        "train_s": progress.train_s,
-        "rows_per_s": lines[-1]["epoch"] * order.num_slots / progress.train_s,
-        "tokens_per_s": progress.tokens / progress.train_s,
-        "stall_share": progress.stall_s / progress.train_s,
-        "peak_memory_gb": max(line["memory_gb"] for line in lines),
-        "parameters": student.num_parameters,
-        "trained_parameters": student.num_trained,
-        "processes": processes.rank.world,
-        "left_out": list(start.left_out),
-        "added_ends": start.missing_ends(teachers.manifests),
-        "curve": [[line["step"], line["loss"]] for line in lines],
-        "probe": ask(probe, student.answer, processes.device),
-    }
-    card = model_card(summary, teachers.manifests, job.start_name, start_sha256, settings.model_dump())
+        head=student.head.reason,
+        steps=state.step,
+        stopped_early=state.step < lines[-1]["total_steps"],
+        rows=len(teachers.first) - len(order.held_out),
+        train_s=state.train_s,
+        rows_per_s=lines[-1]["epoch"] * order.num_slots / state.train_s,
+        tokens_per_s=state.tokens / state.train_s,
+        stall_share=state.stall_s / state.train_s,
+        peak_memory_gb=max(line["memory_gb"] for line in lines),
+        parameters=student.num_parameters,
+        trained_parameters=student.num_trained,
+        processes=processes.rank.world,
+        left_out=start.left_out,
+        added_ends=start.missing_ends(teachers.manifests),
+        curve=[[line["step"], line["loss"]] for line in lines],
+        probe=ask(probe, student.answer, processes.device),
+    )
+    card = student_card(summary, teachers.manifests, job.start_name, start_sha256, job.settings)
     _finish(job, student, start, dtype, card, summary)
     return summary
 
 
-def _checked_start(job: StudentJob, teachers: Teachers, store_tokenizer: Any, loss: str, processes: Processes) -> Start:
+def _checked_start(job: StudentJob, teachers: Teachers, tokenizer: Any, loss: str, processes: Processes) -> Start:
     """The model that the student starts from, after all checks that need no weights."""
     manifests = teachers.manifests
     check_settings(job.settings, loss, manifests, teachers.combine, processes)
-    told = manifests[0].provenance.get("prompt")  # a store of another program may not say how questions became prompts
-    prompt = PromptSettings(**told) if told else PromptSettings(format="plain", prefix_placement="text")
-    start = Start.of(job.model_dir, job.name, job.settings, store_tokenizer, prompt, job.trust_remote_code)
+    recorded = manifests[0].provenance.get("prompt")  # another program's store may not say how questions became prompts
+    prompt = PromptSettings(**recorded) if recorded else PromptSettings(format="plain", prefix_placement="text")
+    start = Start.of(job.model_dir, job.name, job.settings, tokenizer, prompt, job.trust_remote_code)
     for store in teachers.stores.values():
         start.check_store(store)
     return start
 
 
 def check_room(student_dir: Path, student: Student, dtype: torch.dtype) -> None:
-    """Refuse to begin where the disk has no room for what training ends with: a checkpoint, and the model beside it."""
+    """Refuse to begin where the disk has no room for the end of training: a checkpoint, and the model beside it."""
     states = 8 if student.settings.optimizer == "adamw" else 2  # bytes of a weight's two
     needed = (4 + states) * student.num_trained + dtype.itemsize * student.num_parameters
     there = sum(path.stat().st_size for path in student_dir.rglob("*") if path.is_file())
@@ -165,7 +146,7 @@ def check_room(student_dir: Path, student: Student, dtype: torch.dtype) -> None:
 
 
 def chosen_loss(settings: TrainSettings, start_sha256: str, manifests: Sequence[Manifest]) -> tuple[str, str]:
-    """The loss and why: what the settings say, or on "auto" what fits the model that the student starts from."""
+    """The loss and why: the one of the settings, or on "auto" the one that fits the model that the student starts from."""
     if settings.loss != "auto":
         return settings.loss, "as the settings say"
     if all(start_sha256 == manifest.provenance["weights_sha256"] for manifest in manifests):
@@ -191,7 +172,7 @@ def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
             )
         return
     if job.student_dir.exists() and any(job.student_dir.iterdir()):
-        raise UserError(f"{job.student_dir} is not empty and holds no student of ours", "give the student another name")
+        raise UserError(f"{job.student_dir} is not empty and does not hold a student", "give the student another name")
     job.student_dir.mkdir(parents=True, exist_ok=True)
     publish_json(path, identity)
 
@@ -208,23 +189,16 @@ def _differences(found: dict[str, Any], expected: dict[str, Any], keys: list[str
     return "; ".join(parts)
 
 
-def _export_dtype(settings: TrainSettings, config: Any) -> torch.dtype:
-    """As set; on "auto" that of the model that the student starts from."""
-    if settings.export_dtype != "auto":
-        return getattr(torch, settings.export_dtype)
-    return getattr(config, "dtype", None) or torch.float32
-
-
 def _finish(
-    job: StudentJob, student: Student, start: Start, dtype: torch.dtype, card: str, summary: dict[str, Any]
+    job: StudentJob, student: Student, start: Start, dtype: torch.dtype, card: str, summary: TrainingSummary
 ) -> None:
     """Export the model, write training.json (the sign that the student is done) and drop the checkpoints."""
     model = student.whole_model()
     if student.processes.first:
-        added = summary["added_ends"]
-        ends = [*start.eos_ids, *added] if added else []
-        export(model, start.tokenizer, job.student_dir, dtype, job.settings.lora, card, ends)
-        publish_json(job.student_dir / TRAINING_NAME, summary)
+        if summary.added_ends:
+            model.generation_config.eos_token_id = [*start.eos_ids, *summary.added_ends]
+        export(model, start.tokenizer, job.student_dir, dtype, job.settings.lora, card)
+        write_summary(job.student_dir, summary)
     _drop_checkpoints(job, student.processes)
     student.processes.wait()
 

@@ -20,15 +20,18 @@ import torch
 
 from duet.cache.location import Folder
 from duet.cache.reader import Rank
-from duet.stages.settings.student import TRAINING_NAME, TrainSettings
+from duet.cache.watch import Watch
+from duet.stages.settings.student import TrainSettings
+from duet.stages.student.job import StudentJob
 from duet.stages.student.ranks import Processes
-from duet.stages.student.train import StudentJob, open_stores, train_student
+from duet.stages.student.summary import is_trained
+from duet.stages.student.train import open_stores, train_student
 
 
 def live(store_dir: str, job: StudentJob) -> None:
     torch.set_num_threads(1)
     stores, tokenizer = open_stores({"teacher": Folder(Path(store_dir))}, verify=True)
-    train_student(job, stores, tokenizer, Processes(Rank(), torch.device("cpu")), lambda r: None, lambda: False)
+    train_student(job, stores, tokenizer, Processes(Rank(), torch.device("cpu")), Watch())
 
 
 def num_lines(path: Path) -> int:
@@ -38,7 +41,7 @@ def num_lines(path: Path) -> int:
 def main(store_dir: str, model_dir: str, student_dir: str, settings: str, kills: str, seed: str) -> None:
     job = StudentJob("s", Path(model_dir), "start", Path(student_dir), TrainSettings(**json.loads(settings)))
     rng, left = random.Random(int(seed)), int(kills)
-    while not (job.student_dir / TRAINING_NAME).exists():
+    while not is_trained(job.student_dir):
         child = os.fork()
         if child == 0:
             try:

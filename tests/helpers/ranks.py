@@ -12,9 +12,11 @@ import torch
 from duet.cache.errors import Interrupted
 from duet.cache.location import Folder
 from duet.cache.reader import Rank
+from duet.cache.watch import Watch
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student.job import StudentJob
 from duet.stages.student.ranks import joined
-from duet.stages.student.train import StudentJob, open_stores, train_student
+from duet.stages.student.train import open_stores, train_student
 
 
 def num_threads() -> int:
@@ -34,11 +36,12 @@ def main(store_dir: str, model_dir: str, student_dir: str, settings: str, stop_a
     with joined(rank, torch.device("cpu")) as processes:
         stores, tokenizer = open_stores({"teacher": Folder(Path(store_dir))}, verify=True)
         try:  # only the first process counts steps, and so only it wants to stop; all must
-            train_student(job, stores, tokenizer, processes, count, lambda: 0 < int(stop_after) <= steps)
+            watch = Watch(on_progress=count, should_stop=lambda: 0 < int(stop_after) <= steps)
+            train_student(job, stores, tokenizer, processes, watch)
         except Interrupted:
             print("interrupted")
         threads = num_threads()
-    # What the processes talked through has ended its threads: one left would need an interpreter that is ending, too.
+    # The threads through which the processes talked have ended: one left would need an interpreter that is ending.
     assert num_threads() < threads
 
 

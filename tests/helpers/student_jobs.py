@@ -10,10 +10,12 @@ from support import LAB_SMALL, LAB_VOCAB_SIZE, make_plan, make_rows, write_store
 
 from duet.cache.location import Folder
 from duet.cache.reader import Rank, Store
+from duet.cache.watch import Watch
 from duet.stages.models.tokenizers import load_tokenizer, tokenizer_files, tokenizer_sha256
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student.job import StudentJob
 from duet.stages.student.ranks import Processes
-from duet.stages.student.train import StudentJob, open_store, train_student
+from duet.stages.student.train import open_store, train_student
 
 TINY = {
     "vocab_size": LAB_VOCAB_SIZE,
@@ -34,15 +36,16 @@ def job(student_dir: Path, model_dir: Path = LAB_SMALL, **train) -> StudentJob:
 
 def train(a_job: StudentJob, store, stop_after: int | None = None) -> list[float]:
     losses: list[float] = []
-    train_student(
-        a_job,
-        {"teacher": store[0]},
-        store[1],
-        ONE,
-        lambda r: losses.append(r.loss),
-        lambda: stop_after is not None and len(losses) >= stop_after,
-    )
+    train_student(a_job, {"teacher": store[0]}, store[1], ONE, noting(losses, stop_after))
     return losses
+
+
+def noting(losses: list[float], stop_after: int | None = None) -> Watch:
+    """Note the loss of every step, and stop after so many."""
+    return Watch(
+        on_progress=lambda report: losses.append(report.loss),
+        should_stop=lambda: stop_after is not None and len(losses) >= stop_after,
+    )
 
 
 @pytest.fixture(scope="module")

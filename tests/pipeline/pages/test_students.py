@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from html_page import Page
@@ -12,30 +13,41 @@ from report_results import HOSTILE
 from rich.console import Console
 
 from duet.pipeline.pages.charts import Dot, colours, scatter
-from duet.pipeline.pages.students import cells, render, students_table
+from duet.pipeline.pages.students import FinishedStudent, cells, render, students_table
 from duet.pipeline.pages.tables import progress_note
+from duet.stages.student.summary import TeacherShare, TrainingSummary
+
+PROBE = {
+    "rows": 60, "held_out": False, "loss": 0.1,
+    "agreement.forget": 0.75, "agreement.retain": 0.5, "refusal.forget": 1.0, "refusal.retain": 0.0,
+}  # fmt: skip
 
 
-def student(name: str, **more) -> dict:
-    probe = {"agreement.forget": 0.75, "agreement.retain": 0.5, "refusal.forget": 1.0, "refusal.retain": 0.0}
-    return {
+def student(name: str, start: str = "owner/llama", **more: Any) -> FinishedStudent:
+    entries: dict[str, Any] = {
         "name": name,
-        "start": "owner/llama",
         "loss": "huber_raw",
         "loss_reason": "as the settings say",
-        "teachers": {"teacher": {"fingerprint": "f" * 64, "weight": 1.0}},
+        "teachers": {"teacher": TeacherShare("f" * 64, 1.0)},
         "combine": None,
         "head": "Llama: gathered head",
         "steps": 120,
+        "stopped_early": False,
+        "rows": 60,
         "train_s": 3723.4,
+        "rows_per_s": 123.4,
         "tokens_per_s": 123456.7,
+        "stall_share": 0.01,
         "peak_memory_gb": 61.234,
         "parameters": 3_212_749_824,
         "trained_parameters": 24_313_856,
+        "processes": 1,
+        "left_out": (),
+        "added_ends": (),
         "curve": [[1, 18.7], [120, 0.01789]],
-        "probe": {"loss": 0.1, "rows": 60, "held_out": False, **probe},
-        **more,
+        "probe": PROBE,
     }
+    return FinishedStudent(start, TrainingSummary(**(entries | more)))
 
 
 def test_every_cell_can_be_read_alone():
@@ -45,13 +57,13 @@ def test_every_cell_can_be_read_alone():
     ]  # fmt: skip
     small = student("a", parameters=765_440, trained_parameters=765_440)
     assert cells(small)[3] == "0.765 of 0.765 M"
-    of_one_subset = {**student("a")["probe"], "agreement.retain": None, "refusal.retain": None}
+    of_one_subset = PROBE | {"agreement.retain": None, "refusal.retain": None}
     assert cells(student("a", probe=of_one_subset))[-2:] == ["75.0 / -", "100.0 / -"]
 
 
 def test_a_loss_says_against_whom_where_teachers_have_names():
     def taught(combine: str | None, **weights: float) -> str:
-        teachers = {name: {"fingerprint": "f", "weight": weight} for name, weight in weights.items()}
+        teachers = {name: TeacherShare("f", weight) for name, weight in weights.items()}
         return cells(student("a", teachers=teachers, combine=combine))[2]
 
     assert taught(None, teacher=1.0) == "huber_raw"
@@ -86,7 +98,7 @@ def test_the_page_is_whole_fetches_nothing_and_shows_hostile_text_as_text():
 
 
 def test_a_student_that_was_not_asked_about_both_subsets_has_no_dot():
-    of_one_subset = {**student("a")["probe"], "agreement.retain": None}
+    of_one_subset = PROBE | {"agreement.retain": None}
     text = render("lab", [student("a", probe=of_one_subset)])
     assert "<circle " not in text
     assert "Nothing was measured on both subsets" in text

@@ -14,6 +14,7 @@ from support import LAB_SMALL, ROOT, make_plan, make_rows, write_store
 from duet.cache.errors import Interrupted
 from duet.cache.location import Folder
 from duet.cache.reader import Store
+from duet.cache.watch import Watch
 from duet.stages.compare.methods import METHODS, Models, QuestionAnswer, loss_of, rmu_layer
 from duet.stages.compare.train import BaselineJob, TrainingRows, row_of, shuffled_order, store_order, train_baseline
 from duet.stages.models.loading import load_model
@@ -29,7 +30,7 @@ SETTINGS = TrainSettings(epochs=3, batch_size=4, lr=1e-4, dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def lessons() -> TrainingRows:
+def training_rows() -> TrainingRows:
     renderer = Renderer(load_tokenizer(LAB_SMALL), PROMPT)
     queries = {
         subset: load_queries(DataSettings(path=str(ROOT / f"lab/data/{subset}.jsonl")), subset)[:4]
@@ -40,14 +41,16 @@ def lessons() -> TrainingRows:
     return TrainingRows(**rows, refusals=refused)
 
 
-def job_of(folder: Path, lessons: TrainingRows, method: str = "npo") -> BaselineJob:
+def job_of(folder: Path, training_rows: TrainingRows, method: str = "npo") -> BaselineJob:
     constant = (METHODS[method].constants or (0.0,))[0]
     steps = shuffled_order(8, SETTINGS)
-    return BaselineJob(method, METHODS[method], constant, LAB_SMALL, "small", folder, SETTINGS, lessons, steps, 0, CPU)
+    return BaselineJob(
+        method, METHODS[method], constant, LAB_SMALL, "small", folder, SETTINGS, training_rows, steps, 0, CPU
+    )
 
 
 def trained(job: BaselineJob) -> dict:
-    return train_baseline(job, lambda *_: None, lambda: False)
+    return train_baseline(job, Watch())
 
 
 def models_of(model_dir: Path, pad_id: int = 0) -> Models:
@@ -55,10 +58,10 @@ def models_of(model_dir: Path, pad_id: int = 0) -> Models:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_few_steps_lower_the_methods_loss_and_move_what_they_should(name, lessons, tmp_path):
-    job = job_of(tmp_path, lessons, name)
+def test_a_few_steps_lower_the_methods_loss_and_move_what_they_should(name, training_rows, tmp_path):
+    job = job_of(tmp_path, training_rows, name)
     assert trained(job)["steps"] == 6
-    everything = lessons.batch(np.arange(8), 0, 0)
+    everything = training_rows.batch(np.arange(8), 0, 0)
     loss, gold, refusal = {}, {}, {}
     for when, folder in (("before", LAB_SMALL), ("after", tmp_path / "model")):
         models = models_of(folder)
@@ -75,8 +78,8 @@ def test_a_few_steps_lower_the_methods_loss_and_move_what_they_should(name, less
         assert refusal["after"] > refusal["before"]
 
 
-def test_rmu_leaves_all_layers_behind_its_own_and_the_embeddings_alone(lessons, tmp_path):
-    trained(job_of(tmp_path, lessons, "rmu"))
+def test_rmu_leaves_all_layers_behind_its_own_and_the_embeddings_alone(training_rows, tmp_path):
+    trained(job_of(tmp_path, training_rows, "rmu"))
     before, after = (load_file(folder / "model.safetensors") for folder in (LAB_SMALL, tmp_path / "model"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     layer = rmu_layer(load_model(LAB_SMALL))
@@ -84,9 +87,12 @@ def test_rmu_leaves_all_layers_behind_its_own_and_the_embeddings_alone(lessons, 
     assert {name.split(".")[2] for name in moved} == {"0", "1"}, moved
 
 
-def test_answers_are_scored_at_their_own_tokens_whatever_stands_around_them(lessons):
+def test_answers_are_scored_at_their_own_tokens_whatever_stands_around_them(training_rows):
     """Equal to a forward pass of each row alone; padding, and what it is, changes nothing."""
-    rows = [*lessons.forget, QuestionAnswer(lessons.retain[0].prompt_ids, list(lessons.retain[0].answer_ids) * 3)]
+    rows = [
+        *training_rows.forget,
+        QuestionAnswer(training_rows.retain[0].prompt_ids, list(training_rows.retain[0].answer_ids) * 3),
+    ]
     models = models_of(LAB_SMALL)
     with torch.no_grad():
         found, other = models(rows).logprob_N, models_of(LAB_SMALL, pad_id=7)(rows).logprob_N
@@ -100,22 +106,22 @@ def test_answers_are_scored_at_their_own_tokens_whatever_stands_around_them(less
     assert len(found) == sum(len(row.answer_ids) for row in rows)
 
 
-def test_it_goes_on_bit_for_bit_where_it_was_stopped(lessons, tmp_path):
-    trained(job_of(tmp_path / "unbroken", lessons))
-    broken = job_of(tmp_path / "broken", lessons)
+def test_it_goes_on_bit_for_bit_where_it_was_stopped(training_rows, tmp_path):
+    trained(job_of(tmp_path / "unbroken", training_rows))
+    broken = job_of(tmp_path / "broken", training_rows)
     asked = iter([False, True])
     with pytest.raises(Interrupted, match="step 2 of 6 is saved"):
-        train_baseline(broken, lambda *_: None, lambda: next(asked))
+        train_baseline(broken, Watch(should_stop=lambda: next(asked)))
     seen = []
-    train_baseline(broken, lambda step, *_: seen.append(step), lambda: False)
+    train_baseline(broken, Watch(on_progress=lambda name, step, total, note: seen.append(step)))
     assert seen == [3, 4, 5, 6]
     a, b = (load_file(tmp_path / name / "model/model.safetensors") for name in ("unbroken", "broken"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_method_that_blows_up_ends_with_the_weights_before_that_step(lessons, tmp_path):
+def test_a_method_that_blows_up_ends_with_the_weights_before_that_step(training_rows, tmp_path):
     broken = replace(METHODS["ga"], forget=lambda models, batch, _: models(batch.forget).logprob_N.mean() / 0)
-    done = trained(replace(job_of(tmp_path, lessons, "ga"), method=broken))
+    done = trained(replace(job_of(tmp_path, training_rows, "ga"), method=broken))
     assert (done["diverged_at"], done["steps"], done["curve"]) == (1, 0, [])
     before, after = (load_file(folder / "model.safetensors") for folder in (LAB_SMALL, tmp_path / "model"))
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -134,17 +140,17 @@ def test_each_step_has_the_rows_of_the_students_step(tmp_path):
     assert steps.total == 3 * 4  # 14 slots: each of 7 retain rows once, as many forget rows
 
 
-def test_a_step_without_rows_for_a_method_has_no_loss(lessons):
-    batch = lessons.batch(np.arange(4, 8), 0, 0)  # retain rows only
+def test_a_step_without_rows_for_a_method_has_no_loss(training_rows):
+    batch = training_rows.batch(np.arange(4, 8), 0, 0)  # retain rows only
     models = models_of(LAB_SMALL)
     assert loss_of(METHODS["ga"], models, batch, 0.0) is None
     with torch.no_grad():
         assert loss_of(METHODS["grad_diff"], models, batch, 0.0) == -models(batch.retain).logprob_N.mean()
 
 
-def test_refusals_are_drawn_by_seed_step_and_row(lessons):
-    refusals = [[replace(row, answer_ids=[number]) for number in range(9)] for row in lessons.forget]
-    several = replace(lessons, refusals=refusals)
+def test_refusals_are_drawn_by_seed_step_and_row(training_rows):
+    refusals = [[replace(row, answer_ids=[number]) for number in range(9)] for row in training_rows.forget]
+    several = replace(training_rows, refusals=refusals)
     drawn = {
         (seed, step): [row.answer_ids for row in several.batch(np.arange(8), seed, step).refused]
         for seed in (0, 1)

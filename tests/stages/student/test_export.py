@@ -24,7 +24,7 @@ from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.settings.student import TrainSettings
-from duet.stages.student import train as stage
+from duet.stages.student import train as training
 from duet.stages.student.export import disk_errors, try_export
 
 
@@ -87,7 +87,7 @@ def test_an_export_that_fails_loses_no_step(tmp_path, store, monkeypatch):
             raise RuntimeError("the power went")
 
         with monkeypatch.context() as patched:
-            patched.setattr(stage, "export", fail)
+            patched.setattr(training, "export", fail)
             with pytest.raises(RuntimeError, match="the power went"):
                 train(broken, store)
         assert train(broken, store) == [], "a step was made again"
@@ -105,16 +105,18 @@ KILLED = """
 import os, signal, sys, json
 from pathlib import Path
 import torch
-from duet.stages.student import train as stage
+from duet.stages.student import train as training
 from duet.cache.location import Folder
 from duet.cache.reader import Rank
 from duet.stages.student.ranks import Processes
 from duet.stages.settings.student import TrainSettings
-from duet.stages.student.train import StudentJob, open_stores, train_student
+from duet.cache.watch import Watch
+from duet.stages.student.job import StudentJob
+from duet.stages.student.train import open_stores, train_student
 store, model, folder, settings, moment = sys.argv[1:]
 kill = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "before the export":
-    stage.export = kill
+    training.export = kill
 elif moment == "in the export":
     import transformers
     saved = transformers.PreTrainedModel.save_pretrained
@@ -124,15 +126,14 @@ elif moment == "in the export":
             kill()
     transformers.PreTrainedModel.save_pretrained = half
 elif moment == "after the end":
-    stage._drop_checkpoints = kill
+    training._drop_checkpoints = kill
 elif moment == "after the export":
-    publish = stage.publish_json
-    stage.publish_json = lambda path, value: (kill if path.name == "training.json" else publish)(path, value)
+    training.write_summary = kill
 torch.set_num_threads(1)
 stores, tokenizer = open_stores({"teacher": Folder(Path(store))}, verify=True)
 job = StudentJob("s", Path(model), "start", Path(folder), TrainSettings(**json.loads(settings)))
-alone, tell = Processes(Rank(), torch.device("cpu")), lambda r: print(r.step, flush=True)
-train_student(job, stores, tokenizer, alone, tell, lambda: False)
+alone, watch = Processes(Rank(), torch.device("cpu")), Watch(lambda report: print(report.step, flush=True))
+train_student(job, stores, tokenizer, alone, watch)
 """
 
 
@@ -160,7 +161,7 @@ def test_a_kill_around_the_export_ends_in_the_same_weights(tmp_path, store, mome
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(stage, "free_bytes", lambda folder: 10**6)
+    monkeypatch.setattr(training, "free_bytes", lambda folder: 10**6)
     with pytest.raises(UserError, match=r"student 's': .* GB are needed") as found:
         train(job(tmp_path / "s"), store)
     assert "make space" in found.value.hint
@@ -170,7 +171,7 @@ def test_a_disk_that_fills_up_while_weights_are_written_is_told_and_lost_nothing
     """A limit on the size of files, at which safetensors fails as on a full disk."""
     whole = train(job(tmp_path / "whole", epochs=1), store)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = stage.export
+    real = training.export
 
     def limited(*arguments: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -180,7 +181,7 @@ def test_a_disk_that_fills_up_while_weights_are_written_is_told_and_lost_nothing
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "export", limited)
+        patched.setattr(training, "export", limited)
         with pytest.raises(DiskFull, match=r"cannot write .*model") as found:
             train(job(tmp_path / "s", epochs=1), store)
     assert "run the same command again" in found.value.hint

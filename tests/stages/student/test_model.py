@@ -21,6 +21,7 @@ from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.settings.student import FREE_TRAIN, LOSS_OPTIONS, TrainSettings
 from duet.stages.student.checks import check_settings
+from duet.stages.student.head import losses_at
 from duet.stages.student.losses import LOSSES
 from duet.stages.student.model import Student, load_trainable, trained
 from duet.stages.student.passes import passes_of
@@ -33,12 +34,13 @@ PARTS = {
 
 
 def student(**train) -> Student:
-    return Student.of(LAB_SMALL, "small", TrainSettings(lr=1e-2, **train), "huber_centred", ONE, False)
+    return Student.of(job(Path("unused"), lr=1e-2, **train), "huber_centred", pad_id=0, processes=ONE)
 
 
 def step(a_student: Student) -> None:
-    for one in passes_of(targets(8), a_student.settings, pad_id=0):
-        a_student.losses(one).sum().backward()
+    for one in passes_of(targets(8), a_student.settings, a_student.pad_id):
+        loss_N, _ = losses_at(one, a_student.module, a_student.loss, a_student.autocast())
+        loss_N.sum().backward()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

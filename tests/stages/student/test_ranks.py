@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from student_jobs import ONE, job, train_student
 from support import ROOT
 
+from duet.cache.watch import Watch
+
 SETTINGS = {"epochs": 3, "batch_size": 8, "lr": 1e-3, "checkpoint_steps": 3, "export_dtype": "float32"}
 
 
 def together(world: int, store, student_dir: Path, stop_after: int = 0, **train) -> list[dict]:
-    """Train the student of `test_student.job` in so many processes; the lines of metrics.jsonl."""
+    """Train the student of `student_jobs.job` in `world` processes; the lines of metrics.jsonl."""
     a_job = job(student_dir)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += ["tests/helpers/ranks.py", str(store[0].place), str(a_job.model_dir), str(student_dir)]
+    command += ["tests/helpers/ranks.py", str(store[0].location), str(a_job.model_dir), str(student_dir)]
     command += [json.dumps(SETTINGS | train), str(stop_after)]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
@@ -33,7 +35,7 @@ def together(world: int, store, student_dir: Path, stop_after: int = 0, **train)
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, store) -> Path:
     student_dir = tmp_path_factory.mktemp("alone") / "s"
-    train_student(job(student_dir, **SETTINGS), {"teacher": store[0]}, store[1], ONE, lambda r: None, lambda: False)
+    train_student(job(student_dir, **SETTINGS), {"teacher": store[0]}, store[1], ONE, Watch())
     return student_dir
 
 
@@ -61,14 +63,8 @@ def test_several_processes_take_the_steps_of_one(tmp_path, store, alone, world, 
 def test_two_processes_are_interrupted_and_three_go_on(tmp_path, store, parallel):
     """Right after a probe, which leaves FSDP2's weights whole if nothing is done about it."""
     probe = {"probe": {"steps": 2}}
-    train_student(
-        job(tmp_path / "alone", **SETTINGS, **probe),
-        {"teacher": store[0]},
-        store[1],
-        ONE,
-        lambda r: None,
-        lambda: False,
-    )
+    alone = job(tmp_path / "alone", **SETTINGS, **probe)
+    train_student(alone, {"teacher": store[0]}, store[1], ONE, Watch())
     first = together(2, store, tmp_path / "s", stop_after=4, parallel=parallel, **probe)
     whole = len(load_file(tmp_path / "s/checkpoints/step-000000004/model.safetensors"))
     assert len(load_file(tmp_path / "s/checkpoints/step-000000004/optimizer.safetensors")) == 3 * whole
@@ -81,5 +77,5 @@ def test_two_processes_are_interrupted_and_three_go_on(tmp_path, store, parallel
 def test_adapters_are_trained_by_two_processes_as_by_one(tmp_path, store):
     lora = {"rank": 4, "targets": ["q_proj", "down_proj"]}
     one = job(tmp_path / "one", **SETTINGS, lora=lora)
-    train_student(one, {"teacher": store[0]}, store[1], ONE, lambda r: None, lambda: False)
+    train_student(one, {"teacher": store[0]}, store[1], ONE, Watch())
     assert_same(tmp_path / "one", together(2, store, tmp_path / "two", lora=lora), tmp_path / "two")

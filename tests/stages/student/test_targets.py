@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from student_jobs import ONE, job
+from student_jobs import ONE, job, noting
 from support import LAB_SMALL, LAB_VOCAB_SIZE, make_plan, make_rows, write_store
 
 from duet.cache.codec import Block, Layout, encode
@@ -223,10 +223,7 @@ def stores(tmp_path_factory) -> tuple[dict[str, Store], object]:
 
 def train(student_dir: Path, stores, stop_after: int | None = None, **settings) -> list[float]:
     losses: list[float] = []
-    train_student(
-        job(student_dir, **settings), *stores, ONE,
-        lambda report: losses.append(report.loss), lambda: stop_after is not None and len(losses) >= stop_after,
-    )  # fmt: skip
+    train_student(job(student_dir, **settings), *stores, ONE, noting(losses, stop_after))
     return losses
 
 

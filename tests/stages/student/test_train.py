@@ -17,6 +17,7 @@ from support import LAB_SMALL, LAB_VOCAB_SIZE, ROOT, make_plan, make_rows, write
 
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.location import Folder
+from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.tokenizers import load_tokenizer, tokenizer_files, tokenizer_sha256
 from duet.stages.questions.same_prompts import check_same_tokenizer
@@ -58,7 +59,7 @@ def test_a_kill_between_checkpoints_repeats_only_what_followed(tmp_path, store):
             raise Kill
 
     with pytest.raises(Kill):
-        train_student(broken, {"teacher": store[0]}, store[1], ONE, kill_after_five, lambda: False)
+        train_student(broken, {"teacher": store[0]}, store[1], ONE, Watch(on_progress=kill_after_five))
     with open(broken.student_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     assert train(broken, store) == whole[3:]
