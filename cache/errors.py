@@ -15,13 +15,13 @@ EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 75
 EXIT_CODES = {  # of every command, as the reference of commands tells them
     EXIT_DONE: "done",
     EXIT_BUG: "a bug in Duet: please report it with the lines that it printed",
-    EXIT_USER: "you can mend it: two lines say what is wrong and what to do, `log.txt` of the run has the full trace",
-    EXIT_INTERRUPTED: "interrupted, and what was done is kept: run the same command again, it goes on from there",
+    EXIT_USER: "an error you can fix: two lines say what and how; the run's `log.txt` has the traceback",
+    EXIT_INTERRUPTED: "interrupted: finished work is kept; run the same command again to resume",
 }
 
 
 class UserError(Exception):
-    """Something the user can mend: `what` is wrong (found, expected, where) and a `hint` what to do."""
+    """Something the user can fix: `what` is wrong (found, expected, where) and a `hint` what to do."""
 
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(f"{what}\nhint: {hint}")

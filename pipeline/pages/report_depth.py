@@ -73,11 +73,11 @@ def _layers_table(numbers: Numbers, found: Mapping[str, Any]) -> str:
 def relearning_section(numbers: Numbers) -> str:
     """How quickly a model learns again what it was to forget, a panel for each kind of data."""
     models = by_interest(numbers)
-    models += [m for m in numbers.at("relearning") or {} if m not in models]  # a control is no model of the run
+    models += [m for m in numbers.at("relearning") or {} if m not in models]  # a control is not a model of the run
     found = {m: numbers.at("relearning", m) for m in models if numbers.at("relearning", m)}
     title = "Relearning"
     if not found:
-        return section("relearning", title, note("Nobody tried to teach the forgotten anew in this run."))
+        return section("relearning", title, note("Nobody tried to teach the forgotten facts again in this run."))
     text = (
         "Recall on the forget questions, in points with 95 % intervals, while the model is fine-tuned on a few of them, or on "
         "text that has nothing to do with them (benign). What was only hidden comes back after fewer steps than a model needs "

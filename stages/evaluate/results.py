@@ -134,7 +134,7 @@ def _comparisons(
         name: {
             key: {"against": other, **uncertainty.compare(found, models[other][key], exam.settings.seed)}
             for key, found in models[name].items()
-            if key in models[other] and len(found.items)  # an AUC and a perplexity are no means over items
+            if key in models[other] and len(found.items)  # an AUC and a perplexity are not means over items
         }
         for name, other in against.items()
         if other != name

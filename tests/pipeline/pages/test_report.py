@@ -207,7 +207,7 @@ def test_the_verdict_comes_first_and_not_distinguishable_is_said():
     [
         ("outcomes", "These results hold no verdict"),
         ("layers", "The inner layers were not looked at"),
-        ("relearning", "Nobody tried to teach the forgotten anew"),
+        ("relearning", "Nobody tried to teach the forgotten facts again"),
         ("comparisons", "These results hold no paired comparisons"),
         ("provenance", "These results hold no hashes of the data"),
         ("students", "No student was trained"),
