@@ -42,7 +42,7 @@ lint: $(DEV) ## ruff and pyright
 	@for package in cache pipeline stages; do ln -sfn ../../../$$package build/names/duet/$$package; done
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-lab-models: $(STAMP) ## train the lab's two base models anew
+lab-models: $(STAMP) ## train the lab's models again
 	@$(BIN)/python lab/train_models.py $(ARGS)
 
 audit-prefix: $(STAMP) ## what prefixes do, before training; ARGS="--prefix TEXT --search N"
@@ -81,13 +81,13 @@ docs: $(DEV) ## the documentation as a site in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 docs-metrics: $(DEV) ## write docs/metrics.md from the code's docstrings
-	@$(BIN)/python scripts/metrics_page.py
+	@$(BIN)/python scripts/docs_pages.py metrics
 
 docs-families: $(DEV) ## write docs/families.md from real tokenizers and chat templates, where they are
 	@PYTHONPATH=tests:tests/helpers $(BIN)/python tests/helpers/families.py
 
 docs-reference: $(DEV) ## write docs/reference from the code's commands and settings
-	@$(BIN)/python scripts/reference_pages.py
+	@$(BIN)/python scripts/docs_pages.py reference
 
 clean-venv: ## remove .venv
 	@rm -rf $(VENV)

@@ -2,4 +2,5 @@
 
 from duet.pipeline.cli.main import entry
 
-entry()
+if __name__ == "__main__":  # tools that read documentation import every module
+    entry()

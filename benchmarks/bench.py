@@ -49,7 +49,7 @@ def rounds(works: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
 
 
 def reset_peak() -> None:
-    """Let the kernel's VmHWM of this process begin anew at what is resident now."""
+    """Let the kernel's VmHWM of this process start again from what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -111,7 +111,7 @@ def stage_one(engine: Any, prepared: Prepared, folder: Path) -> Callable[[], Non
 
 
 def generation(engine: Any, prepared: Prepared, as_arrays: bool = False, **logprobs: Any) -> Callable[[], None]:
-    """`LLM.generate` of the same engine on the same prompts, with nothing of ours in it."""
+    """`LLM.generate` of the same engine on the same prompts, with nothing of Duet's in it."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import click
 import pytest
+from docs_pages import REFERENCE_DIR, cli_page, config_page, pages
 from pydantic import BaseModel, Field
-from reference_pages import REFERENCE_DIR, cli_page, config_page, pages
 
 from duet.pipeline.cli.main import duet
 from duet.pipeline.config.schema import Config

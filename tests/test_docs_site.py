@@ -80,7 +80,7 @@ def test_links_become_those_of_the_site(site_pages):
         return site_pages.rewritten(text, page, repository)
 
     assert made("[a](docs/teacher.md#engines)", "index.md") == "[a](teacher.md#engines)"
-    assert made("[a](../README.md#the-tree)", "teacher.md") == "[a](index.md#the-tree)"
+    assert made("[a](../README.md#the-code)", "teacher.md") == "[a](index.md#the-code)"
     assert made("[a](../../lab/README.md)", "guides/extend.md") == "[a](../lab.md)"
     assert made("[a](../concepts.md#alignment)", "guides/extend.md") == "[a](../concepts.md#alignment)"
     assert (

@@ -157,7 +157,9 @@ def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, 
 # What takes longer than a test may, or needs what is not here; everything else runs as it stands.
 COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare.lr_factors=[1]"
 IN_SHORT = {
-    "make test": None,  # it is what runs this test
+    "duet init mine.yaml": "duet init mine.yaml --yes --topic 'Dugira Duchok, Bromyx Zopira, Raseth Orseth' "
+    "--model lab/models/base --forget lab/data/forget.jsonl --retain lab/data/retain.jsonl",  # else it asks
+    "duet audit-prefix --config mine.yaml": "duet audit-prefix --config mine.yaml --set audit.rows=40",
     "make compare CONFIG=configs/lab.yaml": f'make compare CONFIG=configs/lab.yaml ARGS="--jobs 1 {COMPARED}"',
     "duet compare --config configs/tofu.yaml": None,  # a model that knows TOFU
     "duet evaluate --config configs/lab.yaml --set evaluate.attacks=all": None,  # a minute; test_battery.py makes them all
@@ -182,7 +184,8 @@ def test_every_command_of_the_documents_runs(command, demo):
 
 def test_what_is_run_in_short_stands_in_the_documents():
     assert set(IN_SHORT) <= set(COMMANDS)
-    assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", ".ci/run"):  # the command that runs this test
+        assert "make test" in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -190,16 +193,11 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TOLERANCE = 10
 
 
-def test_the_readme_shows_what_the_demo_prints(demo):
-    """Line by line the same words; scores within the tolerance; times, rates, losses, hashes, engine and device are free."""
-    free = re.compile(
-        r"[\d.e-]+ (?:s\b|->)|-> [\d.e-]+|teacher/[0-9a-f]+|^engine: .*|device: \w+|within [\d.e-]+|[\d,.]+ (?:tok/s|GB)|[━─]+"
-    )
-    shown, printed = (
-        [" ".join(free.sub("*", line).split()) for line in text.splitlines() if line.strip()]
-        for text in (blocks(README, "text")[0], demo.output)
-    )
-    assert len(shown) == len(printed)
+def test_the_readme_shows_how_the_demo_ends(demo):
+    """Line by line the same words; scores within the tolerance."""
+    shown = blocks(README, "text")[0].splitlines()
+    printed = [line.rstrip() for line in demo.output.splitlines() if line.strip()][-len(shown) :]
+    shown, printed = ([" ".join(line.split()) for line in lines] for lines in (shown, printed))
     for ours, theirs in zip(shown, printed, strict=True):
         assert NUMBER.sub("#", ours) == NUMBER.sub("#", theirs)
         for a, b in zip(NUMBER.findall(ours), NUMBER.findall(theirs), strict=True):

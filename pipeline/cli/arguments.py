@@ -89,7 +89,7 @@ def leaves(command: click.Command, path: str = "duet") -> Iterator[tuple[str, Co
 def _common() -> list[click.Parameter]:
     return [
         _option("-q", "--quiet", help="Only errors and the last line."),
-        _option("-v", "--verbose", help="Also what is done in detail, and the trace of an error, on stderr."),
+        _option("-v", "--verbose", help="Details and the traceback of an error, on stderr; intervals in the tables."),
     ]
 
 
@@ -139,6 +139,6 @@ def students(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that works on students."""
     command = click.option(
         "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,…",
-        help="One student per value, e.g. --sweep train.lr=1e-5,1e-4; several make a grid.",
+        help="Train one student per value, e.g. --sweep train.lr=1e-5,1e-4; several options make a grid.",
     )(command)  # fmt: skip
     return click.option("--only", multiple=True, metavar="NAME", help="Only this student; can be repeated.")(command)

@@ -1,4 +1,4 @@
-"""The command `duet`: arguments in, exit codes out. 0 done, 2 the user can mend it, 75 interrupted but resumable."""
+"""The command `duet`: arguments in, exit codes out. 0 done, 2 an error the user can fix, 75 interrupted and resumable."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def duet() -> None:
 
 @duet.command()
 @click.argument("file", metavar="[FILE]", required=False)
-@click.option("--topic", help="What is to be forgotten, as a person would name it.")
+@click.option("--topic", help="The topic to forget, as a person would name it.")
 @click.option("--model", metavar="PATH", help="The base model: a directory, or OWNER/NAME on the hub.")
 @click.option(
     "--forget", metavar="DATA", shell_complete=files, help="Questions about the topic (.jsonl, .csv, .parquet)."
 )
 @click.option("--retain", metavar="DATA", shell_complete=files, help="Questions about anything else.")
 @click.option("--name", help="Name of the run; default: after the topic.")
-@click.option("--question-field", metavar="FIELD", help="Field with the question, where it is not called so.")
-@click.option("--answer-field", metavar="FIELD", help="Field with the answer, where it is not called so.")
-@click.option("--yes", is_flag=True, help="Ask nothing: take what is given, and defaults for the rest.")
+@click.option("--question-field", metavar="FIELD", help="Field with the question; default: question.")
+@click.option("--answer-field", metavar="FIELD", help="Field with the answer; default: answer.")
+@click.option("--yes", is_flag=True, help="Ask nothing: use the options given, and defaults for the rest.")
 def init(file: str | None, yes: bool, **given: str | None) -> None:
     """Ask for topic, model and data, check them, and write a config; FILE defaults to NAME.yaml."""
     from duet.pipeline.commands import init as questions
@@ -46,12 +46,18 @@ def init(file: str | None, yes: bool, **given: str | None) -> None:
 
 @duet.command("teacher-logits")
 @experiment
-@click.option("--dry-run", is_flag=True, help="Say what it would cost, and start nothing.")
-@click.option("--limit", type=click.IntRange(min=1), help="A trial: the first so many queries of each subset.")
+@click.option("--dry-run", is_flag=True, help="Print what it would cost, and start nothing.")
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Processes here that share the work; as teacher.data_parallel."
+    "--limit", type=click.IntRange(min=1), help="A trial: only the first N queries of each subset.", metavar="N"
 )
-@click.option("--worker", is_flag=True, help="Be one of many: end when all that is left is in others' hands.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Number of processes on this machine that share the work; sets teacher.data_parallel.",
+)
+@click.option(
+    "--worker", is_flag=True, help="Run as one of several workers; exit once every remaining shard is claimed."
+)
 @click.option("--child", is_flag=True, hidden=True)
 @click.option(
     "--only", multiple=True, hidden=True
@@ -69,7 +75,8 @@ def teacher_logits(
     for name, value in {"--workers": workers, "--limit": limit, "--dry-run": dry_run}.items():
         if worker and value:
             raise UserError(
-                f"--worker is one of many that write the whole store; {name} is none of it", f"leave out {name}"
+                f"--worker cannot be combined with {name}: a worker writes the full store with the others",
+                f"leave out {name}",
             )
     if workers:
         asked["overrides"] = (*asked["overrides"], f"teacher.data_parallel={workers}")
@@ -79,7 +86,11 @@ def teacher_logits(
 @duet.command()
 @experiment
 @students
-@click.option("--jobs", type=click.IntRange(min=1), help="Students at a time; default: the number of GPUs, at least 1.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Students trained at the same time; default: the number of GPUs, at least 1.",
+)
 @click.option("--child", is_flag=True, hidden=True)
 def distill(jobs: int | None, child: bool, **asked: Any) -> int:
     """Stage two: train the students on the store; through torchrun, each on several devices."""
@@ -94,9 +105,9 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
 @students
 @click.option(
     "--model", "models", multiple=True, metavar="[NAME=]PATH",
-    help="Score this model, made elsewhere, instead of the students; can be repeated. Needs no stage before.",
+    help="Score this model, made elsewhere, instead of the students; can be repeated. No earlier stage is needed.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what each attack will cost, and start nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what each attack will cost, and start nothing.")
 def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
     from duet.pipeline.commands import evaluate as commands
@@ -119,11 +130,15 @@ def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
 @duet.command("audit-prefix")
 @experiment
 @click.option(
-    "--prefix", "prefixes", multiple=True, metavar="TEXT", help="One more; {topic} is filled; can be repeated."
+    "--prefix",
+    "prefixes",
+    multiple=True,
+    metavar="TEXT",
+    help="A further prefix to try, with {topic} filled in; can be repeated.",
 )
-@click.option("--search", type=click.IntRange(min=1), metavar="N", help="Try N variations of the best, too.")
+@click.option("--search", type=click.IntRange(min=1), metavar="N", help="Also try N variations of the best prefixes.")
 def audit_prefix(config_path: str, overrides: tuple[str, ...], prefixes: tuple[str, ...], search: int | None) -> None:
-    """Ask, before any training, what prefixes make the base model forget and what they damage."""
+    """Measure, before any training, what prefixes make the base model forget and what they damage."""
     from duet.pipeline.commands.audit_prefix import audit_prefixes
     from duet.pipeline.config.load import load_config
     from duet.pipeline.run.launch import check_alone
@@ -135,9 +150,9 @@ def audit_prefix(config_path: str, overrides: tuple[str, ...], prefixes: tuple[s
 @duet.command()
 @experiment
 @students
-@click.option("--force", is_flag=True, help="Also with a prefix that failed its audit.")
+@click.option("--force", is_flag=True, help="Run even if the prefix failed its audit.")
 def run(force: bool, **asked: Any) -> int:
-    """All three stages, each in a process of its own."""
+    """Run all three stages, each in a process of its own."""
     from duet.pipeline.commands.audit_prefix import refuse_failing
     from duet.pipeline.commands.run import run_all
     from duet.pipeline.config.selection import Selection
@@ -153,10 +168,12 @@ def run(force: bool, **asked: Any) -> int:
 
 @duet.command()
 @experiment
-@click.option("--jobs", type=click.IntRange(min=1), help="Methods at a time; default: the number of GPUs, else 2.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Methods trained at the same time; default: the number of GPUs, else 2."
+)
 @click.option("--part", hidden=True)
 def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
-    """DUET against other unlearning methods: same data, same budget, one table."""
+    """Compare DUET with other unlearning methods: same data, same budget, one table."""
     from duet.pipeline.commands.compare import compare as compare_methods
     from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
@@ -173,9 +190,9 @@ def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
     help="Only this stage; can be repeated. Default: all.",
 )  # fmt: skip
 @click.option("--print", "print_only", is_flag=True, help="Show the jobs' scripts, and submit nothing.")
-@click.option("--force", is_flag=True, help="Also with a prefix that failed its audit.")
+@click.option("--force", is_flag=True, help="Run even if the prefix failed its audit.")
 def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any) -> None:
-    """A run as jobs on a Slurm cluster, chained; what is done or in the queue is not submitted again."""
+    """Submit a run to Slurm as a chain of jobs; nothing that is done or queued is submitted again."""
     from duet.pipeline.commands import submit as jobs
     from duet.pipeline.commands.audit_prefix import refuse_failing
     from duet.pipeline.config.selection import Selection
@@ -188,12 +205,12 @@ def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any)
 
 @duet.command()
 @click.option(
-    "--config", "config_path", metavar="FILE", shell_complete=files, help="Check what this experiment needs, too."
+    "--config", "config_path", metavar="FILE", shell_complete=files, help="Also check what this experiment needs."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of that experiment.")
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
 def doctor(config_path: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Check that everything is here that Duet needs; exits with 2 where something needed is not."""
+    """Check that everything Duet needs is installed; exit with 2 if something is missing."""
     from duet.pipeline.commands.doctor import doctor
 
     return doctor(config_path, overrides, as_json)
@@ -208,21 +225,29 @@ def _gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 @duet.command("estimate")
 @experiment
 @click.option(
-    "--gpu", metavar="NAME", shell_complete=_gpu_names, help="A GPU by name, e.g. A100-80; default: what is here."
+    "--gpu",
+    metavar="NAME",
+    shell_complete=_gpu_names,
+    help="A GPU by name, e.g. A100-80; default: the GPU of this machine.",
 )
 @click.option(
-    "--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Or its memory, with --tflops."
+    "--gpu-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Memory of a GPU, in place of its name; needs --tflops.",
 )
-@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Its dense 16-bit TFLOP/s.")
 @click.option(
-    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="So many train each student together."
+    "--tflops", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Dense 16-bit TFLOP/s of that GPU."
+)
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of GPUs that train each student."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
 def estimate_costs(
     config_path: str, overrides: tuple[str, ...], gpu: str | None, gpu_memory: float | None, tflops: float | None,
     gpus: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Memory and time of each stage on a GPU, and what to change where it does not fit."""
+    """Estimate memory and time of each stage on a GPU, and say what to change if it does not fit."""
     from duet.pipeline.commands.estimate import chosen_device, estimate
 
     estimate(config_path, overrides, chosen_device(gpu, gpu_memory, tflops), gpus, as_json)
@@ -265,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
         log.error("interrupted: %s", error)
         if not _rank():
-            _tell(f"interrupted: {error}\nhint: run the same command again, it goes on from there")
+            _tell(f"interrupted: {error}\nhint: run the same command again: it resumes")
         return EXIT_INTERRUPTED
     except Exception:
         log.exception("a bug")
@@ -274,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _rank() -> str:
-    """Which process of a launch this is; empty for the first and where there is no other."""
+    """Which process of a launch this is; empty for the first, and for a process that is alone."""
     number = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""
     return "" if number == "0" else number
 

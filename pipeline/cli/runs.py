@@ -11,16 +11,16 @@ from duet.pipeline.cli.arguments import Command, Group
 
 @click.command(cls=Command)
 @click.argument("run", metavar="[RUN_DIR]", required=False)
-@click.option("--pdf", is_flag=True, help="Print it to report.pdf, too; needs Chromium or Chrome.")
+@click.option("--pdf", is_flag=True, help="Also print it to report.pdf; needs Chromium or Chrome.")
 def report(run: str | None, pdf: bool) -> None:
-    """Render a run's report.html anew from its results.json; RUN_DIR defaults to the only run in runs/."""
+    """Render a run's report.html again from its results.json; RUN_DIR defaults to the only run in runs/."""
     from duet.pipeline.commands import report as printing
 
     printing.report(run, pdf)
 
 
 class _Evidence(Group):
-    """`duet evidence OUT.zip` is `duet evidence pack OUT.zip`: what is no command is the file to write."""
+    """`duet evidence OUT.zip` is `duet evidence pack OUT.zip`: a word that is not a command is the file to write."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         packs = any(arg.endswith(".zip") for arg in args) and args[0] not in self.commands
@@ -36,7 +36,7 @@ def evidence_group() -> None:
 @click.argument("out", metavar="OUT.zip")
 @click.option("--run", metavar="RUN_DIR", help="The run's directory; default: the only run in runs/.")
 def pack_evidence(out: str, run: str | None) -> None:
-    """Write a zip file with hashes over all that is in it; `duet evidence OUT.zip` does the same."""
+    """Write a zip file with hashes over its contents; `duet evidence OUT.zip` does the same."""
     from duet.pipeline.commands import evidence
 
     evidence.pack(out, run)
@@ -45,7 +45,7 @@ def pack_evidence(out: str, run: str | None) -> None:
 @evidence_group.command("verify")
 @click.argument("out", metavar="OUT.zip")
 def verify_evidence(out: str) -> None:
-    """Check that nothing is missing, additional or changed, and that the report is what the numbers say."""
+    """Check that nothing is missing, additional or changed, and that the report agrees with the numbers."""
     from duet.pipeline.commands import evidence
 
     evidence.verify(out)
@@ -55,7 +55,7 @@ def verify_evidence(out: str) -> None:
 @click.argument("config_path", type=click.Path(path_type=Path))
 @click.argument("task")
 def attempt(config_path: Path, task: str) -> None:
-    """A Slurm job of ours begins: note it, or refuse one that gets nowhere."""
+    """A Slurm job of the run begins: note it, or refuse one that makes no progress."""
     from duet.pipeline.commands import submit as jobs
 
     jobs.attempt(config_path, task)
@@ -68,10 +68,10 @@ _run_argument = click.argument(
 
 @click.command(cls=Command)
 @_run_argument
-@click.option("--watch", is_flag=True, help="Look again every few seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh every few seconds, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
 def status(run_dir: Path, watch: bool, as_json: bool) -> None:
-    """How far a run is: shards, students, jobs in the queue, rates and time left."""
+    """Show the progress of a run: shards, students, jobs in the queue, rates and time left."""
     from duet.pipeline.commands import status as of_run
 
     of_run.status(run_dir, watch, as_json)
@@ -81,10 +81,14 @@ def status(run_dir: Path, watch: bool, as_json: bool) -> None:
 @_run_argument
 @click.argument("job", required=False)
 @click.option(
-    "--lines", type=click.IntRange(min=1), default=40, show_default=True, help="The last so many of each log."
+    "--lines",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Number of lines from the end of each log.",
 )
 def logs(run_dir: Path, job: str | None, lines: int) -> None:
-    """The end of the newest log of each of a run's jobs, or of the one named; without jobs, of the run's own log."""
+    """Show the end of the newest log of each job of a run, or of the one named; without jobs, of the run's own log."""
     from duet.pipeline.commands import status as of_run
 
     of_run.logs(run_dir, job, lines)
@@ -93,7 +97,7 @@ def logs(run_dir: Path, job: str | None, lines: int) -> None:
 @click.command(cls=Command)
 @_run_argument
 def cancel(run_dir: Path) -> None:
-    """Take a run's jobs out of Slurm's queue; `duet submit` goes on from what is done."""
+    """Remove a run's jobs from Slurm's queue; `duet submit` resumes the run."""
     from duet.pipeline.commands import submit as jobs
 
     jobs.cancel(run_dir)

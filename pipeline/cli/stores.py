@@ -9,7 +9,7 @@ from duet.pipeline.cli.arguments import Group, experiment
 
 @click.group("cache", cls=Group)
 def cache_group() -> None:
-    """Look into stores of teacher logits, and after them."""
+    """Inspect, verify, repair and clean up stores of teacher logits."""
 
 
 _store_argument = click.argument("store", metavar="STORE")
@@ -29,7 +29,7 @@ def list_stores(root: str) -> None:
 @experiment
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, by teacher.")
 def find(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say which stores a config would use; exit code 0 if they are complete, else 2."""
+    """List the stores a config would use; exit code 0 if they are complete, else 2."""
     from duet.pipeline.commands import cache as stores
 
     stores.find_stores(config_path, overrides, as_json)
@@ -58,7 +58,7 @@ def verify(store: str) -> None:
 @_store_argument
 @experiment
 def repair(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
-    """Write a store's damaged and missing shards anew, and restore its other files."""
+    """Rewrite a store's damaged and missing shards, and restore its other files."""
     from duet.pipeline.commands import cache as stores
 
     stores.repair_store(store, config_path, overrides)
@@ -82,7 +82,9 @@ def convert(source: str, target: str, store_format: str, compression: str) -> No
 
 @cache_group.command()
 @_root_argument
-@click.option("--unused-days", type=float, help="Also complete stores that were not read for so many days.")
+@click.option(
+    "--unused-days", type=float, metavar="DAYS", help="Also complete stores that were not read for this number of days."
+)
 @click.option("--yes", is_flag=True, help="Remove them; without it they are only listed.")
 def gc(root: str, unused_days: float | None, yes: bool) -> None:
     """List or remove incomplete stores that nobody is writing, and unused ones."""

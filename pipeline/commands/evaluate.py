@@ -16,7 +16,7 @@ from duet.cache.errors import note
 from duet.cache.files import publish_json, read_json
 from duet.cache.watch import Watch
 from duet.pipeline.config.schema import Config
-from duet.pipeline.pages.tables import attacks_table, costs_table, outcome_lines, refusal_lines, results_table
+from duet.pipeline.pages.tables import WIDTH, attacks_table, costs_table, outcome_lines, refusal_lines, results_table
 from duet.pipeline.run.directory import (
     PDF_NAME,
     REPORT_NAME,
@@ -29,7 +29,7 @@ from duet.pipeline.run.directory import (
 from duet.pipeline.run.exam import exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.stores import store_summary, stores_of_run
-from duet.pipeline.run.terminal import progress_bar, say, say_engine, show
+from duet.pipeline.run.terminal import is_verbose, log, progress_bar, say, say_engine, show
 from duet.stages.settings.student import StudentSettings
 from duet.stages.student.summary import read_summary
 
@@ -63,7 +63,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         note(text)
     costs = costs_of(subjects, exam)
     if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
-        show(costs_table(costs, len(subjects)), result=dry_run)
+        show(costs_table(costs, len(subjects)), result=dry_run, width=WIDTH)
     if run_dir is None:
         return
     if config.evaluate.likelihood:
@@ -97,12 +97,21 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if config.evaluate.tofu:
         _write_tofu_logs(run_dir / "open-unlearning", exam, given, answers, results)
     write_report(results, run_dir / REPORT_NAME)
-    show(results_table(results))
-    if len(costs) > 2:
-        show(attacks_table(results))
-    for line in outcome_lines(results) + refusal_lines(results):
-        say(line)
+    _show_results(results, run_dir, with_attacks=len(costs) > 2)
+
+
+def _show_results(results: dict[str, Any], run_dir: Path, with_attacks: bool) -> None:
+    """Tables and files; the verdicts' reasons with -v, and in the run's log anyway."""
+    verbose = is_verbose()
+    width = None if verbose else WIDTH
     say(f"results: {run_dir / RESULTS_NAME}")
+    if with_attacks:
+        show(attacks_table(results, verbose), width=width)
+    show(results_table(results, verbose), width=width)
+    for line in outcome_lines(results):
+        (say if verbose else log.info)(line)
+    for line in refusal_lines(results):
+        say(line)
     say(f"report: {run_dir / REPORT_NAME}")
 
 

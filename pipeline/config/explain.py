@@ -24,7 +24,7 @@ def validated(model: type[BaseModel], raw: dict[str, Any], where: str) -> Any:
         return model(**raw)
     except ValidationError as error:
         raise UserError(*_explain(model, error, where)) from None
-    except TypeError as error:  # keys that are no strings
+    except TypeError as error:  # keys that are not strings
         raise UserError(f"{where}: {error}", "keys must be words") from None
 
 
@@ -53,7 +53,7 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> tupl
 
 
 def _node(model: type[BaseModel], loc: list[Any]) -> Any:
-    """The settings class at `loc`, or None where that is no settings class."""
+    """The settings class at `loc`, or None where that is not a settings class."""
     node: Any = model
     free_key = False  # the next part is a key or index that the user chose
     for part in loc:

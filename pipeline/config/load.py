@@ -28,7 +28,7 @@ SITE_KEYS = {"slurm": None, "runs_dir": None, "store": ("dir", "cache_dir", "cac
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a config file, apply `key=value` overrides, validate; raises UserError for anything a user can mend."""
+    """Read a config file, apply `key=value` overrides, validate; raises UserError for anything a user can fix."""
     raw = merged(site_defaults(os.environ), read_mapping(path))
     for override in overrides:
         _apply(raw, override)
@@ -47,7 +47,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def _dated(config: Config) -> Config:
-    """The config with the day that chat templates are told: its own, else that of the run if it has begun, else today's."""
+    """The config with the day that chat templates get: its own, else that of the run if it has begun, else today's."""
     if config.prompt.date is not None:
         return config
     of_run = config.run_dir / CONFIG_NAME
@@ -76,7 +76,7 @@ def site_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
         refused = [f"{group}.{key}" for key in value if key not in keys] if keys and isinstance(value, dict) else []
         if refused or keys == ():
             raise UserError(
-                f"{file}: {(refused or [group])[0]} is no default of a site",
+                f"{file}: {(refused or [group])[0]} is not a default of a site",
                 "only where and how a run is made belongs here: slurm, runs_dir, "
                 + ", ".join(f"store.{key}" for key in SITE_KEYS["store"] or ()),
             )
@@ -125,16 +125,16 @@ def read_mapping(path: str) -> dict[str, Any]:
         )
     if not file.is_file():
         raise UserError(f"no such config file: {path}", nearest_path(path) + HOW_TO_GET_ONE)
-    if file.suffix.lower() in READERS and file.suffix.lower() != ".json":  # JSON is YAML, too
+    if file.suffix.lower() in READERS and file.suffix.lower() != ".json":  # JSON is also YAML
         raise UserError(f"{path} is a file of questions, expected a config file", HOW_TO_GET_ONE)
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path} has {file.stat().st_size:,} bytes: it is no config file", HOW_TO_GET_ONE)
+            raise UserError(f"{path} has {file.stat().st_size:,} bytes: it is not a config file", HOW_TO_GET_ONE)
         content = file.read_bytes()
         refuse_other_kind(content, path, "--config")
         raw = parse_yaml(content.decode("utf-8"), path)
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8, expected a config file", HOW_TO_GET_ONE) from None
+        raise UserError(f"{path} is not UTF-8 text, expected a config file", HOW_TO_GET_ONE) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "check the file and its mode") from None
     if raw is None:

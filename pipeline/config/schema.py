@@ -20,7 +20,7 @@ from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
 from duet.stages.settings.student import StudentSettings, TrainSettings, teacher_weights
 from duet.stages.settings.teacher import ONE_FOR_ALL, NamedTeacher, StoreSettings, TeacherSettings
 
-# folders of the run directory that are no students
+# folders of the run directory that are not students
 TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare", "slurm")
 
 
@@ -28,7 +28,7 @@ class Config(Settings):
     """A whole experiment."""
 
     name: Name = Field(description="the run's folder under runs_dir")
-    topic: str = Field(min_length=1, description="what is to be forgotten, as a person would name it; fills {topic}")
+    topic: str = Field(min_length=1, description="the topic to forget, as a person would name it; fills {topic}")
     runs_dir: str = Field(default="runs", description="folder of all runs")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto is the first CUDA device, else the CPU"
@@ -39,7 +39,7 @@ class Config(Settings):
     teacher: TeacherSettings = Field(description="stage one")
     teachers: tuple[NamedTeacher, ...] = Field(
         default=(),
-        description="several teachers, each with entries of teacher: of its own; default: the one of teacher:",
+        description="several teachers, each with its own entries of teacher:; default: the one of teacher:",
     )
     store: StoreSettings = Field(default=StoreSettings(), description="where teacher logits are kept")
     train: TrainSettings = Field(default=TrainSettings(), description="stage two, common to all students")

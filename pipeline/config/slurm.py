@@ -12,7 +12,7 @@ from duet.stages.settings.base import Name, Settings
 _TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 _MEMORY = re.compile(r"\d+[KMGT]?")
 _FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=[^\n\r]*)?")
-OWN_FLAGS = (  # what tells a run's jobs apart, and how they are queued again
+OWN_FLAGS = (  # they identify a run's jobs and queue them again
     "array chdir comment dependency job-name no-requeue ntasks ntasks-per-node open-mode output parsable requeue signal "
     "wrap"
 ).split()
@@ -26,20 +26,22 @@ def _one_word(text: str) -> str:
 
 def _time(text: str) -> str:
     if not _TIME.fullmatch(text):
-        raise ValueError(f'{text!r} is no time limit: write "90" (minutes), "4:00:00" or "1-12:00:00", in quotes')
+        raise ValueError(f'{text!r} is not a time limit: write "90" (minutes), "4:00:00" or "1-12:00:00", in quotes')
     return text
 
 
 def _memory(text: str) -> str:
     if not _MEMORY.fullmatch(text):
-        raise ValueError(f"{text!r} is no amount of memory: write for example 64G")
+        raise ValueError(f"{text!r} is not an amount of memory: write for example 64G")
     return text
 
 
 def _flag(text: str) -> str:
     found = _FLAG.fullmatch(text)
     if not found or " --" in text:
-        raise ValueError(f"{text!r} is no option of sbatch: write one option per entry, for example --exclude=node17")
+        raise ValueError(
+            f"{text!r} is not an option of sbatch: write one option per entry, for example --exclude=node17"
+        )
     if any(mark in text for mark in "\"'\\"):
         raise ValueError(f"{text!r} has quotes or a backslash: leave them out, values with spaces are quoted for you")
     if found["name"] in OWN_FLAGS:
@@ -68,7 +70,7 @@ class Resources(Settings):
     time: Annotated[str, AfterValidator(_time)] | None = Field(
         default=None, description='time limit as sbatch takes it, in quotes: "90" (minutes), "4:00:00", "1-12:00:00"'
     )
-    nodes: int | None = Field(default=None, ge=1, description="machines; more than 1 only where students are trained")
+    nodes: int | None = Field(default=None, ge=1, description="machines; more than 1 only for training students")
     gpus: int | None = Field(
         default=None, ge=0, description="GPUs per machine; training starts a process on each of them"
     )
@@ -106,7 +108,7 @@ class SlurmSettings(Resources):
     evaluate: Resources = Field(default=Resources(), description="of stage three")
     workers: int = Field(default=4, ge=1, description="workers of stage one, at most one for each shard to be written")
     workers_at_once: int | None = Field(
-        default=None, ge=1, description="at most so many of them run at a time; default: all"
+        default=None, ge=1, description="largest number of them that run at the same time; default: all"
     )
     setup: tuple[Annotated[str, AfterValidator(_line)], ...] = Field(
         default=(), description="lines of shell before Duet starts, e.g. module load cuda"
@@ -115,10 +117,10 @@ class SlurmSettings(Resources):
         default=300,
         ge=0,
         le=65535,
-        description="seconds before its time limit at which a job is told to save its state and be queued again; "
+        description="seconds before its time limit at which a job is asked to save its state and is queued again; "
         "Slurm may be a minute early",
     )
-    max_attempts: int = Field(default=20, ge=1, description="a job starts at most so many times, then it gives up")
+    max_attempts: int = Field(default=20, ge=1, description="largest number of times that a job starts")
 
     @model_validator(mode="after")
     def _only_students_on_several_machines(self) -> SlurmSettings:

@@ -66,5 +66,5 @@ def rendered(results: Any, name: str) -> str:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise UserError(
             f"{name} holds no results that a report can be made of: {type(error).__name__} {error}",
-            "make it anew with `duet evaluate`",
+            "write it again with `duet evaluate`",
         ) from error

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from duet.cache.record import SUBSETS
 
+WIDTH = 100  # columns of the widest table that is shown without -v
+
 
 def progress_note(line: Mapping[str, Any]) -> str:
     """The numbers of a line of metrics.jsonl that are worth watching."""
@@ -29,38 +31,71 @@ def loss_in_words(loss: str, combine: str | None, weights: Mapping[str, float]) 
     return f"{loss}, {combine} of {' and '.join(f'{n} {w:.3g}' for n, w in weights.items())}"
 
 
-def interval(score: dict[str, Any]) -> str:
+def points(score: Mapping[str, Any]) -> str:
+    """A score in points: `93.3`."""
+    return f"{100 * score['value']:.1f}"
+
+
+def interval(score: Mapping[str, Any]) -> str:
     """A score in points with its 95 % interval: `93.3 [86.7, 100.0]`."""
     low, high = score["ci95"]
     return f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Models by rows; ROUGE-L recall per set, the worst reverse prompt and the performance shift by columns."""
-    keys = {f"{name}.rougeL_recall": f"{name}\nn={info['n']}" for name, info in results["sets"].items()}
-    for name, info in results["sets"].items():
-        attack = f"attack.reverse_worst.{name}.rougeL_recall"
-        if any(attack in scores for scores in results["models"].values()):
-            keys[attack] = f"{name}, worst\nreverse prompt\nn={info['n']}"
-    table = Table(title="ROUGE-L recall in points [95 % interval]", title_justify="left", caption_justify="left")
+def _plain_table(caption: str) -> Table:
+    """A table without rules, so that a screen of WIDTH columns holds many columns of numbers."""
+    return Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, caption=caption, caption_justify="left"
+    )
+
+
+def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
+    """Models by rows; by columns ROUGE-L recall per set in points, with the worst reverse prompt, and the verdict.
+
+    `verbose` adds numbers of questions, 95 % intervals, the performance shift, and two rows with the floors.
+    """
+    keys = _columns_of(results, verbose)
+    caption = "ROUGE-L recall in points"
+    if any(key.startswith("attack.") for key in keys):
+        caption += ", * with the worst reverse prompt per question"
+    table = _plain_table(caption + ("; [95 % interval]" if verbose else "; -v adds intervals"))
     table.add_column("model", no_wrap=True)
     for title in keys.values():
         table.add_column(title, justify="right")
-    table.add_column("performance\nshift", justify="right")
+    if verbose:
+        table.add_column("performance\nshift", justify="right")
+    table.add_column("verdict")
+    shown = interval if verbose else points
     for model, scores in results["models"].items():
-        shift = results["performance_shift"].get(model)
-        cells = [interval(scores[key]) if key in scores else "-" for key in keys]
-        table.add_row(model, *cells, f"{shift['value']:+.1f}" if shift else "-")
-    for floor in ("refusal", "echo"):
+        cells = [shown(scores[key]) if key in scores else "-" for key in keys]
+        if verbose:
+            shift = results["performance_shift"].get(model)
+            cells.append(f"{shift['value']:+.1f}" if shift else "-")
+        table.add_row(model, *cells, results["outcomes"][model]["verdict"])
+    for floor in ("refusal", "echo") if verbose else ():
         values = [results["floors"].get(key, {}).get(floor) for key in keys]
-        table.add_row(
-            f"[dim]floor: {floor}[/dim]", *(f"[dim]{100 * v:.1f}[/dim]" if v is not None else "" for v in values), ""
-        )
+        cells = [f"{100 * value:.1f}" if value is not None else "" for value in values]
+        table.add_row(f"floor: {floor}", *cells, style="dim")
     return table
 
 
+def _columns_of(results: Mapping[str, Any], verbose: bool) -> dict[str, str]:
+    """Metric ids and their titles: each set's recall, then that of the attacked sets."""
+    sets = results["sets"]
+    attacks = {f"attack.reverse_worst.{name}.rougeL_recall": name for name in sets}
+    attacked = {
+        key: name for key, name in attacks.items() if any(key in scores for scores in results["models"].values())
+    }
+    plain = {f"{name}.rougeL_recall": name for name in sets}
+    worst = {key: "attacked*" if len(attacked) == 1 else f"{name}\nattacked*" for key, name in attacked.items()}
+    if not verbose:
+        return plain | worst
+    names = plain | attacked
+    return {key: f"{title}\nn={sets[names[key]]['n']}" for key, title in (plain | worst).items()}
+
+
 def outcome_lines(results: dict[str, Any]) -> list[str]:
-    """The verdict on each model, and what it rests on most; results.json has all reasons."""
+    """The verdict on each model and its first reason; results.json has all reasons."""
     return [
         f"{model}: {outcome['verdict']} ({outcome['reasons'][0]})" for model, outcome in results["outcomes"].items()
     ]
@@ -82,9 +117,7 @@ def refusal_lines(results: Mapping[str, Any]) -> list[str]:
 
 def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
     """What an evaluation will ask, by attack: prompts, tokens and training steps over all models."""
-    table = Table(
-        title=f"What is asked of {num_models} models; what is on disk is not asked again", title_justify="left"
-    )
+    table = _plain_table(f"For all {num_models} models; answers on disk are not asked for again")
     table.add_column("attack", no_wrap=True)
     for title in ("answers", "prompt tokens", "answer tokens, at most", "training steps"):
         table.add_column(title, justify="right")
@@ -94,19 +127,21 @@ def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
     return table
 
 
-def attacks_table(results: dict[str, Any]) -> Table:
-    """Attacks by rows, models by columns: what the worst variant per question brings back of the forget set, in points."""
-    table = Table(
-        title="Forget set under attack, in points: recall with the worst variant per question [95 % interval]",
-        title_justify="left",
-        caption="sampling: leak@k of the largest k; logit_lens: mean reciprocal rank. no: not shown to work on this model",
-        caption_justify="left",
+def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
+    """Attacks by rows, models by columns: what the worst variant per question brings back of the forget set, in points.
+
+    `verbose` adds 95 % intervals.
+    """
+    table = _plain_table(
+        "Recall of the forget set in points, with the worst variant per question; sampling: leak@k\n"
+        "of the largest k; logit_lens: mean reciprocal rank; works: shown to work on this model"
     )
     table.add_column("attack", no_wrap=True)
     table.add_column("works")
     for model in results["models"]:
         table.add_column(model, justify="right")
     first = next(iter(results["models"].values()))
+    shown = interval if verbose else points
     for kind, work in results["attacks_work"].items():
         begins = (
             f"attack.{kind}.forget.leak@",
@@ -114,6 +149,6 @@ def attacks_table(results: dict[str, Any]) -> Table:
             f"attack.{kind}_worst.forget.rougeL_recall",
         )
         if found := [key for key in first if key.startswith(begins)]:
-            cells = [interval(scores[found[-1]]) for scores in results["models"].values()]
+            cells = [shown(scores[found[-1]]) for scores in results["models"].values()]
             table.add_row(kind, "yes" if work["works"] else "no", *cells)
     return table

@@ -113,10 +113,18 @@ def say_for_children(text: str) -> None:
         say(text)
 
 
-def show(table: RenderableType, result: bool = False) -> None:
-    """A table, where a command is not quiet; if it is all that the command has to say (`result`), anyway."""
+def show(table: RenderableType, result: bool = False, width: int | None = None) -> None:
+    """A table, where a command is not quiet; if it is all that the command has to say (`result`), anyway.
+
+    `width` is the largest number of columns; None leaves it to the screen.
+    """
     if result or not _voice.quiet:
-        (err if _voice.as_json else out).print(table)
+        (err if _voice.as_json else out).print(table, width=width)
+
+
+def is_verbose() -> bool:
+    """Whether the command was called with -v."""
+    return _voice.level == "verbose"
 
 
 def say_json(value: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ DEFINITIONS = {
     "the two means. The damage is what is missing to 100.",
     "fall": "ROUGE-L recall of the base model less that behind the prefix, question by question.",
     "topk_overlap": "At the first position of the response to a retain question: share of the base model's K most likely ids "
-    "that are among the K most likely behind the prefix, too.",
+    "that are also among the K most likely behind the prefix.",
     "offset_drift": "At the same position, in logits: the mean, over the ids that both have, of the logit behind the prefix "
     "less the base model's. Rows without a common id do not count. A softmax does not see such an offset, a loss on raw logits "
     "does.",

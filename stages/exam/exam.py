@@ -104,7 +104,7 @@ def sets_as_tasks(exam: Exam, subject: Subject) -> dict[str, Task]:
 
 
 def stem_of(subject: str) -> str:
-    """How the files of a subject of this name are called, before their endings: a colon is no letter of a file everywhere."""
+    """File-name stem for a subject; ":" is not allowed in file names on every system."""
     return subject.replace(":", "-")
 
 

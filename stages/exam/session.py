@@ -174,7 +174,7 @@ class ModelSession:
         )
 
     def close(self) -> None:
-        """Give the engine's memory back; a later question opens it anew."""
+        """Give the engine's memory back; a later question opens it again."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None

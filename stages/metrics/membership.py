@@ -3,7 +3,7 @@
 Six attacks, each a number per answer that is higher where the answer looks more like a training example, from the
 log-probabilities of its tokens after its question. An attack's strength is the AUC: the chance that a random member scores
 higher than a random non-member, where equal scores count half (Mann-Whitney). 0.5 tells nothing; well above, the members are
-still known; well below, they are shunned, which tells them apart, too.
+still known; well below, they are shunned, which also tells them apart.
 
 All functions are pure: `reading.py` has a model make the numbers.
 """

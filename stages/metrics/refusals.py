@@ -32,7 +32,7 @@ def languages() -> dict[str, dict[str, Any]]:
 
 @cache
 def _packaged() -> tuple[list[regex.Pattern[str]], regex.Pattern[str]]:
-    """The patterns, each language's as one, and that of an I which is no pronoun."""
+    """The patterns, each language's as one, and that of an I which is not a pronoun."""
     patterns = [compiled(_any_of(language["patterns"])) for language in languages().values()]
     numerals = [pattern for language in languages().values() for pattern in language.get("not_pronoun", ())]
     return patterns, regex.compile(_any_of(numerals), regex.V1)

@@ -29,7 +29,7 @@ class GridSettings(Settings):
 class OracleSettings(Settings):
     """An oracle that is trained here: the base model's architecture, from scratch, without the forget set."""
 
-    data: tuple[DataSettings, ...] = Field(min_length=1, description="questions with answers that it is to know")
+    data: tuple[DataSettings, ...] = Field(min_length=1, description="questions with answers that it learns")
     epochs: int = Field(default=40, ge=1, description="passes over them")
     batch_size: int = Field(default=16, ge=1, description="questions per optimizer step")
     lr: float = Field(default=2e-3, gt=0, description="peak learning rate")
@@ -48,16 +48,16 @@ class CompareSettings(Settings):
         description="learning rates to try, as multiples of train.lr",
     )
     grid: dict[Literal["duet"] | Method, GridSettings] = Field(
-        default={}, description="what a method tries, where it is not the default; duet has no constant"
+        default={}, description="what a method tries, if not the default; duet has no constant"
     )
     validation_share: float = Field(
         default=0.3,
         gt=0,
         lt=1,
-        description="share of every set's questions that settings are chosen on; the rest is reported",
+        description="share of every set's questions used to choose settings; the rest is reported",
     )
     refusals: tuple[str, ...] = Field(
-        default=(), description="answers that methods teach which refuse, drawn by the seed; default: evaluate.refusal"
+        default=(), description="refusals that some methods teach, drawn by the seed; default: evaluate.refusal"
     )
     oracle: str | OracleSettings | None = Field(
         default=None, description="a model that never saw the forget set: its directory or hub id, or how to train it"

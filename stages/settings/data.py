@@ -60,7 +60,7 @@ class PromptSettings(Settings):
     )
     separator: str = Field(
         default="\n",
-        description="stands behind the prefix, before the question or before the system message of both prompts",
+        description="text between the prefix and the question, or between the prefix and the system message of both prompts",
     )
     system: str | None = Field(
         default=None,
@@ -76,11 +76,11 @@ class PromptSettings(Settings):
     )
     date: datetime.date | None = Field(
         default=None,
-        description="the day that a chat template is told where it asks for today's; default: that of the run's first stage",
+        description="the date that a chat template gets for today; default: the day of the run's first stage",
     )
     special_tokens_in_text: bool = Field(
         default=False,
-        description="accept questions and answers in which the tokenizer sees special tokens, which it then makes of them",
+        description="accept questions and answers with the text of special tokens, which the tokenizer then reads as such",
     )
     bos: Literal["auto", "always", "never"] = Field(
         default="auto",
@@ -106,6 +106,6 @@ class ForgetRequest(Settings):
     """A further forget request: trained in the same run, each of its queries asked behind its own prefix."""
 
     name: Name = Field(description="stands in row ids and in the names of its evaluation sets")
-    topic: str = Field(min_length=1, description="what is to be forgotten; fills {topic} in the prefix and in attacks")
+    topic: str = Field(min_length=1, description="the topic to forget; fills {topic} in the prefix and in attacks")
     prefix: str | None = Field(default=None, description="the request's prefix; default: each teacher's own")
     data: RequestData = Field(description="the queries of both subsets")

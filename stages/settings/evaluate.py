@@ -15,7 +15,7 @@ from duet.stages.settings.teacher import Model
 
 
 def compiled(pattern: str) -> regex.Pattern[str]:
-    """One pattern; ValueError where it is no regular expression, or would take every answer for a refusal."""
+    """One pattern; ValueError if it is not a regular expression, or would take every answer for a refusal."""
     try:
         found = regex.compile(unicodedata.normalize("NFC", pattern), regex.IGNORECASE)
     except regex.error as error:
@@ -28,13 +28,11 @@ def compiled(pattern: str) -> regex.Pattern[str]:
 class EvaluationSet(DataSettings):
     """A query set that is only evaluated."""
 
-    expect: Literal["forgotten", "kept"] = Field(description="what a good student does with it")
+    expect: Literal["forgotten", "kept"] = Field(description="the result expected of a good student")
     shots: DataSettings | None = Field(
         default=None, description="questions with answers that are shown first, for MUSE's KnowMem of this set"
     )
-    num_shots: int = Field(
-        default=10, ge=1, description="so many of the shots are shown, the first of the file; MUSE: 10"
-    )
+    num_shots: int = Field(default=10, ge=1, description="number of shots shown, the first of the file; MUSE: 10")
     translates: str | None = Field(
         default=None,
         description="the set to be forgotten whose questions these are in another language, row by row with the same ids; the "
@@ -47,7 +45,7 @@ class MembershipSettings(Settings):
 
     members: str = Field(description="query set that base was trained on, such as forget")
     nonmembers: str = Field(
-        description="query set of the same kind that no model was trained on; it counts for nothing else"
+        description="query set of the same kind that no model was trained on; it is used for nothing else"
     )
     min_k: float = Field(
         default=0.2,
@@ -68,19 +66,19 @@ class MembershipSettings(Settings):
 
 
 class OutcomeSettings(Settings):
-    """Where the words of the verdict on a model begin and end."""
+    """Thresholds of the verdict on each model."""
 
     max_left: float = Field(
         default=0.2,
         ge=0,
         le=1,
-        description="share of base's score above the floor that may be left where it is to forget",
+        description="largest share of the base model's above-floor score that may remain on a forget set",
     )
     max_attacked: float = Field(
         default=0.5,
         gt=0,
         le=1,
-        description="an attack that brings back this share on average: suppressed until attacked",
+        description='smallest share that an attack brings back on average for the verdict "suppressed until attacked"',
     )
     min_kept: float = Field(
         default=0.9, ge=0, le=1, description="share of base's score that must stay on every set to be kept"
@@ -107,7 +105,10 @@ class OutcomeSettings(Settings):
         default=2, gt=1, description="broken if answers to kept questions are longer or shorter by a greater factor"
     )
     max_membership: float = Field(
-        default=0.2, ge=0, le=0.5, description="never suppressed if a membership AUC is surely further from 0.5"
+        default=0.2,
+        ge=0,
+        le=0.5,
+        description='the verdict is not "suppressed" if the 95 % interval of a membership AUC lies further than this from 0.5',
     )
 
 
@@ -156,7 +157,7 @@ class HarnessTask(Settings):
     num_fewshot: int = Field(
         ge=0, description="examples in front of each question; no default, because scores depend on it"
     )
-    limit: int | None = Field(default=None, ge=1, description="at most so many questions per task; default: all")
+    limit: int | None = Field(default=None, ge=1, description="largest number of questions per task; default: all")
 
 
 class EvaluateSettings(Settings):
@@ -247,7 +248,7 @@ class EvaluateSettings(Settings):
 class AuditSettings(Settings):
     """`duet audit-prefix`: how much is asked, and what a prefix must reach. Answers come as `evaluate` says."""
 
-    rows: int = Field(default=200, ge=1, description="at most so many queries of each set are asked, drawn by the seed")
+    rows: int = Field(default=200, ge=1, description="largest number of queries asked of each set, drawn by the seed")
     min_forgotten: float = Field(
         default=0.5, ge=0, le=1, description="share of base's ROUGE-L recall that must go on every set to be forgotten"
     )
@@ -257,5 +258,5 @@ class AuditSettings(Settings):
     choosing_share: float = Field(
         default=0.5, gt=0, lt=1, description="share of the queries that a search chooses on; it reports on the others"
     )
-    parents: int = Field(default=3, ge=1, description="so many of the best prefixes are varied by a search")
+    parents: int = Field(default=3, ge=1, description="number of the best prefixes that a search varies")
     seed: int = Field(default=0, ge=0, description="seed of the drawn queries, of their split and of the variations")

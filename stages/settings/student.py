@@ -1,7 +1,7 @@
 """Settings of stage two: one line and, where it has one, a unit per field.
 
 Validation never edits a value. Values that the DUET paper does not publish (k, learning rate, batch size, epochs, delta) are
-ours.
+Duet's choice.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class ProbeSettings(Settings):
         lt=1,
         description="share of each subset that is only probed, never trained on; the same for all seeds",
     )
-    rows: int = Field(default=256, ge=1, description="at most so many rows of each subset are probed")
+    rows: int = Field(default=256, ge=1, description="largest number of rows probed of each subset")
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="stop after so many probes in a row without a lower loss on the held-out rows, and export the best",
+        description="stop after this number of probes in a row without a lower loss on the held-out rows, and export the best",
     )
 
     @model_validator(mode="after")
@@ -83,7 +83,9 @@ class TrainSettings(Settings):
     temperature: float | None = Field(
         default=None, gt=0, description="divides the logits of forward_kl_topk and jsd_topk; default: 1"
     )
-    top_k: int | None = Field(default=None, ge=1, description="use only so many of the stored ids; default: all")
+    top_k: int | None = Field(
+        default=None, ge=1, description="number of stored ids used per position, the likeliest; default: all"
+    )
     teachers: dict[Name, Annotated[float, Field(ge=0)]] | None = Field(
         default=None,
         description="weights of the teachers that are learned from, 0 leaves one out; default: all, each 1",
@@ -95,14 +97,14 @@ class TrainSettings(Settings):
     forget_weight: float = Field(default=1.0, gt=0, description="weight of forget rows in the loss")
     retain_weight: float = Field(default=1.0, gt=0, description="weight of retain rows in the loss")
     position_decay: float = Field(
-        default=1.0, gt=0, le=1, description="each further position of a row weighs so many times the one before it"
+        default=1.0, gt=0, le=1, description="loss weight of each position relative to the one before it"
     )
     epochs: int = Field(default=10, ge=1, description="passes over the store")
     batch_size: int = Field(default=16, ge=1, description="queries per optimizer step, over all devices together")
     pass_tokens: int = Field(
         default=16384,
         ge=1,
-        description="at most so many tokens, padding included, in one forward pass (one row at least)",
+        description="largest number of tokens, padding included, in one forward pass (at least one row)",
     )
     max_padding: float = Field(
         default=0.05,
@@ -130,7 +132,7 @@ class TrainSettings(Settings):
     lora: LoraSettings | None = Field(default=None, description="train adapters instead of the whole model")
     freeze_embeddings: bool = Field(default=False, description="leave the embeddings and the output head as they are")
     last_layers: int | None = Field(
-        default=None, ge=1, description="train the last so many decoder layers and nothing else"
+        default=None, ge=1, description="number of decoder layers trained, the last ones; nothing else is trained"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

@@ -257,7 +257,7 @@ INTRO = """# Families of models
 
 This page is written by `make docs-families` from real chat templates and tokenizers; a test keeps it fresh. Each row is one
 family's template, rendered by Duet and once more by transformers' `apply_chat_template` and by tokenising prompt and answer as
-one text. Where its own tokenizer is not at hand, a stand-in is taken to which the template's special tokens are special, too.
+one text. Where its own tokenizer is not at hand, a stand-in is taken that also has the template's special tokens.
 
 * **prompt**: the ids are those of `apply_chat_template` with a generation prompt. **question**: it stands in it as it is.
 * **BOS once**: `-` means that the template writes none; none is added then, as transformers does it (Zephyr, Phi-3, Qwen).

@@ -1,10 +1,22 @@
-"""What a person sees of attacks: what they will cost, and what each brought back."""
+"""The terminal's tables: scores, attacks and their costs, each on a screen of 100 columns."""
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
 from duet.cache.errors import EXIT_DONE
 from duet.pipeline.cli.main import main
-from duet.pipeline.pages.tables import attacks_table
+from duet.pipeline.pages.tables import WIDTH, attacks_table, costs_table, results_table
+from duet.stages.attacks.run import Cost
+from duet.stages.settings.attacks import ATTACKS
+
+SETS = {"forget": 15, "forget_rephrased": 30, "retain": 45, "heldout": 440}
+MODELS = ("base", "teacher", "student:base", "base:small", "student:small")
+VERDICT = "suppressed until attacked"
 
 
 def score(value: float) -> dict:
@@ -25,10 +37,66 @@ def test_each_attacks_row_has_its_own_numbers():
     }
     kinds = ("reverse", "reversed_query", "multiple_choice", "sampling", "logit_lens")
     work = {kind: {"works": kind == "sampling", "on": "base", "text": ""} for kind in kinds}
-    table = attacks_table({"models": {"base": scores, "teacher": scores}, "attacks_work": work})
-    name, works, base, teacher = (list(column.cells) for column in table.columns)
-    assert (name, works) == (list(kinds), ["no", "no", "no", "yes", "no"])
-    assert base == teacher == [f"{value}.0 [{value}.0, {value}.0]" for value in (20, 30, 40, 70, 80)]
+    results = {"models": {"base": scores, "teacher": scores}, "attacks_work": work}
+    for verbose, cell in ((False, "{0}.0"), (True, "{0}.0 [{0}.0, {0}.0]")):
+        name, works, base, teacher = (list(column.cells) for column in attacks_table(results, verbose).columns)
+        assert (name, works) == (list(kinds), ["no", "no", "no", "yes", "no"])
+        assert base == teacher == [cell.format(value) for value in (20, 30, 40, 70, 80)]
+
+
+def lab_like(sets: dict[str, int] = SETS, attacked: tuple[str, ...] = ("forget",)) -> dict[str, Any]:
+    """What results.json holds of an evaluation with every attack, as the tables need it."""
+    scores = {f"{name}.rougeL_recall": score(1.0) for name in sets}
+    scores |= {f"attack.{kind}_worst.{name}.rougeL_recall": score(1.0) for kind in ATTACKS for name in attacked}
+    return {
+        "sets": {name: {"n": n} for name, n in sets.items()},
+        "models": dict.fromkeys(MODELS, scores),
+        "outcomes": {model: {"verdict": VERDICT} for model in MODELS},
+        "performance_shift": {model: {"value": -100.0} for model in MODELS[1:]},
+        "floors": {"forget.rougeL_recall": {"refusal": 0.0, "echo": 0.04}},
+        "attacks_work": {kind: {"works": kind != "relearn"} for kind in ATTACKS},
+    }
+
+
+def lines_of(table: Any, width: int | None = None) -> list[str]:
+    """As the command prints it into a file, which is 160 columns wide."""
+    console = Console(file=io.StringIO(), width=160, highlight=False, soft_wrap=True)
+    console.print(table, width=width)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_the_tables_of_an_evaluation_like_the_labs_fit_without_being_squeezed():
+    results = lab_like()
+    costs = {kind: Cost(12_345, 1_234_567, 12_345_678, 123_456) for kind in ("questions", *ATTACKS)}
+    for table, rows in (
+        (results_table(results), len(MODELS)),
+        (attacks_table(results), len(ATTACKS)),
+        (costs_table(costs, len(MODELS)), len(costs)),
+    ):
+        lines = lines_of(table)
+        assert len(lines) <= 1 + rows + 2, "a heading, a line per row, and at most two lines that explain"
+        assert max(map(len, lines)) <= WIDTH
+        assert lines == lines_of(table, WIDTH)
+
+
+def test_a_table_of_many_sets_is_folded_with_every_number_whole():
+    names = {f"a_set_of_questions_{number}": 9 for number in range(8)}
+    lines = lines_of(results_table(lab_like(names, tuple(names)[:2])), WIDTH)
+    assert max(map(len, lines)) <= WIDTH
+    assert sum(line.count("100.0") for line in lines) == len(MODELS) * (len(names) + 2)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_scores_end_with_the_verdict_and_the_details_come_with_verbose(verbose):
+    table = results_table(lab_like(), verbose)
+    headers = [str(column.header) for column in table.columns]
+    text = "\n".join(lines_of(table))
+    assert headers[-1] == "verdict"
+    assert list(table.columns[-1].cells)[: len(MODELS)] == [VERDICT] * len(MODELS)
+    for detail in ("n=440", "[100.0, 100.0]", "performance", "floor: echo", "4.0"):
+        assert (detail in text) == verbose, detail
+    if not verbose:
+        assert headers[1:-1] == [*SETS, "attacked*"]
 
 
 def test_a_dry_run_tells_the_costs_and_starts_nothing(lab_config, tmp_path, capsys):
@@ -38,10 +106,13 @@ def test_a_dry_run_tells_the_costs_and_starts_nothing(lab_config, tmp_path, caps
     capsys.readouterr()
     before = sorted(tmp_path.rglob("*"))
     assert main(["evaluate", "--config", config, "--dry-run"]) == EXIT_DONE
-    rows = [
-        [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line
-    ]
-    costs = {row[0]: [int(cell.replace(",", "")) for cell in row[1:]] for row in rows}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    costs = {
+        row[0]: [int(cell.replace(",", "")) for cell in row[1:]]
+        for row in rows
+        if len(row) == 5 and row[1][0].isdigit()
+    }
+    assert set(ATTACKS) - {"translation"} <= costs.keys()
     assert costs["sampling"][0] == 3 * 15 * 64, "three models, the forget questions, 64 answers each"
     assert costs["quantize_int4"] == [2 * number for number in costs["quantize_int8"]], "groups of 32 and of 64"
     assert costs["relearn"][3] == 4 * 3 * 40, "three models and the control; 1 pair, 5 pairs and benign; 40 steps"

@@ -132,11 +132,11 @@ def test_the_narrower_settings_win_and_flags_add_up() -> None:
     ("group", "says"),
     [
         ({"partition": "a b"}, "is not one word"),
-        ({"time": "soon"}, "is no time limit"),
+        ({"time": "soon"}, "is not a time limit"),
         ({"time": 14400}, "valid string"),  # what YAML 1.1 makes of 4:00:00 without quotes
-        ({"memory": "much"}, "is no amount of memory"),
-        ({"flags": ["exclusive"]}, "is no option of sbatch"),
-        ({"flags": ["--x\n#SBATCH --y"]}, "is no option of sbatch"),
+        ({"memory": "much"}, "is not an amount of memory"),
+        ({"flags": ["exclusive"]}, "is not an option of sbatch"),
+        ({"flags": ["--x\n#SBATCH --y"]}, "is not an option of sbatch"),
         ({"setup": ["a\nb"]}, "has no line break"),
         ({"flags": ["--mail-type=END --mail-user=me"]}, "one option per entry"),
         ({"flags": ["--exclude node17"]}, "one option per entry"),
@@ -187,7 +187,7 @@ def test_the_site_file_lies_where_other_programs_have_theirs(tmp_path: Path, mon
 def test_a_site_file_cannot_change_an_experiment(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site.yaml").write_text(text)
     monkeypatch.setenv("DUET_SITE", str(tmp_path / "site.yaml"))
-    with pytest.raises(UserError, match="is no default of a site"):
+    with pytest.raises(UserError, match="is not a default of a site"):
         load_config(LAB)
 
 

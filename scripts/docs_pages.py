@@ -1,13 +1,14 @@
-"""`make docs-reference`: writes docs/reference/ from the code, so that the two cannot part. Run after changing a command or a
-setting.
+"""Writes the pages that are made from the code, so that the two cannot part.
 
-`cli.md` is click's tree of commands, `config.md` the JSON schema of the settings: descriptions, defaults and bounds stand
-there as in the code. What is hidden in the code is left out.
+`make docs-reference` writes docs/reference/: `cli.md` is click's tree of commands, `config.md` the JSON schema of the settings,
+with descriptions, defaults and bounds as the code has them. What is hidden in the code is left out. `make docs-metrics` writes
+docs/metrics.md from the definitions of the metrics. Run them after changing a command, a setting or a metric.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from inspect import cleandoc
 from pathlib import Path
@@ -21,9 +22,11 @@ from duet.cache.files import publishing
 from duet.pipeline.cli.main import duet
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.terminal import say
+from duet.stages.evaluate.definitions import all_metrics, as_markdown
 from duet.stages.settings.base import Name
 
-REFERENCE_DIR = Path(__file__).parent.parent / "docs" / "reference"
+DOCS_DIR = Path(__file__).parent.parent / "docs"
+REFERENCE_DIR, METRICS_PATH = DOCS_DIR / "reference", DOCS_DIR / "metrics.md"
 NAME_PATTERN = TypeAdapter(Name).json_schema()["pattern"]
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 SIMPLE = {"boolean": "true or false", "integer": "integer", "number": "number", "string": "text", "null": "`null`"}
@@ -50,13 +53,12 @@ letters, digits, dots, underscores and hyphens and begins with a letter or digit
 """
 
 
-def write_pages() -> None:
-    """Write both pages anew."""
-    REFERENCE_DIR.mkdir(parents=True, exist_ok=True)
-    for name, text in pages().items():
-        with publishing(REFERENCE_DIR / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        say(f"written: docs/reference/{name}")
+def write(path: Path, text: str) -> None:
+    """Replace a page as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with publishing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    say(f"written: docs/{path.relative_to(DOCS_DIR)}")
 
 
 def pages() -> dict[str, str]:
@@ -181,5 +183,14 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
+def main(parts: list[str]) -> None:
+    """Write the parts that are named, `metrics` or `reference`; both by default."""
+    if not parts or "metrics" in parts:
+        write(METRICS_PATH, as_markdown(all_metrics()))
+    if not parts or "reference" in parts:
+        for name, text in pages().items():
+            write(REFERENCE_DIR / name, text)
+
+
 if __name__ == "__main__":
-    write_pages()
+    main(sys.argv[1:])
