@@ -1,6 +1,6 @@
 """Candidate unlearning prefixes: the config's own, the user's, bundled templates, controls, and variations of the best.
 
-Texts only: what they do to a model is asked in `audit.py`. The bundled texts are in `prefixes.yaml`.
+Texts only: `run.py` asks what they do to a model. The bundled texts are in `prefixes.yaml`.
 """
 
 from __future__ import annotations
