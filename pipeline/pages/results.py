@@ -7,9 +7,9 @@ from collections.abc import Collection
 from duet.pipeline.pages.charts import colours
 from duet.pipeline.pages.page import Numbers
 from duet.stages.attacks.prompts import Attacked, attacked_of
+from duet.stages.exam.exam import HEADLINE
 
-HEADLINE = "rougeL_recall"
-NOT_SHARES = ("perplexity",)  # metrics that are no 0..1 whatever they happen to be
+NOT_SHARES = ("perplexity",)  # metrics that are not 0..1 whatever their values happen to be
 
 
 def students_of(numbers: Numbers) -> list[str]:
