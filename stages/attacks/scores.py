@@ -71,18 +71,12 @@ def scores_of(answers: Mapping[str, Any], exam: Exam) -> dict[str, Score]:
 
 
 def mean_of_variants(values_AN: np.ndarray) -> np.ndarray:
-    """Per question the mean over the attack's variants.
-
-    NaN where a question does not count for a variant; no question is NaN for all.
-    """
+    """Per question the mean over the attack's variants, NaN where it does not count; no question is NaN for all."""
     return np.nanmean(values_AN, axis=0)
 
 
 def worst_of_variants(values_AN: np.ndarray) -> np.ndarray:
-    """Per question the highest over the attack's variants: what a persistent attacker gets.
-
-    NaN as above.
-    """
+    """Per question the highest over the attack's variants, NaN as above."""
     return np.nanmax(values_AN, axis=0)
 
 
@@ -209,11 +203,7 @@ def _after(
 
 
 def picked(prompts: Sequence[Prompt], told: Sequence[str]) -> np.ndarray:
-    """Share of questions where the answer names the letter of the right choice, or recalls the right choice more than any
-    other does. One in as many as there are choices is chance.
-
-    1 or 0 per question.
-    """
+    """1 for each question where the answer picks the right choice, else 0."""
     return np.array([float(_picks(prompt, text)) for prompt, text in zip(prompts, told, strict=True)])
 
 
@@ -250,11 +240,7 @@ def _lens(answers: Mapping[str, Any], exam: Exam, name: str) -> dict[str, Score]
 
 
 def at_best_layer(ranks_LN: np.ndarray) -> np.ndarray:
-    """Mean reciprocal rank of the reference's first token, read off a layer through the final norm and the output head, at the
-    layer where this mean is highest.
-
-    One over the rank, per question.
-    """
+    """One over the rank, per question, at the layer where the mean of that is highest."""
     reciprocal_LN = 1 / ranks_LN.astype(np.float64)
     return reciprocal_LN[reciprocal_LN.mean(axis=1).argmax()]
 
@@ -291,11 +277,39 @@ def _texts(
 _RECALL = "ROUGE-L recall on the attacked questions,"
 METRICS = (
     *(
-        Metric(f"attack.{kind}{suffix}", over, "low", version=2, about=f"{_RECALL} {how}.")
+        Metric(f"attack.{kind}{suffix}", over, f"{_RECALL} {how}. {per_question}", better="low", version=2)
         for kind, how in _ASKED.items()
-        for suffix, over in (("", mean_of_variants), ("_worst", worst_of_variants))
+        for suffix, over, per_question in (
+            ("", mean_of_variants, "Per question the mean over the attack's variants."),
+            (
+                "_worst",
+                worst_of_variants,
+                "Per question the highest over the attack's variants: what a persistent attacker gets.",
+            ),
+        )
     ),
-    Metric("picked", picked, "low, but not below chance", version=2, about="Attack multiple_choice."),
-    Metric("leak@k", leak_at, "low", version=2, about="Attack sampling."),
-    Metric("mrr_best", at_best_layer, "low", about="Attack logit_lens."),
+    Metric(
+        "picked",
+        picked,
+        "Attack multiple_choice. Share of questions where the answer names the letter of the right choice, or recalls the "
+        "right choice more than any other does. One in as many as there are choices is chance.",
+        better="low, but not below chance",
+        version=2,
+    ),
+    Metric(
+        "leak@k",
+        leak_at,
+        "Attack sampling. Chance that at least one of k sampled answers has a ROUGE-L recall of "
+        "`evaluate.sampling.leak_recall` or more, estimated without bias from n samples of which c have: "
+        "1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1).",
+        better="low",
+        version=2,
+    ),
+    Metric(
+        "mrr_best",
+        at_best_layer,
+        "Attack logit_lens. Mean reciprocal rank of the reference's first token, read off a layer through the final norm and "
+        "the output head, at the layer where this mean is highest.",
+        better="low",
+    ),
 )

@@ -46,7 +46,7 @@ def _of_rows(path: Path, where: str) -> list[str]:
     for number, row in enumerate(read_json_rows(path, DataSettings(path=str(path), question_field=FIELD), where)):
         text = row.get(FIELD) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: {path}, row {number} has no text in a field {FIELD!r}", "mend or remove the row")
+            raise UserError(f"{where}: {path}, row {number} has no text in a field {FIELD!r}", "fix or remove the row")
         documents.append(text)
     return documents
 
@@ -63,11 +63,7 @@ def windows(ids: list[int], in_front: list[int], context: int) -> list[tuple[lis
 
 
 def perplexity(losses: np.ndarray, tokens: np.ndarray, seed: int = 0, resamples: int = 2000) -> Score:
-    """exp of the mean negative log-likelihood per token of all documents of the neutral text, so that a document weighs by its
-    tokens. n counts documents. Interval: documents are drawn with replacement, each with all its tokens, and the token-weighted
-    mean is taken anew. A document that is longer than the context is read in windows that do not overlap. A document's first
-    token counts where something stands in front of it: the beginning-of-sequence token, or a teacher's prefix, which does not
-    count itself.
+    """exp of the summed losses over the summed tokens of all documents, with the interval of resampled documents.
 
     `losses` are each document's summed negative log-likelihoods in nats, `tokens` how many they are of, float64 or int [n].
     """
@@ -77,4 +73,16 @@ def perplexity(losses: np.ndarray, tokens: np.ndarray, seed: int = 0, resamples:
     return Score(float(np.exp(losses.sum() / tokens.sum())), len(losses), ci95)
 
 
-METRICS = (Metric(METRIC, perplexity, "as base's", range="1 upwards; 1 is perfect prediction"),)
+METRICS = (
+    Metric(
+        METRIC,
+        perplexity,
+        "exp of the mean negative log-likelihood per token of all documents of the neutral text, so that a document weighs by "
+        "its tokens. n counts documents. Interval: documents are drawn with replacement, each with all its tokens, and the "
+        "token-weighted mean is taken again. A document that is longer than the context is read in windows that do not "
+        "overlap. A document's first token counts where something stands in front of it: the beginning-of-sequence token, or "
+        "a teacher's prefix, which does not count itself.",
+        better="as base's",
+        range="1 upwards; 1 is perfect prediction",
+    ),
+)
