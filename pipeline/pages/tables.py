@@ -30,7 +30,7 @@ def loss_in_words(summary: Mapping[str, Any]) -> str:
     return f"{summary['loss']}, {summary['combine']} of {' and '.join(f'{n} {w:.3g}' for n, w in weights.items())}"
 
 
-def interval(score: dict[str, Any]) -> str:
+def interval(score: Mapping[str, Any]) -> str:
     """A score in points with its 95 % interval: `93.3 [86.7, 100.0]`."""
     low, high = score["ci95"]
     return f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

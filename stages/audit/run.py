@@ -20,6 +20,7 @@ from duet.cache.files import sha256_json
 from duet.cache.watch import Watch
 from duet.stages.audit.judge import DEFINITIONS, FIRST_OF, Judgement, Part, Said, judge
 from duet.stages.audit.prefixes import NO_PREFIX, Candidate, variations
+from duet.stages.audit.record import Found, Ranked, Search, VerdictRecord
 from duet.stages.evaluate.answers import refusals_of, session_of
 from duet.stages.evaluate.definitions import all_metrics, definitions
 from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
@@ -59,9 +60,9 @@ class Asked:
     keys: Mapping[str, str]
 
 
-def run_audit(plan: Audit, answers_dir: Path, watch: Watch) -> dict[str, Any]:
-    """Ask, judge and rank; the parts of audit.json that come from answers. With a search, ranks are those of one part of the
-    questions and every other number is of the other part.
+def run_audit(plan: Audit, answers_dir: Path, watch: Watch) -> tuple[Found, dict[str, VerdictRecord]]:
+    """Ask, judge and rank; the parts of audit.json that come from answers, and the verdicts on all questions by their keys.
+    With a search, ranks are those of one part of the questions and every other number is of the other part.
 
     Raises Interrupted when `watch` stops it; what is on disk from the same model, prefix, questions and settings is not
     asked again.
@@ -69,21 +70,21 @@ def run_audit(plan: Audit, answers_dir: Path, watch: Watch) -> dict[str, Any]:
     asked = _ask_all(plan, plan.candidates, answers_dir, watch, Asked({}, {}))
     if not plan.search:
         everything = _everything(plan.exam)
-        return _results(plan, asked, plan.candidates, everything, everything) | {"search": None}
+        judged = [_judged(plan, asked, candidate, everything, everything) for candidate in plan.candidates]
+        return _found(plan, asked, judged, everything, None), _verdicts(judged)
     choosing, held_out = split(plan.exam, plan.settings)
     parents = _best([c for c in plan.candidates if c.kind != "control"], asked.said, plan, choosing)
     made = variations(parents, plan.candidates, plan.search, plan.exam.topic, plan.settings.seed)
     asked = _ask_all(plan, made, answers_dir, watch, asked)
-    results = _results(plan, asked, [*plan.candidates, *made], choosing, held_out)
+    judged = [_judged(plan, asked, candidate, choosing, held_out) for candidate in (*plan.candidates, *made)]
     counts = {"choosing": choosing, "held_out": held_out}
-    return results | {
-        "search": {
-            "wanted": plan.search,
-            "made": len(made),
-            "parents": [parent.name for parent in parents],
-            "n": {part: {name: len(rows) for name, rows in of_set.items()} for part, of_set in counts.items()},
-        }
+    search: Search = {
+        "wanted": plan.search,
+        "made": len(made),
+        "parents": [parent.name for parent in parents],
+        "n": {part: {name: len(rows) for name, rows in of_set.items()} for part, of_set in counts.items()},
     }
+    return _found(plan, asked, judged, held_out, search), _verdicts(judged)
 
 
 def _ask_all(plan: Audit, candidates: Sequence[Candidate], answers_dir: Path, watch: Watch, before: Asked) -> Asked:
@@ -143,48 +144,64 @@ def split(exam: Exam, settings: AuditSettings) -> tuple[Part, Part]:
     return split_by_answer(exam, settings.choosing_share, settings.seed, "--search", hint)
 
 
-def _results(plan: Audit, asked: Asked, candidates: list[Candidate], choosing: Part, shown: Part) -> dict[str, Any]:
-    """Candidates by their score on the one part, with all numbers on the other, and the verdict on all questions by key."""
-    verdicts: dict[str, dict[str, str]] = {}
-    rows = []
-    for candidate in candidates:
-        found, overall, chosen_on = _judged(plan, asked, candidate, choosing, shown)
-        key = asked.keys[candidate.name]
-        verdicts[key] = {"prefix": candidate.prefix, "verdict": overall.verdict, "reason": overall.reason}
-        rows.append(
-            {
-                "name": candidate.name,
-                "kind": candidate.kind,
-                "prefix": candidate.prefix,
-                "template": candidate.template,
-                "ranked_by": chosen_on.score,
-                "score": found.score,
-                "verdict": found.verdict,
-                "reason": found.reason,
-                "verdict_on_all": overall.verdict,
-                "scores": {name: score.as_json() for name, score in found.scores.items()},
-                "key": key,
-            }
-        )
-    ranked = sorted(rows, key=lambda row: -row["ranked_by"])  # stable: equals stay in the order of the candidates
+@dataclass(frozen=True)
+class Judged:
+    """One candidate with its judgements."""
+
+    candidate: Candidate
+    key: str  # of its verdict
+    found: Judgement  # on the questions that are shown
+    overall: Judgement  # on all questions
+    chosen_on: Judgement  # on the questions that it is ranked by
+
+    def as_json(self, rank: int) -> Ranked:
+        return {
+            "rank": rank,
+            "name": self.candidate.name,
+            "kind": self.candidate.kind,
+            "prefix": self.candidate.prefix,
+            "template": self.candidate.template,
+            "ranked_by": self.chosen_on.score,
+            "score": self.found.score,
+            "verdict": self.found.verdict,
+            "reason": self.found.reason,
+            "verdict_on_all": self.overall.verdict,
+            "scores": {name: score.as_json() for name, score in self.found.scores.items()},
+            "key": self.key,
+        }
+
+
+def _judged(plan: Audit, asked: Asked, candidate: Candidate, choosing: Part, shown: Part) -> Judged:
+    said, base = asked.said[candidate.name], asked.said[NO_PREFIX]
+    key, found = asked.keys[candidate.name], judge(said, base, plan.exam, plan.settings, shown)
+    if choosing == shown:
+        return Judged(candidate, key, found, found, found)
+    overall, chosen_on = (
+        judge(said, base, plan.exam, plan.settings, part, only_shares=True)
+        for part in (_everything(plan.exam), choosing)
+    )
+    return Judged(candidate, key, found, overall, chosen_on)
+
+
+def _found(plan: Audit, asked: Asked, judged: Sequence[Judged], shown: Part, search: Search | None) -> Found:
+    """Candidates by their score on the questions that rank, with all numbers on those that are shown."""
+    ranked = sorted(judged, key=lambda one: -one.chosen_on.score)  # stable: equals stay in the order of the candidates
     return {
         "sets": {name: {"n": len(shown[name]), "expect": s.expect} for name, s in plan.exam.sets.items()},
-        "candidates": [{"rank": rank, **row} for rank, row in enumerate(ranked, start=1)],
-        "verdicts": verdicts,
+        "candidates": [one.as_json(rank) for rank, one in enumerate(ranked, start=1)],
         "refusals": refusals_of(plan.exam, {name: said.answers for name, said in asked.said.items()}),
         "definitions": DEFINITIONS
         | definitions(m for m in all_metrics() if m.id in (HEADLINE, "refusal_rate", "ci95")),
+        "search": search,
     }
 
 
-def _judged(plan: Audit, asked: Asked, candidate: Candidate, choosing: Part, shown: Part) -> tuple[Judgement, ...]:
-    """Judgements of a candidate on the part that is shown, on all questions, and on the part that it is ranked by."""
-    said, base = asked.said[candidate.name], asked.said[NO_PREFIX]
-    found = judge(said, base, plan.exam, plan.settings, shown)
-    if choosing == shown:
-        return found, found, found
-    parts = (_everything(plan.exam), choosing)
-    return found, *(judge(said, base, plan.exam, plan.settings, part, only_shares=True) for part in parts)
+def _verdicts(judged: Sequence[Judged]) -> dict[str, VerdictRecord]:
+    """The verdicts on all questions, by their keys."""
+    return {
+        one.key: {"prefix": one.candidate.prefix, "verdict": one.overall.verdict, "reason": one.overall.reason}
+        for one in judged
+    }
 
 
 def _best(candidates: Sequence[Candidate], said: Mapping[str, Said], plan: Audit, part: Part) -> list[Candidate]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,14 @@ MAX_EXACT = 12  # clusters up to which all 2^n sign flips are tried
 NUM_FLIPS = 4000  # drawn sign flips where there are more
 ALPHA = 0.05
 BLOCK_DRAWS = 2**20  # drawn numbers at a time: 8 MiB
+
+
+class ScoreRecord(TypedDict):
+    """A score in results.json and audit.json."""
+
+    value: float
+    n: int
+    ci95: list[float]
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Score:
     items: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.empty(0))  # float64 [n]
     clusters: tuple[object, ...] = field(repr=False, compare=False, default=())
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ScoreRecord:
         return {"value": self.value, "n": self.n, "ci95": list(self.ci95)}
 
 
