@@ -10,23 +10,27 @@ import functools
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.watch import Watch
 from duet.pipeline.config.schema import Config
-from duet.pipeline.pages.audit import Results, audit_table, render, search_note
+from duet.pipeline.pages.audit import audit_table, render, search_note
 from duet.pipeline.pages.tables import refusal_lines
 from duet.pipeline.run.directory import AUDIT_DIR, LOG_NAME, StopSignal, environment, set_aside
 from duet.pipeline.run.exam import exam_of
 from duet.pipeline.run.terminal import log_to, progress_bar, say, say_engine, show
 
+if TYPE_CHECKING:
+    from duet.stages.audit.record import AuditRecord
+    from duet.stages.audit.run import Audit
+
 AUDIT_NAME, PAGE_NAME, VERDICTS_NAME = "audit.json", "audit.html", "verdicts.json"
 
 
 def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> None:
-    """Audit the config's own prefix, these and the bundled ones; with a search, so many variations of the best."""
+    """Audit the config's own prefix, these and the bundled ones; with a search, that many variations of the best."""
     from duet.stages.audit.run import run_audit
 
     stop = StopSignal()
@@ -40,9 +44,8 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
     audit_dir.mkdir(parents=True, exist_ok=True)
     log_to(audit_dir / LOG_NAME)
     with progress_bar("answers") as bar:
-        found = run_audit(plan, audit_dir / "answers", Watch(bar.update, functools.cache(say_engine), stop))
-    verdicts = found.pop("verdicts")
-    results = {
+        found, verdicts = run_audit(plan, audit_dir / "answers", Watch(bar.update, functools.cache(say_engine), stop))
+    results: AuditRecord = {
         "format_version": 1,
         "run": config.name,
         "topic": config.topic,
@@ -59,10 +62,10 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
     publish_json(audit_dir / AUDIT_NAME, results)
     with publishing(audit_dir / PAGE_NAME) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
-    _tell(results, audit_dir)
+    _say(results, audit_dir)
 
 
-def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Any:
+def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Audit:
     from duet.stages.audit.prefixes import candidates
     from duet.stages.audit.run import Audit, audit_exam
     from duet.stages.models.directory import resolve_model
@@ -97,7 +100,7 @@ def refuse_failing(config: Config) -> None:
         )
 
 
-def _keep_earlier(audit_dir: Path, results: Results) -> None:
+def _keep_earlier(audit_dir: Path, results: AuditRecord) -> None:
     """Move an audit that holds what this one does not aside: `audit-1.json` and so on."""
     path = audit_dir / AUDIT_NAME
     if not path.is_file():
@@ -109,12 +112,12 @@ def _keep_earlier(audit_dir: Path, results: Results) -> None:
     set_aside(audit_dir, (AUDIT_NAME, PAGE_NAME), "audit")
 
 
-def _tell(results: Results, audit_dir: Path) -> None:
+def _say(results: AuditRecord, audit_dir: Path) -> None:
     show(audit_table(results))
     best = results["candidates"][0]
     say(f"{_chosen(results)}: {best['name']} ({best['verdict']}): {best['prefix'] or '(none)'}")
     if results["search"]:
-        say(f"note: {search_note(results)}")
+        say(f"note: {search_note(results['search'], results['candidates'])}")
     own = next(candidate for candidate in results["candidates"] if candidate["kind"] == "config")
     refused = "; `duet run` refuses it without --force" if own["verdict_on_all"] == "fails" else ""
     say(f"the config's own prefix, on all questions: {own['verdict_on_all']}{refused}")
@@ -124,5 +127,5 @@ def _tell(results: Results, audit_dir: Path) -> None:
     say(f"report: {audit_dir / PAGE_NAME}")
 
 
-def _chosen(results: Results) -> str:
+def _chosen(results: AuditRecord) -> str:
     return "best on the questions it was chosen on" if results["search"] else "best"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -12,13 +12,15 @@ from duet.pipeline.pages.charts import Dot, scatter
 from duet.pipeline.pages.page import cell, definition_list, legend, page
 from duet.pipeline.pages.tables import interval, refusal_lines
 
+if TYPE_CHECKING:
+    from duet.stages.audit.record import AuditRecord, Ranked, Search, SetRecord
+    from duet.stages.metrics.uncertainty import ScoreRecord
+
 VERDICT_COLOURS = {"passes": "#009e73", "unclear": "#e69f00", "fails": "#d55e00"}  # Okabe and Ito's, as in charts.py
-Results = Mapping[str, Any]
 
 
-def search_note(results: Results) -> str:
-    """What a search's numbers are worth."""
-    search, ranked = results["search"], results["candidates"]
+def search_note(search: Search, ranked: Sequence[Ranked]) -> str:
+    """How far to trust the numbers of a search."""
     chosen, held_out = (sum(search["n"][part].values()) for part in ("choosing", "held_out"))
     of_search = [candidate for candidate in ranked if candidate["kind"] == "search"]
     others = [candidate for candidate in ranked if candidate["kind"] != "search"]
@@ -33,24 +35,24 @@ def search_note(results: Results) -> str:
     )
 
 
-def _asked_for(results: Results) -> str:
+def _asked_for(results: AuditRecord) -> str:
     """The thresholds of the verdicts."""
     return ", ".join(
         f"{share} at least {100 * results['audit'][f'min_{share}']:g} %" for share in ("forgotten", "kept")
     )
 
 
-def _name(candidate: Results) -> str:
+def _name(candidate: Ranked) -> str:
     return candidate["name"] + (" (control)" if candidate["kind"] == "control" else "")
 
 
-def _worst(candidate: Results, results: Results, share: str) -> dict[str, Any]:
+def _worst(candidate: Ranked, results: AuditRecord, share: str) -> ScoreRecord:
     """The candidate's share forgotten or kept on the set where its interval begins lowest."""
     names = [name for name, info in results["sets"].items() if info["expect"] == share]
     return min((candidate["scores"][f"{name}.{share}"] for name in names), key=lambda score: score["ci95"][0])
 
 
-def heads(results: Results) -> tuple[str, ...]:
+def heads(results: AuditRecord) -> tuple[str, ...]:
     """The columns of the ranking."""
     scores = ("score where\nchosen", "score\nheld out") if results["search"] else ("score",)
     return (
@@ -65,7 +67,7 @@ def heads(results: Results) -> tuple[str, ...]:
     )
 
 
-def cells(candidate: Results, results: Results) -> list[str]:
+def cells(candidate: Ranked, results: AuditRecord) -> list[str]:
     """One row under `heads`."""
     scores = candidate["scores"]
     drift = scores.get("retain.offset_drift")
@@ -82,7 +84,7 @@ def cells(candidate: Results, results: Results) -> list[str]:
     ]
 
 
-def audit_table(results: Results) -> Table:
+def audit_table(results: AuditRecord) -> Table:
     """One row per prefix, best first."""
     n = ", ".join(f"{name} {info['n']}" for name, info in results["sets"].items())
     title = f"Prefixes before the base model [95 % interval]; {_asked_for(results)}; n: {n}"
@@ -95,7 +97,7 @@ def audit_table(results: Results) -> Table:
     return table
 
 
-def render(results: Results) -> str:
+def render(results: AuditRecord) -> str:
     """The whole page as HTML text, a pure function of audit.json."""
     body = "".join(
         (
@@ -114,7 +116,7 @@ def render(results: Results) -> str:
     return page(f"Prefixes to forget {results['topic']}", f"Run {results['run']}, {results['created']}", body)
 
 
-def _summary(results: Results) -> str:
+def _summary(results: AuditRecord) -> str:
     ranked = results["candidates"]
     own = next(candidate for candidate in ranked if candidate["kind"] == "config")
     sentences = [
@@ -126,13 +128,17 @@ def _summary(results: Results) -> str:
     return " ".join(sentences)
 
 
-def _ranking(results: Results) -> str:
+def _ranking(results: AuditRecord) -> str:
     head = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads(results))
     rows = "".join(
         f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in cells(candidate, results))}</tr>"
         for candidate in results["candidates"]
     )
-    note = f'<p class="note">{escape(search_note(results))}</p>' if results["search"] else ""
+    note = (
+        f'<p class="note">{escape(search_note(results["search"], results["candidates"]))}</p>'
+        if results["search"]
+        else ""
+    )
     caption = (
         f"{results['definitions']['score']} Drift in logits. Where several sets are of one kind, the worst counts."
     )
@@ -142,7 +148,7 @@ def _ranking(results: Results) -> str:
     )
 
 
-def _plot(results: Results) -> str:
+def _plot(results: AuditRecord) -> str:
     dots, palette = {}, {}
     for candidate in results["candidates"]:
         forgotten, kept = (_worst(candidate, results, share)["value"] for share in ("forgotten", "kept"))
@@ -157,13 +163,13 @@ def _plot(results: Results) -> str:
     )
 
 
-def _set_table(name: str, info: Results, results: Results) -> str:
+def _set_table(name: str, info: SetRecord, results: AuditRecord) -> str:
     metrics = ("rougeL_recall", "fall", info["expect"], "refusal_rate")
     return _scores_table(f"{name}: to be {info['expect']}", [f"{name}.{metric}" for metric in metrics], results, cell)
 
 
-def _first_token_table(results: Results) -> str:
-    def shown(score: Results | None) -> str:
+def _first_token_table(results: AuditRecord) -> str:
+    def shown(score: ScoreRecord | None) -> str:
         if score is None:
             return cell(None)
         low, high = score["ci95"]
@@ -173,7 +179,7 @@ def _first_token_table(results: Results) -> str:
     return _scores_table("First token on retain questions: share of ids, and logits", ids, results, shown)
 
 
-def _scores_table(title: str, ids: list[str], results: Results, shown: Any) -> str:
+def _scores_table(title: str, ids: list[str], results: AuditRecord, shown: Callable[[ScoreRecord | None], str]) -> str:
     head = "".join(f'<th class="number" scope="col">{escape(key.rsplit(".", 1)[1])}</th>' for key in ids)
     rows = "".join(
         f'<tr><th scope="row">{escape(candidate["name"])}</th>'

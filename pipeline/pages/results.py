@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from duet.pipeline.pages.charts import colours
 from duet.pipeline.pages.page import Numbers
 from duet.stages.attacks.names import Attacked, attacked_of
+from duet.stages.exam.exam import HEADLINE
 
-HEADLINE = "rougeL_recall"
-NOT_SHARES = ("perplexity",)  # metrics that are no 0..1 whatever they happen to be
+if TYPE_CHECKING:
+    from duet.stages.metrics.uncertainty import ScoreRecord
+
+NOT_SHARES = ("perplexity",)  # metrics that are not 0..1 whatever their values happen to be
+
+
+def models_of(numbers: Numbers) -> Mapping[str, Mapping[str, ScoreRecord]]:
+    """Each model's scores by metric id."""
+    return numbers.data["models"]
 
 
 def students_of(numbers: Numbers) -> list[str]:
-    return [name for name in numbers.data["models"] if name.startswith("student:")]
+    """The models that are students."""
+    return [name for name in models_of(numbers) if name.startswith("student:")]
 
 
 def by_interest(numbers: Numbers) -> list[str]:
-    """The models: students, teachers, then bases."""
+    """The names of the models: students, teachers, then bases."""
     order = ("student", "teacher", "base")
-    kind = {name: name.split(":")[0] for name in numbers.data["models"]}
+    kind = {name: name.split(":")[0] for name in models_of(numbers)}
     return sorted(kind, key=lambda name: order.index(kind[name]) if kind[name] in order else len(order))
 
 
 def base_of(numbers: Numbers, model: str) -> str:
     """The model that a student or teacher started from, as `results.json` calls it."""
     own = f"base:{model.partition(':')[2]}"
-    return own if own in numbers.data["models"] else "base"
+    return own if own in models_of(numbers) else "base"
 
 
 def floor_of(numbers: Numbers, metric_id: str) -> float | None:
@@ -36,14 +46,14 @@ def floor_of(numbers: Numbers, metric_id: str) -> float | None:
 
 def is_share(numbers: Numbers, metric_id: str) -> bool:
     """Whether a metric is shown in points: 0..1 by its nature, and in every model."""
-    scores = [scores[metric_id] for scores in numbers.data["models"].values() if metric_id in scores]
+    scores = [scores[metric_id] for scores in models_of(numbers).values() if metric_id in scores]
     values = [value for score in scores for value in (score["value"], *score["ci95"])]
     return metric_id.rsplit(".", 1)[-1] not in NOT_SHARES and all(0 <= value <= 1 for value in values)
 
 
 def metric_ids(numbers: Numbers) -> list[str]:
     """Those of all models, in the file's order."""
-    return list(dict.fromkeys(key for scores in numbers.data["models"].values() for key in scores))
+    return list(dict.fromkeys(key for scores in models_of(numbers).values() for key in scores))
 
 
 def set_and_metric(numbers: Numbers, metric_id: str) -> tuple[str, str]:
@@ -63,17 +73,17 @@ def attacks_of(numbers: Numbers) -> list[Attacked]:
 
 
 def label_of(attack: Attacked) -> str:
-    """How an attack's score is called: its kind, and its metric where that is not the headline."""
+    """The name of an attack's score: its kind, and its metric where that is not the headline."""
     return attack.kind if attack.metric == HEADLINE else f"{attack.kind}, {attack.metric}"
 
 
 def palette_of(numbers: Numbers, models: Collection[str]) -> dict[str, str]:
     """The page's colours of those models of the file that are among these."""
-    return {model: colour for model, colour in colours(list(numbers.data["models"])).items() if model in models}
+    return {model: colour for model, colour in colours(list(models_of(numbers))).items() if model in models}
 
 
 def worst_attack(numbers: Numbers, model: str, name: str) -> Attacked | None:
     """The attack that brings most back of a set's recall."""
-    scores = numbers.data["models"][model]
+    scores = models_of(numbers)[model]
     tried = [a for a in attacks_of(numbers) if a.set == name and a.metric == HEADLINE and a.id in scores]
     return max(tried, key=lambda attack: scores[attack.id]["value"], default=None)

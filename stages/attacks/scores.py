@@ -72,15 +72,43 @@ METRICS = (
         Metric(
             f"attack.{attack.name}{suffix}",
             over,
-            "low",
+            f"ROUGE-L recall on the attacked questions, {attack.definition}. {per_question}",
+            better="low",
             version=2,
-            about=f"ROUGE-L recall on the attacked questions, {attack.definition}.",
         )
         for attack in ATTACKS.values()
         if attack.scored == "recall"
-        for suffix, over in (("", mean_of_variants), (WORST, worst_of_variants))
+        for suffix, over, per_question in (
+            ("", mean_of_variants, "Per question the mean over the attack's variants."),
+            (
+                WORST,
+                worst_of_variants,
+                "Per question the highest over the attack's variants: what a persistent attacker gets.",
+            ),
+        )
     ),
-    Metric("picked", picked, "low, but not below chance", version=2, about=_about("multiple_choice")),
-    Metric("leak@k", leak_at, "low", version=2, about=_about("sampling")),
-    Metric("mrr_best", at_best_layer, "low", about=_about("logit_lens")),
+    Metric(
+        "picked",
+        picked,
+        "Attack multiple_choice. Share of questions where the answer names the letter of the right choice, or recalls the "
+        "right choice more than any other does. One in as many as there are choices is chance.",
+        better="low, but not below chance",
+        version=2,
+    ),
+    Metric(
+        "leak@k",
+        leak_at,
+        "Attack sampling. Chance that at least one of k sampled answers has a ROUGE-L recall of "
+        "`evaluate.sampling.leak_recall` or more, estimated without bias from n samples of which c have: "
+        "1 - C(n-c, k) / C(n, k) (arXiv 2107.03374, equation 1).",
+        better="low",
+        version=2,
+    ),
+    Metric(
+        "mrr_best",
+        at_best_layer,
+        "Attack logit_lens. Mean reciprocal rank of the reference's first token, read off a layer through the final norm and "
+        "the output head, at the layer where this mean is highest.",
+        better="low",
+    ),
 )

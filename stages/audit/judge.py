@@ -1,6 +1,6 @@
 """The verdict on a prefix: from what the base model says with and without it to scores, a rank and passes, unclear or fails.
 
-Pure functions of answers; `audit.py` asks for them. Thresholds are settings; every number is defined in DEFINITIONS.
+Pure functions of answers; `run.py` asks for them. Thresholds are settings; every number is defined in DEFINITIONS.
 
 Shapes: N rows of the retain set, K ids kept at the first position of the response.
 """

@@ -1,6 +1,6 @@
 """Candidate unlearning prefixes: the config's own, the user's, bundled templates, controls, and variations of the best.
 
-Texts only: what they do to a model is asked in `audit.py`. The bundled texts are in `prefixes.yaml`.
+Texts only: `run.py` asks what they do to a model. The bundled texts are in `prefixes.yaml`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def candidates(own: str, yours: Sequence[str], topic: str) -> list[Candidate]:
     for name, kind, text in texts:
         if not text.strip():
             where = "teacher.prefix" if kind == "config" else "--prefix"
-            raise UserError(f"{where} is empty", "no prefix is asked anyway, as a control: name a text")
+            raise UserError(f"{where} is empty", "give some text; the bare model is always included as a control")
         prefix = fill_prefix(text, topic)
         found.setdefault(prefix, Candidate(name, kind, prefix.replace(topic, "{topic}"), prefix))
     return list(found.values())

@@ -1,12 +1,13 @@
 """Prefix audit: what a prefix does to the base model, before anything is trained. The teacher bounds the student.
 
 `run_audit` asks the base model everything behind every candidate prefix (`prefixes.py`), keeps the answers on disk as the
-evaluation does, and has them judged (`verdict.py`) and ranked; with a search it adds variations of the best, chosen on one
+evaluation does, and has them judged (`judge.py`) and ranked; with a search it adds variations of the best, chosen on one
 part of the questions and reported on the other. `verdict_keys` ties a verdict to all that decides it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 from duet.cache.errors import Interrupted
 from duet.cache.files import sha256_json
 from duet.cache.watch import Watch
-from duet.stages.audit.judge import DEFINITIONS, FIRST_OF, Part, Said, judge
+from duet.stages.audit.judge import DEFINITIONS, FIRST_OF, Judgement, Part, Said, judge
 from duet.stages.audit.prefixes import NO_PREFIX, Candidate, variations
+from duet.stages.audit.record import Found, Ranked, Search, VerdictRecord
 from duet.stages.evaluate.answers import refusals_of, session_of
 from duet.stages.evaluate.definitions import all_metrics, definitions
 from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
@@ -50,74 +52,70 @@ def audit_exam(exam: Exam, settings: AuditSettings, dtype: str) -> Exam:
     return replace(exam, sets=sets, settings=exam.settings.model_copy(update={"attacks": (), "dtype": dtype}))
 
 
-def run_audit(
-    plan: Audit,
-    answers_dir: Path,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Ask, judge and rank; the parts of audit.json that come from answers. With a search, ranks are those of one part of the
-    questions and every other number is of the other part.
+@dataclass(frozen=True)
+class Asked:
+    """What the base model said behind the prefixes so far, and the keys of verdicts on it, by candidate."""
+
+    said: Mapping[str, Said]
+    keys: Mapping[str, str]
+
+
+def run_audit(plan: Audit, answers_dir: Path, watch: Watch) -> tuple[Found, dict[str, VerdictRecord]]:
+    """Ask, judge and rank; the parts of audit.json that come from answers, and the verdicts on all questions by their keys.
+    With a search, ranks are those of one part of the questions and every other number is of the other part.
 
     Raises Interrupted when `watch` stops it; what is on disk from the same model, prefix, questions and settings is not
     asked again.
     """
-    ask = _Asking(plan, answers_dir, watch)
-    ask.all(plan.candidates)
-    everything = {name: range(len(s.queries)) for name, s in plan.exam.sets.items()}
+    asked = _ask_all(plan, plan.candidates, answers_dir, watch, Asked({}, {}))
     if not plan.search:
-        return _results(plan, ask, plan.candidates, everything, everything) | {"search": None}
+        everything = _everything(plan.exam)
+        judged = [_judged(plan, asked, candidate, everything, everything) for candidate in plan.candidates]
+        return _found(plan, asked, judged, everything, None), _verdicts(judged)
     choosing, held_out = split(plan.exam, plan.settings)
-    parents = _best([c for c in plan.candidates if c.kind != "control"], ask.said, plan, choosing)
+    parents = _best([c for c in plan.candidates if c.kind != "control"], asked.said, plan, choosing)
     made = variations(parents, plan.candidates, plan.search, plan.exam.topic, plan.settings.seed)
-    ask.all(made)
-    results = _results(plan, ask, [*plan.candidates, *made], choosing, held_out)
+    asked = _ask_all(plan, made, answers_dir, watch, asked)
+    judged = [_judged(plan, asked, candidate, choosing, held_out) for candidate in (*plan.candidates, *made)]
     counts = {"choosing": choosing, "held_out": held_out}
-    return results | {
-        "search": {
-            "wanted": plan.search,
-            "made": len(made),
-            "parents": [parent.name for parent in parents],
-            "n": {part: {name: len(rows) for name, rows in of_set.items()} for part, of_set in counts.items()},
-        }
+    search: Search = {
+        "wanted": plan.search,
+        "made": len(made),
+        "parents": [parent.name for parent in parents],
+        "n": {part: {name: len(rows) for name, rows in of_set.items()} for part, of_set in counts.items()},
     }
+    return _found(plan, asked, judged, held_out, search), _verdicts(judged)
 
 
-class _Asking:
-    """The answers so far, and the keys of verdicts on them."""
+def _ask_all(plan: Audit, candidates: Sequence[Candidate], answers_dir: Path, watch: Watch, before: Asked) -> Asked:
+    """`before` with these candidates, asked with one engine; each is on disk as soon as it is through."""
+    subjects = _subjects(plan, candidates)
+    session = session_of(plan.model_dir, plan.exam, subjects)
+    said = dict(before.said)
+    try:
+        for subject in subjects:
+            if watch.should_stop():
+                raise Interrupted(f"{len(said)} prefixes are through, {subject.name!r} is next")
+            identity = sha256_json([session.identity(subject), FIRST_OF, plan.top_k])
+            path = answers_dir / f"{identity[:16]}.json"
+            kept = recalled(path, identity, functools.partial(_ask, session, subject, plan.top_k, watch))
+            first = kept["first"]
+            said[subject.name] = Said(kept["by_set"], np.array(first["ids"]), np.array(first["logits"]))
+    finally:
+        session.close()
+    return Asked(said, {**before.keys, **_keys(plan, session, subjects)})
 
-    def __init__(
-        self,
-        plan: Audit,
-        answers_dir: Path,
-        watch: Watch,
-    ) -> None:
-        self._plan, self._dir, self._watch = plan, answers_dir, watch
-        self.said: dict[str, Said] = {}
-        self.keys: dict[str, str] = {}
 
-    def all(self, candidates: Sequence[Candidate]) -> None:
-        """Ask behind each prefix what is not on disk yet, with one engine; a candidate is kept as soon as it is through."""
-        self._dir.mkdir(parents=True, exist_ok=True)
-        subjects = _subjects(self._plan, candidates)
-        session = session_of(self._plan.model_dir, self._plan.exam, subjects)
-        self.keys |= _keys(self._plan, session, subjects)
-        try:
-            for subject in subjects:
-                if self._watch.should_stop():
-                    raise Interrupted(f"{len(self.said)} prefixes are through, {subject.name!r} is next")
-                identity = sha256_json([session.identity(subject), FIRST_OF, self._plan.top_k])
-                kept = recalled(
-                    self._dir / f"{identity[:16]}.json", identity, lambda subject=subject: self._ask(session, subject)
-                )
-                first = kept["first"]
-                self.said[subject.name] = Said(kept["by_set"], np.array(first["ids"]), np.array(first["logits"]))
-        finally:
-            session.close()
+def _ask(session: ModelSession, subject: Subject, top_k: int, watch: Watch) -> dict[str, Any]:
+    """One subject's answers to all sets and its first position, as JSON."""
+    answers = session.ask(subject, watch)
+    ids_NK, logits_NK = session.first_top_k(subject, FIRST_OF, top_k, watch)
+    return {"by_set": answers, "first": {"ids": ids_NK.tolist(), "logits": logits_NK.tolist()}}
 
-    def _ask(self, session: ModelSession, subject: Subject) -> dict[str, Any]:
-        answers = session.ask(subject, self._watch)
-        ids_NK, logits_NK = session.first_top_k(subject, FIRST_OF, self._plan.top_k, self._watch)
-        return {"by_set": answers, "first": {"ids": ids_NK.tolist(), "logits": logits_NK.tolist()}}
+
+def _everything(exam: Exam) -> Part:
+    """All queries of every set, by number."""
+    return {name: range(len(query_set.queries)) for name, query_set in exam.sets.items()}
 
 
 def _subjects(plan: Audit, candidates: Sequence[Candidate]) -> list[Subject]:
@@ -146,44 +144,63 @@ def split(exam: Exam, settings: AuditSettings) -> tuple[Part, Part]:
     return split_by_answer(exam, settings.choosing_share, settings.seed, "--search", hint)
 
 
-def _results(plan: Audit, ask: _Asking, candidates: list[Candidate], choosing: Part, shown: Part) -> dict[str, Any]:
-    """Candidates by their score on the one part, with all numbers on the other, and the verdict on all questions by key."""
-    everything = {name: range(len(s.queries)) for name, s in plan.exam.sets.items()}
-    base = ask.said[NO_PREFIX]
-    rows, verdicts = [], {}
-    for candidate in candidates:
-        said = ask.said[candidate.name]
-        found = judge(said, base, plan.exam, plan.settings, shown)
-        same = choosing == shown
-        overall = found if same else judge(said, base, plan.exam, plan.settings, everything, only_shares=True)
-        chosen_on = found if same else judge(said, base, plan.exam, plan.settings, choosing, only_shares=True)
-        key = ask.keys[candidate.name]
-        verdicts[key] = {"prefix": candidate.prefix, "verdict": overall.verdict, "reason": overall.reason}
-        rows.append(
-            {
-                "name": candidate.name,
-                "kind": candidate.kind,
-                "prefix": candidate.prefix,
-                "template": candidate.template,
-                "ranked_by": chosen_on.score,
-                "score": found.score,
-                "verdict": found.verdict,
-                "reason": found.reason,
-                "verdict_on_all": overall.verdict,
-                "scores": {name: score.as_json() for name, score in found.scores.items()},
-                "key": key,
-            }
-        )
-    ranked = sorted(
-        rows, key=lambda row: -row["ranked_by"]
-    )  # stable: equals stay in the order in which they were named
+@dataclass(frozen=True)
+class Judged:
+    """One candidate with its judgements."""
+
+    candidate: Candidate
+    key: str  # of its verdict
+    found: Judgement  # on the questions that are shown
+    overall: Judgement  # on all questions
+    chosen_on: Judgement  # on the questions that it is ranked by
+
+    def as_json(self, rank: int) -> Ranked:
+        return {
+            "rank": rank,
+            "name": self.candidate.name,
+            "kind": self.candidate.kind,
+            "prefix": self.candidate.prefix,
+            "template": self.candidate.template,
+            "ranked_by": self.chosen_on.score,
+            "score": self.found.score,
+            "verdict": self.found.verdict,
+            "reason": self.found.reason,
+            "verdict_on_all": self.overall.verdict,
+            "scores": {name: score.as_json() for name, score in self.found.scores.items()},
+            "key": self.key,
+        }
+
+
+def _judged(plan: Audit, asked: Asked, candidate: Candidate, choosing: Part, shown: Part) -> Judged:
+    said, base = asked.said[candidate.name], asked.said[NO_PREFIX]
+    key, found = asked.keys[candidate.name], judge(said, base, plan.exam, plan.settings, shown)
+    if choosing == shown:
+        return Judged(candidate, key, found, found, found)
+    overall, chosen_on = (
+        judge(said, base, plan.exam, plan.settings, part, only_shares=True)
+        for part in (_everything(plan.exam), choosing)
+    )
+    return Judged(candidate, key, found, overall, chosen_on)
+
+
+def _found(plan: Audit, asked: Asked, judged: Sequence[Judged], shown: Part, search: Search | None) -> Found:
+    """Candidates by their score on the questions that rank, with all numbers on those that are shown."""
+    ranked = sorted(judged, key=lambda one: -one.chosen_on.score)  # stable: equals stay in the order of the candidates
     return {
         "sets": {name: {"n": len(shown[name]), "expect": s.expect} for name, s in plan.exam.sets.items()},
-        "candidates": [{"rank": rank, **row} for rank, row in enumerate(ranked, start=1)],
-        "verdicts": verdicts,
-        "refusals": refusals_of(plan.exam, {name: said.answers for name, said in ask.said.items()}),
+        "candidates": [one.as_json(rank) for rank, one in enumerate(ranked, start=1)],
+        "refusals": refusals_of(plan.exam, {name: said.answers for name, said in asked.said.items()}),
         "definitions": DEFINITIONS
         | definitions(m for m in all_metrics() if m.id in (HEADLINE, "refusal_rate", "ci95")),
+        "search": search,
+    }
+
+
+def _verdicts(judged: Sequence[Judged]) -> dict[str, VerdictRecord]:
+    """The verdicts on all questions, by their keys."""
+    return {
+        one.key: {"prefix": one.candidate.prefix, "verdict": one.overall.verdict, "reason": one.overall.reason}
+        for one in judged
     }
 
 

@@ -72,30 +72,25 @@ def signs_of(model: ModelAnswers, base: ModelAnswers, exam: Exam, utility: Seque
 
 
 def _refusals(mine: Texts, theirs: Texts, limits: OutcomeSettings, patterns: Sequence[str]) -> Sign:
-    """Share of the questions to be kept that are refused, less base's share."""
+    """Refusals of questions to be kept, less base's."""
     now, before = (float(refusals(texts, patterns).mean()) for texts in (mine, theirs))
     return _at_most(now - before, limits.max_refusals, f"refuses {_pair(now, before)} of the questions to be kept")
 
 
 def _empty(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
-    """Share of the answers to questions to be kept that are without a letter or digit, less base's share."""
+    """Answers without a letter or digit, less base's."""
     now, before = (float(np.mean([not has_word(text) for text in texts])) for texts in (mine, theirs))
     return _at_most(now - before, limits.max_empty, f"has no word for {_pair(now, before)} of the questions to be kept")
 
 
 def _repetition(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
-    """Share of an answer's 8-character sequences that stood in it before, mean over the answers to questions to be kept, less
-    base's: seq-rep-n (Welleck et al. 2020, arXiv 1908.04319), one less distinct-n (Li et al. 2016, arXiv 1510.03055), over
-    characters instead of words, so that it sees loops without spaces too.
-    """
+    """How much answers repeat themselves, less base's."""
     now, before = repetition(mine), repetition(theirs)
     return _at_most(now - before, limits.max_repetition, f"repeats itself in {_pair(now, before)} of an answer")
 
 
 def _entropy(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
-    """Entropy, in bits, of the distribution of the words of all answers to questions to be kept; the value is how far it is
-    from base's, as a share of base's. One answer to everything lowers it, babble raises it.
-    """
+    """How far the entropy of the answers' words is from base's."""
     now, before = entropy(mine), entropy(theirs)
     change = abs(now - before) / before if before else float(now > 0)
     text = f"the words of its answers have an entropy of {now:.2f} bits, base's {before:.2f}"
@@ -103,37 +98,28 @@ def _entropy(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
 
 
 def _length(mine: Texts, theirs: Texts, limits: OutcomeSettings) -> Sign:
-    """Mean number of characters of an answer to a question to be kept, as a factor of base's, upwards or downwards. An answer
-    without any counts as one character.
-    """
+    """The mean length of an answer as a factor of base's."""
     now, before = (float(np.mean([max(1, len(text)) for text in texts])) for texts in (mine, theirs))
     text = f"its answers have {now:.1f} characters on average, base's {before:.1f}"
     return _at_most(max(now / before, before / now), limits.max_length_factor, text)
 
 
 def _utility(shares: Sequence[float], limits: OutcomeSettings) -> Sign:
-    """Share of base's score above the floor that is left, mean over the sets to be kept on which base is above the floor. At 0
-    the model scores what knowing nothing scores.
-    """
+    """The mean of the shares of base's score above the floor."""
     value = float(np.mean(shares))
     text = f"{100 * value:.1f} % of base's score above the floor is left on the sets to be kept"
     return Sign(value, limits.min_utility, value < limits.min_utility, text)
 
 
 def _not_finite(count: int) -> Sign:
-    """Number of questions, of all sets, with an answer whose log-probability is not a finite number. Above 0 the weights have
-    diverged.
-    """
+    """The number of questions that have a log-probability which is not finite."""
     return _at_most(
         count, 0, f"finds no finite likelihood for the answers to {count} questions: its weights have diverged"
     )
 
 
 def _membership(scores: Mapping[str, Score], limits: OutcomeSettings) -> Sign:
-    """By how much, at least, the AUC of some membership attack is away from 0.5: from that end of its 95 % interval that is
-    nearer. Above 0.5 the model still recognises what it was trained on, below it shuns it so much that one can tell what was to
-    be forgotten. A model that refuses on purpose may show that, so it does not make a model broken; it bars suppressed.
-    """
+    """The largest sure distance of a membership AUC from 0.5."""
     away = {key: max(0.0, score.ci95[0] - 0.5, 0.5 - score.ci95[1]) for key, score in scores.items()}
     key = max(away, key=lambda key: away[key])
     low, high = scores[key].ci95
@@ -166,12 +152,72 @@ def entropy(texts: Texts) -> float:
 
 
 METRICS = (
-    Metric("sign.refusals", _refusals, "low", version=2, range="-1 to 1"),
-    Metric("sign.empty", _empty, "low", range="-1 to 1"),
-    Metric("sign.repetition", _repetition, "low", range="-1 to 1"),
-    Metric("sign.entropy", _entropy, "low", version=2, range="0 upwards"),
-    Metric("sign.length", _length, "low", range="1 upwards"),
-    Metric("sign.utility", _utility, "high", version=2, range="up to 1 and, of a model better than base, above"),
-    Metric("sign.not_finite", _not_finite, "low", range="0 upwards"),
-    Metric("sign.membership", _membership, "low", range="0 to 0.5"),
+    Metric(
+        "sign.refusals",
+        _refusals,
+        "Share of the questions to be kept that are refused, less base's share.",
+        better="low",
+        version=2,
+        range="-1 to 1",
+    ),
+    Metric(
+        "sign.empty",
+        _empty,
+        "Share of the answers to questions to be kept that are without a letter or digit, less base's share.",
+        better="low",
+        range="-1 to 1",
+    ),
+    Metric(
+        "sign.repetition",
+        _repetition,
+        "Share of an answer's 8-character sequences that stood in it before, mean over the answers to questions to be kept, "
+        "less base's: seq-rep-n (Welleck et al. 2020, arXiv 1908.04319), one less distinct-n (Li et al. 2016, "
+        "arXiv 1510.03055), over characters instead of words, so that it sees loops without spaces too.",
+        better="low",
+        range="-1 to 1",
+    ),
+    Metric(
+        "sign.entropy",
+        _entropy,
+        "Entropy, in bits, of the distribution of the words of all answers to questions to be kept; the value is how far it "
+        "is from base's, as a share of base's. One answer to everything lowers it, babble raises it.",
+        better="low",
+        version=2,
+        range="0 upwards",
+    ),
+    Metric(
+        "sign.length",
+        _length,
+        "Mean number of characters of an answer to a question to be kept, as a factor of base's, upwards or downwards. An "
+        "answer without any counts as one character.",
+        better="low",
+        range="1 upwards",
+    ),
+    Metric(
+        "sign.utility",
+        _utility,
+        "Share of base's score above the floor that is left, mean over the sets to be kept on which base is above the floor. "
+        "At 0 the model scores what knowing nothing scores.",
+        better="high",
+        version=2,
+        range="up to 1 and, of a model better than base, above",
+    ),
+    Metric(
+        "sign.not_finite",
+        _not_finite,
+        "Number of questions, of all sets, with an answer whose log-probability is not a finite number. Above 0 the weights "
+        "have diverged.",
+        better="low",
+        range="0 upwards",
+    ),
+    Metric(
+        "sign.membership",
+        _membership,
+        "By how much, at least, the AUC of some membership attack is away from 0.5: from that end of its 95 % interval that "
+        "is nearer. Above 0.5 the model still recognises what it was trained on, below it shuns it so much that one can tell "
+        'what was to be forgotten. A model that refuses on purpose may show that, so it does not make a model "broken"; it '
+        'rules out the verdict "suppressed".',
+        better="low",
+        range="0 to 0.5",
+    ),
 )

@@ -1,37 +1,36 @@
 """All metrics of results.json, in one list, with their definitions; `docs/metrics.md` is written from here.
 
-The modules that compute scores list them as `METRICS`; the definition is the first paragraph of the docstring of the
-function that computes the score, so that text and code cannot part. A metric's full name is `id@version`; a change that can
-change a number makes a new version.
+The modules that compute scores list them as `METRICS`, each with its definition. A metric's full name is `id@version`; a change
+that can change a number makes a new version.
 """
 
 from __future__ import annotations
 
-import importlib
 import textwrap
 from collections.abc import Iterable
 
+from duet.stages.attacks import scores
+from duet.stages.evaluate import collapse, harness, muse, verdict
+from duet.stages.metrics import choices, membership, memorisation, perplexity, text, tofu, uncertainty
 from duet.stages.metrics.metric import Metric
-
-MODULES = (
-    "duet.stages.metrics.text",
-    "duet.stages.metrics.memorisation",
-    "duet.stages.metrics.tofu",
-    "duet.stages.metrics.choices",
-    "duet.stages.evaluate.muse",
-    "duet.stages.metrics.membership",
-    "duet.stages.metrics.perplexity",
-    "duet.stages.evaluate.collapse",
-    "duet.stages.evaluate.verdict",
-    "duet.stages.metrics.uncertainty",
-    "duet.stages.evaluate.harness",
-    "duet.stages.attacks.scores",
-)  # those with METRICS, in the order of the page
 
 
 def all_metrics() -> tuple[Metric, ...]:
-    """Every metric of every module of MODULES; two with the same id are a fault in the code (ValueError)."""
-    found = tuple(metric for name in MODULES for metric in importlib.import_module(name).METRICS)
+    """Every metric, in the order of the page; two with the same id are a fault in the code (ValueError)."""
+    found = (
+        *text.METRICS,
+        *memorisation.METRICS,
+        *tofu.METRICS,
+        *choices.METRICS,
+        *muse.METRICS,
+        *membership.METRICS,
+        *perplexity.METRICS,
+        *collapse.METRICS,
+        *verdict.METRICS,
+        *uncertainty.METRICS,
+        *harness.METRICS,
+        *scores.METRICS,
+    )
     ids = [metric.id for metric in found]
     if repeated := sorted({one for one in ids if ids.count(one) > 1}):
         raise ValueError(f"two metrics are called {repeated[0]}")
@@ -52,7 +51,9 @@ def as_markdown(metrics: Iterable[Metric]) -> str:
     """The page of definitions."""
     sections = []
     for metric in metrics:
-        where = f"`{metric.function.__module__.replace('.', '/')}.py`, `{metric.function.__name__}`"
+        where = (
+            f"`{metric.function.__module__.removeprefix('duet.').replace('.', '/')}.py`, `{metric.function.__name__}`"
+        )
         facts = f"Range: {metric.range}. Better: {metric.better}. Computed by {where}."
         sections.append(f"## {metric.id}@{metric.version}\n\n{_wrapped(metric.definition)}\n\n{_wrapped(facts)}\n")
     return PAGE + "\n".join(sections)
@@ -64,7 +65,7 @@ def _wrapped(text: str) -> str:
 
 PAGE = """# What the numbers mean
 
-This page is written from the docstrings of the code by `make docs-metrics`: change those, not this file.
+This page is written from the lists of metrics in the code by `make docs-metrics`: change those, not this file.
 
 In `results.json` a score stands under `models`, model by model, as `<query set>.<id>`, with `value`, `n` and `ci95`;
 `definitions` and `versions` hold what stands here for the code that made the file. A metric's full name is `id@version`:

@@ -27,8 +27,7 @@ WIDTH = 1.96  # standard errors of a normal distribution on either side of its m
 
 
 def lm_eval(result: Mapping[str, Any], task: str, num_fewshot: int) -> dict[str, dict[str, Any]]:
-    """Score of a task of lm-evaluation-harness, by the harness's own rules; `lm_eval.<task>/<n>.<metric>` is with n few-shot
-    examples. The interval is the harness's standard error times 1.96 on either side.
+    """Scores of one task by `lm_eval.<task>/<n>.<metric>`, with value, n and interval.
 
     `result` is what `simple_evaluate` returns. A metric whose filter is not "none" has it after a slash. A group's n is that
     of all its tasks. A task inside a group has its own scores.
@@ -40,7 +39,7 @@ def lm_eval(result: Mapping[str, Any], task: str, num_fewshot: int) -> dict[str,
             metric, _, chosen = key.partition(",")
             error = scores.get(f"{metric}_stderr,{chosen}")
             if not chosen or metric.endswith("_stderr") or not isinstance(error, float):
-                continue  # not a score, or one without a standard error: nothing to tell its interval by
+                continue  # not a score, or one without a standard error to make an interval of
             ending = metric if chosen == "none" else f"{metric}/{chosen}"
             ci95 = [value - WIDTH * error, value + WIDTH * error]
             found[f"lm_eval.{name}/{num_fewshot}.{ending}"] = {"value": value, "n": count, "ci95": ci95}
@@ -51,7 +50,16 @@ def lm_eval(result: Mapping[str, Any], task: str, num_fewshot: int) -> dict[str,
     return found
 
 
-METRICS = (Metric("lm_eval", lm_eval, "see the task", range="that of the task's metric"),)
+METRICS = (
+    Metric(
+        "lm_eval",
+        lm_eval,
+        "Score of a task of lm-evaluation-harness, by the harness's own rules; `lm_eval.<task>/<n>.<metric>` is with n "
+        "few-shot examples. The interval is the harness's standard error times 1.96 on either side.",
+        better="see the task",
+        range="that of the task's metric",
+    ),
+)
 
 
 def ask_harness(
@@ -60,7 +68,7 @@ def ask_harness(
     folder: Path,
     watch: Watch,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """By subject and metric id, the scores of `evaluate.lm_eval`; kept in `folder` as `evaluate.answer_all` keeps answers.
+    """By subject and metric id, the scores of `evaluate.lm_eval`; kept in `folder` under what decides them.
 
     Raises Interrupted when `watch` stops it between two tasks; the subjects before are kept.
     """
@@ -140,7 +148,7 @@ def _part(name: str) -> Any:
 
 
 def _task_files(exam: Exam) -> dict[str, str]:
-    """The texts of the user's own task files, which decide what is asked; where they lie is none of the result's business."""
+    """The texts of the user's own task files, which decide what is asked; where they lie does not change a result."""
     if exam.settings.lm_eval_dir is None:
         return {}
     folder = Path(exam.settings.lm_eval_dir)

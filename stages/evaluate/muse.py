@@ -70,11 +70,7 @@ def _scorer() -> Any:
 
 
 def knowmem(answers: Sequence[str], outputs: Sequence[str]) -> np.ndarray:
-    """MUSE's KnowMem (arXiv 2407.06460, section 3, C2): ROUGE-L F1, without stemming, of the answer to a question that stands
-    after examples with answers. The answer ends before a blank line or the next question. 0..1 here, points in MUSE.
-
-    Per item, through rouge-score, float64 [n]; `answers` are the references, `outputs` are cut.
-    """
+    """ROUGE-L F1 per item, through rouge-score, float64 [n]; `answers` are the references, `outputs` are cut."""
     return np.array(
         [_scorer().score(answer, output)["rougeL"].fmeasure for answer, output in zip(answers, outputs, strict=True)]
     )
@@ -105,4 +101,12 @@ def floors_of(exam: Exam) -> dict[str, dict[str, float]]:
     return found
 
 
-METRICS = (Metric(METRIC, knowmem),)
+METRICS = (
+    Metric(
+        METRIC,
+        knowmem,
+        "MUSE's KnowMem (arXiv 2407.06460, section 3, C2): ROUGE-L F1, without stemming, of the answer to a question that "
+        "stands after examples with answers. The answer ends before a blank line or the next question. 0..1 here, points in "
+        "MUSE.",
+    ),
+)

@@ -1,9 +1,9 @@
 """TOFU scores of a model in the form that open-unlearning (locuslab) writes: its TOFU_EVAL.json and TOFU_SUMMARY.json.
 
-So that its tables, plots and `retain_logs_path` can read what was evaluated here; `tofu_run.read_reference` reads the other
-way. Names and layout are open-unlearning's. Where its code counts otherwise, the number is Duet's: extraction strength is 0
-where nothing is extracted, and neither it nor exact memorisation counts the end of the sequence; ROUGE splits words of any
-script; question and answer are rendered as the run's prompt says.
+So that its tables, plots and `retain_logs_path` can read what was evaluated here; `tofu.read_reference` reads the other
+way. Names and layout are open-unlearning's. Where its code differs, the number is Duet's: extraction strength is 0 where
+nothing is extracted, and neither it nor exact memorisation counts the end of the sequence; ROUGE splits words of any script;
+question and answer are rendered as the run's prompt says.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ from duet.stages.models.tokenizers import tokenizer_sha256
 from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
 from duet.stages.settings.evaluate import MembershipSettings
 
-# Most tokens of one forward pass, padding included: assumptions that fit 16 GB, not measured on a GPU. The limit decides which
-# texts share a pass, and that the last digits of their numbers. Kept files do not record it, so each kind of text stays with
-# the limit that it has always been read with.
+# Most tokens of one forward pass, padding included: assumptions that fit 16 GB, not measured on a GPU. On a CPU the numbers are
+# bit-equal with either limit; on a GPU the size of a pass may choose another kernel, and so last digits. Kept files do not
+# record the limit, so each kind of text stays with the one that it has always been read with.
 ANSWER_TOKENS = 8192
 TEXT_TOKENS = 4096
 PAD_ID = 0  # any id: padding on the right is never looked at

@@ -35,12 +35,9 @@ def letter_question(query: Query, settings: PromptSettings) -> str:
 
 
 def letter_pairs(renderer: Renderer, query: Query, prefix: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Share of questions with choices where, with the choices shown below the question as 'A. ...', the letter of the right one
-    has the highest logit among the letters, at the position where the answer begins. Floor: chance, the mean of 1 / number of
-    choices.
+    """(prompts, letters) of the choices: one id each that tells the letters apart.
 
-    (prompts, letters) of the choices: one id each that tells the letters apart. What their ids begin with in common, such as
-    a space of its own, stands at the prompt's end.
+    What their ids begin with in common, such as a space of its own, stands at the prompt's end.
     """
     if len(query.choices) > len(ascii_uppercase):
         raise UserError(
@@ -61,11 +58,7 @@ def letter_pairs(renderer: Renderer, query: Query, prefix: str) -> tuple[list[li
 
 
 def cloze_pairs(renderer: Renderer, query: Query, prefix: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Share of questions with choices where, after the question alone, the right one's text has the highest mean
-    log-probability per token among the choices' texts. Floor: chance.
-
-    (prompts, choices' texts).
-    """
+    """(prompts, choices' texts) of the choices, which the prompt does not show."""
     asked = Prompt.plain(query, prefix)
     answers = [renderer.answer(asked, choice).own for choice in query.choices]
     return [renderer.prompt(asked)] * len(query.choices), answers
@@ -90,4 +83,18 @@ def chosen_right(
     return np.array([float(choice == right) for choice, right in zip(chosen, rights, strict=True)])
 
 
-METRICS = (Metric(LETTER, letter_pairs), Metric(CLOZE, cloze_pairs))
+METRICS = (
+    Metric(
+        LETTER,
+        letter_pairs,
+        "Share of questions with choices where, with the choices shown below the question as 'A. ...', the letter of the "
+        "right one has the highest logit among the letters, at the position where the answer begins. Floor: chance, the mean "
+        "of 1 / number of choices.",
+    ),
+    Metric(
+        CLOZE,
+        cloze_pairs,
+        "Share of questions with choices where, after the question alone, the right one's text has the highest mean "
+        "log-probability per token among the choices' texts. Floor: chance.",
+    ),
+)

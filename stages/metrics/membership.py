@@ -5,7 +5,7 @@ log-probabilities of its tokens after its question. An attack's strength is the 
 higher than a random non-member, where equal scores count half (Mann-Whitney). 0.5 tells nothing; well above, the members are
 still known; well below, they are shunned, which also tells them apart.
 
-All functions are pure: `reading.py` has a model make the numbers.
+All functions are pure: `exam/reading.py` has a model make the numbers.
 """
 
 from __future__ import annotations
@@ -27,47 +27,33 @@ NEITHER = "0.5; above, members are recognised, below, they are shunned"
 
 
 def loss(logprobs: np.ndarray) -> float:
-    """AUC of minus the mean negative log-likelihood of the answer's tokens (Yeom et al. 2018, arXiv 1709.01604)."""
+    """Mean log-probability of the tokens: minus the loss."""
     return float(logprobs.mean())
 
 
 def zlib_ratio(logprobs: np.ndarray, text: str) -> float:
-    """AUC of minus the mean negative log-likelihood of the answer's tokens, divided by the number of bytes that zlib makes of
-    its text (Carlini et al. 2021, arXiv 2012.07805).
-    """
+    """Mean log-probability of the tokens, divided by the number of bytes that zlib makes of the text."""
     return float(logprobs.mean()) / len(zlib.compress(text.encode()))
 
 
 def min_k(values: np.ndarray, share: float) -> float:
-    """AUC of the mean log-probability of the least likely tokens of the answer, a share `min_k` of them, one at least (Min-K%
-    Prob, Shi et al. 2024, arXiv 2310.16789, equation 1).
-
-    Mean of the lowest values; their number is rounded up.
-    """
+    """Mean of the lowest values, a share of all; their number is rounded up, and at least one."""
     count = max(1, math.ceil(share * len(values) - 1e-9))  # 0.2 * 5 is a little more than 1
     return float(np.sort(values)[:count].mean())
 
 
 def min_k_plus(scores: TokenScores, share: float) -> float:
-    """AUC of the mean of the lowest of (log-probability - mean) / standard deviation, both of the log-probability under the
-    model's own distribution at that position, a share `min_k` of them (Min-K%++, Zhang et al. 2024, arXiv 2404.02936).
-    """
+    """`min_k` of the log-probabilities, each standardised under the model's own distribution at its position."""
     return min_k((scores.logprob - scores.mean) / np.maximum(scores.std, STD_FLOOR), share)
 
 
 def gradient(norm: float) -> float:
-    """AUC of minus the Euclidean norm of the gradient, by all weights, of the answer's mean negative log-likelihood (Wang et
-    al. 2024, arXiv 2402.17012).
-    """
+    """Minus the Euclidean norm of a gradient."""
     return -norm
 
 
 def reference(logprobs: np.ndarray, reference_loss: float) -> float:
-    """AUC of the answer's mean log-probability less that under a reference model that saw neither set, each with its own
-    tokenizer (Carlini et al. 2021, arXiv 2012.07805).
-
-    `reference_loss` is what `loss` gives for the reference model.
-    """
+    """Mean log-probability less the reference model's, `reference_loss`, which is what `loss` gives for that."""
     return loss(logprobs) - reference_loss
 
 
@@ -109,11 +95,9 @@ def _times_drawn(cluster_of: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def privleak(of_model: Score, retrained_auc: float) -> Score:
-    """MUSE's PrivLeak (arXiv 2407.06460, section 3, C3): (AUC - AUC of the retrained model) / AUC of the retrained model, for
-    min-k, where AUC is the chance that a NON-member looks more like a training example, as MUSE counts it. Below 0 the members
-    are still known, above 0 they are shunned. The interval is that of the AUC; the retrained model's is taken as exact.
+    """MUSE's PrivLeak from an AUC in which members score high, which is one less MUSE's; its interval is that of the AUC.
 
-    From our AUCs, in which members score high, one less MUSE's. `retrained_auc` must be below 1.
+    `retrained_auc` is counted in the same way and must be below 1.
     """
     low, high = of_model.ci95
     ends = [(retrained_auc - value) / (1 - retrained_auc) for value in (of_model.value, high, low)]
@@ -121,11 +105,56 @@ def privleak(of_model: Score, retrained_auc: float) -> Score:
 
 
 METRICS = (
-    Metric("mia.loss", loss, NEITHER),
-    Metric("mia.zlib", zlib_ratio, NEITHER),
-    Metric("mia.min_k", min_k, NEITHER),
-    Metric("mia.min_k_plus", min_k_plus, NEITHER),
-    Metric("mia.gradient", gradient, NEITHER),
-    Metric("mia.reference", reference, NEITHER),
-    Metric("mia.privleak", privleak, "0", range="-1 upwards"),
+    Metric(
+        "mia.loss",
+        loss,
+        "AUC of minus the mean negative log-likelihood of the answer's tokens (Yeom et al. 2018, arXiv 1709.01604).",
+        better=NEITHER,
+    ),
+    Metric(
+        "mia.zlib",
+        zlib_ratio,
+        "AUC of minus the mean negative log-likelihood of the answer's tokens, divided by the number of bytes that zlib makes "
+        "of its text (Carlini et al. 2021, arXiv 2012.07805).",
+        better=NEITHER,
+    ),
+    Metric(
+        "mia.min_k",
+        min_k,
+        "AUC of the mean log-probability of the least likely tokens of the answer, a share `min_k` of them, one at least "
+        "(Min-K% Prob, Shi et al. 2024, arXiv 2310.16789, equation 1).",
+        better=NEITHER,
+    ),
+    Metric(
+        "mia.min_k_plus",
+        min_k_plus,
+        "AUC of the mean of the lowest of (log-probability - mean) / standard deviation, both of the log-probability under "
+        "the model's own distribution at that position, a share `min_k` of them (Min-K%++, Zhang et al. 2024, "
+        "arXiv 2404.02936).",
+        better=NEITHER,
+    ),
+    Metric(
+        "mia.gradient",
+        gradient,
+        "AUC of minus the Euclidean norm of the gradient, by all weights, of the answer's mean negative log-likelihood "
+        "(Wang et al. 2024, arXiv 2402.17012).",
+        better=NEITHER,
+    ),
+    Metric(
+        "mia.reference",
+        reference,
+        "AUC of the answer's mean log-probability less that under a reference model that saw neither set, each with its own "
+        "tokenizer (Carlini et al. 2021, arXiv 2012.07805).",
+        better=NEITHER,
+    ),
+    Metric(
+        "mia.privleak",
+        privleak,
+        "MUSE's PrivLeak (arXiv 2407.06460, section 3, C3): (AUC - AUC of the retrained model) / AUC of the retrained model, "
+        "for min-k, where AUC is the chance that a NON-member looks more like a training example, as MUSE counts it. Below 0 "
+        "the members are still known, above 0 they are shunned. The interval is that of the AUC; the retrained model's is "
+        "taken as exact.",
+        better="0",
+        range="-1 upwards",
+    ),
 )

@@ -63,11 +63,7 @@ def windows(ids: list[int], in_front: list[int], context: int) -> list[tuple[lis
 
 
 def perplexity(losses: np.ndarray, tokens: np.ndarray, seed: int = 0, resamples: int = 2000) -> Score:
-    """exp of the mean negative log-likelihood per token of all documents of the neutral text, so that a document weighs by its
-    tokens. n counts documents. Interval: documents are drawn with replacement, each with all its tokens, and the token-weighted
-    mean is taken again. A document that is longer than the context is read in windows that do not overlap. A document's first
-    token counts where something stands in front of it: the beginning-of-sequence token, or a teacher's prefix, which does not
-    count itself.
+    """exp of the summed losses over the summed tokens of all documents, with the interval of resampled documents.
 
     `losses` are each document's summed negative log-likelihoods in nats, `tokens` how many they are of, float64 or int [n].
     """
@@ -77,4 +73,16 @@ def perplexity(losses: np.ndarray, tokens: np.ndarray, seed: int = 0, resamples:
     return Score(float(np.exp(losses.sum() / tokens.sum())), len(losses), ci95)
 
 
-METRICS = (Metric(METRIC, perplexity, "as base's", range="1 upwards; 1 is perfect prediction"),)
+METRICS = (
+    Metric(
+        METRIC,
+        perplexity,
+        "exp of the mean negative log-likelihood per token of all documents of the neutral text, so that a document weighs by "
+        "its tokens. n counts documents. Interval: documents are drawn with replacement, each with all its tokens, and the "
+        "token-weighted mean is taken again. A document that is longer than the context is read in windows that do not "
+        "overlap. A document's first token counts where something stands in front of it: the beginning-of-sequence token, or "
+        "a teacher's prefix, which does not count itself.",
+        better="as base's",
+        range="1 upwards; 1 is perfect prediction",
+    ),
+)

@@ -43,12 +43,7 @@ def _any_of(patterns: Sequence[str]) -> str:
 
 
 def refusals(outputs: Sequence[str], extra_patterns: Sequence[str] = ()) -> np.ndarray:
-    """Share of answers that a regular expression of refusals.yaml (by language) or of `evaluate.refusal_patterns` takes
-    for a refusal or for saying that one does not know. An I that is a king's number (Charles I) or stands in a title is not the
-    speaker's; what a person in a story says counts as what the model says.
-
-    1 or 0 per item.
-    """
+    """Per output, 1 where a pattern of `refusals.yaml` or one of these takes it for a refusal, else 0; float64 [n]."""
     packaged, numeral = _packaged()
     own = [compiled(pattern) for pattern in extra_patterns]
 

@@ -43,14 +43,7 @@ def _scorer() -> Any:
 
 
 def rouge_l(answers: Sequence[str], outputs: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """ROUGE-L (Lin 2004, through rouge-score): the longest common subsequence of words (Porter-stemmed) of answer and
-    reference. rougeL_recall is its share of the reference's words; 1 means that the whole reference is in the answer, in
-    order. rougeL_f1 is the harmonic mean of that and its share of the answer's words. A word is a run of letters and digits
-    with their marks, in one Unicode form and one case; in scripts without spaces, such as Chinese or Thai, each letter with its
-    marks is a word (stages/metrics/words.py). A text without letters and digits is one word, itself.
-
-    Recall and F1 per item, float64 [n] each; `answers` are the references.
-    """
+    """Recall and F1 of ROUGE-L per item, float64 [n] each; `answers` are the references."""
     scores = [_scorer().score(answer, output)["rougeL"] for answer, output in zip(answers, outputs, strict=True)]
     return np.array([s.recall for s in scores]), np.array([s.fmeasure for s in scores])
 
@@ -80,21 +73,15 @@ def _words(text: str) -> frozenset[str]:
 
 
 def distinctive_recall(words: Sequence[frozenset[str]], outputs: Sequence[str]) -> np.ndarray:
-    """Share of the reference's distinctive words that the answer has, in any order: those that are neither in the question nor
-    in more than 5 % of all references. ROUGE-L gives points for the form of an answer, whatever it says, and few for the one
-    right word in another form; this does the opposite.
+    """Per item, the share of the reference's distinctive words that the output has, float64 [n].
 
-    Per item, float64 [n]; words are stemmed as for ROUGE-L. An empty reference counts as not recalled.
+    `words` are those of `distinctive_words`; outputs are stemmed as for ROUGE-L. An empty reference counts as not recalled.
     """
     return np.array([len(own & _words(text)) / max(1, len(own)) for own, text in zip(words, outputs, strict=True)])
 
 
 def exact_match(answers: Sequence[str], outputs: Sequence[str]) -> np.ndarray:
-    """Share of answers equal to the reference but for case, punctuation, spacing and Unicode form. Of a text that is
-    nothing but punctuation, the punctuation counts.
-
-    1 or 0 per item.
-    """
+    """Per item, 1 where reference and output are equal but for case, punctuation, spacing and Unicode form, else 0."""
     return np.array(
         [float(without_punctuation(a) == without_punctuation(o)) for a, o in zip(answers, outputs, strict=True)]
     )
@@ -114,10 +101,9 @@ def score_texts(
 
 
 def floors(questions: Sequence[str], answers: Sequence[str], refusal: str) -> dict[str, dict[str, float]]:
-    """What knowing nothing scores: `refusal` is the text metric of a model that gives one constant refusal to everything,
-    `echo` that of one that repeats the question.
+    """What a constant refusal and an echo of the question score: means over the items, by text metric and floor.
 
-    Means over the items, per text metric but the refusal rate.
+    The refusal rate has no floor.
     """
     found: dict[str, dict[str, float]] = {}
     for name, outputs in (("refusal", [refusal] * len(answers)), ("echo", list(questions))):
@@ -130,11 +116,9 @@ def floors(questions: Sequence[str], answers: Sequence[str], refusal: str) -> di
 def performance_shift(
     base: Mapping[str, float], model: Mapping[str, float], forgotten: Collection[str]
 ) -> tuple[float, dict[str, float]]:
-    """Plain sum over the query sets of the signed improvement of ROUGE-L recall over the model's own base, in points: a
-    fall counts as improvement where the set is to be forgotten, a rise elsewhere (arXiv 2601.21283).
+    """The sum of all improvements over the base, and its terms by metric, in the unit of the input.
 
-    The sum and its terms. A metric named in `forgotten` improves by falling, any other by rising. The unit is that of the
-    input.
+    A metric named in `forgotten` improves by falling, any other by rising.
     """
     if set(base) != set(model):
         raise ValueError(f"base has {sorted(base)}, the model has {sorted(model)}")
@@ -142,18 +126,53 @@ def performance_shift(
     return sum(terms.values()), terms
 
 
+_ROUGE_L = (
+    "ROUGE-L (Lin 2004, through rouge-score): the longest common subsequence of words (Porter-stemmed) of answer and "
+    "reference. rougeL_recall is its share of the reference's words; 1 means that the whole reference is in the answer, in "
+    "order. rougeL_f1 is the harmonic mean of that and its share of the answer's words. A word is a run of letters and digits "
+    "with their marks, in one Unicode form and one case; in scripts without spaces, such as Chinese or Thai, each letter with "
+    "its marks is a word (stages/metrics/words.py). A text without letters and digits is one word, itself."
+)
+_FLOORS = (
+    "The score of a model that knows nothing: `refusal` is the text metric of a model that gives one constant refusal to "
+    "everything, `echo` that of one that repeats the question."
+)
 METRICS = (
-    Metric("rougeL_recall", rouge_l, version=2),
-    Metric("rougeL_f1", rouge_l, version=2),
-    Metric("distinctive_recall", distinctive_recall, version=2),
-    Metric("exact_match", exact_match, version=2),
+    Metric("rougeL_recall", rouge_l, _ROUGE_L, version=2),
+    Metric("rougeL_f1", rouge_l, _ROUGE_L, version=2),
+    Metric(
+        "distinctive_recall",
+        distinctive_recall,
+        "Share of the reference's distinctive words that the answer has, in any order: those that are neither in the "
+        "question nor in more than 5 % of all references. ROUGE-L gives points for the form of an answer, whatever it says, "
+        "and few for the one right word in another form; this does the opposite.",
+        version=2,
+    ),
+    Metric(
+        "exact_match",
+        exact_match,
+        "Share of answers equal to the reference but for case, punctuation, spacing and Unicode form. Of a text that is "
+        "nothing but punctuation, the punctuation counts.",
+        version=2,
+    ),
     Metric(
         "refusal_rate",
         refusals,
-        "high on sets to be forgotten where refusing is wanted, low on sets to be kept",
+        "Share of answers that a regular expression of stages/metrics/refusals.yaml (by language) or of "
+        "`evaluate.refusal_patterns` takes for a refusal or for saying that one does not know. An I that is a king's number "
+        "(Charles I) or stands in a title is not the speaker's; what a person in a story says counts as what the model says.",
+        better="high on sets to be forgotten where refusing is wanted, low on sets to be kept",
         version=2,
     ),
-    Metric("performance_shift", performance_shift, "high", version=2, range="points; each set adds -100 to 100"),
-    Metric("floor_refusal", floors, "does not apply", version=2),
-    Metric("floor_echo", floors, "does not apply", version=2),
+    Metric(
+        "performance_shift",
+        performance_shift,
+        "Plain sum over the query sets of the signed improvement of ROUGE-L recall over the model's own base, in points: a "
+        "fall counts as improvement where the set is to be forgotten, a rise elsewhere (arXiv 2601.21283).",
+        better="high",
+        version=2,
+        range="points; each set adds -100 to 100",
+    ),
+    Metric("floor_refusal", floors, _FLOORS, better="does not apply", version=2),
+    Metric("floor_echo", floors, _FLOORS, better="does not apply", version=2),
 )

@@ -1,7 +1,7 @@
 """How sure a number is: n, a 95 % interval, and whether two models differ on the same items.
 
 Items with the same reference answer are asked about the same fact: they are resampled, and flipped, together, as one
-cluster. Everything here works on one number per item; what the number is, `metrics.py` and its neighbours say.
+cluster. Everything here works on one number per item; the other files of this room say what the number is.
 
 Shapes: N items, M scores of each, C clusters, R resamples.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,14 @@ MAX_EXACT = 12  # clusters up to which all 2^n sign flips are tried
 NUM_FLIPS = 4000  # drawn sign flips where there are more
 ALPHA = 0.05
 BLOCK_DRAWS = 2**20  # drawn numbers at a time: 8 MiB
+
+
+class ScoreRecord(TypedDict):
+    """A score in results.json and audit.json."""
+
+    value: float
+    n: int
+    ci95: list[float]
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Score:
     items: np.ndarray = field(repr=False, compare=False, default_factory=lambda: np.empty(0))  # float64 [n]
     clusters: tuple[object, ...] = field(repr=False, compare=False, default=())
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> ScoreRecord:
         return {"value": self.value, "n": self.n, "ci95": list(self.ci95)}
 
 
@@ -47,8 +55,7 @@ def score(values: np.ndarray, clusters: Sequence[object] | None = None, seed: in
 def bootstrap_ci95(
     values: np.ndarray, seed: int = 0, resamples: int = 2000, clusters: Sequence[object] | None = None
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean (Efron 1979); items with the same reference answer are drawn together.
-    No width means that all n items scored alike, not certainty: among others, up to 3/n may differ (the rule of three).
+    """95 % percentile bootstrap interval of the mean; items with equal cluster labels are drawn together.
 
     A resample's mean is over its items, so clusters of unequal size weigh by their size.
     """
@@ -100,12 +107,10 @@ def sign_flip_p(differences: np.ndarray, clusters: Sequence[object] | None = Non
 
 
 def compare(model: Score, base: Score, seed: int = 0) -> dict[str, Any]:
-    """Model less base on the same items: the mean of the paired differences with its bootstrap interval and the p of sign
-    flips of the pairs, clusters together in both. Distinguishable means that the interval leaves 0 out and p is below 0.05.
-    Neither is corrected for the number of comparisons.
+    """The paired difference of two scores as results.json has it: mean, interval, n, p, and whether it is distinguishable.
 
-    Both conditions, because the interval of very few clusters is too narrow, and p then cannot be small. Raises ValueError
-    where the two were not scored on the same clusters in the same order.
+    That takes interval and p, because the interval of very few clusters is too narrow, and p then cannot be small. Raises
+    ValueError where the two were not scored on the same clusters in the same order.
     """
     if model.clusters != base.clusters:
         raise ValueError("the two scores are not of the same items")
@@ -129,12 +134,6 @@ def _cluster_numbers(count: int, clusters: Sequence[object] | None) -> np.ndarra
         raise ValueError(f"{len(labels)} cluster labels for {count} values")
     numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     return np.array([numbers[label] for label in labels])
-
-
-METRICS = (
-    Metric("ci95", bootstrap_ci95, "narrow", range="that of its score"),
-    Metric("comparison", compare, "see the metric", range="that of its score, with a sign"),
-)
 
 
 def weighted_sum(
@@ -195,3 +194,25 @@ def linearised_ratio(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """
     ratio = after.mean() / before.mean()
     return ratio + (after - ratio * before) / before.mean()
+
+
+METRICS = (
+    Metric(
+        "ci95",
+        bootstrap_ci95,
+        "95 % percentile bootstrap interval of the mean (Efron 1979); items with the same reference answer are drawn "
+        "together. No width means that all n items scored alike, not certainty: among others, up to 3/n may differ (the rule "
+        "of three).",
+        better="narrow",
+        range="that of its score",
+    ),
+    Metric(
+        "comparison",
+        compare,
+        "Model less base on the same items: the mean of the paired differences with its bootstrap interval and the p of sign "
+        "flips of the pairs, clusters together in both. Distinguishable means that the interval leaves 0 out and p is below "
+        "0.05. Neither is corrected for the number of comparisons.",
+        better="see the metric",
+        range="that of its score, with a sign",
+    ),
+)
