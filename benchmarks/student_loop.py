@@ -5,19 +5,19 @@ Part of `student.py`, which prints; run by itself it is one side of a comparison
 A whole step: a random student of 120M parameters (vocabulary 128,256, width 512, 16 layers, head tied to the embeddings,
 which are 55% of it; of a larger model they are less, and so is the gain), all of it trained with AdamW in float32, as it
 is or under bf16 autocast. 16 rows a step, questions of 16 to 64 tokens, k = 64 ids at 1 or 16 positions each, Huber loss.
-* `ours`: `train_student` on a store.
-* `Trainer`: that of transformers as it comes (with its fused AdamW), with a `compute_loss` that takes the model's logits
+* `Duet's`: `train_student` on a store.
+* `Trainer`: that of transformers as it comes (its fused AdamW, too), with a `compute_loss` that takes the model's logits
   [B, T, V] and from these the ids of the supervised positions.
 * `DistillKit's`: a plain loop with what its loss does, a gather of [B, T, K] ids from all logits and a mask, and with the
   fused AdamW that it gets from the Trainer. Its own loss is a divergence, its loop the Trainer's: both cost more.
 Both others have their rows in memory, in the order in which Duet reads them, padded to the longest of a batch. All three must
-have the same loss after every step, to TOLERANCE, or no figures are printed.
+have the same loss after every step, to TOLERANCE, or there are no figures.
 
 Definitions
 * `student.tokens_per_s_vs_trainer`: tokens without padding per second, from the end of the first step to that of the last,
-  each step at its least of all rounds: Duet over the faster of the others; the least of all cases.
+  each step at its least of all rounds: Duet's over the faster of the others; the least of all cases.
 * `student.peak_memory_vs_trainer`: peak resident memory of the process after the first step, weights, gradients, optimizer
-  and libraries included (VmHWM): Duet over the leaner of the others; the largest of all cases. `working` is that part of
+  and libraries included (VmHWM): Duet's over the leaner of the others; the largest of all cases. `working` is that part of
   the peak which was not resident between the first step and the second (gradients, activations, logits).
 * `student.stall_share`: share of a training's step time spent waiting for the store, as training.json has it, of the
   lab's student and of tofu-lab's, at 1 and at 16 positions; the largest. On one core, which the thread that prepares
@@ -68,6 +68,7 @@ ROOT = Path(__file__).parent.parent
 LAB = ROOT / "lab" / "models"
 STUDENTS = {"lab": LAB / "base", "tofu-lab": ROOT.parent / "shared" / "models" / "tofu-lab"}
 ONE = Processes(Rank(), torch.device("cpu"))
+OWN = "Duet's"  # beside the other sides
 BATCH = 16
 LR = 1e-4
 TOLERANCE = 1e-3  # relative
@@ -166,7 +167,7 @@ def measured(
     return meter
 
 
-def ours(folder: Path, dtype: str, meter: Meter) -> None:
+def duet(folder: Path, dtype: str, meter: Meter) -> None:
     measured(
         open_stores({"teacher": Folder(folder / "store")}, verify=True),
         folder / "model",
@@ -247,7 +248,7 @@ def collate(rows: list[tuple[np.ndarray, ...]]) -> dict[str, torch.Tensor]:
     return vars(align(prompts, responses, 0)) | teacher
 
 
-SIDES: dict[str, Callable[[Path, str, Meter], None]] = {"ours": ours, "Trainer": trainer, "DistillKit's": plain}
+SIDES: dict[str, Callable[[Path, str, Meter], None]] = {OWN: duet, "Trainer": trainer, "DistillKit's": plain}
 
 
 def steps(quick: bool) -> Found:
@@ -272,11 +273,11 @@ def steps(quick: bool) -> Found:
                 "peak MB": max(run["peak MB"] for run in runs),
                 "working MB": max(run["working MB"] for run in runs),
             }
-        others = [found[side] for side in SIDES if side != "ours"]
-        speedups.append(found["ours"]["tokens/s"] / max(other["tokens/s"] for other in others))
-        memory_ratios.append(found["ours"]["peak MB"] / min(other["peak MB"] for other in others))
+        others = [found[side] for side in SIDES if side != OWN]
+        speedups.append(found[OWN]["tokens/s"] / max(other["tokens/s"] for other in others))
+        memory_ratios.append(found[OWN]["peak MB"] / min(other["peak MB"] for other in others))
         for side, figures in found.items():
-            share = padding["ours" if side == "ours" else "others"]
+            share = padding[OWN if side == OWN else "others"]
             table.append({"case": case, "side": side, **figures, "padding": share})
     return {
         "student.tokens_per_s_vs_trainer": min(speedups),
@@ -321,14 +322,14 @@ def token_counts(folder: Path) -> tuple[int, dict[str, float]]:
             one.batch.input_ids_BT.numel() for one in passes_of(mixed([block], [1.0]), step_settings("fp32"), 0)
         )
         padded += int(lengths.max()) * len(lengths)
-    return sum(read[1:]), {"ours": 1 - sum(read) / passed, "others": 1 - sum(read) / padded}
+    return sum(read[1:]), {OWN: 1 - sum(read) / passed, "others": 1 - sum(read) / padded}
 
 
 def check_same_losses(turns: list[dict[str, Any]], case: str) -> None:
     """Sides that do different work cannot be compared."""
     for side, run in ((side, run) for turn in turns for side, run in turn.items()):
-        if not np.allclose(run["losses"], turns[0]["ours"]["losses"], rtol=TOLERANCE, atol=0):
-            raise RuntimeError(f"{case}: losses of {side} {run['losses']}, of Duet {turns[0]['ours']['losses']}")
+        if not np.allclose(run["losses"], turns[0][OWN]["losses"], rtol=TOLERANCE, atol=0):
+            raise RuntimeError(f"{case}: losses of {side} {run['losses']}, of Duet {turns[0][OWN]['losses']}")
 
 
 def stalls(quick: bool) -> Found:

@@ -1,4 +1,4 @@
-"""`duet estimate`: memory and time of each stage on a GPU that need not be here; where it does not fit, what to change.
+"""`duet estimate`: memory and time of each stage on a GPU that need not be here, and which settings would make it fit.
 
 Formulas and assumptions are in `stages/cost/memory.py`, the GPUs in `stages/cost/gpus.yaml`.
 """
@@ -19,23 +19,24 @@ from duet.pipeline.run.terminal import say, say_json
 from duet.stages.cost.gpus import Device, described_gpu, device_here, named_gpu
 from duet.stages.cost.memory import ASSUMPTIONS, Need, Reading, StudentOnMeta, reading_need, student_need
 from duet.stages.models.sizes import ModelSizes
+from duet.stages.settings.evaluate import EvaluateSettings
 from duet.stages.settings.student import TrainSettings
 from duet.stages.settings.teacher import TeacherSettings
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run, its need, and what other settings would bring it to."""
+    """A part of the run, its need, and its need under other settings."""
 
     name: str
     need: Need
-    changes: dict[str, Need]  # by what one sets; none where it fits as it is
+    changes: dict[str, Need]  # by the setting; none where it fits as it is
 
 
 def estimate(
     config_path: str, overrides: tuple[str, ...], device: Callable[[str], Device], devices: int, as_json: bool
 ) -> None:
-    """Tell memory and time of teacher, students and evaluation; `device(kind)` is asked for the config's kind of device."""
+    """Say memory and time of teacher, students and evaluation; `device(kind)` gives a device of the config's kind."""
     from duet.stages.models.loading import pick_device
 
     config = load_config(config_path, overrides)
@@ -59,7 +60,7 @@ def estimate(
 
 
 def chosen_device(gpu: str | None, memory_gb: float | None, tflops: float | None) -> Callable[[str], Device]:
-    """What the command line says about the device; none of it: the one that is here."""
+    """The device of the command line; without such options the one that is here."""
     if gpu is not None and (memory_gb is not None or tflops is not None):
         raise UserError("--gpu and --gpu-memory or --tflops were given", "name the GPU, or describe it")
     if (memory_gb is None) != (tflops is None):
@@ -76,8 +77,8 @@ def chosen_device(gpu: str | None, memory_gb: float | None, tflops: float | None
 def _teachers(config: Config, on: Device) -> Iterator[Stage]:
     for name, settings in config.teacher_settings().items():
         folder, rows = _rendered(config, settings)
-        shape = ModelSizes.of(folder, settings.trust_remote_code)
-        need = _teacher_need(settings, shape, rows, on)
+        sizes = ModelSizes.of(folder, settings.trust_remote_code)
+        need = _teacher_need(settings, sizes, rows, on)
         changes: dict[str, dict[str, Any]] = {
             "teacher.dtype=bfloat16": {"dtype": "bfloat16"},
             "teacher.batch_size=8": {"batch_size": 8},
@@ -89,7 +90,7 @@ def _teachers(config: Config, on: Device) -> Iterator[Stage]:
             "teacher" if name == "teacher" else f"teacher {name}",
             need,
             _smaller(
-                {k: _teacher_need(settings.model_copy(update=v), shape, rows, on) for k, v in others.items()}, need
+                {k: _teacher_need(settings.model_copy(update=v), sizes, rows, on) for k, v in others.items()}, need
             ),
         )
 
@@ -112,7 +113,7 @@ def _rendered(config: Config, settings: TeacherSettings) -> tuple[Path, list[tup
 
 
 def _teacher_need(
-    settings: TeacherSettings, shape: ModelSizes, rows: list[tuple[list[int], list[int]]], on: Device
+    settings: TeacherSettings, sizes: ModelSizes, rows: list[tuple[list[int], list[int]]], on: Device
 ) -> Need:
     from duet.stages.cost.store import not_shared
 
@@ -124,8 +125,8 @@ def _teacher_need(
         batch=min(settings.batch_size, len(rows)),
     )
     devices = settings.tensor_parallel * settings.pipeline_parallel
-    dtype = shape.dtype_of(settings.dtype)
-    need = reading_need(shape, dtype, reading, on, devices, 1.0 if settings.quantization else None)
+    dtype = sizes.dtype_of(settings.dtype)
+    need = reading_need(sizes, dtype, reading, on, devices, 1.0 if settings.quantization else None)
     return replace(need, seconds=need.seconds / settings.data_parallel)
 
 
@@ -155,7 +156,7 @@ def _students(config: Config, on: Device, devices: int) -> Iterator[Stage]:
 
 
 def _savings(train: TrainSettings, folder: Path) -> dict[str, dict[str, Any]]:
-    """Settings that take less memory, by how one sets them; docs/training.md says what each costs."""
+    """Settings that take less memory, as written for --set; docs/training.md has the cost of each."""
     from duet.stages.settings.student import LoraSettings
 
     found: dict[str, dict[str, Any]] = {
@@ -176,12 +177,12 @@ def _savings(train: TrainSettings, folder: Path) -> dict[str, dict[str, Any]]:
 def _evaluation(config: Config, on: Device) -> Stage:
     """Every model is asked alone; the largest decides the memory, all of them the time."""
     folders = _models(config)
-    shapes = {name: ModelSizes.of(folder, config.teacher.trust_remote_code) for name, folder in folders.items()}
+    sizes_of = {name: ModelSizes.of(folder, config.teacher.trust_remote_code) for name, folder in folders.items()}
     costs, longest = _asked(config, folders["base"])
 
     def need_of(kinds: Mapping[str, Any], **new: Any) -> Need:
         settings = config.evaluate.model_copy(update=new)
-        needs = [_asked_need(shape, settings, kinds, longest, on) for shape in shapes.values()]
+        needs = [_asked_need(sizes, settings, kinds, longest, on) for sizes in sizes_of.values()]
         return replace(max(needs, key=lambda need: need.total), seconds=sum(need.seconds for need in needs))
 
     need, others = need_of(costs), {}
@@ -192,11 +193,11 @@ def _evaluation(config: Config, on: Device) -> Stage:
             "evaluate.batch_size=8": need_of(costs, batch_size=8),
             "evaluate.attacks without relearn": need_of(without),
         }
-    return Stage(f"evaluation of {len(shapes)} models", need, _smaller(others, need))
+    return Stage(f"evaluation of {len(sizes_of)} models", need, _smaller(others, need))
 
 
 def _models(config: Config) -> dict[str, Path]:
-    """The directories of what will be asked: a student has the shapes of the model that it starts from."""
+    """The directories of the models to be asked: a student has the sizes of the model that it starts from."""
     from duet.pipeline.run.named_models import start_model
     from duet.stages.models.directory import small_files
 
@@ -215,7 +216,7 @@ def _models(config: Config) -> dict[str, Path]:
 
 
 def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
-    """What one model is asked, by attack, and the longest prompt with its answer, in tokens."""
+    """The cost of asking one model, by attack, and the longest prompt with its answer, in tokens."""
     from duet.pipeline.run.exam import exam_of
     from duet.stages.evaluate.answers import costs_of, session_of
     from duet.stages.exam.exam import Subject
@@ -232,21 +233,23 @@ def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     return costs_of([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens
 
 
-def _asked_need(shape: ModelSizes, settings: Any, costs: Mapping[str, Any], longest: int, on: Device) -> Need:
+def _asked_need(
+    sizes: ModelSizes, settings: EvaluateSettings, costs: Mapping[str, Any], longest: int, on: Device
+) -> Need:
     """One model's evaluation. Likelihoods read every prompt once more; relearning trains all weights in float32."""
-    dtype = shape.dtype_of(settings.dtype)
+    dtype = sizes.dtype_of(settings.dtype)
     prompt_tokens = sum(cost.prompt_tokens for cost in costs.values()) * (2 if settings.likelihood else 1)
     new_tokens = sum(cost.answer_tokens for cost in costs.values())
-    need = reading_need(shape, dtype, Reading(longest, prompt_tokens, new_tokens, settings.batch_size), on)
+    need = reading_need(sizes, dtype, Reading(longest, prompt_tokens, new_tokens, settings.batch_size), on)
     if any(cost.training_steps for cost in costs.values()):
-        relearning = {"weights, gradients, AdamW's states, float32, to relearn": 16.0 * shape.parameters}
+        relearning = {"weights, gradients, AdamW's states, float32, to relearn": 16.0 * sizes.parameters}
         if sum(relearning.values()) > sum(need.parts.values()):
             return replace(need, parts=relearning)
     return need
 
 
 def _smaller(others: Mapping[str, Need], need: Need) -> dict[str, Need]:
-    """What saves at least a hundredth, the least memory last."""
+    """Those that save at least a hundredth, the least memory last."""
     saving = {text: other for text, other in others.items() if other.total < 0.99 * need.total}
     return dict(sorted(saving.items(), key=lambda item: -item[1].total))
 
@@ -264,7 +267,7 @@ def _lines(stage: Stage, on: Device) -> Iterator[str]:
 
 
 def _as_json(stages: list[Stage], on: Device, devices: int, fits: bool) -> dict[str, Any]:
-    def told(need: Need) -> dict[str, Any]:
+    def figures(need: Need) -> dict[str, Any]:
         return {"bytes": round(need.total), "seconds": need.seconds, "fits": need.fits(on)}
 
     return {
@@ -274,9 +277,9 @@ def _as_json(stages: list[Stage], on: Device, devices: int, fits: bool) -> dict[
         "stages": [
             {
                 "stage": stage.name,
-                **told(stage.need),
+                **figures(stage.need),
                 "parts": {name: round(size) for name, size in stage.need.parts.items()},
-                "changes": {text: told(other) for text, other in stage.changes.items()},
+                "changes": {text: figures(other) for text, other in stage.changes.items()},
             }
             for stage in stages
         ],

@@ -89,7 +89,7 @@ def _title(results: Results) -> str:
 
 
 def sentences(results: Results) -> list[str]:
-    """Which methods DUET can be told from, in words."""
+    """Sentences on which methods can be distinguished from DUET."""
     groups: dict[str, list[str]] = {}
     for name in results["methods"]:
         if less := results["comparisons"].get(name, {}).get("performance_shift"):

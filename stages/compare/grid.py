@@ -217,8 +217,8 @@ def results_of(
 ) -> dict[str, Any]:
     """The parts of compare.json that come from answers: those of results.json, and how the subjects differ.
 
-    Each performance shift gets its interval; `trade_off` has the mean recall over the sets to be kept, and what is missing to
-    1 on those to be forgotten; `comparisons` every subject's scores and shift, less DUET's on the same items.
+    Each performance shift gets its interval; `trade_off` has the mean recall over the sets to be kept, and 1 less that over
+    the sets to be forgotten; `comparisons` every subject's scores and shift, less DUET's on the same items.
     """
     found = evaluation.results_of(subjects, exam, answers, against=DUET)
     recall = {subject.name: recalls(exam, answers[subject.name]) for subject in subjects}

@@ -1,8 +1,8 @@
 """The losses of the unlearning methods that DUET is compared with: pure functions on tensors, each as its paper has it.
 
-`methods.py` takes a model's log-probabilities at answer tokens, and nowhere else, and picks from here. What must always
-hold: prompt and padding tokens never reach a loss, and a loss over whole answers sums over its tokens, or averages them,
-as its paper does. A loss is a scalar that is minimised. Log-probabilities are natural, over the whole vocabulary.
+`methods.py` takes a model's log-probabilities at answer tokens, and nowhere else, and picks from here. Always:
+prompt and padding tokens never reach a loss, and a loss over whole answers sums over its tokens, or averages them, as its
+paper does. A loss is a scalar that is minimised. Log-probabilities are natural, over the whole vocabulary.
 
 Shapes: B rows (one question with one answer each), N answer tokens of all rows together, V vocabulary, D width.
 """

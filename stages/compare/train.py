@@ -4,8 +4,8 @@
 those of the student (`store_order`), so that a step of either sees the same queries; methods that use no retain data leave
 those rows out. A training can be stopped after any step and goes on bit for bit on a CPU.
 
-The loop is its own: without a store it has no prefetching, no passes, no probes and no other processes, and a loss that is
-not finite is a result here. Everything within a step that can be the same is that of `duet.stages.student.loop`.
+The loop is not that of `duet.stages.student.loop`: it does not prefetch, cut passes, probe or share its steps with other
+processes, and a loss that is not finite is a result here. The optimizer step, its learning rate and its random numbers are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a device can do: of a named GPU, from its data sheet (`gpus.yaml`); of the one that is here, looked up or measured."""
+"""The rates and memory of a device: of a named GPU from its data sheet (`gpus.yaml`), of the one here looked up or measured."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import yaml
 from duet.cache.errors import UserError, did_you_mean
 
 GPUS_PATH = Path(__file__).with_name("gpus.yaml")
-FLOP_PER_BYTE = 150  # assumption, not measured: of a GPU whose bandwidth is not told, as an A100 has it
+FLOP_PER_BYTE = 150  # assumption, not measured: of a GPU whose bandwidth is not given, as an A100 has it
 SIDE = 1024  # of the matrices whose product is timed, and 4 MB each in float32
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates; what of them a program reaches is another matter (`cost.py`)."""
+    """Peak rates; `memory.py` assumes the share of them that a program reaches."""
 
     name: str
     kind: str  # "cuda" or "cpu"
@@ -56,11 +56,11 @@ def named_gpu(name: str) -> Device:
 
 
 def described_gpu(memory_gb: float, tflops: float) -> Device:
-    """A GPU of which memory and the 16-bit rate are told; float32 counts as a quarter of that, its bandwidth is assumed."""
+    """A GPU of known memory and 16-bit rate; float32 counts as a quarter of that rate, and the bandwidth is assumed."""
     rate = tflops * 1e12
-    told = "as the command line says; float32 rate and bandwidth assumed"
+    source = "as the command line says; float32 rate and bandwidth assumed"
     return Device(
-        f"a GPU of {memory_gb:g} GB", "cuda", memory_gb * 1e9, rate, rate / 4, rate / FLOP_PER_BYTE, True, told
+        f"a GPU of {memory_gb:g} GB", "cuda", memory_gb * 1e9, rate, rate / 4, rate / FLOP_PER_BYTE, True, source
     )
 
 

@@ -1,4 +1,4 @@
-"""What a stage needs in memory and time, told before a weight is loaded: from a model's shapes, the settings and the rows.
+"""A stage's need of memory and time, before a weight is loaded: from a model's sizes, the settings and the rows.
 
 Weights, gradients and optimizer states are counted, not estimated. Activations follow the formula of `activation_bytes`. Rates
 are peak rates times a share, and shares are assumptions. A layer's attention scores count as never kept (flash attention).
@@ -21,7 +21,7 @@ from duet.stages.models.sizes import DTYPE_BYTES, ModelSizes, meta_model
 from duet.stages.settings.student import TrainSettings
 from duet.stages.student.model import forward_dtype, made_trainable
 
-# Assumptions, not measured: what of a device's peak rates is reached.
+# Assumptions, not measured: the share of a device's peak rates that is reached.
 READ_SHARE = 0.4  # of FLOP/s, while prompts are read
 TRAIN_SHARE = 0.35  # of FLOP/s, while a student trains
 BANDWIDTH_SHARE = 0.7  # of bytes/s
@@ -43,7 +43,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one device by what they are for, and seconds."""
+    """Bytes on one device by purpose, and seconds."""
 
     parts: dict[str, float]
     seconds: float
@@ -61,7 +61,7 @@ class Need:
 class Reading:
     """Prompts that a model is asked."""
 
-    longest: int  # tokens, with what follows
+    longest: int  # tokens, with the response
     prompt_tokens: int  # to be computed
     new_tokens: int  # of all responses, at most
     batch: int  # prompts at a time
@@ -97,13 +97,13 @@ def reading_need(
 
 
 def activation_bytes(sizes: ModelSizes, tokens: int, layers: int, dtype: str, checkpointing: bool) -> int:
-    """What `layers` keep for the backward pass, of a layer as Llama's, Qwen's and Mistral's are (h hidden, q heads, f inner).
+    """Bytes kept for the backward pass by layers like Llama's, Qwen's and Mistral's (h hidden, q heads, f inner).
 
-    Counted from what autograd saves, in bytes per token and layer. float32: two norms keep what they read, the normed and the
-    weighted value (24 h), attention its queries, keys and values, each as wide as the heads, its result and the projection's
-    input (20 q), the feed-forward part four values (16 f). Under bfloat16 autocast the residual stream and the norms stay
-    float32 (16 h), each of the five linear layers that read them keeps a copy of its own (10 h), and the rest halves
-    (10 q + 8 f). With checkpointing, each layer keeps its input (4 h), and one at a time all of it.
+    Counted from the tensors that autograd saves, in bytes per token and layer. float32: two norms keep their input, the
+    normed and the weighted value (24 h), attention its queries, keys and values, each as wide as the heads, its result and
+    the projection's input (20 q), the feed-forward part four values (16 f). Under bfloat16 autocast the residual stream and
+    the norms stay float32 (16 h), each of the five linear layers that read them keeps a copy of its own (10 h), and the rest
+    halves (10 q + 8 f). With checkpointing, each layer keeps its input (4 h), and one at a time all of it.
     """
     h, q, f = sizes.hidden, sizes.attention, sizes.inner
     layer = 24 * h + 20 * q + 16 * f if dtype == "float32" else 26 * h + 10 * q + 8 * f
@@ -128,7 +128,7 @@ class StudentOnMeta:
     dtype: str  # of the forward pass
     model: Any
     layers: int  # that keep something for the backward pass
-    spread: bool  # weights, too, lie in parts on several devices
+    spread: bool  # the weights also lie in parts on several devices
 
     @staticmethod
     def of(
@@ -198,7 +198,7 @@ def student_need(student: StudentOnMeta, lengths: np.ndarray, device: Device, de
 
 
 def _held(student: StudentOnMeta, devices: int) -> dict[str, float]:
-    """What lies in memory from step to step, and what of the weights is copied."""
+    """Everything that stays in memory from step to step, and the copies of weights."""
     settings, trained = student.settings, student.num_trained
     share = devices if student.spread else 1
     parts = {

@@ -1,6 +1,6 @@
-"""What stage one will cost, told before an engine starts: from the rendered prompts, the plan and the model's headers.
+"""The cost of stage one, before an engine starts: from the rendered prompts, the plan and the model's headers.
 
-And whether there is room for it.
+And whether there is room for its stores.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from duet.stages.models.loading import num_parameters
 from duet.stages.teacher.plan import Prepared
 
 TOKEN_BYTES = 4  # of the student's prompt and the response, as they lie in a shard
-LEAST_SHARE = {
+LEAST_SHARE = {  # assumption, not measured: no store is smaller than that
     "none": 0.9,
     "lz4": 0.125,
     "zstd": 0.125,
-}  # assumption, not measured: no store of ours is smaller than that
+}
 STORE_LESS = "or store less: store.compression: zstd, store.values: linear16, a smaller teacher.top_k or max_positions"
 HEADER_BYTES = 2**14  # of a shard and its side file, generously
-FLOP_PER_S = 100e12  # assumption, not measured: what one data-centre GPU does in 16 bits while it reads prompts
+FLOP_PER_S = 100e12  # assumption, not measured: the rate of one data-centre GPU in 16 bits while it reads prompts
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`tokens` are of prompts. `computed` is what is left of the prefixed ones where all that they share is computed once."""
+    """`tokens` are of prompts. `computed` counts the prefixed ones with every shared beginning once."""
 
     rows: dict[str, int]
     tokens_prefixed: int
@@ -74,14 +74,14 @@ def estimate(prepared: Prepared, plan: Plan) -> Estimate:
 
 
 def _value_dtype(values: str, dtype: str) -> str:
-    """How a logit will be kept: what a 16-bit head gives is exact in float16."""
+    """The dtype of a kept logit: that of a 16-bit head is exact in float16."""
     if values == "lossless":
         return "float32" if dtype == "float32" else "float16"
     return values
 
 
 def not_shared(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens left when whatever a prompt begins with in common with another is counted once."""
+    """Tokens of all prompts, with a beginning that several share counted once."""
     left, before = 0, []
     for prompt in sorted(prompts, key=list):
         shared = next(
@@ -94,8 +94,8 @@ def not_shared(prompts: Sequence[Sequence[int]]) -> int:
 def check_room(stores: Sequence[tuple[Prepared, Plan, Folder]]) -> str | None:
     """Refuse, before an engine starts, stores that cannot be written where they are to lie, in one folder of stores.
 
-    Only for what they need at least: every response ends with its first token, but for given ones. Returns a sentence where
-    there may be too little room for what they can need at most.
+    Only their least size counts for that: every response ends with its first token, but for given ones. Returns a sentence
+    where there may be too little room for their largest size.
     """
     least, most = 0, 0
     for prepared, plan, location in stores:

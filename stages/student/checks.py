@@ -1,5 +1,7 @@
-"""What must fit together for a student to be trained: asked before stage one, as far as it is known then, and at the start of
-stage two. Reads configs and tokenizers, never weights.
+"""Checks that stores, settings and the model that a student starts from fit together.
+
+They run before stage one, as far as the facts are known then, and at the start of stage two. They read configs and tokenizers,
+never weights.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from duet.stages.student.ranks import Processes
 
 @dataclass(frozen=True)
 class Expected:
-    """What is known of a store that is not there yet; as in `Manifest`."""
+    """The known facts of a store that is not there yet; as in `Manifest`."""
 
     top_k: int
     logsumexp: bool
@@ -108,11 +110,11 @@ def check_settings(
     combine: str | None,
     processes: Processes | None,
 ) -> None:
-    """Refuse what these stores cannot give, and what would do nothing with them.
+    """Refuse settings that these stores cannot serve, and settings that would do nothing with them.
 
-    `processes` None: it is not known yet how many there will be. A `loss` "auto" needs nothing of a store.
+    `processes` None: their number is not known yet. A `loss` "auto" needs nothing of a store.
     """
-    manifest, key = manifests[0], "train"  # what is asked of the first is the same of all
+    manifest, key = manifests[0], "train"  # the facts asked of the first are the same in all
     needs_logsumexp = loss != "auto" and LOSSES[loss].needs_logsumexp
     if needs_logsumexp and combine == "average":
         raise UserError(

@@ -40,7 +40,7 @@ def export(
                 # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
                 model.save_pretrained(folder, save_embedding_layers=False)
                 (folder / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
-        for parameter in model.parameters():  # what adapters are added to, so that their product is rounded only once
+        for parameter in model.parameters():  # adapters are added to these: their product is then rounded only once
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         model = model.merge_and_unload()
@@ -88,8 +88,8 @@ def try_export(model_dir: Path, settings: TrainSettings, tokenizer: Any, trust_r
 def unset_unread(generation: Any) -> list[str]:
     """Unset flags that generation does not read; returns their names. ValueError where transformers would not save the rest.
 
-    transformers saves no file with, say, a temperature but do_sample false, which many models ship. Nothing that decides an
-    answer is among them: sampling is not switched on.
+    transformers refuses to save, for example, a temperature beside do_sample false, which many models ship. None of these
+    flags decides an answer: sampling is off.
     """
     if generation is None:  # of a model that only code of its own makes generate
         return []
@@ -118,7 +118,7 @@ def _unread(generation: Any) -> Iterator[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something: transformers begins with a heading."""
+    """The first informative line: transformers begins with a heading."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")), repr(error))
 

@@ -1,9 +1,9 @@
-"""What a loss needs of a linear output head, without [N, V] logits: at K ids of each row, and the log-sum-exp over all.
+"""A linear output head without [N, V] logits: its logits at K ids of each row, and the log-sum-exp over all ids.
 
 Used by `duet.stages.student.head`, which knows models; here are only tensors. A head is a sum of parts,
 logits_NV = sum_p input_p · weight_p^T: (hidden, W); with a bias also (1, bias as one column); with LoRA also
-(scaling · A(dropout(hidden)), B). What must always hold: sums are accumulated in float32 (float64 for float64), gradients
-come in the dtype of what they belong to, and no tensor of N x V or of N x K x D elements exists.
+(scaling · A(dropout(hidden)), B). Always: sums are accumulated in float32 (float64 for float64), a gradient has the dtype of
+its tensor, and no tensor of N x V or of N x K x D elements exists.
 
 Shapes: N rows, K ids of each, V vocabulary, D width of a part, U distinct ids.
 """
@@ -19,13 +19,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 Parts = list[tuple[torch.Tensor, torch.Tensor]]  # (input_ND, weight_VD) of each
-Tail = Callable[[torch.Tensor], torch.Tensor]  # what is done to each logit after the sum
+Tail = Callable[[torch.Tensor], torch.Tensor]  # applied to each logit after the sum
 
 CHUNK_ENTRIES = 2**12  # rows of W that are copied at once where no kernel reads them in place
 CHUNK_IDS = 2**12  # rows of dW that are float32 at once
 BLOCK_ENTRIES = 2**23  # logits that exist at once in a pass over the vocabulary
 
-# <h[n], W[ids[n, k]]> is what PyTorch computes for the weights' gradient of an embedding bag. A private op: `dots_chunked`
+# PyTorch computes <h[n], W[ids[n, k]]> for the gradient of an embedding bag's weights. A private op: `dots_chunked`
 # stands in for it where it is missing, and tests hold one against the other.
 _FUSED = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16)

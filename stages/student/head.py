@@ -1,10 +1,10 @@
 """The student's output head, computed only where a loss looks: at K ids of each supervised row, never as [N, V].
 
-Called by the training loop for every pass. The model's own forward pass runs, with what is here in place of its head's
-forward: the head's weights are read at that moment (so adapters, sharding and swapped weights are what they are then), the
-N supervised rows of hidden states are all that reaches it, and what the model does to logits after its head (a scale, a
-soft-cap) the model does itself. What must always hold: the numbers are those of the model's own head. `Head.of` tries that
-out on every model, and where it does not hold, or the head is no linear layer, the model's own head is used, on the N rows.
+Called by the training loop for every pass. The model's own forward pass runs, with a function from here in place of its head's
+forward: it reads the head's weights at that moment (adapters, sharding and swapped weights included), it gets the N supervised
+rows of hidden states only, and the model itself changes logits after its head as it always does (a scale, a soft-cap). Always:
+the numbers are those of the model's own head. `Head.of` tries that out on every model; where it does not hold, or where the
+head is not a linear layer, the model's own head is used, on the N rows.
 
 Shapes: B batch, T time, N supervised positions, K kept ids, V vocabulary, D width, R rank of an adapter.
 """
@@ -33,7 +33,7 @@ PROBE_ROWS, PROBE_LOGITS = 24, (1.0, 20.0)
 
 
 class _NoLinearHead(Exception):
-    """The head is not a sum of parts; says what it is."""
+    """The head is not a sum of parts; the message names its kind."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Head:
 
 
 class Seen(NamedTuple):
-    """What a student says at N supervised rows; None where it was not asked."""
+    """A student's output at N supervised rows; None where it was not wanted."""
 
     logits_NK: torch.Tensor  # float32, raw, at the ids that were asked for
     logsumexp_N: torch.Tensor | None  # float32, over all ids
@@ -85,7 +85,7 @@ class Forward(nn.Module):
         self.model, self._head, self._want_logsumexp = model, head, want_logsumexp
 
     def forward(self, one: Pass) -> Seen:
-        """What `student_at` gives; the most likely ids in evaluation mode only, where they are asked for."""
+        """The result of `student_at`; with the most likely ids in evaluation mode only."""
         return student_at(
             self.model, self._head, one.batch, one.topk_ids_NK, self._want_logsumexp, want_top1=not self.training
         )
@@ -169,7 +169,7 @@ def _forward(
 
 @contextmanager
 def _replaced_forward(module: nn.Module | None, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """The module's hooks (those that gather its sharded weights, too) still run around the other forward."""
+    """The module's hooks, those that gather its sharded weights included, still run around the other forward."""
     if module is None:
         yield
         return
@@ -269,7 +269,7 @@ def _lora_parts(module: Any, hidden_ND: torch.Tensor) -> Parts:
 
 
 def tail_of(config: Any) -> Tail:
-    """What the model does to each logit after its head, as the config tells: Cohere's, Granite's scale, Gemma's soft-cap."""
+    """The model's change to each logit after its head, read from the config: Cohere's, Granite's scale, Gemma's soft-cap."""
     config = text_config(config)
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)

@@ -133,7 +133,7 @@ def _passes(teachers: Teachers, blocks: list[Block], student: Student) -> list[P
 def _probed(
     probe: Probe, student: Student, state: TrainingState, total: int, checkpoint_dir: Path
 ) -> tuple[TrainingState, dict[str, Any] | None]:
-    """What the probe found, where one is due after this step, and the state with it."""
+    """The state, and the result of a probe where one is due after this step."""
     settings = student.settings.probe
     if settings is None or (state.step % settings.steps and state.step != total):
         return state, None

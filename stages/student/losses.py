@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import huber_loss, log_softmax
 
 # The least share of the ids outside the top-k. It is above 0 in float32, where log-sum-exps of 16 and more are rounded
-# by up to 1e-6, so that a smaller share cannot be told from none.
+# by up to 1e-6, so that a smaller share cannot be distinguished from none.
 SMALLEST_TAIL = 1e-6
 NO_CHANCE = -1e30  # a logit whose probability is 0 and whose differences are finite, in float32 too
 
@@ -26,8 +26,8 @@ NO_CHANCE = -1e30  # a logit whose probability is 0 and whose differences are fi
 class TopK:
     """One side's raw logits at the teacher's top-k ids and, where a loss needs it, the log-sum-exp over all ids.
 
-    Where an average of teachers has fewer than K ids, `mask_NK`, the same on both sides, says which columns count: what the
-    others hold, as long as it is finite, changes neither a loss nor its gradient.
+    Where an average of teachers has fewer than K ids, `mask_NK`, the same on both sides, says which columns count: the
+    values in the others, as long as they are finite, change neither a loss nor its gradient.
     """
 
     logits_NK: torch.Tensor
@@ -45,7 +45,7 @@ def huber_raw(student: TopK, teacher: TopK, delta: float) -> torch.Tensor:
 
 
 def huber_centred(student: TopK, teacher: TopK, delta: float) -> torch.Tensor:
-    """`huber_raw` after each side's mean over the k ids is taken away: free of the offset. Ours, for other students."""
+    """`huber_raw` after each side's mean over the k ids is taken away: free of the offset. Duet's own, for other students."""
     return huber_raw(_centred(student), _centred(teacher), delta)
 
 
@@ -139,7 +139,7 @@ def _logprobs_with_tail(side: TopK) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what has to be known to use it."""
+    """A loss and the facts that its users need."""
 
     function: Callable[..., torch.Tensor]
     option: str | None = None  # the setting that is its third argument: "huber_delta" or "temperature"

@@ -44,7 +44,7 @@ def load_trainable(
 
 
 def made_trainable(model: Any, name: str, settings: TrainSettings, forward_dtype: torch.dtype, uniform: bool) -> Any:
-    """A loaded model, or one on the meta device, made what `load_trainable` gives."""
+    """Turn a loaded model, or one on the meta device, into that of `load_trainable`."""
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(

@@ -26,7 +26,7 @@ FORGET = SUBSETS.index("forget")
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: the student's aligned rows, and beside each supervised position what the teacher said there."""
+    """One forward pass: the student's aligned rows, and the teacher's logits at each supervised position."""
 
     batch: AlignedBatch
     topk_ids_NK: torch.Tensor  # int64
@@ -39,16 +39,16 @@ class Pass:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Pass:
-        """Where a GPU fetches it while the CPU goes on."""
+        """The same pass in pinned memory, from which a GPU copies while the CPU goes on."""
         return self._map(torch.Tensor.pin_memory)
 
     def without_weight(self) -> Pass:
-        """The same pass, counting for nothing: what a process computes that has none while others still have."""
+        """The same pass with weights of 0, for a process that has none left while others still have some."""
         return replace(self, weight_N=torch.zeros_like(self.weight_N))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are no padding."""
+        """Tokens that are not padding."""
         return int(self.batch.attention_mask_BT.sum())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Pass:

@@ -45,7 +45,7 @@ class Prefetch(Generic[T, U]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread; what it made ahead is thrown away."""
+        """Stop the thread and drop the items that it made ahead."""
         self._closed.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""What a student does so far, asked of the store alone: no engine, no answers, no generation.
+"""Probes of a student in training, from the store alone: no engine, no answers, no generation.
 
 Shapes: N supervised positions of a pass.
 """
@@ -19,13 +19,13 @@ from duet.stages.settings.student import TrainSettings
 from duet.stages.student.passes import FORGET, Pass, passes_of
 from duet.stages.student.targets import Targets, Teachers
 
-MAX_ROWS = 256  # of each subset, where `train.probe` does not say
-REFUSAL_SHARE = 0.1  # of forget rows that must begin with a token for it to count as a refusal's
+MAX_ROWS = 256  # of each subset, without `train.probe`
+REFUSAL_SHARE = 0.1  # least share of forget rows that begin with a token, for it to count as a refusal's
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The rows that are asked, and what counts as a refusal there."""
+    """The rows of a probe, and the tokens that count as a refusal there."""
 
     passes: list[Pass]
     refusal_ids: torch.Tensor  # int64
@@ -34,7 +34,7 @@ class Probe:
 
     @staticmethod
     def of(teachers: Teachers, order: Order, settings: TrainSettings, pad_id: int) -> Probe:
-        """Held-out rows where there are any, else some that are trained on; spread evenly over each subset."""
+        """Take held-out rows where there are any, else rows that are trained on; spread evenly over each subset."""
         held_out = len(order.held_out) > 0
         rows = order.held_out if held_out else np.arange(len(teachers.first))
         is_forget = rows < teachers.first.manifest.subsets["forget"]
@@ -93,7 +93,7 @@ def _mean(hits: Iterable[bool]) -> float | None:
 
 
 def _spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of them, evenly spaced."""
+    """At most `most` of them, evenly spaced."""
     if len(rows) <= most:
         return rows
     return rows[np.arange(most) * len(rows) // most]

@@ -1,4 +1,4 @@
-"""One process or several that train one student: who this one is, what they tell each other, how the model is spread.
+"""The processes that train one student, one or several: their ranks, their messages, and how the model is spread.
 
 Every process runs the same loop on its own part of each batch. With one process, everything here is a no-op.
 """
@@ -35,7 +35,7 @@ class Processes:
         return self.rank.number == 0
 
     def tell(self, values: Sequence[float]) -> torch.Tensor:
-        """What every process says here, float64 [world, values], in the order of ranks."""
+        """Give these values to all processes; returns the values of each, float64 [world, values], in the order of ranks."""
         mine = torch.tensor(values, dtype=torch.float64)
         if self.rank.world == 1:
             return mine[None]
@@ -46,14 +46,14 @@ class Processes:
         return torch.stack(all_of_them).cpu()
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         self.tell([0.0])
 
     @contextmanager
     def first_first(self) -> Iterator[None]:
         """The first process goes through the block before any other enters it; its error reaches all.
 
-        For what the first writes and the others then find.
+        For files that the first writes and the others then find.
         """
         if self.first:
             try:
@@ -73,9 +73,9 @@ class Processes:
             return module
         if parallel == "ddp":
             return DistributedDataParallel(module)
-        # A group of its own: torch keeps a mesh and its group to the end of the process, which `joined` must not wait for.
+        # A separate group: torch keeps a mesh and its group to the end of the process, which `joined` must not wait for.
         group = dist.new_group()
-        assert isinstance(group, dist.ProcessGroup)  # and not the mark of who is not in it: all are
+        assert isinstance(group, dist.ProcessGroup)  # not the mark of a process outside the group: all are in it
         mesh = DeviceMesh.from_group(group, self.device.type)
         for layer in layers:
             fully_shard(layer, mesh=mesh)
@@ -84,12 +84,12 @@ class Processes:
 
 
 class FirstFailed(Exception):
-    """The first process has ended with an error, which it tells."""
+    """The first process has ended with an error, which that process reports."""
 
 
 @contextmanager
 def joined(rank: Rank, device: torch.device) -> Iterator[Processes]:
-    """This process among the others, which find each other as torchrun tells them to."""
+    """This process among the others; they find each other through the environment that torchrun sets."""
     if rank.world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -101,8 +101,8 @@ def joined(rank: Rank, device: torch.device) -> Iterator[Processes]:
     finally:
         if rank.world > 1:
             dist.destroy_process_group()
-            # Gloo's threads drop the last message's tensors, for which they need the interpreter: one that comes to it when
-            # the interpreter is ending aborts the process. They are waited for when the group goes, and so it goes here.
+            # Gloo's threads need the interpreter to drop the last message's tensors: a thread that does so while the
+            # interpreter is ending aborts the process. Collecting the group here waits for them.
             gc.collect()
 
 
@@ -117,7 +117,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_first(tensor: torch.Tensor, processes: Processes) -> torch.Tensor:
-    """The whole of a tensor, copied to the CPU of the first process; nothing of it elsewhere. All must ask together."""
+    """The whole of a tensor, copied to the CPU of the first process; elsewhere an empty one. All must ask together."""
     found = whole(tensor)
     return found.to("cpu", copy=True).contiguous() if processes.first else torch.empty(0)
 

@@ -1,4 +1,4 @@
-"""training.json: how a student was trained. Its presence says that the student is done; here alone it is written and read."""
+"""training.json: how a student was trained. A student is done once it is there; only this file writes and reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a student is to learn from a batch: the rows of one or several teachers' stores, brought together.
+"""The targets of a batch: the rows of one or several teachers' stores, brought together.
 
 The stores hold the same rows, so the order, which depends on seed, epoch and row counts only, gives the same queries of each.
 `mix` keeps every teacher's rows, each with its teacher's weight; `average` makes one target per position of them. With one
@@ -28,7 +28,7 @@ CHECKED_ROWS = 1024  # at once
 
 @dataclass(frozen=True)
 class Targets:
-    """R rows; what each holds is as in `duet.cache.record.Rows`, but for the ids of `mask_NK`.
+    """R rows, each with the content of those of `duet.cache.record.Rows`, but for the ids of `mask_NK`.
 
     Rows of one `sequence_R` are of one query and have the student read the same tokens: a single forward pass serves them.
     """
@@ -67,7 +67,7 @@ class Teachers:
 
     @property
     def first(self) -> Store:
-        """For what is the same in all: which rows there are."""
+        """Stands for all where they are the same: the rows that there are."""
         return next(iter(self.stores.values()))
 
     def order(self, settings: TrainSettings) -> Order:
@@ -86,7 +86,7 @@ class Teachers:
         return [store.block_of(rows) for store in self.stores.values()]
 
     def targets(self, blocks: Sequence[Block]) -> Targets:
-        """What the student is to learn from the same rows of each store."""
+        """The student's targets from the same rows of each store."""
         together = averaged if self.combine == "average" else mixed
         return together(blocks, list(self.weights.values()))
 
@@ -177,9 +177,9 @@ def _agreeing(a: Block, b: Block) -> np.ndarray:
     """int64 [Q]: positions that both have after the same response tokens; the first is always one."""
     counts = []
     for row in range(len(a)):
-        (_, ours), (_, theirs) = prompt_and_response(a, row), prompt_and_response(b, row)
-        shorter = min(len(ours), len(theirs))
-        differing = np.flatnonzero(ours[: shorter - 1] != theirs[: shorter - 1])
+        (_, response_a), (_, response_b) = prompt_and_response(a, row), prompt_and_response(b, row)
+        shorter = min(len(response_a), len(response_b))
+        differing = np.flatnonzero(response_a[: shorter - 1] != response_b[: shorter - 1])
         counts.append(int(differing[0]) + 1 if len(differing) else shorter)
     return np.array(counts, np.int64)
 

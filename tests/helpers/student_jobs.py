@@ -41,7 +41,7 @@ def train(a_job: StudentJob, store, stop_after: int | None = None) -> list[float
 
 
 def noting(losses: list[float], stop_after: int | None = None) -> Watch:
-    """Note the loss of every step, and stop after so many."""
+    """Note the loss of every step, and stop after `stop_after` steps."""
     return Watch(
         on_progress=lambda report: losses.append(report.loss),
         should_stop=lambda: stop_after is not None and len(losses) >= stop_after,

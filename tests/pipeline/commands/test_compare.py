@@ -18,7 +18,7 @@ from duet.pipeline.pages.comparison import cells, heads, render, sentences
 
 browser = in_browser.browser  # the fixture
 
-# Sends itself SIGTERM after so many optimizer steps of baselines.
+# Sends itself SIGTERM after {after} optimizer steps of baselines.
 STOPPED = """
 import os, signal, sys
 from duet.stages.compare import train as baselines
@@ -80,8 +80,8 @@ def test_a_stopped_comparison_goes_on_and_does_nothing_twice(done):
     assert "step 4 of 9 is saved" in first.stderr
     assert [second.returncode, third.returncode] == [EXIT_DONE, EXIT_DONE], second.stderr + third.stderr
     assert "wrote 24 rows" in first.stdout  # stage one is part of it
-    told = [line for call in (first, second, third) for line in call.stdout.splitlines() if "validation part" in line]
-    assert len(told) == len(set(told)) == 4, told  # one of DUET, two of gradient ascent, one of refusal training
+    scored = [line for call in (first, second, third) for line in call.stdout.splitlines() if "validation part" in line]
+    assert len(scored) == len(set(scored)) == 4, scored  # one of DUET, two of gradient ascent, one of refusal training
     assert "duet, lr 9e-05" in first.stdout
     assert "duet, lr" not in second.stdout
     assert "engine:" not in third.stdout, "nobody was asked again"
