@@ -43,7 +43,7 @@ def candidates(own: str, yours: Sequence[str], topic: str) -> list[Candidate]:
     for name, kind, text in texts:
         if not text.strip():
             where = "teacher.prefix" if kind == "config" else "--prefix"
-            raise UserError(f"{where} is empty", "no prefix is asked anyway, as a control: name a text")
+            raise UserError(f"{where} is empty", "give some text; the bare model is always included as a control")
         prefix = fill_prefix(text, topic)
         found.setdefault(prefix, Candidate(name, kind, prefix.replace(topic, "{topic}"), prefix))
     return list(found.values())
