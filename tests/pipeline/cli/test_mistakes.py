@@ -63,7 +63,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str, str]] = {
     "no such config": (lambda d: ["run", "--config", "zzz"], "no such config file", "`duet init` writes one"),
     "config is a directory": (lambda d: ["run", "--config", str(d.path)], "is a directory", "config.yaml"),
     "config is data": (lambda d: ["run", "--config", str(d.path / "forget.jsonl")], "file of questions", "duet init"),
-    "config is weights": (lambda d: ["run", "--config", str(LAB_BASE / "model.safetensors")], "no text", "duet init"),
+    "config is weights": (lambda d: ["run", "--config", str(LAB_BASE / "model.safetensors")], "not UTF-8 text", "duet init"),
     "empty config": (lambda d: ["run", "--config", d.file("e.yaml", "# nothing\n")], "is empty", "duet init"),
     "list as config": (lambda d: ["run", "--config", d.file("l.yaml", "- a\n")], "found list", "configs/lab.yaml"),
     "no YAML": (lambda d: ["run", "--config", d.file("b.yaml", "a: 1\nb: [c\n")], "line 3, column 1", "quotes"),
