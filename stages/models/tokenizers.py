@@ -66,3 +66,15 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {f"tokenizer/{path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text as it stands, without special tokens around it."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Texts that the tokenizer takes for special tokens, less the one for what it does not know."""
+    named = {str(token) for token in tokenizer.all_special_tokens}
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(token for token in named | added if token.strip() and token != str(tokenizer.unk_token))

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import UserError, note
+from duet.cache.errors import UserError
 from duet.stages.models.directory import load_config, text_config
-from duet.stages.models.tokenizers import eos_ids, load_tokenizer
+from duet.stages.models.tokenizers import eos_ids, load_tokenizer, token_ids
+from duet.stages.questions.answer_ends import AnswerEnds
 from duet.stages.questions.chat import QUESTION, ChatTemplate, Message
+from duet.stages.questions.prompt_checks import ANOTHER_TEMPLATE, check_kept, check_prompt_settings, only_inserted
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 
@@ -74,7 +76,7 @@ class Renderer:
         check_prompt_settings(tokenizer, settings)
         self.tokenizer, self.settings = tokenizer, settings
         self.chat = ChatTemplate(tokenizer, settings) if settings.format == "chat" else None
-        self._config_ends, self._all_ends = (frozenset(found) for found in ends)
+        self._ends = AnswerEnds(tokenizer, self.chat, *ends)
         self._frames: dict[Any, str] = {}
         self._remembered = functools.lru_cache(maxsize=KEPT_PROMPTS)(self._render)
         if self.chat:
@@ -103,7 +105,7 @@ class Renderer:
 
     def in_form(self, settings: PromptSettings) -> Renderer:
         """The same tokenizer and model with other settings."""
-        return Renderer(self.tokenizer, settings, (self._config_ends, self._all_ends))
+        return Renderer(self.tokenizer, settings, self._ends.ids_of_files)
 
     def system(self, prefix: str) -> str:
         """The system message behind which a model with this prefix is asked; empty: none, or the template's own."""
@@ -117,19 +119,10 @@ class Renderer:
         """Token ids of what stands before a text that is read as it is."""
         return [*self._in_front, *(self._ids(prefix + self.settings.separator) if prefix else [])]
 
-    @functools.cached_property
+    @property
     def stop_ids(self) -> list[int]:
-        """All ids that end a response, ascending: those of the model's files, and what the template puts behind an answer."""
-        found = set(self._all_ends)
-        if self.chat and self.chat.turn:
-            ends = set(self._ids(self._end_text)[-1:]) & self._special_ids
-            found |= ends
-            if self._end_text and not ends:
-                note(
-                    f"the chat template ends an answer with {self._end_text.strip()!r}, which is no single token here: no "
-                    "response stops there"
-                )
-        return sorted(found)
+        """All ids that end a response, ascending."""
+        return self._ends.stop_ids
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -192,13 +185,13 @@ class Renderer:
         if QUESTION not in frame:
             raise UserError("the chat template leaves out the question", ANOTHER_TEMPLATE)
         system = self.settings.prefix_placement == "system"
-        _check_kept(frame, self.settings.system or "", "prompt.system", "leave prompt.system out")
+        check_kept(frame, self.settings.system or "", "prompt.system", "leave prompt.system out")
         for text in (text for pair in shown for text in pair):
-            _check_kept(frame, text, "an example before the question", "set prompt.format: plain")
+            check_kept(frame, text, "an example before the question", "set prompt.format: plain")
         if prefix:
             what = f"the {'system' if system else 'user'} message, so the teacher would never see the prefix"
-            _check_kept(frame, prefix, what, "set prompt.prefix_placement: text" if system else ANOTHER_TEMPLATE)
-            if not _only_inserted(frame, chat.text(self._messages(QUESTION, "", shown), generate=True), prefix.strip()):
+            check_kept(frame, prefix, what, "set prompt.prefix_placement: text" if system else ANOTHER_TEMPLATE)
+            if not only_inserted(frame, chat.text(self._messages(QUESTION, "", shown), generate=True), prefix.strip()):
                 raise UserError(
                     "with this chat template teacher and student differ in more than the prefix",
                     "set prompt.system, which both get, or prompt.prefix_placement: text",
@@ -218,21 +211,6 @@ class Renderer:
             told = (settings.answer or "{answer}").replace("{answer}", answer.strip())
             messages += [{"role": "user", "content": text}, {"role": "assistant", "content": told}]
         return [*messages, {"role": "user", "content": asked[-1]}]
-
-    @functools.cached_property
-    def _end_text(self) -> str:
-        """What ends an assistant's turn by the template; empty: it does not say.
-
-        The text behind an answer, up to its first special token. Where there is none, that between an answer and the
-        next question, if its first special token is one that ends responses by the model's files.
-        """
-        _, last, between = (self.chat.turn if self.chat else None) or ("", "", "")
-        if cut := self._up_to_special(last):
-            return cut
-        if last.strip():
-            return last  # in ordinary tokens: the tokenizer does not know those of this template
-        cut = self._up_to_special(between)
-        return cut if cut and self._ids(cut)[-1] in self._all_ends | {self.tokenizer.eos_token_id} else ""
 
     def _check_turn(self, prompt: Prompt, answer: str, whole: str) -> None:
         """Refuse an answer that the template does not give back, as one with a thinking block of its own."""
@@ -280,27 +258,13 @@ class Renderer:
     def _seam(self, prompt: Prompt) -> tuple[str, str, int | None]:
         """What stands between prompt and answer, and what ends the answer: a text, or else an id."""
         if not self._in_chat(prompt):
-            return "", "", self._file_end
+            return "", "", self._ends.by_files
         if self.chat is None or self.chat.turn is None:
             raise UserError(
                 f"row {prompt.query.row_id!r}: the chat template puts an answer elsewhere than where its prompt ends",
                 "given answers have no place behind such a prompt: name another template with prompt.template_name",
             )
-        return self.chat.turn[0], self._end_text, None if self._end_text else self._file_end
-
-    @functools.cached_property
-    def _file_end(self) -> int | None:
-        """The id that ends a text by the model's files; None where they name none."""
-        eos = self.tokenizer.eos_token_id
-        if eos in self._config_ends or (not self._config_ends and eos is not None):
-            return eos
-        if eos is None and len(self._config_ends) < 2:
-            return next(iter(self._config_ends), None)
-        raise UserError(
-            f"what ends an answer cannot be told: the tokenizer's eos_token has the id {eos}, config.json names "
-            f"{sorted(self._config_ends)}, and nothing stands behind an answer in the prompt's form",
-            "correct eos_token in tokenizer_config.json, or eos_token_id in config.json",
-        )
+        return self.chat.turn[0], self._ends.text, None if self._ends.text else self._ends.by_files
 
     def _answer_text(self, answer: str, prompt: Prompt) -> str:
         if self._in_chat(prompt):
@@ -319,23 +283,7 @@ class Renderer:
         return ids[len(prompt_ids) :]
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    @functools.cached_property
-    def _special_ids(self) -> set[int]:
-        return set(self.tokenizer.convert_tokens_to_ids(special_tokens(self.tokenizer)))
-
-    def _up_to_special(self, text: str) -> str:
-        """The beginning of a text up to its first special token; empty: it has none."""
-        found = [(at, -len(token), token) for token in special_tokens(self.tokenizer) if (at := text.find(token)) >= 0]
-        at, _, token = min(found, default=(0, 0, ""))
-        return text[:at] + token if token else ""
-
-
-ANOTHER_TEMPLATE = (
-    "templates of models that see images want a list of content parts: name another with prompt.template_name, or set "
-    "prompt.format: plain"
-)
+        return token_ids(self.tokenizer, text)
 
 
 def open_renderer(model_dir: Path, settings: PromptSettings, trust_remote_code: bool = False) -> Renderer:
@@ -350,47 +298,3 @@ def open_renderer(model_dir: Path, settings: PromptSettings, trust_remote_code: 
     named = text_config(config).eos_token_id
     ends = set(named) if isinstance(named, list) else {named} - {None}
     return Renderer(tokenizer, settings, (ends, eos_ids(model_dir, config, tokenizer)))
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """Texts that the tokenizer takes for special tokens, less the one for what it does not know."""
-    named = {str(token) for token in tokenizer.all_special_tokens}
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(token for token in named | added if token.strip() and token != str(tokenizer.unk_token))
-
-
-def _check_kept(frame: str, text: str, what: str, hint: str) -> None:
-    if text.strip() in frame:
-        return
-    if " ".join(text.split()) in " ".join(frame.split()):
-        raise UserError(f"the chat template changes white space within {text[:60]!r}", "write the text on one line")
-    raise UserError(f"the chat template drops {what}", hint)
-
-
-def _only_inserted(with_it: str, without: str, text: str) -> bool:
-    """Is `with_it` the text `without` with one piece put in, of which `text` is part?"""
-    more = len(with_it) - len(without)
-    starts = range(max(0, with_it.find(text) + len(text) - more), with_it.find(text) + 1)
-    return any(with_it[:at] + with_it[at + more :] == without for at in starts if more > 0)
-
-
-def check_prompt_settings(tokenizer: Any, settings: PromptSettings) -> None:
-    """Refuse combinations that cannot be rendered, and settings that do nothing."""
-    if "{question}" not in settings.template:
-        raise UserError(
-            f"prompt.template {settings.template!r} lacks {{question}}", "put {question} where the question goes"
-        )
-    if settings.answer is not None and "{answer}" not in settings.answer:
-        raise UserError(f"prompt.answer {settings.answer!r} lacks {{answer}}", "put {answer} where the answer goes")
-    if settings.format == "chat":
-        return
-    if settings.prefix_placement == "system":
-        raise UserError(
-            "prompt.prefix_placement is system, but plain prompts have no system message",
-            "set prompt.prefix_placement: text, or prompt.format: chat",
-        )
-    for name in ("system", "template_name", "template_args"):
-        if getattr(settings, name):
-            raise UserError(f"prompt.{name} does nothing in plain prompts", "leave it out, or set prompt.format: chat")
-    if settings.bos == "always" and tokenizer.bos_token_id is None:
-        raise UserError("prompt.bos is always, but the tokenizer has no BOS token", "set prompt.bos: never")

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from duet.cache.errors import UserError
-from duet.stages.questions.prompts import Renderer, special_tokens
+from duet.stages.models.tokenizers import special_tokens
+from duet.stages.questions.prompts import Renderer
 from duet.stages.questions.queries import Query
 
 PROVED_ROWS = 32  # of each set, the first ones, are read back

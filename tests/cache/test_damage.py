@@ -20,7 +20,7 @@ from test_golden import GOLDEN, golden_rows, plan_of_golden
 
 from duet.cache import maintain
 from duet.cache.errors import UserError
-from duet.cache.files import Damaged, json_bytes
+from duet.cache.files import NotAsWritten, json_bytes
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, Location, location_of
 from duet.cache.manifest import MANIFEST_NAME, read_entry, read_manifest
@@ -152,7 +152,7 @@ def test_every_bit_of_what_describes_a_store_is_looked_at(tmp_path, monkeypatch,
     monkeypatch.setattr(Folder, "read", lambda self, name: changed[0])
     for bit in range(8 * len(raw)):
         changed[0] = flipped(raw, bit)
-        with pytest.raises(Damaged) as caught:
+        with pytest.raises(NotAsWritten) as caught:
             read(location)
         assert name in caught.value.what
         assert "duet cache repair" in caught.value.hint

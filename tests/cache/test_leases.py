@@ -17,8 +17,10 @@ import pytest
 from support import ROOT, FakeClock, make_plan
 
 from duet.cache import maintain
+from duet.cache.errors import NotPermitted
 from duet.cache.leases import OWNER_NAME, Clock, Heartbeat, Lease, LeaseLost, Leases
 from duet.cache.location import Folder
+from duet.cache.plan import PLAN_NAME
 from duet.cache.writer import StoreWriter
 
 LEASE_S = 100.0
@@ -264,6 +266,23 @@ def test_somebody_elses_unfinished_store_can_be_listed(not_ours):
         assert [found.state for found in maintain.find_stores(Folder(not_ours))] == ["being written"]
         os.seteuid(os.getuid())
         leases.dir.chmod(0o755)
+
+
+def test_a_store_that_may_not_be_read_is_not_called_damaged(not_ours):
+    with StoreWriter(Folder(not_ours), make_plan(10, 4)):
+        pass
+    not_ours.parent.chmod(0o755)
+    not_ours.chmod(0o755)
+    (not_ours / PLAN_NAME).chmod(0)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    assert [found.state for found in maintain.find_stores(Folder(not_ours))] == ["not readable"]
+    with pytest.raises(NotPermitted, match=r"plan\.json"):
+        maintain.check(Folder(not_ours))
+    os.seteuid(os.getuid())
+    (not_ours / PLAN_NAME).chmod(0o644)
+    (not_ours / PLAN_NAME).write_text("{}")
+    assert [found.state for found in maintain.find_stores(Folder(not_ours))] == ["damaged"]
 
 
 def test_of_processes_that_race_for_a_key_exactly_one_wins(tmp_path):

@@ -14,6 +14,8 @@ from html_page import Page
 from support import ROOT, run_duet, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
+from duet.pipeline.cli.main import main
+from duet.pipeline.config.load import load_config
 from duet.pipeline.pages.comparison import cells, heads, render, sentences
 
 browser = in_browser.browser  # the fixture
@@ -55,6 +57,27 @@ def config(tmp_path_factory) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
+
+
+def test_only_missing_teacher_logits_start_stage_one(config, tmp_path, monkeypatch, capsys):
+    """Another fault of the run's stores is reported as it is."""
+    begun: list[str] = []
+
+    def run_stage(name: str, *_: object) -> int:
+        begun.append(name)
+        return EXIT_INTERRUPTED
+
+    monkeypatch.setattr("duet.pipeline.commands.compare.run_stage", run_stage)
+    command = ["compare", "--config", str(config), "--set", f"runs_dir={tmp_path}"]
+    assert main(command) == EXIT_INTERRUPTED
+    assert begun == ["teacher-logits"]
+    name = load_config(str(config)).name
+    (tmp_path / name / "teacher").mkdir(parents=True)
+    (tmp_path / name / "teacher" / "store.json").write_text("{")
+    capsys.readouterr()
+    assert main(command) == EXIT_USER
+    assert "store.json is not valid JSON" in capsys.readouterr().err
+    assert begun == ["teacher-logits"]
 
 
 def stopped(config: Path, after: int) -> subprocess.CompletedProcess[str]:

@@ -113,6 +113,18 @@ def test_faulty_answers_are_refused_in_two_lines(given, tmp_path, message, capsy
     assert hint.startswith("hint: ")
 
 
+def test_only_a_fault_of_a_field_is_answered_with_the_options_for_fields(given, tmp_path, capsys):
+    """The name of a file may have "_field" in it, too."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    write_jsonl(folder / "my_fields.jsonl", FORGET)
+    assert main(["init", str(tmp_path / "x.yaml"), *flags(given | {"forget": str(folder)})]) == EXIT_USER
+    assert "hint: name one of its files: my_fields.jsonl" in capsys.readouterr().err
+    other = write_jsonl(tmp_path / "other.jsonl", [{"q": "Why?", "answer": "So."}])
+    assert main(["init", str(tmp_path / "x.yaml"), *flags(given | {"forget": str(other)})]) == EXIT_USER
+    assert "hint: rename the field, or name yours with --question-field" in capsys.readouterr().err
+
+
 def test_fields_of_other_names_can_be_named(given, tmp_path):
     given |= {"forget": other_fields(tmp_path), "question-field": "q", "answer-field": "a"}
     given["retain"] = str(write_jsonl(tmp_path / "r.jsonl", [{"q": "Where?", "a": "Here."}]))

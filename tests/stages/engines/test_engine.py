@@ -192,8 +192,8 @@ def test_no_batch_has_more_rows_than_asked_for(spec):
     engine = TransformersEngine(replace(spec, batch_size=4))
     prompts = [[5] * 20 + [6 + n] for n in range(30)] + [[5] * 20 + list(range(6, 106))]
     batches = list(engine._batches(prompts, 1))
-    assert max(len(rows) for _, rows in batches) == 4
-    assert sorted(np.concatenate([rows for _, rows in batches])) == list(range(31))
+    assert max(len(batch.rows) for batch in batches) == 4
+    assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(31))
 
 
 @settings(max_examples=20)

@@ -8,7 +8,8 @@ from support import LAB_BASE
 from duet.cache.errors import UserError
 from duet.stages.models.limits import check_length
 from duet.stages.models.tokenizers import load_tokenizer
-from duet.stages.questions.prompts import Prompt, Renderer, check_prompt_settings, open_renderer
+from duet.stages.questions.prompt_checks import check_prompt_settings
+from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 
