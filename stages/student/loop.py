@@ -25,7 +25,7 @@ from duet.cache.codec import Block
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.files import publishing, sync_file
 from duet.cache.order import Order
-from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings
+from duet.stages.settings.student import CHECKPOINTS_NAME, METRICS_NAME, TrainSettings
 from duet.stages.student import checkpoint
 from duet.stages.student.checkpoint import TrainingState
 from duet.stages.student.model import Student, trained
@@ -34,8 +34,6 @@ from duet.stages.student.prefetch import Prefetch
 from duet.stages.student.probe import Probe, ask
 from duet.stages.student.ranks import whole, without_sync
 from duet.stages.student.targets import Teachers
-
-METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
