@@ -32,7 +32,6 @@ from duet.pipeline.run.terminal import progress_bar, say, say_engine, show
 from duet.stages.settings.compare import OracleSettings
 from duet.stages.settings.student import StudentSettings
 
-COMPARE_NAME, PAGE_NAME, COMPARE_DIR = "compare.json", "compare.html", "compare"
 REFERENCES, ORACLE = "references", "oracle"  # parts that are no method
 CPU_JOBS = 2  # parts at a time where there is no GPU and nobody says how many: each holds up to two models
 
@@ -52,8 +51,9 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
         resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not wait for the methods to say so
     if part is None and (code := _stage_one(config, request, stop)):
         return code
-    run_dir, started = claim_run_dir(config), time.perf_counter()
-    plan = _plan(config, student, run_dir)
+    run, started = config.run, time.perf_counter()
+    claim_run_dir(config)
+    plan = _plan(config, student)
     parts = _parts(config)
     if part is None and (code := _in_children(request, config, parts, num_jobs, plan, stop)):
         return code
@@ -63,17 +63,17 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
         if part:
             return 0
         results = _results(config, plan, found, report)
-    if (run_dir / COMPARE_NAME).is_file() and read_json(run_dir / COMPARE_NAME)["compare"] != results["compare"]:
-        set_aside(run_dir, (COMPARE_NAME, PAGE_NAME), "comparison")
-    publish_json(run_dir / COMPARE_NAME, results)
-    with publishing(run_dir / PAGE_NAME) as temporary:
+    if run.compare_json.is_file() and read_json(run.compare_json)["compare"] != results["compare"]:
+        set_aside("comparison", run.compare_json, run.compare_page)
+    publish_json(run.compare_json, results)
+    with publishing(run.compare_page) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
     show(compare_table(results))
     for sentence in sentences(results):
         say(sentence)
     say(f"this call took {time.perf_counter() - started:.0f} s; of each method the best model is kept, no other")
-    say(f"comparison: {run_dir / COMPARE_NAME}")
-    say(f"report: {run_dir / PAGE_NAME}")
+    say(f"comparison: {run.compare_json}")
+    say(f"report: {run.compare_page}")
     return 0
 
 
@@ -153,7 +153,7 @@ def _part(config: Config, plan: Any, name: str, report: Any) -> Part:
         title, paper = (METHODS[name].title, METHODS[name].paper) if name in METHODS else ("DUET", "2601.21283")
         facts = {"title": title, "paper": paper, "setting": best.setting, "grid": grid}
         part = Part([Subject(name, best.folder / "model", "", "base")], method=(name, facts))
-    stage.ask(plan.reported, part.subjects, plan.folder / "answers", report)
+    stage.ask(plan.reported, part.subjects, config.run.compare_answers, report)
     return part
 
 
@@ -162,7 +162,7 @@ def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[
     from duet.stages.compare import grid as stage
 
     subjects = [subject for part in parts for subject in part.subjects]
-    answers = stage.ask(plan.reported, subjects, plan.folder / "answers", report)  # all of it is there
+    answers = stage.ask(plan.reported, subjects, config.run.compare_answers, report)  # all of it is there
     return {
         "format_version": 1,
         "run": config.name,
@@ -184,7 +184,7 @@ def _results(config: Config, plan: Any, parts: list[Part], report: Any) -> dict[
     }
 
 
-def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
+def _plan(config: Config, student: StudentSettings) -> Any:
     """Everything that is the same for all methods."""
     from duet.stages.compare.grid import Comparison
     from duet.stages.exam.exam import QuerySet, part_of, split_by_answer
@@ -210,7 +210,7 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Any:
         train=config.train_settings(student),
         model_dir=model_dir,
         start_name=model_name(config.teacher.model),
-        folder=run_dir / COMPARE_DIR,
+        folder=config.run.compare,
         lessons=_lessons(config, model_dir, next(iter(stores.values()))),
         stores=stores,
         store_tokenizer=tokenizer,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,16 +11,14 @@ from rich.table import Table
 
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.record import SUBSETS
-from duet.pipeline.config.load import CONFIG_NAME
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.charts import Dot, colours, curves, legend_of_lines, scatter
 from duet.pipeline.pages.page import page
 from duet.pipeline.pages.tables import loss_in_words
 from duet.pipeline.run.named_models import model_name
 from duet.pipeline.run.terminal import say, show
-from duet.stages.settings.student import TRAINING_NAME
 
-STUDENTS_NAME = "students"  # .html and .json
 COLUMNS = (
     "student", "start", "loss", "trained", "steps", "time", "speed", "memory", "last\nloss",
     "as the teacher, %\nforget / retain", "refuses, %\nforget / retain",
@@ -32,25 +29,25 @@ Summary = Mapping[str, Any]  # what training.json holds, and `start`
 
 def write_students_page(config: Config) -> None:
     """Print the config's students that are done, and write the page and the numbers of all that are done in the run."""
-    students = finished_students(config.run_dir)
+    students = finished_students(config.run)
     if not students:
         return
     asked = {student.name for student in config.students}
     show(students_table([student for student in students if student["name"] in asked]))
-    path = config.run_dir / f"{STUDENTS_NAME}.html"
-    publish_json(path.with_suffix(".json"), {"format_version": 1, "run": config.name, "students": students})
+    path = config.run.students_page
+    publish_json(config.run.students_json, {"format_version": 1, "run": config.name, "students": students})
     with publishing(path) as temporary:
         temporary.write_text(render(config.name, students), encoding="utf-8")
     say(f"students: {path}")
 
 
-def finished_students(run_dir: Path) -> list[dict[str, Any]]:
+def finished_students(run: RunDir) -> list[dict[str, Any]]:
     """What training.json says of every student of the run that is done, and what it started from, in the run's order."""
-    run = yaml.safe_load((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     return [
-        {"start": model_name(student["model"] or run["teacher"]["model"]), **read_json(path)}
-        for student in run["students"]
-        if (path := run_dir / student["name"] / TRAINING_NAME).is_file()
+        {"start": model_name(student["model"] or settings["teacher"]["model"]), **read_json(files.training)}
+        for student in settings["students"]
+        if (files := run.student(student["name"])).is_done
     ]
 
 

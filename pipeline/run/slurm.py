@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duet.cache.errors import EXIT_INTERRUPTED, UserError
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.slurm import Resources, SlurmSettings
 
-SLURM_DIR = "slurm"  # of a run's directory: scripts, the settings that the jobs read, attempts/ and logs/
 OPTIONS = {  # setting -> option of sbatch
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "time": "time",
     "nodes": "nodes", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem",
@@ -54,26 +54,22 @@ class SlurmJob:
 class Submission:
     """What all jobs of a run have in common."""
 
-    run_dir: Path
+    run: RunDir
     settings: SlurmSettings
     config_path: Path  # what the jobs read
     duet: tuple[str, ...]  # the program
     comment: str
 
-    @property
-    def folder(self) -> Path:
-        return self.run_dir / SLURM_DIR
-
     def log_of(self, job: SlurmJob) -> Path:
         """Where the job's output goes, in Slurm's own pattern."""
-        return self.folder / "logs" / f"{job.name}-{'%A_%a' if job.array else '%j'}.log"
+        return self.run.slurm_logs / f"{job.name}-{'%A_%a' if job.array else '%j'}.log"
 
 
 def script(job: SlurmJob, of: Submission) -> str:
     """The text that sbatch gets; what it depends on is told to sbatch beside it."""
     settings, resources = of.settings, job.resources
     options = [
-        f"--job-name={of.run_dir.name}:{job.name}",
+        f"--job-name={of.run.path.name}:{job.name}",
         f"--comment={of.comment}",
         f"--output={_pattern(of.log_of(job))}",
     ]
