@@ -170,7 +170,7 @@ def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> No
 
 
 def _engines(location: Location, all_engines: list[str]) -> list[str]:
-    """The engine that wrote a store, or where nothing of it tells any more, all."""
+    """The engine that wrote a store, or all, where neither manifest nor plan is left."""
     provenance = maintain.provenance_of(location)
     if provenance is None and location.size(MANIFEST_NAME) is None and location.size(PLAN_NAME) is None:
         raise UserError(f"{location} has no plan: it is not a store", "run `duet teacher-logits` to make one")

@@ -26,7 +26,7 @@ SITE_KEYS = {"slurm": None, "runs_dir": None, "store": ("dir", "cache_dir", "cac
 
 
 def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a config file, apply `key=value` overrides, validate; raises UserError for anything a user can mend."""
+    """Read a config file, apply `key=value` overrides, validate; raises UserError for anything a user can fix."""
     raw = merged(site_defaults(os.environ), read_mapping(path))
     for override in overrides:
         _apply(raw, override)

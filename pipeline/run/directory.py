@@ -155,7 +155,7 @@ class StopSignal:
                 child.send_signal(number)
 
     def forward_to(self, child: subprocess.Popen[Any]) -> None:
-        """Hand signals on to a process of ours; one that came before it started reaches it now."""
+        """Hand signals on to a child process; one that came before it started reaches it now."""
         self._children.append(child)
         if self._seen:
             child.send_signal(signal.SIGTERM)

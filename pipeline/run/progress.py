@@ -16,7 +16,7 @@ from duet.pipeline.run.children import last_line
 from duet.pipeline.run.stores import stores_named
 from duet.stages.settings.student import StudentSettings
 
-RECENT = 16  # shards or steps from which a rate is told
+RECENT = 16  # latest shards, from which the rate is measured
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StoreProgress:
     shards: int
     shards_done: int
     leased: int  # shards in a living writer's hands
-    rows_per_s: float | None  # None: not enough is done to tell, or nothing is under way
+    rows_per_s: float | None  # None: too little is done to measure it, or nothing is under way
 
     @property
     def left_s(self) -> float | None:

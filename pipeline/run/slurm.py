@@ -29,7 +29,7 @@ OPTIONS = {  # setting -> option of sbatch
 PATIENCE_S = (
     600  # after the first of several processes has ended, the others are killed: one that died leaves them waiting
 )
-# What torch's processes must know of each other, from what srun tells each. Ports below those that systems hand out.
+# The variables by which torch's processes find each other, from those of srun. Ports below those that systems hand out.
 _MEET = 'export MASTER_ADDR="$(hostname)" MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))'
 _RANKS = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
 
@@ -66,7 +66,7 @@ class Submission:
 
 
 def script(job: SlurmJob, of: Submission) -> str:
-    """The text that sbatch gets; what it depends on is told to sbatch beside it."""
+    """The text that sbatch gets; dependencies are options on its command line."""
     settings, resources = of.settings, job.resources
     options = [
         f"--job-name={of.run.path.name}:{job.name}",
@@ -145,7 +145,7 @@ class Queued:
 
 
 def queue(comment: str) -> list[Queued]:
-    """The run's jobs that have not ended, as squeue tells; only ours are asked for, which spares a large cluster."""
+    """The run's jobs that have not ended, as squeue reports; only this user's are asked for, which spares a large cluster."""
     found = []
     command = ("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%r|%j|%k")
     for line in _ask(*command).splitlines():
@@ -156,7 +156,7 @@ def queue(comment: str) -> list[Queued]:
 
 
 def ended(job_ids: Sequence[str]) -> dict[str, str]:
-    """The states of these jobs, as sacct tells; none where the cluster keeps no accounts."""
+    """The states of these jobs, as sacct reports; none where the cluster keeps no accounts."""
     if not job_ids or not shutil.which("sacct"):
         return {}
     command = [
