@@ -159,11 +159,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     from duet.cache.files import read_json
     from duet.pipeline.commands.evaluate import evaluate as stage_three
-    from duet.pipeline.run.directory import RESULTS_NAME
 
     with _signals_put_back():
         stage_three(config)
-    return read_json(config.run_dir / RESULTS_NAME)
+    return read_json(config.run.results)
 
 
 def _signals_put_back() -> Any:

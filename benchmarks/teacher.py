@@ -46,8 +46,8 @@ from duet.stages.engines.interface import Ask, EngineSpec, Request
 from duet.stages.settings.data import DataSettings, PromptSettings, TrainingData
 from duet.stages.settings.teacher import StoreSettings, TeacherSettings
 from duet.stages.teacher.capture import fill_store
-from duet.stages.teacher.plan import Prepared
-from duet.stages.teacher.prepare import prepare
+from duet.stages.teacher.plan import Prepared, TeacherStore
+from duet.stages.teacher.prepare import Questions, prepare
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parent.parent
@@ -63,6 +63,7 @@ BOUNDS = {
     "capture.rss_growth_mb": ("<=", 64.0),
     "capture.time_exponent": ("<=", 1.05),
 }
+STORE = StoreSettings(shard_rows=1024)
 VOCABULARY = 128_256
 SHARED_TOKENS, OWN_TOKENS = 300, 20
 PREFIX = (
@@ -96,7 +97,7 @@ def _prepared(
         path.write_text("\n".join(rows), encoding="utf-8")
         data[subset] = DataSettings(path=str(path))
     teacher = TeacherSettings(model=str(model), prefix=prefix, dtype="float32", top_k=top_k, max_positions=positions)
-    return prepare(teacher, prompt, TrainingData(**data), "", "cpu")
+    return prepare(teacher, Questions(prompt, TrainingData(**data), ""), "cpu")
 
 
 def stage_one(engine: Any, prepared: Prepared, folder: Path) -> Callable[[], None]:
@@ -104,7 +105,10 @@ def stage_one(engine: Any, prepared: Prepared, folder: Path) -> Callable[[], Non
 
     def work() -> None:
         root = tempfile.mkdtemp(dir=folder)
-        fill_store(engine, "", prepared, StoreSettings(shard_rows=1024), Folder(Path(root)), Watch())
+        store = TeacherStore.expected(
+            "teacher", TeacherSettings(model=prepared.model, prefix=""), prepared, STORE, Folder(Path(root))
+        )
+        fill_store(store, engine, Watch())
         shutil.rmtree(root)
 
     return work

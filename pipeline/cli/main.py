@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from duet.cache.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
 from duet.pipeline.cli.arguments import Group, experiment, files, students
+from duet.pipeline.cli.faults import hint_for, rank, tell
 from duet.pipeline.cli.runs import RUN_COMMANDS
 from duet.pipeline.cli.stores import cache_group
 
@@ -244,13 +245,12 @@ def _gpu_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 )
 @click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
 def estimate_costs(
-    config_path: str, overrides: tuple[str, ...], gpu: str | None, gpu_memory: float | None, tflops: float | None,
-    gpus: int, as_json: bool,
-) -> None:  # fmt: skip
+    config_path: str, overrides: tuple[str, ...], gpus: int, as_json: bool, gpu: str | None, **own: float | None
+) -> None:
     """Estimate memory and time of each stage on a GPU, and say what to change if it does not fit."""
     from duet.pipeline.commands.estimate import chosen_device, estimate
 
-    estimate(config_path, overrides, chosen_device(gpu, gpu_memory, tflops), gpus, as_json)
+    estimate(config_path, overrides, chosen_device(gpu, own["gpu_memory"], own["tflops"]), gpus, as_json)
 
 
 @duet.command()
@@ -279,51 +279,29 @@ def main(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else EXIT_DONE
     except UserError as error:
         log.error("%s", error, exc_info=True)
-        _tell(f"error: {error}")
+        tell(f"error: {error}")
         return EXIT_USER
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return EXIT_USER
     except click.ClickException as error:
-        _tell(f"error: {error.format_message()}\nhint: {_hint(error)}")
+        tell(f"error: {error.format_message()}\nhint: {hint_for(error)}")
         return EXIT_USER
     except (Interrupted, KeyboardInterrupt, click.Abort) as error:
         log.error("interrupted: %s", error)
-        if not _rank():
-            _tell(f"interrupted: {error}\nhint: run the same command again: it resumes")
+        if not rank():
+            tell(f"interrupted: {error}\nhint: run the same command again: it resumes")
         return EXIT_INTERRUPTED
     except Exception:
         log.exception("a bug")
-        _tell(f"{traceback.format_exc()}error: this is a bug in Duet\nhint: please report it with the lines above")
+        tell(f"{traceback.format_exc()}error: this is a bug in Duet\nhint: please report it with the lines above")
         return EXIT_BUG
 
 
-def _rank() -> str:
-    """Which process of a launch this is; empty for the first, and for a process that is alone."""
-    number = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""
-    return "" if number == "0" else number
-
-
-def _tell(text: str) -> None:
-    """Write to stderr; each line says which process it is from, if not from the first."""
-    prefix = f"rank {_rank()}: " if _rank() else ""
-    click.echo("\n".join(prefix + line for line in text.splitlines()), err=True)
-
-
-def _hint(error: click.ClickException) -> str:
-    """What to do about a faulty command line."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "duet"
-    if isinstance(error, click.MissingParameter) and error.param and error.param.name == "config_path":
-        return f"{command} --config FILE, the experiment's YAML file; `duet init` writes one"
-    return f"{command} --help"
-
-
 def entry() -> None:
-    """The console script. Model libraries are kept from writing bars and notes of their own between our lines.
+    """The console script. Keeps model libraries from writing bars and notes of their own between Duet's lines.
 
-    And torch's threads from spinning while they wait: on a machine that others use too, that makes small models train ten
-    times slower.
+    And torch's threads from spinning while they wait: on a shared machine that makes small models train ten times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -332,6 +310,3 @@ def entry() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main())
 
-
-if __name__ == "__main__":
-    entry()

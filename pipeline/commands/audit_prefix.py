@@ -9,24 +9,22 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.watch import Watch
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.audit import audit_table, render, search_note
 from duet.pipeline.pages.tables import refusal_lines
-from duet.pipeline.run.directory import AUDIT_DIR, LOG_NAME, StopSignal, environment, set_aside
+from duet.pipeline.run.directory import StopSignal, environment, set_aside
 from duet.pipeline.run.exam import exam_of
 from duet.pipeline.run.terminal import log_to, progress_bar, say, say_engine, show
 
 if TYPE_CHECKING:
     from duet.stages.audit.record import AuditRecord
     from duet.stages.audit.run import Audit
-
-AUDIT_NAME, PAGE_NAME, VERDICTS_NAME = "audit.json", "audit.html", "verdicts.json"
 
 
 def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> None:
@@ -40,11 +38,11 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
             "add --set teachers=[] and name their prefixes with --prefix; another model is another --set teacher.model",
         )
     plan = _plan(config, prefixes, search)
-    audit_dir = config.run_dir / AUDIT_DIR
-    audit_dir.mkdir(parents=True, exist_ok=True)
-    log_to(audit_dir / LOG_NAME)
+    run = config.run
+    run.audit.mkdir(parents=True, exist_ok=True)
+    log_to(run.audit_log)
     with progress_bar("answers") as bar:
-        found, verdicts = run_audit(plan, audit_dir / "answers", Watch(bar.update, functools.cache(say_engine), stop))
+        found, verdicts = run_audit(plan, run.audit_answers, Watch(bar.update, functools.cache(say_engine), stop))
     results: AuditRecord = {
         "format_version": 1,
         "run": config.name,
@@ -56,13 +54,13 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
         **found,
         "environment": environment(),
     }
-    recorded = read_json(audit_dir / VERDICTS_NAME) if (audit_dir / VERDICTS_NAME).is_file() else {}
-    publish_json(audit_dir / VERDICTS_NAME, recorded | verdicts)
-    _keep_earlier(audit_dir, results)
-    publish_json(audit_dir / AUDIT_NAME, results)
-    with publishing(audit_dir / PAGE_NAME) as temporary:
+    recorded = read_json(run.audit_verdicts) if run.audit_verdicts.is_file() else {}
+    publish_json(run.audit_verdicts, recorded | verdicts)
+    _keep_earlier(run, results)
+    publish_json(run.audit_json, results)
+    with publishing(run.audit_page) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
-    _say(results, audit_dir)
+    _say(results, run)
 
 
 def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Audit:
@@ -83,8 +81,8 @@ def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Audit:
 
 def refuse_failing(config: Config) -> None:
     """Raise UserError where this run's directory holds a failing verdict on the config's own prefix, as things are now."""
-    path = config.run_dir / AUDIT_DIR / VERDICTS_NAME
-    if config.teachers or not path.is_file():
+    run = config.run
+    if config.teachers or not run.audit_verdicts.is_file():
         return
     from duet.stages.audit.judge import FAILS
     from duet.stages.audit.prefixes import CONFIGS_OWN
@@ -92,27 +90,26 @@ def refuse_failing(config: Config) -> None:
 
     plan = _plan(config, (), 0)
     own = replace(plan, candidates=[candidate for candidate in plan.candidates if candidate.name == CONFIGS_OWN])
-    found = read_json(path).get(verdict_keys(own)[CONFIGS_OWN])
+    found = read_json(run.audit_verdicts).get(verdict_keys(own)[CONFIGS_OWN])
     if found and found["verdict"] == FAILS:
         raise UserError(
             f"the config's prefix failed its audit: {found['reason']}",
-            f"take a prefix that passes, see {path.with_name(PAGE_NAME)}; or say --force: the teacher bounds the student",
+            f"take a prefix that passes, see {run.audit_page}; or say --force: the teacher bounds the student",
         )
 
 
-def _keep_earlier(audit_dir: Path, results: AuditRecord) -> None:
+def _keep_earlier(run: RunDir, results: AuditRecord) -> None:
     """Move an audit that holds what this one does not aside: `audit-1.json` and so on."""
-    path = audit_dir / AUDIT_NAME
-    if not path.is_file():
+    if not run.audit_json.is_file():
         return
-    earlier, now = read_json(path), results
+    earlier, now = read_json(run.audit_json), results
     keys = [{candidate["key"] for candidate in audit["candidates"]} for audit in (earlier, now)]
     if earlier["search"] == now["search"] and earlier["top_k"] == now["top_k"] and keys[0] <= keys[1]:
         return
-    set_aside(audit_dir, (AUDIT_NAME, PAGE_NAME), "audit")
+    set_aside("audit", run.audit_json, run.audit_page)
 
 
-def _say(results: AuditRecord, audit_dir: Path) -> None:
+def _say(results: AuditRecord, run: RunDir) -> None:
     show(audit_table(results))
     best = results["candidates"][0]
     say(f"{_chosen(results)}: {best['name']} ({best['verdict']}): {best['prefix'] or '(none)'}")
@@ -123,8 +120,8 @@ def _say(results: AuditRecord, audit_dir: Path) -> None:
     say(f"the config's own prefix, on all questions: {own['verdict_on_all']}{refused}")
     for line in refusal_lines(results):
         say(line)
-    say(f"audit: {audit_dir / AUDIT_NAME}")
-    say(f"report: {audit_dir / PAGE_NAME}")
+    say(f"audit: {run.audit_json}")
+    say(f"report: {run.audit_page}")
 
 
 def _chosen(results: AuditRecord) -> str:

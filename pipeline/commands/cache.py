@@ -1,13 +1,14 @@
-"""`duet cache …`: looking into stores and after them. None of it needs torch or vLLM, but `repair`, which runs stage one,
-and `find`, which reads the data as stage one does."""
+"""`duet cache …`: inspect, verify, repair and clean up stores. None of it needs torch or vLLM, except `repair`, which runs
+stage one, and `find`, which reads the data as stage one does."""
 
 from __future__ import annotations
 
 import pwd
 import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -16,9 +17,12 @@ from duet.cache.errors import IncompleteStore, UserError
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, Location, location_of
 from duet.cache.manifest import MANIFEST_NAME, read_manifest
-from duet.cache.plan import PLAN_NAME, Plan, planned, store_name
+from duet.cache.plan import PLAN_NAME, planned, store_name
 from duet.cache.writer import LEASE_S, LEASES_NAME, StoreWriter
 from duet.pipeline.run.terminal import say, say_json, show
+
+if TYPE_CHECKING:
+    from duet.stages.teacher.plan import TeacherStore
 
 
 def list_stores(root: str) -> None:
@@ -40,19 +44,17 @@ def list_stores(root: str) -> None:
 
 def find_stores(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Say which stores a config uses and what is there of them; a UserError where one is not complete."""
-    from duet.pipeline.commands.teacher_logits import prepare_teacher
     from duet.pipeline.config.load import load_config
-    from duet.stages.engines.choose import engine_order
-    from duet.stages.teacher.plan import plan_for
+    from duet.pipeline.run.stores import teacher_stores
 
     config = load_config(config_path, overrides)
     found = {}
-    for name, settings in config.teacher_settings().items():
-        prepared = prepare_teacher(config, settings)
-        plans = [plan_for(prepared, config.store, engine) for engine in engine_order(settings.engine)]
-        stores = [_state(config.store_root / store_name(plan.fingerprint, plan.format), plan) for plan in plans]
-        complete = (store for store in stores if store["state"] == "complete")
-        found[name] = next(complete, max(stores, key=lambda store: store["rows_there"]))  # of equal ones the first
+    for of_teacher in teacher_stores(config):
+        states = [_state(store) for store in of_teacher.of_each_engine()]
+        complete = (state for state in states if state["state"] == "complete")
+        found[of_teacher.name] = next(
+            complete, max(states, key=lambda state: state["rows_there"])
+        )  # of equals the first
     if as_json:
         say_json(found)
     for name, store in () if as_json else found.items():
@@ -72,9 +74,9 @@ def find_stores(config_path: str, overrides: tuple[str, ...], as_json: bool) -> 
         )
 
 
-def _state(location: Location, plan: Plan) -> dict[str, Any]:
-    """What is there of a store. When it was begun, and by whom, only a file system says."""
-    complete = location.size(MANIFEST_NAME) is not None
+def _state(store: TeacherStore) -> dict[str, Any]:
+    """How much of a store is there. When it was begun, and by whom, only a file system says."""
+    location, plan, complete = store.location, store.plan, store.is_complete
     there = location.entries()
     rows = plan.rows_of(plan.written(there))
     begun, owner, writers = None, None, 0
@@ -146,48 +148,47 @@ def verify_store(store: str) -> None:
 
 def repair_store(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
     """Bring back what is damaged or missing: shards with the engine that wrote the others, the rest from what is left."""
-    from duet.pipeline.commands.teacher_logits import prepare_teacher, write_stores
+    from duet.pipeline.commands.teacher_logits import write_stores
     from duet.pipeline.config.load import load_config
     from duet.pipeline.run.directory import StopSignal
-    from duet.pipeline.run.stores import store_line
+    from duet.pipeline.run.stores import store_line, teacher_stores
     from duet.stages.engines.choose import engine_order
     from duet.stages.models.tokenizers import tokenizer_files
-    from duet.stages.teacher.plan import plan_for
 
     config = load_config(config_path, overrides)
     location = _of_config(location_of(store), config.store_root)
-    teachers = [prepare_teacher(config, settings) for settings in config.teacher_settings().values()]
-    names = _engines(location, engine_order("auto"))
-    plans = {(at, name): plan_for(teachers[at], config.store, name) for at in range(len(teachers)) for name in names}
-    whose, engine = _same_fingerprint(location, plans)
-    plan, attachments = plans[whose, engine], tokenizer_files(teachers[whose].tokenizer)
-    bad = maintain.invalidate(location, planned(plan, attachments))
+    engines = _engines(location, engine_order("auto"))
+    mine = _same_fingerprint(location, [one.under(name) for one in teacher_stores(config) for name in engines])
+    attachments = tokenizer_files(mine.prepared.tokenizer)
+    bad = maintain.invalidate(location, planned(mine.plan, attachments))
     if location.size(MANIFEST_NAME) is not None:
-        with StoreWriter(location, plan, attachments):
+        with StoreWriter(location, mine.plan, attachments):
             say(f"{location}: every shard is as it was written, and so are all other files now")
         return
     if not bad:
-        say(f"{location}: every shard is as it was written; writing its manifest anew")
-    [result] = write_stores(config, engine, [teachers[whose]], StopSignal())
-    say(f"wrote {result.rows_written} rows of {len(bad)} shards anew: {store_line(result.location)}")
+        say(f"{location}: every shard is as it was written; writing its manifest again")
+    [result] = write_stores([mine], mine.engine, StopSignal())
+    say(f"wrote {result.rows_written} rows of {len(bad)} shards again: {store_line(result.location)}")
 
 
 def _engines(location: Location, all_engines: list[str]) -> list[str]:
-    """The engine that wrote a store, or where nothing of it tells any more, all."""
+    """The engine that wrote a store, or all, where neither manifest nor plan is left."""
     provenance = maintain.provenance_of(location)
     if provenance is None and location.size(MANIFEST_NAME) is None and location.size(PLAN_NAME) is None:
         raise UserError(f"{location} has no plan: it is not a store", "run `duet teacher-logits` to make one")
     return all_engines if provenance is None else [provenance["engine"].split()[0]]
 
 
-def _same_fingerprint(location: Location, plans: dict[tuple[int, str], Plan]) -> tuple[int, str]:
-    """Teacher and engine whose plan is that of the store, by what it says of itself or, where it says nothing, its name."""
+def _same_fingerprint(location: Location, stores: Sequence[TeacherStore]) -> TeacherStore:
+    """The store whose plan is that of the one at `location`, by its provenance or, where that is lost, by its name."""
     provenance = maintain.provenance_of(location)
-    for key, plan in plans.items():
-        name = store_name(plan.fingerprint, plan.format)
-        if plan.provenance == provenance or (provenance is None and str(location).rstrip("/").endswith(f"/{name}")):
-            return key
-    old, new = provenance or {}, next(iter(plans.values())).provenance
+    for store in stores:
+        name = store_name(store.plan.fingerprint, store.plan.format)
+        if store.plan.provenance == provenance:
+            return store
+        if provenance is None and str(location).rstrip("/").endswith(f"/{name}"):
+            return store
+    old, new = provenance or {}, stores[0].plan.provenance
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     raise UserError(
         f"{location} was made by another config: {differing[0]} is {old.get(differing[0])} there and "
@@ -218,7 +219,7 @@ def collect_garbage(root: str, unused_days: float | None, yes: bool) -> None:
     folder = location_of(root)
     if not isinstance(folder, Folder):
         raise UserError(
-            f"{root} is a URL: object storage does not tell who writes a store and when one was read",
+            f"{root} is a URL: object storage does not record who writes a store or when it was read",
             "list the stores with `duet cache ls`, remove them with the tools of your storage",
         )
     found = maintain.removable(folder, unused_days)

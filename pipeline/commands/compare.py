@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from duet.stages.compare.train import TrainingRows
     from duet.stages.exam.exam import Subject
 
-COMPARE_NAME, PAGE_NAME, COMPARE_DIR = "compare.json", "compare.html", "compare"
 REFERENCES, ORACLE = "references", "oracle"  # parts that are not a method
 CPU_JOBS = 2  # parts at a time without a GPU, where --jobs is not given: each holds up to two models
 
@@ -59,8 +58,9 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
         resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not be found after hours
     if part is None and (code := _stage_one(config, request, stop)):
         return code
-    run_dir, started = claim_run_dir(config), time.perf_counter()
-    plan = _plan(config, student, run_dir)
+    run, started = config.run, time.perf_counter()
+    claim_run_dir(config)
+    plan = _plan(config, student)
     parts = _parts(config)
     if part is None and (code := _in_children(request, config, parts, num_jobs, plan, stop)):
         return code
@@ -70,17 +70,17 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
         if part:
             return 0
         results = _results(config, plan, found, watch)
-    if (run_dir / COMPARE_NAME).is_file() and read_json(run_dir / COMPARE_NAME)["compare"] != results["compare"]:
-        set_aside(run_dir, (COMPARE_NAME, PAGE_NAME), "comparison")
-    publish_json(run_dir / COMPARE_NAME, results)
-    with publishing(run_dir / PAGE_NAME) as temporary:
+    if run.compare_json.is_file() and read_json(run.compare_json)["compare"] != results["compare"]:
+        set_aside("comparison", run.compare_json, run.compare_page)
+    publish_json(run.compare_json, results)
+    with publishing(run.compare_page) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
     show(compare_table(results))
     for sentence in sentences(results):
         say(sentence)
     say(f"this call took {time.perf_counter() - started:.0f} s; of each method the best model is kept, no other")
-    say(f"comparison: {run_dir / COMPARE_NAME}")
-    say(f"report: {run_dir / PAGE_NAME}")
+    say(f"comparison: {run.compare_json}")
+    say(f"report: {run.compare_page}")
     return 0
 
 
@@ -160,7 +160,7 @@ def _part(config: Config, plan: Comparison, name: str, watch: Watch) -> Part:
         title, paper = (METHODS[name].title, METHODS[name].paper) if name in METHODS else ("DUET", "2601.21283")
         facts = {"title": title, "paper": paper, "setting": best.setting, "grid": grid}
         part = Part([Subject(name, best.folder / "model", "", "base")], method=(name, facts))
-    answer_all(part.subjects, plan.reported, plan.folder / "answers", watch)
+    answer_all(part.subjects, plan.reported, config.run.compare_answers, watch)
     return part
 
 
@@ -170,7 +170,7 @@ def _results(config: Config, plan: Comparison, parts: list[Part], watch: Watch) 
     from duet.stages.evaluate.answers import answer_all
 
     subjects = [subject for part in parts for subject in part.subjects]
-    answers = answer_all(subjects, plan.reported, plan.folder / "answers", watch)  # all of them are there
+    answers = answer_all(subjects, plan.reported, config.run.compare_answers, watch)  # all of them are there
     return {
         "format_version": 1,
         "run": config.name,
@@ -192,7 +192,7 @@ def _results(config: Config, plan: Comparison, parts: list[Part], watch: Watch) 
     }
 
 
-def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Comparison:
+def _plan(config: Config, student: StudentSettings) -> Comparison:
     """Everything that is the same for all methods."""
     from duet.stages.compare.grid import Comparison
     from duet.stages.exam.exam import QuerySet, part_of, split_by_answer
@@ -218,7 +218,7 @@ def _plan(config: Config, student: StudentSettings, run_dir: Path) -> Comparison
         train=config.train_settings(student),
         model_dir=model_dir,
         start_name=model_name(config.teacher.model),
-        folder=run_dir / COMPARE_DIR,
+        folder=config.run.compare,
         training_rows=_training_rows(config, model_dir, next(iter(stores.values()))),
         stores=stores,
         tokenizer=tokenizer,

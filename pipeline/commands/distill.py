@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.location import Location
 from duet.cache.watch import Watch
+from duet.pipeline.config.run_dir import StudentDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection
 from duet.pipeline.pages.students import write_students_page
 from duet.pipeline.pages.tables import loss_in_words, progress_note
-from duet.pipeline.run.before import left_out_line
 from duet.pipeline.run.children import THIS_PROGRAM, environments_of_children, last_line, run_jobs, visible_gpus
 from duet.pipeline.run.directory import StopSignal, claim_run_dir
 from duet.pipeline.run.hub import push
 from duet.pipeline.run.launch import Launch, check_launcher, launched
 from duet.pipeline.run.named_models import model_name, start_model
+from duet.pipeline.run.preflight import left_out_line
 from duet.pipeline.run.stores import store_line, stores_of_run
 from duet.pipeline.run.terminal import be_silent, progress_bar, say
 from duet.pipeline.run.trackers import check_trackers, tracking
 from duet.stages.settings.student import StudentSettings
-from duet.stages.student.summary import TrainingSummary, is_trained
+from duet.stages.student.summary import TrainingSummary
 
 if TYPE_CHECKING:
     from duet.cache.reader import Store
@@ -80,12 +81,12 @@ def distill(request: Selection, num_jobs: int | None, child: bool = False) -> in
         write_students_page(config)
         for student in config.students:
             if student.push_to_hub and _is_done(config, student):
-                push(student.name, config.run_dir / student.name, student.push_to_hub)
+                push(student.name, config.run.student(student.name), student.push_to_hub)
     return code
 
 
 def _is_done(config: Config, student: StudentSettings) -> bool:
-    return is_trained(config.run_dir / student.name)
+    return config.run.student(student.name).is_done
 
 
 def _train_in_children(
@@ -100,7 +101,7 @@ def _train_in_children(
 
         def show(running: list[str]) -> None:
             for name in running:
-                if line := last_line(config.run_dir / name / "metrics.jsonl"):
+                if line := last_line(config.run.student(name).metrics):
                     bar.update(f"student {name}", line["step"], line["total_steps"], progress_note(line))
 
         code = run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, show)
@@ -153,7 +154,8 @@ def _train_one(
 
     from duet.stages.student.train import train_student
 
-    done_before = is_trained(job.student_dir)
+    files = StudentDir(job.student_dir)
+    done_before = files.is_done
     facts = {
         "run": run,
         "student": job.name,
@@ -173,7 +175,7 @@ def _train_one(
         except torch.OutOfMemoryError as error:
             what = f"student {job.name}: {processes.device} does not have enough memory: {str(error).splitlines()[0]}"
             raise UserError(what, MEMORY_HINT) from error
-    _say_result(summary, job.student_dir / "model", done_before)
+    _say_result(summary, files.model, done_before)
 
 
 def _job(config: Config, student: StudentSettings, processes: Processes) -> StudentJob:
@@ -186,7 +188,7 @@ def _job(config: Config, student: StudentSettings, processes: Processes) -> Stud
         name=student.name,
         model_dir=model_dir,
         start_name=model_name(start_model(config, student)),
-        student_dir=config.run_dir / student.name,
+        student_dir=config.run.student(student.name).path,
         settings=config.train_settings(student),
         trust_remote_code=config.teacher.trust_remote_code,
     )

@@ -19,20 +19,23 @@ from typing import Any
 import yaml
 
 from duet.cache.errors import UserError
-from duet.cache.files import json_bytes, parse_json, publishing, sha256_file, sha256_json
+from duet.cache.files import json_bytes, parse_json, publishing, read_json, sha256_file, sha256_json
 from duet.cache.manifest import MANIFEST_NAME
-from duet.pipeline.commands.report import read_results, run_dir_of
-from duet.pipeline.config.load import CONFIG_NAME
+from duet.pipeline.commands.report import scored_run
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.pages.report import rendered
-from duet.pipeline.run.directory import ENVIRONMENT_NAME, REPORT_NAME, RESULTS_NAME
 from duet.pipeline.run.provenance import without_places
 from duet.pipeline.run.terminal import say
 from duet.stages.exam.exam import stem_of
 from duet.stages.settings.student import TRAINING_NAME
 
+_RUN = RunDir(Path())  # files of the run have the same names in the zip
+CONFIG_NAME, ENVIRONMENT_NAME, RESULTS_NAME, REPORT_NAME, ANSWERS = map(
+    str, (_RUN.config, _RUN.environment, _RUN.results, _RUN.report, _RUN.answers)
+)
 SUMS_NAME, README_NAME = "SHA256SUMS", "README.txt"
 MAX_MEMBER_BYTES = 256 * 2**20
-EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip can say; ours all say it
+EARLIEST = (1980, 1, 1, 0, 0, 0)  # time that a zip can have; all entries have it
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 README = """Evidence of a run of Duet, which makes a language model forget a topic.
 
@@ -55,50 +58,50 @@ def pack(out: str, run: str | None) -> None:
     """Write a run's evidence and print its path and hash; an existing file is not overwritten."""
     path = Path(out)
     if path.suffix != ".zip":
-        raise UserError(f"the evidence is a zip file, and {out} does not end in .zip", f"say {out}.zip")
+        raise UserError(f"the evidence is a zip file, and {out} does not end in .zip", f"name it {out}.zip")
     if path.exists():
         raise UserError(f"{path} is there already", "choose another name, or remove it")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent}", "make it, or choose another place")
-    run_dir = run_dir_of(run)
-    files = evidence_of(run_dir)
-    _refuse_private(files, run_dir)
+    scored = scored_run(run)
+    files = evidence_of(scored)
+    _refuse_private(files, scored.path)
     files[SUMS_NAME] = sums_of(files)
     with publishing(path) as temporary:
         write_zip(temporary, files)
-    say(f"evidence: {path} ({len(files)} files of {run_dir})")
+    say(f"evidence: {path} ({len(files)} files of {scored.path})")
     say(f"sha256: {sha256_file(path)}")
 
 
-def evidence_of(run_dir: Path) -> dict[str, bytes]:
+def evidence_of(run: RunDir) -> dict[str, bytes]:
     """All files of the evidence but the list of hashes, by name."""
-    results = read_results(run_dir)
-    page = rendered(results, str(run_dir / RESULTS_NAME))
-    settings = (results.get("provenance") or {}).get("config") or without_places(_run_settings(run_dir) | {"slurm": {}})
+    results = read_json(run.results)
+    page = rendered(results, str(run.results))
+    settings = (results.get("provenance") or {}).get("config") or without_places(_run_settings(run) | {"slurm": {}})
     files = {
         README_NAME: README.encode(),
         REPORT_NAME: page.encode(),
         RESULTS_NAME: json_bytes(results),
         CONFIG_NAME: yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode(),
-        ENVIRONMENT_NAME: _read(run_dir / ENVIRONMENT_NAME),
+        ENVIRONMENT_NAME: _read(run.environment),
     }
     for name in results.get("students") or {}:
-        files[_training_name(name)] = _read(run_dir / name / TRAINING_NAME)
-    files |= _manifests(run_dir, results)
+        files[_training_name(name)] = _read(run.student(name).training)
+    files |= _manifests(run, results)
     for folder in answer_folders(results):
-        for path in sorted((run_dir / folder).glob("*.json")):
+        for path in sorted((run.path / folder).glob("*.json")):
             files[f"{folder}/{path.name}"] = _read(path)
     for name in expected_names(results):
         if name not in files:
-            raise UserError(f"{run_dir} has no {name}", "run `duet evaluate` for this run again")
+            raise UserError(f"{run.path} has no {name}", "run `duet evaluate` for this run again")
     return files
 
 
-def _run_settings(run_dir: Path) -> dict[str, Any]:
-    return yaml.safe_load(_read(run_dir / CONFIG_NAME))
+def _run_settings(run: RunDir) -> dict[str, Any]:
+    return yaml.safe_load(_read(run.config))
 
 
-def _manifests(run_dir: Path, results: Mapping[str, Any]) -> dict[str, bytes]:
+def _manifests(run: RunDir, results: Mapping[str, Any]) -> dict[str, bytes]:
     """The manifests of the run's stores, wherever the run lies now."""
     if not results.get("teacher_stores"):
         return {}
@@ -106,8 +109,8 @@ def _manifests(run_dir: Path, results: Mapping[str, Any]) -> dict[str, bytes]:
     from duet.pipeline.config.schema import Config
     from duet.pipeline.run.stores import stores_of_run
 
-    config = validated(Config, _run_settings(run_dir), str(run_dir / CONFIG_NAME))
-    here = config.model_copy(update={"runs_dir": str(run_dir.parent), "name": run_dir.name})
+    config = validated(Config, _run_settings(run), str(run.config))
+    here = config.model_copy(update={"runs_dir": str(run.path.parent), "name": run.path.name})
     found = {}
     for name, place in stores_of_run(here).items():
         raw = place.read(MANIFEST_NAME)
@@ -137,17 +140,17 @@ def expected_names(results: Mapping[str, Any]) -> list[str]:
         *(README_NAME, REPORT_NAME, RESULTS_NAME, CONFIG_NAME, ENVIRONMENT_NAME),
         *(_training_name(name) for name in results.get("students") or {}),
         *(_manifest_name(name) for name in results.get("teacher_stores") or {}),
-        *(f"answers/{stem_of(name)}.json" for name in results["models"]),
+        *(f"{ANSWERS}/{stem_of(name)}.json" for name in results["models"]),
     ]
 
 
 def answer_folders(results: Mapping[str, Any]) -> list[str]:
     """Where answers lie that these results rest on: to the questions as they are, and under each attack."""
-    return ["answers", *(f"answers/{attack}" for attack in results.get("attack_costs") or {})]
+    return [ANSWERS, *(f"{ANSWERS}/{attack}" for attack in results.get("attack_costs") or {})]
 
 
 def _refuse_private(files: Mapping[str, bytes], run_dir: Path) -> None:
-    """Refuse to pack where this machine's places or secrets stand in a file."""
+    """Refuse to pack files that contain private paths or secrets of this machine."""
     private = {
         f"{place}{os.sep}": "the private path " + str(place) for place in (Path.home(), run_dir.resolve().parent)
     }
@@ -209,7 +212,7 @@ def verify(out: str) -> None:
 
 
 def _fault(
-    path: Path, what: str, hint: str = "the file is damaged or was changed: get it anew from where it was made"
+    path: Path, what: str, hint: str = "the file is damaged or was changed: get it again from where it was made"
 ) -> UserError:
     return UserError(f"{path}: {what}", hint)
 
@@ -240,7 +243,7 @@ def _check_sums(path: Path, files: Mapping[str, bytes]) -> None:
     for line in _member(path, files, SUMS_NAME).decode("utf-8", "replace").splitlines():
         found = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
         if not found:
-            raise _fault(path, f"{SUMS_NAME} has a line that is no hash and name: {line!r}")
+            raise _fault(path, f"{SUMS_NAME} has a line that is not a hash and a name: {line!r}")
         listed[found[2]] = found[1]
     for name in sorted({*listed} | {*files} - {SUMS_NAME}):
         if name not in files:

@@ -15,10 +15,10 @@ from rich.table import Table
 from duet.cache.errors import UserError
 from duet.cache.files import read_json
 from duet.pipeline.commands.submit import STAGE_ONE, submitted
-from duet.pipeline.config.load import CONFIG_NAME, load_config
+from duet.pipeline.config.load import load_config
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run import slurm
-from duet.pipeline.run.directory import LOG_NAME, RESULTS_NAME
 from duet.pipeline.run.progress import files_answered, stores_progress, student_progress
 from duet.pipeline.run.terminal import out, say, say_json, show
 
@@ -27,26 +27,29 @@ WATCH_S = 10.0
 
 def status(run_dir: Path, watch: bool, as_json: bool) -> None:
     """Print how far a run is, once or again and again."""
-    config = _config_of(run_dir)
+    run = RunDir(run_dir)
+    config = _config_of(run)
     if as_json:
-        say_json(status_of(config, run_dir))
+        say_json(status_of(config, run))
     elif watch and out.is_terminal:
         with Live(console=out, auto_refresh=False) as live:
             while True:
-                live.update(tables(status_of(config, run_dir)), refresh=True)
+                live.update(tables(status_of(config, run)), refresh=True)
                 time.sleep(WATCH_S)
     else:
-        show(tables(status_of(config, run_dir)), result=True)
+        show(tables(status_of(config, run)), result=True)
 
 
-def _config_of(run_dir: Path) -> Config:
-    if not (run_dir / CONFIG_NAME).is_file():
-        raise UserError(f"{run_dir} is no run: it has no {CONFIG_NAME}", "name a run's directory, e.g. runs/lab")
-    return load_config(str(run_dir / CONFIG_NAME))
+def _config_of(run: RunDir) -> Config:
+    if not run.config.is_file():
+        raise UserError(
+            f"{run.path} is not a run directory: {run.config.name} is missing", "name a run's directory, e.g. runs/lab"
+        )
+    return load_config(str(run.config))
 
 
-def status_of(config: Config, run_dir: Path) -> dict[str, Any]:
-    """All that is known of a run, as plain data."""
+def status_of(config: Config, run: RunDir) -> dict[str, Any]:
+    """The state of a run, as plain data."""
     stores = [
         asdict(store) | {"place": str(store.location), "left_s": store.left_s} for store in stores_progress(config)
     ]
@@ -56,21 +59,21 @@ def status_of(config: Config, run_dir: Path) -> dict[str, Any]:
         "run": config.name,
         "stores": stores,
         "students": [asdict(student) | {"left_s": student.left_s} for student in students],
-        "evaluation": {"done": (run_dir / RESULTS_NAME).is_file(), "files_answered": files_answered(run_dir)},
-        "jobs": jobs_of_run(run_dir),
+        "evaluation": {"done": run.results.is_file(), "files_answered": files_answered(run)},
+        "jobs": jobs_of_run(run),
     }
 
 
-def jobs_of_run(run_dir: Path) -> list[dict[str, Any]]:
+def jobs_of_run(run: RunDir) -> list[dict[str, Any]]:
     """The run's jobs that are in the queue, and of the others the last of each name, with why it stopped where it said so.
 
     Where the queue cannot be asked, their state is UNKNOWN.
     """
-    last = {entry["name"]: entry["id"] for entry in submitted(run_dir)}
+    last = {entry["name"]: entry["id"] for entry in submitted(run)}
     if not last:
         return []
     try:
-        queued, gone_state = slurm.queue(slurm.comment_of(run_dir)), "ENDED"
+        queued, gone_state = slurm.queue(slurm.comment_of(run.path)), "ENDED"
     except UserError as error:
         say(f"note: {error.what}")
         queued, gone_state = [], "UNKNOWN"
@@ -80,7 +83,7 @@ def jobs_of_run(run_dir: Path) -> list[dict[str, Any]]:
     states = slurm.ended(list(gone.values()))
     for name, job_id in gone.items():
         tasks = sorted({state for known, state in states.items() if known.partition("_")[0] == job_id})
-        reason = _stopped(run_dir, name, job_id)
+        reason = _stopped(run, name, job_id)
         jobs.append(
             {"job_id": job_id, "task": "", "name": name, "state": ", ".join(tasks) or gone_state, "reason": reason}
         )
@@ -88,9 +91,9 @@ def jobs_of_run(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(jobs, key=lambda job: (order.index(job["name"]) if job["name"] in last else len(order), job["task"]))
 
 
-def _stopped(run_dir: Path, name: str, job_id: str) -> str:
+def _stopped(run: RunDir, name: str, job_id: str) -> str:
     """Why a job, or the first of its tasks, gave up by itself; empty where it did not."""
-    for path in sorted((run_dir / slurm.SLURM_DIR / "attempts").glob(f"{name}*.json")):
+    for path in sorted(run.slurm_attempts.glob(f"{name}*.json")):
         kept = read_json(path) if _is_of(path.stem, name) else {}
         if kept.get("job") == job_id and kept["stopped"]:
             return kept["stopped"]
@@ -151,8 +154,8 @@ def _duration(seconds: float | None) -> str:
 
 def logs(run_dir: Path, job: str | None, lines: int) -> None:
     """Print the end of the newest log of each job, or of one; where there are none, of the run's own log."""
-    newest: dict[str, Path] = {}
-    for path in sorted((run_dir / slurm.SLURM_DIR / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime):
+    run, newest = RunDir(run_dir), dict[str, Path]()
+    for path in sorted(run.slurm_logs.glob("*.log"), key=lambda path: path.stat().st_mtime):
         name, _, number = path.stem.rpartition("-")
         newest[name + (f"-{number.partition('_')[2]}" if "_" in number else "")] = path
     if job is not None:
@@ -161,7 +164,7 @@ def logs(run_dir: Path, job: str | None, lines: int) -> None:
         if not newest:
             raise UserError(f"{run_dir} has no log of a job {job!r}", f"those that have one: {known}")
     elif not newest:
-        newest = {"log": run_dir / LOG_NAME} if (run_dir / LOG_NAME).is_file() else {}
+        newest = {"log": run.log} if run.log.is_file() else {}
     if not newest:
         raise UserError(f"{run_dir} has no logs", "name a run's directory, e.g. runs/lab")
     for path in newest.values():

@@ -18,21 +18,20 @@ from duet.cache.files import publish_json, publishing, read_json
 from duet.pipeline.commands.run import STAGES
 from duet.pipeline.commands.teacher_logits import check_one_teacher
 from duet.pipeline.config.load import load_config
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection
 from duet.pipeline.config.slurm import SlurmSettings
 from duet.pipeline.run import slurm
-from duet.pipeline.run.before import check_students_before
 from duet.pipeline.run.children import THIS_PROGRAM
-from duet.pipeline.run.directory import RESULTS_NAME, claim_run_dir
-from duet.pipeline.run.preflight import preflight
+from duet.pipeline.run.directory import claim_run_dir
+from duet.pipeline.run.preflight import check_students, preflight
 from duet.pipeline.run.progress import files_answered, newest_checkpoint, shards_left, stores_progress, student_progress
 from duet.pipeline.run.provenance import without_places
 from duet.pipeline.run.slurm import SlurmJob, Submission
 from duet.pipeline.run.terminal import say
 from duet.stages.questions.yaml_text import dump_yaml
 
-JOBS_NAME = "jobs.json"  # all jobs that were ever submitted: [{name, id, submitted}]
 STAGE_ONE, STAGE_TWO, STAGE_THREE = STAGES
 FINALISE = "finalise"
 
@@ -43,9 +42,9 @@ def submit(request: Selection, stages: Sequence[str], print_only: bool) -> None:
     check_one_teacher(config)
     slurm.check_place(config.run_dir)
     settings = dump_yaml(config.model_dump(mode="json"))
-    folder = config.run_dir / slurm.SLURM_DIR
-    path = folder / f"config-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.yaml"
-    of = Submission(config.run_dir, config.slurm, path, THIS_PROGRAM, slurm.comment_of(config.run_dir))
+    run = config.run
+    path = run.slurm / f"config-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.yaml"
+    of = Submission(run, config.slurm, path, THIS_PROGRAM, slurm.comment_of(config.run_dir))
     jobs = jobs_of(config, of, stages or STAGES)
     if print_only:
         if not jobs:
@@ -53,7 +52,7 @@ def submit(request: Selection, stages: Sequence[str], print_only: bool) -> None:
         for job in jobs:
             say(f"# {job.name}{', after ' + ' and '.join(job.after) if job.after else ''}\n{slurm.script(job, of)}")
         return
-    ids: dict[str, set[str]] = {}  # of the jobs in the queue, and then of ours
+    ids: dict[str, set[str]] = {}  # of the jobs in the queue, and then of those submitted here
     for entry in slurm.queue(of.comment):
         ids.setdefault(entry.name, set()).add(entry.job_id)
     for name, found in ids.items():
@@ -63,7 +62,7 @@ def submit(request: Selection, stages: Sequence[str], print_only: bool) -> None:
         say("nothing to submit" if ids else "nothing to submit: all of it is done")
         return
     _check_before(config, [*ids, *(job.name for job in new)])
-    for line in check_students_before(config):
+    for line in check_students(config):
         say(line)
     if config.slurm == SlurmSettings():
         say("no resources are set (slurm: in the config or the site's file): the cluster's defaults hold, often no GPU")
@@ -73,12 +72,12 @@ def submit(request: Selection, stages: Sequence[str], print_only: bool) -> None:
         if job.array:
             slurm.check_array(job)
     claim_run_dir(config)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    run.slurm_logs.mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:
         temporary.write_text(settings, encoding="utf-8")
     for job in new:
         ids[job.name] = {_submit_one(job, of, ids)}
-    say(f"follow it with: duet status {of.run_dir}")
+    say(f"follow it with: duet status {run.path}")
 
 
 def jobs_of(config: Config, of: Submission, stages: Sequence[str]) -> list[SlurmJob]:
@@ -115,7 +114,7 @@ def _check_before(config: Config, names: Sequence[str]) -> None:
 
 def _is_evaluated(config: Config) -> bool:
     """Whether results.json has the numbers that these settings and students ask for."""
-    path = config.run_dir / RESULTS_NAME
+    path = config.run.results
     if not path.is_file():
         return False
     results = read_json(path)
@@ -127,33 +126,32 @@ def _is_evaluated(config: Config) -> bool:
 
 def _submit_one(job: SlurmJob, of: Submission, ids: Mapping[str, set[str]]) -> str:
     """Write a job's script, submit it and note its id."""
-    path = of.folder / f"{job.name}.sh"
+    path = of.run.slurm / f"{job.name}.sh"
     with publishing(path) as temporary:
         temporary.write_text(slurm.script(job, of), encoding="utf-8")
     before = sorted(job_id for name in job.after for job_id in ids.get(name, ()))
     kind = "afterok" if job.after_ok else "afterany"
     job_id = slurm.sbatch(path, ":".join((kind, *before)) if before else "")
     entry = {"name": job.name, "id": job_id, "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
-    publish_json(of.folder / JOBS_NAME, [*submitted(of.run_dir), entry])
+    publish_json(of.run.slurm_jobs, [*submitted(of.run), entry])
     array = f" ({job.array} workers)" if job.array else ""
     waits = f", after {', '.join(before)}" if before else ""
     say(f"{job.name}: job {job_id}{array}{waits}; log: {of.log_of(job)}")
     return job_id
 
 
-def submitted(run_dir: Path) -> list[dict[str, Any]]:
+def submitted(run: RunDir) -> list[dict[str, Any]]:
     """All jobs of a run that were ever submitted, oldest first."""
-    path = run_dir / slurm.SLURM_DIR / JOBS_NAME
-    return read_json(path) if path.is_file() else []
+    return read_json(run.slurm_jobs) if run.slurm_jobs.is_file() else []
 
 
 def attempt(config_path: Path, task: str) -> None:
     """Note that a job starts, and where its work stands; refuse one that has started too often or gets nowhere.
 
-    Called by the job's own script before its work. A job that was submitted anew begins to count anew.
+    Called by the job's own script before its work. A job that is submitted again counts from the start.
     """
     config = load_config(str(config_path))
-    path = config.run_dir / slurm.SLURM_DIR / "attempts" / f"{task}.json"
+    path = config.run.slurm_attempts / f"{task}.json"
     job_id = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
     kept = read_json(path) if path.is_file() else {}
     starts = kept["starts"] if kept.get("job") == job_id else []
@@ -183,13 +181,13 @@ def _stands(config: Config, task: str) -> int:
     if task.startswith((STAGE_ONE, FINALISE)):
         return sum(store.shards_done for store in stores_progress(config))
     if task == STAGE_THREE:
-        return files_answered(config.run_dir)
-    return newest_checkpoint(config.run_dir / task.removeprefix(f"{STAGE_TWO}-"))
+        return files_answered(config.run)
+    return newest_checkpoint(config.run.student(task.removeprefix(f"{STAGE_TWO}-")))
 
 
 def cancel(run_dir: Path) -> None:
     """Take all of a run's jobs out of the queue; what they did stays, and `duet submit` goes on from there."""
-    queued = slurm.queue(slurm.comment_of(run_dir)) if submitted(run_dir) else []
+    queued = slurm.queue(slurm.comment_of(run_dir)) if submitted(RunDir(run_dir)) else []
     job_ids = sorted({entry.job_id for entry in queued})
     if not job_ids:
         say(f"no job of {run_dir} is in the queue")

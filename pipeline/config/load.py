@@ -21,8 +21,6 @@ from duet.stages.questions.queries import READERS
 from duet.stages.questions.text_files import refuse_other_kind
 from duet.stages.questions.yaml_text import parse_yaml
 
-CONFIG_NAME = "config.yaml"  # in the run's directory: the settings of the run, resolved
-
 SITE_VARIABLE = "DUET_SITE"  # names another site file; empty: none
 SITE_KEYS = {"slurm": None, "runs_dir": None, "store": ("dir", "cache_dir", "cache_gb", "lease_s")}  # None: all below
 
@@ -50,7 +48,7 @@ def _dated(config: Config) -> Config:
     """The config with the day that chat templates get: its own, else that of the run if it has begun, else today's."""
     if config.prompt.date is not None:
         return config
-    of_run = config.run_dir / CONFIG_NAME
+    of_run = config.run.config
     try:
         recorded = read_mapping(str(of_run)).get("prompt", {}).get("date") if of_run.is_file() else None
     except PermissionError:  # somebody else's run: what needs it will say so

@@ -12,6 +12,7 @@ from duet.cache.errors import UserError
 from duet.cache.location import Location, location_of
 from duet.cache.record import SUBSETS
 from duet.pipeline.config.explain import merged, validated
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.slurm import SlurmSettings
 from duet.stages.settings.base import Name, Settings
 from duet.stages.settings.compare import CompareSettings
@@ -19,9 +20,6 @@ from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingDat
 from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
 from duet.stages.settings.student import StudentSettings, TrainSettings, teacher_weights
 from duet.stages.settings.teacher import ONE_FOR_ALL, NamedTeacher, StoreSettings, TeacherSettings
-
-# folders of the run directory that are not students
-TAKEN_NAMES = ("teacher", "answers", "likelihoods", "lm_eval", "open-unlearning", "audit", "compare", "slurm")
 
 
 class Config(Settings):
@@ -54,10 +52,15 @@ class Config(Settings):
         return Path(self.runs_dir) / self.name
 
     @property
+    def run(self) -> RunDir:
+        """The files in the run's directory."""
+        return RunDir(self.run_dir)
+
+    @property
     def store_root(self) -> Location:
         """Where the stores of this run lie, one per fingerprint."""
         store = self.store
-        return location_of(store.dir or self.run_dir / "teacher", store.cache_dir, int(store.cache_gb * 1e9))
+        return location_of(store.dir or self.run.teacher, store.cache_dir, int(store.cache_gb * 1e9))
 
     def teacher_settings(self) -> dict[str, TeacherSettings]:
         """Every teacher's settings by its name: those common to all with its own on top."""
@@ -88,7 +91,7 @@ def check_students(config: Config, where: str) -> None:
     names = [student.name for student in config.students]
     if repeated := _first_repeated(names):
         raise UserError(f"{where}: students: the name {repeated!r} occurs twice", "give each student its own name")
-    for taken in set(TAKEN_NAMES) & set(names):
+    for taken in {folder.name for folder in config.run.folders} & set(names):
         raise UserError(f"{where}: students: the name {taken!r} is taken by a folder of the run", "choose another name")
     if repeated := _first_repeated([student.push_to_hub for student in config.students if student.push_to_hub]):
         raise UserError(

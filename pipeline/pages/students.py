@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,16 +12,15 @@ from rich.table import Table
 
 from duet.cache.files import publish_json, publishing
 from duet.cache.record import SUBSETS
-from duet.pipeline.config.load import CONFIG_NAME
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.charts import Dot, colours, curves, legend_of_lines, scatter
 from duet.pipeline.pages.page import page
 from duet.pipeline.pages.tables import loss_in_words
 from duet.pipeline.run.named_models import model_name
 from duet.pipeline.run.terminal import say, show
-from duet.stages.student.summary import TrainingSummary, is_trained, read_summary
+from duet.stages.student.summary import TrainingSummary, read_summary
 
-STUDENTS_NAME = "students"  # .html and .json
 COLUMNS = (
     "student", "start", "loss", "trained", "steps", "time", "speed", "memory", "last\nloss",
     "as the teacher, %\nforget / retain", "refuses, %\nforget / retain",
@@ -46,28 +44,29 @@ class FinishedStudent:
 
 def write_students_page(config: Config) -> None:
     """Print the config's students that are done, and write the page and the numbers of all that are done in the run."""
-    students = finished_students(config.run_dir)
+    students = finished_students(config.run)
     if not students:
         return
     asked = {student.name for student in config.students}
     show(students_table([student for student in students if student.summary.name in asked]))
-    path = config.run_dir / f"{STUDENTS_NAME}.html"
+    path = config.run.students_page
     found = {"format_version": 1, "run": config.name, "students": [student.as_json() for student in students]}
-    publish_json(path.with_suffix(".json"), found)
+    publish_json(config.run.students_json, found)
     with publishing(path) as temporary:
         temporary.write_text(render(config.name, students), encoding="utf-8")
     say(f"students: {path}")
 
 
-def finished_students(run_dir: Path) -> list[FinishedStudent]:
+def finished_students(run: RunDir) -> list[FinishedStudent]:
     """Every student of the run that is done, in the run's order."""
-    run = yaml.safe_load((run_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     return [
         FinishedStudent(
-            model_name(student["model"] or run["teacher"]["model"]), read_summary(run_dir / student["name"])
+            model_name(student["model"] or settings["teacher"]["model"]),
+            read_summary(run.student(student["name"]).path),
         )
-        for student in run["students"]
-        if is_trained(run_dir / student["name"])
+        for student in settings["students"]
+        if run.student(student["name"]).is_done
     ]
 
 

@@ -1,4 +1,4 @@
-"""Several processes of ours at once, at most as many at a time as there are devices for: a student each, or a teacher."""
+"""Several child processes at once, at most as many at a time as there are devices: a student each, or a teacher."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run_jobs(
     """Run each job's command, one per environment at a time; returns the first exit code that was not 0, in the end.
 
     One that fails does not keep the others from running. After a signal, which the running ones get too, none is started.
-    `watch` is told now and then which are running.
+    `watch` gets the names of those that run, now and then.
     """
     waiting, running, code = list(commands), [], 0
     try:

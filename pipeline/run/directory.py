@@ -14,20 +14,13 @@ from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing
-from duet.pipeline.config.load import CONFIG_NAME, read_mapping
+from duet.pipeline.config.load import read_mapping
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.terminal import log, log_to, say
 from duet.stages.questions.yaml_text import dump_yaml
 from duet.stages.settings.student import FREE_TRAIN
 from duet.stages.settings.teacher import FREE_TEACHER
 
-ENVIRONMENT_NAME = "environment.json"
-LOG_NAME = "log.txt"
-AUDIT_DIR, TEACHER_DIR = "audit", "teacher"
-EARLY = (
-    AUDIT_DIR,
-    TEACHER_DIR,
-)  # may be there before the run is: prefixes are audited, and trials made, to choose the run's
 # Settings that can differ between two calls of one run: they change speed or place, no number.
 _FREE = {
     (group, key)
@@ -49,8 +42,9 @@ def claim_run_dir(config: Config) -> Path:
     Students may be added or not named, and evaluation and comparison may differ (earlier results are kept); nothing else may.
     config.yaml then holds this config with all students of the run.
     """
-    run_dir = config.run_dir
-    path = run_dir / CONFIG_NAME
+    run = config.run
+    run_dir, path = run.path, run.config
+    early = (run.audit, run.teacher)  # prefixes are audited, and trials made, to choose the run's
     resolved = config.model_dump(mode="json")
     if path.is_file():
         found = read_mapping(str(path))
@@ -64,13 +58,13 @@ def claim_run_dir(config: Config) -> Path:
             )
         by_name = {student["name"]: student for student in (*found["students"], *resolved["students"])}
         resolved["students"] = list(by_name.values())
-    elif run_dir.exists() and any(entry.name not in EARLY for entry in run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty and is no run of ours", "choose another run with --set name=NEW_NAME")
+    elif run_dir.exists() and any(entry not in early for entry in run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty and is not a Duet run", "choose another run with --set name=NEW_NAME")
     run_dir.mkdir(parents=True, exist_ok=True)
     with publishing(path) as temporary:
         temporary.write_text(dump_yaml(resolved), encoding="utf-8")
-    publish_json(run_dir / ENVIRONMENT_NAME, environment())
-    log_to(run_dir / LOG_NAME)
+    publish_json(run.environment, environment())
+    log_to(run.log)
     log.debug("run directory %s, %s", run_dir, environment())
     return run_dir
 
@@ -161,7 +155,7 @@ class StopSignal:
                 child.send_signal(number)
 
     def forward_to(self, child: subprocess.Popen[Any]) -> None:
-        """Hand signals on to a process of ours; one that came before it started reaches it now."""
+        """Hand signals on to a child process; one that came before it started reaches it now."""
         self._children.append(child)
         if self._seen:
             child.send_signal(signal.SIGTERM)
@@ -170,14 +164,10 @@ class StopSignal:
         return self._seen
 
 
-RESULTS_NAME = "results.json"
-REPORT_NAME, PDF_NAME = "report.html", "report.pdf"
-
-
-def set_aside(folder: Path, names: tuple[str, ...], what: str) -> None:
-    """Give earlier files the first free number: `results.json` becomes `results-1.json`."""
-    number = 1 + len(list(folder.glob(names[0].replace(".", "-*."))))
-    for name in filter(lambda name: (folder / name).is_file(), names):
-        kept = folder / name.replace(".", f"-{number}.")
-        (folder / name).rename(kept)
+def set_aside(what: str, *paths: Path) -> None:
+    """Give earlier files of one folder the first free number: `results.json` becomes `results-1.json`."""
+    number = 1 + len(list(paths[0].parent.glob(paths[0].name.replace(".", "-*."))))
+    for path in filter(Path.is_file, paths):
+        kept = path.with_name(path.name.replace(".", f"-{number}."))
+        path.rename(kept)
         say(f"kept the earlier {what}: {kept}")

@@ -8,19 +8,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError
 from duet.cache.record import SUBSETS
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import start_model
-from duet.stages.settings.student import TRAINING_NAME, StudentSettings
-from duet.stages.settings.teacher import TeacherSettings
+from duet.stages.settings.student import StudentSettings
+from duet.stages.settings.teacher import Model, TeacherSettings
+
+if TYPE_CHECKING:
+    from duet.stages.exam.exam import Exam, QuerySet, Subject
 
 
 def base_and_teachers(
-    config: Config, find: Callable[[Any, str], Path], same: Callable[[Path, Path], bool]
-) -> list[Any]:
+    config: Config, find: Callable[[Model, str], Path], same: Callable[[Path, Path], bool]
+) -> list[Subject]:
     """Base and teachers, each teacher after its own base where that is another model.
 
     `find` is `resolve_model`, or `small_files` where no weights are needed; `same` says whether two directories hold one model.
@@ -38,7 +41,7 @@ def base_and_teachers(
     return subjects
 
 
-def _base_of(subjects: list[Any], name: str, model_dir: Path, same: Callable[[Path, Path], bool]) -> str:
+def _base_of(subjects: list[Subject], name: str, model_dir: Path, same: Callable[[Path, Path], bool]) -> str:
     """The base of a model that started as this one: the first of the subjects, or another that is put behind them."""
     from duet.stages.exam.exam import Subject
 
@@ -48,7 +51,7 @@ def _base_of(subjects: list[Any], name: str, model_dir: Path, same: Callable[[Pa
     return f"base:{name}"
 
 
-def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any]:
+def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Subject]:
     """Base, teachers, then students, each after its own base where that is another model; then models that were made elsewhere,
     measured against the run's base."""
     from duet.stages.exam.exam import Subject
@@ -58,21 +61,21 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Any
     same = functools.partial(same_model, trust_remote_code=config.teacher.trust_remote_code)
     subjects = base_and_teachers(config, resolve_model, same)
     for student in students:
-        student_dir = config.run_dir / student.name
-        if not (student_dir / TRAINING_NAME).is_file():
+        files = config.run.student(student.name)
+        if not files.is_done:
             raise UserError(
-                f"student {student.name!r} is not trained: {student_dir}", "run `duet distill` with this config"
+                f"student {student.name!r} is not trained: {files.path}", "run `duet distill` with this config"
             )
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
         base = _base_of(subjects, student.name, start_dir, same)
-        subjects.append(Subject(f"student:{student.name}", student_dir / "model", "", base))
+        subjects.append(Subject(f"student:{student.name}", files.model, "", base))
     for name, model in config.evaluate.models.items():
         subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
     return subjects
 
 
-def exam_of(config: Config) -> Any:
-    """What every model of the run is asked."""
+def exam_of(config: Config) -> Exam:
+    """The questions that every model of the run is asked."""
     from duet.stages.exam.exam import Exam
     from duet.stages.models.directory import resolve_model
     from duet.stages.models.loading import pick_device
@@ -99,7 +102,7 @@ def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str,
     return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in SUBSETS}
 
 
-def query_sets(config: Config) -> dict[str, Any]:
+def query_sets(config: Config) -> dict[str, QuerySet]:
     """The training sets of all requests and those of the evaluation, with answers."""
     from duet.stages.evaluate.muse import load_shots
     from duet.stages.exam.exam import QuerySet
@@ -131,7 +134,7 @@ def query_sets(config: Config) -> dict[str, Any]:
     return {name: sets[name] for name in order}
 
 
-def _check_apart(sets: Mapping[str, Any]) -> None:
+def _check_apart(sets: Mapping[str, QuerySet]) -> None:
     """Refuse a question that is to be forgotten in one set and to be kept in another."""
     forgotten = {q.question: name for name, of in sets.items() if of.expect == "forgotten" for q in of.queries}
     for name, of in sets.items():

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, read_json
+from duet.pipeline.config.run_dir import StudentDir
 from duet.pipeline.run.terminal import say
 
-PUSHED_NAME = "pushed.json"  # in the student's folder: where its model was pushed to
 
-
-def push(name: str, student_dir: Path, repository: str) -> None:
+def push(name: str, student: StudentDir, repository: str) -> None:
     """Upload `model/` to a private repository, which is made where there is none; done once."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    path = student_dir / PUSHED_NAME
+    path = student.pushed
     if path.is_file() and read_json(path)["repository"] == repository:
         return
     http_error: Any = HfHubHTTPError.__bases__[0]  # of whichever HTTP library the hub's package uses: no answer at all
@@ -29,9 +27,7 @@ def push(name: str, student_dir: Path, repository: str) -> None:
             raise UserError(
                 f"student {name}: {repository} is public", "make it private, or name another in push_to_hub"
             )
-        commit = api.upload_folder(
-            repo_id=repository, folder_path=student_dir / "model", commit_message=f"Student {name}"
-        )
+        commit = api.upload_folder(repo_id=repository, folder_path=student.model, commit_message=f"Student {name}")
     except (OSError, ValueError, http_error) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(

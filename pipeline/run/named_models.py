@@ -1,8 +1,8 @@
-"""The models that a config names: what they are called in what we write, and what is refused before stage one."""
+"""The models that a config names: which one a student starts from, where it lies, and the name under which it is reported."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from duet.pipeline.config.schema import Config
@@ -15,8 +15,16 @@ def start_model(config: Config, student: StudentSettings) -> Model:
     return student.model or config.teacher.model
 
 
+def start_folder(config: Config, student: StudentSettings) -> Path:
+    """The directory of the model that a student starts from; of one on the hub, without its weights."""
+    from duet.stages.models.directory import resolve_model, small_files
+
+    model, where = start_model(config, student), f"students.{student.name}.model"
+    return resolve_model(model, where) if is_here(model) else small_files(model, where)
+
+
 def model_name(model: Model | Mapping[str, str]) -> str:
-    """How a model is called in what we write: its hub id or its directory's name.
+    """The name of a model in results and pages: its hub id or its directory's name.
 
     A mapping is an adapted model as plain data.
     """
@@ -31,31 +39,3 @@ def is_here(model: Model) -> bool:
     """Are all its parts local directories?"""
     parts = (model.model, model.adapter) if isinstance(model, AdaptedModel) else (model,)
     return all(Path(part).is_dir() for part in parts)
-
-
-def check_before_stage_one(config: Config, whole_run: bool = False) -> None:
-    """Refuse quantised models that cannot run here, and those that no student can start from.
-
-    Looks at local directories only: other models may be on the machines of other stages. `whole_run`: stage three follows here,
-    which loads all models through transformers.
-    """
-    from duet.stages.engines.choose import engine_order
-    from duet.stages.models.directory import check_quantisation, check_trainable_start, resolve_model
-
-    trusted = config.teacher.trust_remote_code
-    for settings in config.teacher_settings().values():
-        if is_here(settings.model) and (whole_run or engine_order(settings.engine) == ["transformers"]):
-            folder = resolve_model(settings.model, "teacher.model")
-            check_quantisation(folder, f"teacher.model: {settings.model}", trusted)
-    for where, model in _starts(config):
-        if is_here(model):
-            check_trainable_start(resolve_model(model, where), where)
-    for name, model in config.evaluate.models.items():
-        if whole_run and is_here(model):
-            where = f"evaluate.models.{name}"
-            check_quantisation(resolve_model(model, where), f"{where}: {model}", trusted)
-
-
-def _starts(config: Config) -> Iterator[tuple[str, Model]]:
-    for student in config.students:
-        yield f"students.{student.name}.model", start_model(config, student)

@@ -1,22 +1,42 @@
 """What any stage of a run would refuse, found before the first: rendered and checked as each stage will, without an engine.
 
-`duet run` and `duet submit` stop at the first fault, `duet doctor` shows them all. Of models, config and tokenizer are read.
+`duet run` and `duet submit` stop at the first fault, `duet doctor` shows them all; stage one makes the checks of models and
+students before it asks the teacher. Configs and tokenizers of models are read, never weights.
+
+Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from duet.cache.errors import note
+from duet.cache.errors import UserError, note
+from duet.cache.record import SUBSETS
 from duet.pipeline.config.schema import Config
+from duet.pipeline.run.named_models import is_here, start_folder, start_model
+from duet.pipeline.run.stores import questions_of
+from duet.stages.settings.student import teacher_weights
+
+if TYPE_CHECKING:
+    from duet.stages.questions.prompts import Renderer
+    from duet.stages.student.checks import Expected
+    from duet.stages.teacher.plan import RenderedQuery
 
 Check = tuple[str, Callable[[], str]]  # what is checked; a call says what was found, or raises UserError
 
 
-def preflight(config: Config) -> None:
-    """Raise UserError for the first fault; note what no stage refuses and the numbers should be read with."""
+def preflight(config: Config, all_here: bool = False) -> None:
+    """Raise UserError for the first fault; note what no stage refuses but a reader of the numbers should know.
+
+    `all_here`: all stages follow on this machine, so that every model must be on it.
+    """
+    if all_here:
+        check_models(config, all_here=True)
     for _, check in checks_of(config):
         check()
+    for student in config.students if all_here else ():
+        start_folder(config, student)
 
 
 def checks_of(config: Config) -> Iterator[Check]:
@@ -27,29 +47,106 @@ def checks_of(config: Config) -> Iterator[Check]:
     yield "evaluation", lambda: _evaluation(config)
 
 
+def check_models(config: Config, all_here: bool = False) -> None:
+    """Refuse quantised models that cannot run here, and those that no student can start from.
+
+    Looks at local directories only: other models may be on the machines of other stages. `all_here`: stage three follows
+    here, which loads all models through transformers.
+    """
+    from duet.stages.engines.choose import engine_order
+    from duet.stages.models.directory import check_quantisation, check_trainable_start, resolve_model
+
+    trusted = config.teacher.trust_remote_code
+    for settings in config.teacher_settings().values():
+        if is_here(settings.model) and (all_here or engine_order(settings.engine) == ["transformers"]):
+            folder = resolve_model(settings.model, "teacher.model")
+            check_quantisation(folder, f"teacher.model: {settings.model}", trusted)
+    for student in config.students:
+        model, where = start_model(config, student), f"students.{student.name}.model"
+        if is_here(model):
+            check_trainable_start(resolve_model(model, where), where)
+    for name, model in config.evaluate.models.items():
+        if all_here and is_here(model):
+            where = f"evaluate.models.{name}"
+            check_quantisation(resolve_model(model, where), f"{where}: {model}", trusted)
+
+
+def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, must_be_here: bool = True) -> list[str]:
+    """Refuse what stage two would refuse of the config's students, as far as it is known before stage one.
+
+    `rows` are a teacher's, to be checked too where they are known. Returns lines worth saying: what an export will leave
+    out, and without `must_be_here` which student's model is not on this machine and so was not checked.
+    """
+    from duet.stages.models.directory import small_files
+    from duet.stages.models.tokenizers import load_tokenizer
+    from duet.stages.student.checks import Start, check_settings
+
+    teachers, lines = config.teacher_settings(), []
+    trust = config.teacher.trust_remote_code
+    tokenizer = load_tokenizer(small_files(next(iter(teachers.values())).model, "teacher.model"), trust)
+    stores = _expected_stores(config, rows)
+    for student in config.students:
+        if config.run.student(student.name).is_done:
+            continue
+        settings = config.train_settings(student)
+        used = teacher_weights(settings, list(teachers))
+        combine = (settings.combine or "mix") if len(used) > 1 else None
+        check_settings(settings, settings.loss, [stores[name] for name in used], combine, None)
+        try:
+            folder = start_folder(config, student)
+        except UserError as error:
+            if must_be_here:
+                raise
+            lines.append(f"student {student.name}: not checked before stage one: {error.what}")
+            continue
+        start = Start.of(folder, student.name, settings, tokenizer, config.prompt, trust)
+        for row in rows or ():
+            follow = 0 if row.given_ids else config.teacher.max_positions
+            start.check_row(row.row_id, row.student_ids, row.given_ids or (), follow)
+        if start.left_out:
+            lines.append(left_out_line(student.name, start.left_out))
+    return lines
+
+
+def _expected_stores(config: Config, rows: Sequence[RenderedQuery] | None) -> dict[str, Expected]:
+    """What is known of the stores before stage one, by teacher."""
+    from duet.stages.student.checks import Expected
+
+    subsets = {subset: 1 if rows is None else sum(row.subset == subset for row in rows) for subset in SUBSETS}
+    return {
+        name: Expected(
+            one.top_k, one.logsumexp, 1, one.max_positions, subsets, {"engine": one.engine, "prompt": config.prompt}
+        )
+        for name, one in config.teacher_settings().items()
+    }
+
+
+def left_out_line(name: str, flags: Sequence[str]) -> str:
+    return (
+        f"student {name}: generation_config.json is written without {', '.join(flags)}: generation does not read "
+        "such a flag here, and transformers does not save it"
+    )
+
+
 def _teacher(config: Config, name: str) -> str:
     from duet.stages.models.directory import small_files
     from duet.stages.teacher.prepare import render_rows
 
     settings = config.teacher_settings()[name]
-    folder = small_files(settings.model, "teacher.model")
-    found = render_rows(folder, settings, config.prompt, config.data, config.topic, config.requests)
+    found = render_rows(small_files(settings.model, "teacher.model"), settings, questions_of(config))
     longest = max(len(row.teacher_ids) for row in found.rows)
     day = f"; the chat template is told the day {config.prompt.date}" if _asks_the_clock(found.renderer) else ""
     return f"{len(found.rows)}, the longest of {longest} tokens{day}"
 
 
 def _students(config: Config) -> str:
-    from duet.pipeline.run.before import check_students_before
-
-    for text in check_students_before(config, must_be_here=False):
+    for text in check_students(config, must_be_here=False):
         note(text)
     return ", ".join(student.name for student in config.students)
 
 
-def _asks_the_clock(renderer: object) -> bool:
-    chat = getattr(renderer, "chat", None)
-    return chat is not None and chat.asks_the_clock
+def _asks_the_clock(renderer: Renderer) -> bool:
+    return renderer.chat is not None and renderer.chat.asks_the_clock
 
 
 def _evaluation(config: Config) -> str:

@@ -11,12 +11,13 @@ from duet.cache.location import Folder, Location
 from duet.cache.manifest import MANIFEST_NAME
 from duet.cache.plan import Plan, read_plan
 from duet.cache.writer import LEASE_S, LEASES_NAME
+from duet.pipeline.config.run_dir import RunDir, StudentDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.children import last_line
 from duet.pipeline.run.stores import stores_named
-from duet.stages.settings.student import CHECKPOINTS_NAME, TRAINING_NAME, StudentSettings
+from duet.stages.settings.student import StudentSettings
 
-RECENT = 16  # shards or steps from which a rate is told
+RECENT = 16  # latest shards, from which the rate is measured
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class StoreProgress:
     shards: int
     shards_done: int
     leased: int  # shards in a living writer's hands
-    rows_per_s: float | None  # None: not enough is done to tell, or nothing is under way
+    rows_per_s: float | None  # None: too little is done to measure it, or nothing is under way
 
     @property
     def left_s(self) -> float | None:
@@ -111,26 +112,25 @@ def shards_left(config: Config) -> int:
 
 
 def student_progress(config: Config, student: StudentSettings) -> StudentProgress:
-    folder = config.run_dir / student.name
-    line: dict[str, Any] = last_line(folder / "metrics.jsonl") or {}
-    done = (folder / TRAINING_NAME).is_file()
+    files = config.run.student(student.name)
+    line: dict[str, Any] = last_line(files.metrics) or {}
     rows_per_step = config.train_settings(student).batch_size
     return StudentProgress(
         name=student.name,
-        done=done,
+        done=files.is_done,
         step=line.get("step", 0),
         total_steps=line.get("total_steps"),
-        checkpoint=newest_checkpoint(folder),
-        steps_per_s=line["rows_per_s"] / rows_per_step if line and not done else None,
+        checkpoint=newest_checkpoint(files),
+        steps_per_s=line["rows_per_s"] / rows_per_step if line and not files.is_done else None,
     )
 
 
-def newest_checkpoint(student_dir: Path) -> int:
+def newest_checkpoint(student: StudentDir) -> int:
     """The step of a student's newest checkpoint; 0 where there is none."""
-    names = (path.name.rpartition("-")[2] for path in (student_dir / CHECKPOINTS_NAME).glob("step-*"))
+    names = (path.name.rpartition("-")[2] for path in student.checkpoints.glob("step-*"))
     return max((int(step) for step in names if step.isdigit()), default=0)
 
 
-def files_answered(run_dir: Path) -> int:
+def files_answered(run: RunDir) -> int:
     """How much of stage three is on disk, in files: one for each model and attack."""
-    return sum(len(list((run_dir / name).rglob("*.json"))) for name in ("answers", "likelihoods", "lm_eval"))
+    return sum(len(list(folder.rglob("*.json"))) for folder in (run.answers, run.likelihoods, run.lm_eval))

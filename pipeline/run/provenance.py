@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duet.cache.files import sha256_json
 from duet.pipeline.config.schema import Config
+
+if TYPE_CHECKING:
+    from duet.stages.exam.exam import Exam, Subject
 
 # Settings of these names, or that end with _dir, _path or _model, are places; so are the values of `models`.
 PLACES = ("path", "model", "dir", "oracle", "reference", "retrained", "neutral_text", "attack_texts", "adapter")
 
 
-def provenance(config: Config, subjects: Sequence[Any], exam: Any) -> dict[str, Any]:
+def provenance(config: Config, subjects: Sequence[Subject], exam: Exam) -> dict[str, Any]:
     """The entry `provenance` of results.json. Hashes are sha256; those of data are over [id, question, answer] of each row."""
     from duet.stages.models.identity import text_sha256, weights_sha256
 

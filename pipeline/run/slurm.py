@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duet.cache.errors import EXIT_INTERRUPTED, UserError
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.slurm import Resources, SlurmSettings
 
-SLURM_DIR = "slurm"  # of a run's directory: scripts, the settings that the jobs read, attempts/ and logs/
 OPTIONS = {  # setting -> option of sbatch
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "time": "time",
     "nodes": "nodes", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem",
@@ -29,7 +29,7 @@ OPTIONS = {  # setting -> option of sbatch
 PATIENCE_S = (
     600  # after the first of several processes has ended, the others are killed: one that died leaves them waiting
 )
-# What torch's processes must know of each other, from what srun tells each. Ports below those that systems hand out.
+# The variables by which torch's processes find each other, from those of srun. Ports below those that systems hand out.
 _MEET = 'export MASTER_ADDR="$(hostname)" MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))'
 _RANKS = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
 
@@ -54,26 +54,22 @@ class SlurmJob:
 class Submission:
     """What all jobs of a run have in common."""
 
-    run_dir: Path
+    run: RunDir
     settings: SlurmSettings
     config_path: Path  # what the jobs read
     duet: tuple[str, ...]  # the program
     comment: str
 
-    @property
-    def folder(self) -> Path:
-        return self.run_dir / SLURM_DIR
-
     def log_of(self, job: SlurmJob) -> Path:
         """Where the job's output goes, in Slurm's own pattern."""
-        return self.folder / "logs" / f"{job.name}-{'%A_%a' if job.array else '%j'}.log"
+        return self.run.slurm_logs / f"{job.name}-{'%A_%a' if job.array else '%j'}.log"
 
 
 def script(job: SlurmJob, of: Submission) -> str:
-    """The text that sbatch gets; what it depends on is told to sbatch beside it."""
+    """The text that sbatch gets; dependencies are options on its command line."""
     settings, resources = of.settings, job.resources
     options = [
-        f"--job-name={of.run_dir.name}:{job.name}",
+        f"--job-name={of.run.path.name}:{job.name}",
         f"--comment={of.comment}",
         f"--output={_pattern(of.log_of(job))}",
     ]
@@ -149,7 +145,7 @@ class Queued:
 
 
 def queue(comment: str) -> list[Queued]:
-    """The run's jobs that have not ended, as squeue tells; only ours are asked for, which spares a large cluster."""
+    """The run's jobs that have not ended, as squeue reports; only this user's are asked for, which spares a large cluster."""
     found = []
     command = ("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%r|%j|%k")
     for line in _ask(*command).splitlines():
@@ -160,7 +156,7 @@ def queue(comment: str) -> list[Queued]:
 
 
 def ended(job_ids: Sequence[str]) -> dict[str, str]:
-    """The states of these jobs, as sacct tells; none where the cluster keeps no accounts."""
+    """The states of these jobs, as sacct reports; none where the cluster keeps no accounts."""
     if not job_ids or not shutil.which("sacct"):
         return {}
     command = [

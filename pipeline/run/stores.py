@@ -1,4 +1,4 @@
-"""Which stores a run has: pointers in the run directory to stores that several runs may share.
+"""Which stores a run has: those that its config asks for, and pointers in its directory, as several runs may share a store.
 
 Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
 """
@@ -6,8 +6,7 @@ Heavy libraries are imported inside the functions, so that `duet --help` and `du
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duet.cache.errors import IncompleteStore
 from duet.cache.files import publish_json, read_json
@@ -15,6 +14,31 @@ from duet.cache.location import Location
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.plan import PLAN_NAME, Plan, store_name
 from duet.pipeline.config.schema import Config
+
+if TYPE_CHECKING:
+    from duet.stages.teacher.plan import TeacherStore
+    from duet.stages.teacher.prepare import Questions
+
+
+def questions_of(config: Config, limit: int | None = None) -> Questions:
+    """What stage one asks; `limit` takes that many queries of each subset, for a trial."""
+    from duet.stages.teacher.prepare import Questions
+
+    return Questions(config.prompt, config.data, config.topic, config.requests, limit)
+
+
+def teacher_stores(config: Config, limit: int | None = None) -> list[TeacherStore]:
+    """Each of the config's teachers and its store, before an engine starts."""
+    from duet.stages.teacher.plan import TeacherStore
+    from duet.stages.teacher.prepare import prepare
+
+    questions = questions_of(config, limit)
+    return [
+        TeacherStore.expected(
+            name, settings, prepare(settings, questions, config.device), config.store, config.store_root
+        )
+        for name, settings in config.teacher_settings().items()
+    ]
 
 
 def store_summary(location: Location) -> dict[str, Any]:
@@ -34,8 +58,8 @@ def store_summary(location: Location) -> dict[str, Any]:
 
 
 def point_to(config: Config, entries: Mapping[str, dict[str, str]]) -> None:
-    """Say which stores this run uses, by teacher, complete or not."""
-    path = _pointer_path(config)
+    """Record which stores this run uses, by teacher, complete or not."""
+    path = config.run.store_pointer
     path.parent.mkdir(exist_ok=True)
     publish_json(path, {"teachers": entries})
 
@@ -53,14 +77,9 @@ def store_line(location: Location) -> str:
     )
 
 
-def _pointer_path(config: Config) -> Path:
-    """Names the stores that this run uses, by teacher."""
-    return config.run_dir / "teacher" / "store.json"
-
-
 def stores_named(config: Config) -> dict[str, Location]:
     """The stores that the run uses or is writing, by teacher; empty before stage one has begun."""
-    path = _pointer_path(config)
+    path = config.run.store_pointer
     stores = read_json(path).get("teachers", {}) if path.is_file() else {}
     if set(stores) != set(config.teacher_settings()):
         return {}

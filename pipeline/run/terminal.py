@@ -50,14 +50,14 @@ _voice = _Voice()
 def speaking(level: str, as_json: bool) -> Iterator[None]:
     """Speak at this level while the block runs; quiet prints its last line when it has ended well.
 
-    Processes that we start speak as loud, but those of a quiet one tell errors only: the last line is ours.
+    Child processes speak as loud, but those of a quiet one report errors only: the last line is this one's.
     """
     global _voice  # noqa: PLW0603
     before, inherited = _voice, os.environ.get(VERBOSITY)
     _voice = _Voice(level, as_json)
     os.environ[VERBOSITY] = "silent" if level == "quiet" else level
     handler = logging.StreamHandler()  # on stderr
-    handler.addFilter(lambda record: record.levelno == logging.DEBUG)  # lines and errors are told anyway
+    handler.addFilter(lambda record: record.levelno == logging.DEBUG)  # lines and errors are reported anyway
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     if level == "verbose":
         log.addHandler(handler)
@@ -108,7 +108,7 @@ def say(text: str) -> None:
 
 
 def say_for_children(text: str) -> None:
-    """The result of what processes of ours have said already, unless they were to be quiet."""
+    """The result that child processes have said already, unless they were to be quiet."""
     if _voice.level == "quiet":
         say(text)
 
@@ -138,7 +138,7 @@ def say_engine(name: str, reason: str) -> None:
 
 
 def be_silent() -> None:
-    """Say nothing from now on: another process of the same launch does. Errors are still told."""
+    """Say nothing from now on: another process of the same launch does. Errors are still reported."""
     out.quiet = err.quiet = True
 
 
@@ -172,5 +172,5 @@ class ProgressBar:
         self._progress.update(task, completed=done, total=total, note="  ".join(filter(None, (note, rate))))
 
 
-VERBOSITY = "DUET_VERBOSITY"  # environment variable through which processes of ours know how much to say
-LEVELS = ("silent", "quiet", "normal", "verbose")  # silent: errors alone, of what a command of ours has started
+VERBOSITY = "DUET_VERBOSITY"  # environment variable through which child processes know how much to say
+LEVELS = ("silent", "quiet", "normal", "verbose")  # silent: errors alone, of child processes of a quiet command

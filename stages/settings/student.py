@@ -215,8 +215,8 @@ def teacher_weights(train: TrainSettings, names: Sequence[str], key: str = "trai
     return {name: weight / sum(used.values()) for name, weight in used.items()}
 
 
-# In a student's folder: how it was trained, once it is, and its states until then.
-TRAINING_NAME, CHECKPOINTS_NAME = "training.json", "checkpoints"
+# In a student's folder: how it was trained, once it is; its states until then; a line for each step; the trained model.
+TRAINING_NAME, CHECKPOINTS_NAME, METRICS_NAME, MODEL_DIR = "training.json", "checkpoints", "metrics.jsonl", "model"
 
 
 class StudentSettings(Settings):

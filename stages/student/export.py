@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from duet.cache.errors import UserError
 from duet.cache.files import publishing_dir
 from duet.stages.models.sizes import meta_model
-from duet.stages.settings.student import LoraSettings, TrainSettings
+from duet.stages.settings.student import MODEL_DIR, LoraSettings, TrainSettings
 from duet.stages.student.model import made_trainable
 
 # Flags of generation that only sampling, or only beam search, reads.
@@ -45,7 +45,7 @@ def export(
                 parameter.data = parameter.data.to(dtype)
         model = model.merge_and_unload()
     unset_unread(model.generation_config)
-    with publishing_dir(student_dir / "model") as folder, disk_errors():
+    with publishing_dir(student_dir / MODEL_DIR) as folder, disk_errors():
         model.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")

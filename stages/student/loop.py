@@ -27,7 +27,7 @@ from duet.cache.errors import Interrupted, UserError
 from duet.cache.files import publishing, sync_file
 from duet.cache.order import Order
 from duet.cache.watch import Watch
-from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings
+from duet.stages.settings.student import CHECKPOINTS_NAME, METRICS_NAME, TrainSettings
 from duet.stages.student import checkpoint
 from duet.stages.student.checkpoint import TrainingState
 from duet.stages.student.head import losses_at
@@ -38,8 +38,6 @@ from duet.stages.student.prefetch import Prefetch
 from duet.stages.student.probe import Probe, ask
 from duet.stages.student.ranks import whole, without_sync
 from duet.stages.student.targets import Teachers
-
-METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Stage one, with an engine: every prompt goes through it once, and what it says goes to the store, shard by shard.
+"""Stage one, with an engine: every prompt goes through it once, and its logits go to the store, shard by shard.
 
 The engine is fed from all free shards as one stream, so that it never waits for the end of one. Rows come back as they are
 finished, are put in plan order, checked and packed, and written in the background.
@@ -18,18 +18,16 @@ from typing import Any
 import numpy as np
 
 from duet.cache.errors import Interrupted
-from duet.cache.location import Location
-from duet.cache.plan import Plan, store_name
+from duet.cache.plan import Plan
 from duet.cache.record import SUBSETS, Rows, check_distinct, offsets_of
 from duet.cache.watch import Watch
 from duet.cache.writer import ShardWriter, StoreWriter
-from duet.stages.engines.choose import engine_order, open_engine
+from duet.stages.engines.choose import open_engine
 from duet.stages.engines.interface import Engine, Request, Scored
 from duet.stages.engines.self_test import self_test
 from duet.stages.engines.topk import order_ties
 from duet.stages.models.tokenizers import tokenizer_files
-from duet.stages.settings.teacher import StoreSettings
-from duet.stages.teacher.plan import Prepared, RenderedQuery, StoreResult, plan_for
+from duet.stages.teacher.plan import Prepared, RenderedQuery, StoreResult, TeacherStore
 from duet.stages.teacher.prepare import SELF_TEST_TOKENS
 
 WAIT_S, SHARDS_PER_WAIT = 0.5, 20  # between looks at what other writers have finished
@@ -37,7 +35,7 @@ WAIT_S, SHARDS_PER_WAIT = 0.5, 20  # between looks at what other writers have fi
 
 @dataclass
 class CaptureProgress:
-    """How far a store is. `rows` counts those of other writers too, the rest is what this process did."""
+    """How far a store is. `rows` counts those of other writers too, the rest is the work of this process."""
 
     rows: int
     total: int
@@ -46,43 +44,35 @@ class CaptureProgress:
     cached_share: float = 0.0  # of the prompt tokens
 
 
-def write_stores(
-    prepared: Sequence[Prepared],
-    engine_name: str,
-    store: StoreSettings,
-    root: Location,
-    watch: Watch,
-    wait: bool = True,
-) -> list[StoreResult]:
-    """Have one model fill the stores, which differ in prefixes and queries; any number of processes can do this at once.
+def write_stores(stores: Sequence[TeacherStore], engine: str, watch: Watch, wait: bool = True) -> list[StoreResult]:
+    """Have one model fill its stores, which differ in prefixes and queries; any number of processes can do this at once.
 
-    `watch.on_progress` gets CaptureProgress. Raises Interrupted when `watch` stops it or the engine
-    has died: complete shards stay, the next call goes on after them. Without `wait` it ends, with a result that has no
-    manifest, where all shards that are left are in others' hands, and starts no engine for nothing.
+    `engine` is as in the settings: with "auto" the stores are those of the engine that starts. `watch.on_progress` gets
+    CaptureProgress. Raises Interrupted when `watch` stops it or the engine has died: complete shards stay, and the next call
+    goes on after them. Without `wait` it ends once every remaining shard is claimed by another writer, with a result that has
+    no manifest, and starts no engine if there is nothing for it to do.
     """
-    if not wait and not any(_has_free(one, engine_order(engine_name)[0], store, root) for one in prepared):
-        return [StoreResult(root, None, "", "", 0, 0.0) for _ in prepared]
-    longest = max(prepared, key=lambda one: one.spec.context)
-    engine, reason = open_engine(longest.spec, engine_name)
-    watch.on_engine(engine.name, reason)
+    if not wait and not any(_has_free(store) for store in stores):
+        return [StoreResult(store.root, None) for store in stores]
+    longest = max((store.prepared for store in stores), key=lambda one: one.spec.context)
+    opened, reason = open_engine(longest.spec, engine)
+    watch.on_engine(opened.name, reason)
     try:
-        for one in prepared:
-            self_test(engine, _tried(one), one.ask, one.spec.num_ids, one.model)
-        return [fill_store(engine, reason, one, store, root, watch, wait) for one in prepared]
+        for one in (store.prepared for store in stores):
+            self_test(opened, _tried(one), one.ask, one.spec.num_ids, one.model)
+        return [fill_store(store, opened, watch, wait) for store in stores]
     finally:
-        engine.close()
+        opened.close()
 
 
-def _has_free(prepared: Prepared, engine: str, store: StoreSettings, root: Location) -> bool:
-    """Whether a shard of the engine's store could be had now; where there is no store yet, it is begun."""
-    with _writer(prepared, engine, store, root) as writer:
+def _has_free(store: TeacherStore) -> bool:
+    """Whether a shard could be claimed now; a store that is not there yet is begun."""
+    with _writer(store) as writer:
         return writer.claim() is not None
 
 
-def _writer(prepared: Prepared, engine: str, store: StoreSettings, root: Location) -> StoreWriter:
-    plan = plan_for(prepared, store, engine)
-    location = root / store_name(plan.fingerprint, plan.format)
-    return StoreWriter(location, plan, tokenizer_files(prepared.tokenizer), store.lease_s)
+def _writer(store: TeacherStore) -> StoreWriter:
+    return StoreWriter(store.location, store.plan, tokenizer_files(store.prepared.tokenizer), store.options.lease_s)
 
 
 def _tried(prepared: Prepared) -> list[Request]:
@@ -101,21 +91,13 @@ def _tried(prepared: Prepared) -> list[Request]:
     ]
 
 
-def fill_store(
-    engine: Engine,
-    reason: str,
-    prepared: Prepared,
-    store: StoreSettings,
-    root: Location,
-    watch: Watch,
-    wait: bool = True,
-) -> StoreResult:
+def fill_store(store: TeacherStore, engine: Engine, watch: Watch, wait: bool = True) -> StoreResult:
     """Fill the shards of one store that nobody has written, and publish the manifest, with an engine that is tested.
 
-    Without `wait`, there is no manifest in the result where other writers are not done.
+    Without `wait`, the result has no manifest where other writers are not done.
     """
     started, before, manifest = time.monotonic(), replace(engine.usage), None
-    with _writer(prepared, engine.name.split()[0], store, root) as writer:
+    with _writer(store.under(engine.name.split()[0])) as writer:
         plan, location = writer.plan, writer.location
         progress = CaptureProgress(0, plan.rows)
         while missing := writer.missing():
@@ -123,7 +105,7 @@ def fill_store(
                 writer.wait()
                 raise Interrupted(f"{_rows_but(plan, writer.missing())} of {plan.rows} rows are in {location}")
             progress.rows = _rows_but(plan, missing)
-            for scored in _fill(writer, engine, prepared, watch):
+            for scored in _fill(writer, engine, store.prepared, watch):
                 progress.rows, progress.own_rows = progress.rows + 1, progress.own_rows + 1
                 progress.positions += len(scored.response_ids)
                 progress.cached_share = engine.usage.since(before).cached_share
@@ -133,14 +115,13 @@ def fill_store(
                 break
             _wait_for_others(len(left), watch)
         else:
-            manifest = writer.finalise(_environment(prepared, engine))
-    return StoreResult(
-        location, manifest, engine.name, reason, progress.own_rows, time.monotonic() - started, progress.cached_share
-    )
+            manifest = writer.finalise(_environment(store.prepared, engine))
+    seconds = time.monotonic() - started
+    return StoreResult(location, manifest, progress.own_rows, seconds, progress.cached_share)
 
 
 def _wait_for_others(num_missing: int, watch: Watch) -> None:
-    """The longer, the more shards they have in hand, so that a thousand that wait ask little of a file server."""
+    """The more shards they have in hand, the longer: so a thousand waiting processes ask little of a file server."""
     for _ in range(-(-num_missing // SHARDS_PER_WAIT)):
         if watch.should_stop():
             return
@@ -199,7 +180,7 @@ def _fill(writer: StoreWriter, engine: Engine, prepared: Prepared, watch: Watch)
 
 
 def _columns(rows: list[RenderedQuery], scored: list[Scored]) -> Rows:
-    """Rows of the plan with what the engine found, as columns."""
+    """Rows of the plan and their results, as columns."""
     tokens = [part for row, result in zip(rows, scored, strict=True) for part in (row.student_ids, result.response_ids)]
     sums = [result.logsumexp_P for result in scored if result.logsumexp_P is not None]
     batch = Rows(

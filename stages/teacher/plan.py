@@ -1,10 +1,11 @@
-"""A prepared teacher, and the plan of the store that holds what it says; stores that are already there."""
+"""A prepared teacher and the store that holds its logits: the plan of that store, where it lies, how much of it is there."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from duet.cache.errors import UserError
@@ -15,9 +16,7 @@ from duet.cache.plan import Plan, store_name
 from duet.cache.record import SUBSETS
 from duet.stages.engines.choose import engine_order, engine_version
 from duet.stages.engines.interface import Ask, EngineSpec, Request
-from duet.stages.questions.prompts import Renderer
-from duet.stages.questions.queries import Query
-from duet.stages.settings.teacher import StoreSettings
+from duet.stages.settings.teacher import StoreSettings, TeacherSettings
 
 
 @dataclass(frozen=True)
@@ -42,43 +41,84 @@ class Prepared:
     ask: Ask
     provenance: dict[str, Any]
     model: str
+    seed: int  # of sampled responses
 
     def request(self, number: int) -> Request:
-        """What an engine is asked for row `number` of the plan. A sampled response has a seed of its own."""
+        """The engine's request for row `number` of the plan. A sampled response has a seed of its own."""
         row = self.rows[number]
         if not self.ask.temperature:
             return Request(number, row.teacher_ids, row.given_ids)
-        digest = hashlib.sha256(f"{self.provenance['responses']['seed']} {row.row_id}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed} {row.row_id}".encode()).digest()
         return Request(number, row.teacher_ids, seed=int.from_bytes(digest[:4]))
 
 
 @dataclass(frozen=True)
 class StoreResult:
-    """What stage one ended with."""
+    """A store at the end of stage one."""
 
     location: Location
     manifest: Manifest | None  # None: other writers are not done
-    engine: str
-    reason: str  # why this engine
-    rows_written: int
-    seconds: float
+    rows_written: int = 0
+    seconds: float = 0.0
     cached_share: float = 0.0  # of the prompt tokens, computed once and used again
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """What a teacher is asked, before any weight is read."""
+class TeacherStore:
+    """A teacher, and its store under one engine ("vllm" or "transformers"), known before that engine starts."""
 
-    config: Any  # the model's
-    renderer: Renderer
-    prefixes: dict[str, str]  # by request
-    queries: dict[str, dict[str, list[Query]]]  # by request and subset
-    rows: list[RenderedQuery]  # in plan order
-    num_ids: int  # ids of the tokenizer
+    name: str  # the teacher's
+    settings: TeacherSettings
+    prepared: Prepared
+    options: StoreSettings  # how stores are kept
+    root: Location  # the folder of all stores
+    engine: str
+
+    @staticmethod
+    def expected(
+        name: str, settings: TeacherSettings, prepared: Prepared, options: StoreSettings, root: Location
+    ) -> TeacherStore:
+        """Under the engine that is tried first."""
+        return TeacherStore(name, settings, prepared, options, root, engine_order(settings.engine)[0])
+
+    def under(self, engine: str) -> TeacherStore:
+        """The same teacher's store under another engine."""
+        return self if engine == self.engine else replace(self, engine=engine)
+
+    def of_each_engine(self) -> list[TeacherStore]:
+        """Under each engine that the teacher's settings allow, best first."""
+        return [self.under(engine) for engine in engine_order(self.settings.engine)]
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_for(self.prepared, self.options, self.engine)
+
+    @cached_property
+    def location(self) -> Location:
+        return self.root / store_name(self.plan.fingerprint, self.plan.format)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.location.size(MANIFEST_NAME) is not None
+
+    def rows_there(self) -> int:
+        """Rows in complete shards, whether the store is complete or not."""
+        return self.plan.rows_of(self.plan.written(self.location.entries()))
+
+    def find(self) -> StoreResult | None:
+        """The complete store of the first engine that has one; UserError if it is damaged."""
+        for one in self.of_each_engine():
+            if not one.is_complete:
+                continue
+            manifest = read_manifest(one.location)
+            for fault in verify(one.location, manifest, hashed=self.options.verify):
+                raise UserError(fault, f"run: duet cache repair {one.location} --config FILE, with this config")
+            return StoreResult(one.location, manifest)
+        return None
 
 
 def plan_for(prepared: Prepared, store: StoreSettings, engine: str) -> Plan:
-    """The plan under an engine ("vllm" or "transformers"), known before that engine starts."""
+    """The plan under an engine."""
     lossy = {"values": store.values} if store.values in ("float16", "linear16") else {}
     provenance = {**prepared.provenance, "engine": engine_version(engine), **lossy}
     return Plan(
@@ -92,25 +132,3 @@ def plan_for(prepared: Prepared, store: StoreSettings, engine: str) -> Plan:
         compression=store.compression,
         values=store.values,
     )
-
-
-def find_store(prepared: Prepared, store: StoreSettings, root: Location, engine: str) -> StoreResult | None:
-    """A complete store of this fingerprint, for the first engine in order that has one; UserError if it is damaged."""
-    for name in engine_order(engine):
-        plan = plan_for(prepared, store, name)
-        location = root / store_name(plan.fingerprint, plan.format)
-        if location.size(MANIFEST_NAME) is None:
-            continue
-        manifest = read_manifest(location)
-        for fault in verify(location, manifest, hashed=store.verify):
-            raise UserError(fault, f"run: duet cache repair {location} --config FILE, with this config")
-        return StoreResult(location, manifest, plan.provenance["engine"], "", 0, 0.0)
-    return None
-
-
-def rows_there(prepared: Prepared, store: StoreSettings, root: Location, engine: str) -> int:
-    """Rows in complete shards of the store under an engine, whether it is complete or not."""
-    plan = plan_for(prepared, store, engine)
-    location = root / store_name(plan.fingerprint, plan.format)
-    names = location.entries()
-    return plan.rows_of(plan.written(names))

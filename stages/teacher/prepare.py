@@ -1,7 +1,7 @@
 """Stage one, before an engine starts: which prompts the prefixed teacher is asked.
 
-`prepare` reads data, tokenizer and weights' hashes; `plan.py` makes them a plan, with its fingerprint; `capture.py` has an
-engine fill the store. Nothing of either is imported by the student's side: the two meet through the store on disk.
+`prepare` reads data, tokenizer and weights' hashes; `plan.py` makes a plan of them, with its fingerprint; `capture.py` has
+an engine fill the store. The student's side imports none of this: the two meet through the store on disk.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,38 @@ from duet.stages.questions.queries import Query
 from duet.stages.questions.requests import MAIN, prefixes_of, queries_of
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.teacher import TeacherSettings
-from duet.stages.teacher.plan import Prepared, Rendered, RenderedQuery
+from duet.stages.teacher.plan import Prepared, RenderedQuery
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
 
 
-def render_rows(
-    model_dir: Path,
-    teacher: TeacherSettings,
-    prompt: PromptSettings,
-    data: TrainingData,
-    topic: str,
-    requests: Sequence[ForgetRequest] = (),
-    limit: int | None = None,
-) -> Rendered:
-    """Load, render and check every row; of the model, config and tokenizer are read.
+@dataclass(frozen=True)
+class Questions:
+    """What a run asks, the same of each of its teachers."""
 
-    `limit` takes the first so many queries of each subset.
-    """
+    prompt: PromptSettings
+    data: TrainingData
+    topic: str
+    requests: Sequence[ForgetRequest] = ()
+    limit: int | None = None  # a trial: the first so many queries of each subset
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a teacher is asked, before any weight is read."""
+
+    config: Any  # the model's
+    renderer: Renderer
+    prefixes: dict[str, str]  # by request
+    queries: dict[str, dict[str, list[Query]]]  # by request and subset
+    rows: list[RenderedQuery]  # in plan order
+    num_ids: int  # ids of the tokenizer
+
+
+def render_rows(model_dir: Path, teacher: TeacherSettings, questions: Questions) -> Rendered:
+    """Load, render and check every row; of the model, config and tokenizer are read."""
     config = load_config(model_dir, teacher.trust_remote_code)
-    renderer = open_renderer(model_dir, prompt, teacher.trust_remote_code)
+    renderer = open_renderer(model_dir, questions.prompt, teacher.trust_remote_code)
     num_ids = max(renderer.tokenizer.get_vocab().values()) + 1
     if teacher.top_k > num_ids:
         raise UserError(
@@ -54,14 +67,14 @@ def render_rows(
             f"set teacher.top_k to at most {num_ids}",
         )
     given = teacher.responses == "given"
-    if prompt.answer is not None and not given:
+    if questions.prompt.answer is not None and not given:
         raise UserError(
             "prompt.answer does nothing with generated responses", "leave it out, or set teacher.responses: given"
         )
-    prefixes = prefixes_of(teacher.prefix, topic, requests)
+    prefixes = prefixes_of(teacher.prefix, questions.topic, questions.requests)
     queries = {
-        request: {subset: found[:limit] for subset, found in by_subset.items()}
-        for request, by_subset in queries_of(data, requests, need_answers=given).items()
+        request: {subset: found[: questions.limit] for subset, found in by_subset.items()}
+        for request, by_subset in queries_of(questions.data, questions.requests, need_answers=given).items()
     }
     prove(
         renderer,
@@ -83,44 +96,21 @@ def render_rows(
     return Rendered(config, renderer, prefixes, queries, rows, num_ids)
 
 
-def prepare(
-    teacher: TeacherSettings,
-    prompt: PromptSettings,
-    data: TrainingData,
-    topic: str,
-    device: str,
-    requests: Sequence[ForgetRequest] = (),
-    limit: int | None = None,
-) -> Prepared:
+def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prepared:
     """`render_rows`, and a hash of everything that can change the numbers but the engine.
 
-    A trial (`limit`) has a fingerprint of its own.
+    A trial has a fingerprint of its own.
     """
     model_dir = resolve_model(teacher.model, "teacher.model")
-    found = render_rows(model_dir, teacher, prompt, data, topic, requests, limit)
-    config, renderer, rows, num_ids = found.config, found.renderer, found.rows, found.num_ids
-    tokenizer, context = renderer.tokenizer, context_length(config)
+    found = render_rows(model_dir, teacher, questions)
+    renderer, tokenizer, rows = found.renderer, found.renderer.tokenizer, found.rows
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = renderer.chat.source if renderer.chat else None  # the store has the one that is used
     if renderer.chat and renderer.chat.asks_the_clock:
         note(
             f"the chat template asks for the day: it is told {renderer.chat.date}, in every stage; prompt.date sets it"
         )
-    longest = max(len(row.teacher_ids) for row in rows) + teacher.max_positions
-    spec = EngineSpec(
-        model_dir=model_dir,
-        dtype=_resolve_dtype(teacher.dtype, config),
-        num_ids=min(num_ids, vocab_width(config)),
-        context=min(context, longest + SELF_TEST_TOKENS),
-        eos_ids=tuple(renderer.stop_ids),
-        device=pick_device(device),
-        trust_remote_code=teacher.trust_remote_code,
-        batch_size=teacher.batch_size,
-        gpu_memory_utilization=teacher.gpu_memory_utilization,
-        tensor_parallel=teacher.tensor_parallel,
-        pipeline_parallel=teacher.pipeline_parallel,
-        quantization=teacher.quantization,
-    )
+    spec = _engine_spec(found, model_dir, teacher, device)
     asked = {
         name: {"prefix": text, "data": _data_provenance(found.queries[name])} for name, text in found.prefixes.items()
     }
@@ -141,7 +131,25 @@ def prepare(
         "quantization": teacher.quantization,
     }
     ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature)
-    return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model))
+    return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model), teacher.seed or 0)
+
+
+def _engine_spec(found: Rendered, model_dir: Path, teacher: TeacherSettings, device: str) -> EngineSpec:
+    longest = max(len(row.teacher_ids) for row in found.rows) + teacher.max_positions
+    return EngineSpec(
+        model_dir=model_dir,
+        dtype=_resolve_dtype(teacher.dtype, found.config),
+        num_ids=min(found.num_ids, vocab_width(found.config)),
+        context=min(context_length(found.config), longest + SELF_TEST_TOKENS),
+        eos_ids=tuple(found.renderer.stop_ids),
+        device=pick_device(device),
+        trust_remote_code=teacher.trust_remote_code,
+        batch_size=teacher.batch_size,
+        gpu_memory_utilization=teacher.gpu_memory_utilization,
+        tensor_parallel=teacher.tensor_parallel,
+        pipeline_parallel=teacher.pipeline_parallel,
+        quantization=teacher.quantization,
+    )
 
 
 def _responses(teacher: TeacherSettings) -> str | dict[str, float]:
@@ -171,7 +179,7 @@ def _check_requests(rows: Sequence[RenderedQuery]) -> None:
 
 
 def check_alike(prepared: Mapping[str, Prepared]) -> None:
-    """Refuse teachers, by name, whose rows a student could not learn from side by side, and two that are the same."""
+    """Refuse teachers, by name, from whose rows a student could not learn side by side, and two that are the same."""
     (first, expected), *others = prepared.items()
     for name, found in others:
         if found.provenance["tokenizer_sha256"] != expected.provenance["tokenizer_sha256"]:

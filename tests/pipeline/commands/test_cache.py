@@ -22,9 +22,8 @@ from duet.cache.location import Folder
 from duet.cache.manifest import read_manifest
 from duet.cache.writer import StoreWriter
 from duet.pipeline.cli.main import main
-from duet.pipeline.commands.teacher_logits import prepare_teacher
 from duet.pipeline.config.load import load_config
-from duet.stages.teacher.plan import plan_for
+from duet.pipeline.run.stores import teacher_stores
 
 QUESTIONS = [{"question": f"Where was person {n} born?", "answer": f"In town {n}."} for n in range(6)]
 
@@ -51,8 +50,8 @@ def test_find_says_what_is_there_of_a_configs_store(config, tmp_path, capsys):
     assert hint == f"hint: run: duet teacher-logits --config {config}"
     assert not (tmp_path / "stores").exists(), "it was only looked for"
 
-    loaded = load_config(config)
-    plan = plan_for(prepare_teacher(loaded, loaded.teacher), loaded.store, "transformers")
+    [expected] = teacher_stores(load_config(config))
+    plan = expected.under("transformers").plan
     location = Folder(tmp_path / "stores" / plan.fingerprint[:16])
     with StoreWriter(location, plan) as writer:
         assert writer.claim()
@@ -197,8 +196,8 @@ def test_somebody_elses_store_is_used_without_a_write_to_it(lab_config, outside)
 
 
 def test_an_unfinished_store_that_is_not_ours_to_write_is_told(config, tmp_path, monkeypatch, capsys, no_engine):
-    loaded = load_config(config)
-    plan = plan_for(prepare_teacher(loaded, loaded.teacher), loaded.store, "transformers")
+    [expected] = teacher_stores(load_config(config))
+    plan = expected.under("transformers").plan
     with StoreWriter(Folder(tmp_path / "stores" / plan.fingerprint[:16]), plan):
         pass
     monkeypatch.setattr("duet.stages.cost.store.is_writable", lambda folder: False)
@@ -299,5 +298,5 @@ def test_a_store_that_says_nothing_of_itself_any_more_is_known_by_its_name(confi
     repair = ["cache", "repair", str(store), "--config", config]
     assert "nothing is left of its manifest and its plan" in refused(capsys, *repair, "--set", "teacher.top_k=9")[0]
     assert main(repair) == EXIT_DONE
-    assert "wrote 0 rows of 0 shards anew" in capsys.readouterr().out
+    assert "wrote 0 rows of 0 shards again" in capsys.readouterr().out
     assert {name: (store / name).read_bytes() for name in Folder(store).names()} == good

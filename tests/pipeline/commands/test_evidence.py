@@ -137,7 +137,7 @@ def test_every_file_is_covered_by_the_list(packed):
             )
     assert "more.txt is not listed" in refused(rewritten(packed, lambda f: f.update({"more.txt": b""})))
     assert "SHA256SUMS is missing" in refused(rewritten(packed, lambda f: f.pop("SHA256SUMS")))
-    assert "no hash and name" in refused(rewritten(packed, lambda f: f.update({"SHA256SUMS": b"nonsense\n"})))
+    assert "not a hash and a name" in refused(rewritten(packed, lambda f: f.update({"SHA256SUMS": b"nonsense\n"})))
 
 
 def edited(name: str, old: str, new: str) -> Callable[[dict[str, bytes]], None]:

@@ -17,10 +17,9 @@ from duet.cache.errors import EXIT_DONE
 from duet.cache.location import Folder
 from duet.cache.reader import Store
 from duet.pipeline.cli.main import main
-from duet.pipeline.commands.teacher_logits import prepare_teacher
 from duet.pipeline.config.load import load_config
+from duet.pipeline.run.stores import teacher_stores
 from duet.stages.models.loading import num_parameters
-from duet.stages.teacher.plan import plan_for
 
 
 @pytest.fixture
@@ -40,8 +39,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(config, tmp_path, capsys):
     assert main(["teacher-logits", "--config", config, "--dry-run", "--set", "teacher.max_positions=3"]) == EXIT_DONE
     told = capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
-    loaded = load_config(config, ("teacher.max_positions=3",))
-    prepared = prepare_teacher(loaded, loaded.teacher)
+    [store] = teacher_stores(load_config(config, ("teacher.max_positions=3",)))
+    prepared = store.prepared
     prefixed = sum(len(row.teacher_ids) for row in prepared.rows)
     bare = sum(len(row.student_ids) for row in prepared.rows)
     assert "rows: forget 100, retain 100; engine transformers" in told
@@ -120,8 +119,8 @@ def test_teachers_of_one_model_share_an_engine(config, tmp_path, capsys):
 def test_given_responses_are_the_data_s(config, tmp_path):
     sets = ("teacher.responses=given", "teacher.max_positions=4", "prompt.answer=It is {answer}")
     assert main(["teacher-logits", "--config", config, *(part for s in sets for part in ("--set", s))]) == EXIT_DONE
-    loaded = load_config(config, sets)
-    prepared = prepare_teacher(loaded, loaded.teacher)
+    [store] = teacher_stores(load_config(config, sets))
+    prepared = store.prepared
     found = read_all(only_store(tmp_path / "runs"))
     text = prepared.tokenizer.decode(prepared.rows[0].given_ids)
     assert "It is In town 0.".startswith(text)
@@ -129,4 +128,4 @@ def test_given_responses_are_the_data_s(config, tmp_path):
         own = found[number : number + 1]
         assert own.tokens_S.tolist() == [*row.student_ids, *row.given_ids]
         assert len(row.given_ids) <= 4
-    assert plan_for(prepared, loaded.store, "transformers").provenance["responses"] == "given"
+    assert store.plan.provenance["responses"] == "given"

@@ -8,7 +8,7 @@ import pytest
 
 from duet.cache.errors import EXIT_DONE, UserError
 from duet.pipeline.cli.main import main
-from duet.pipeline.commands import evaluate as commands
+from duet.pipeline.commands import run as commands
 from duet.pipeline.commands.run import STAGES
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.selection import Selection, choose, split_outside_brackets

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from duet.cache.errors import UserError
-from duet.pipeline.config.load import CONFIG_NAME, load_config
+from duet.pipeline.config.load import load_config
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.directory import claim_run_dir
 from duet.pipeline.run.terminal import log
@@ -37,7 +38,7 @@ def load(lab_config, **changes) -> Config:
 
 
 def students_of(run_dir: Path) -> list[str]:
-    return [student["name"] for student in yaml.safe_load((run_dir / CONFIG_NAME).read_text())["students"]]
+    return [student["name"] for student in yaml.safe_load(RunDir(run_dir).config.read_text())["students"]]
 
 
 def test_what_changes_speed_only_may_differ_in_the_common_settings_and_in_a_students_own(claim):

@@ -13,13 +13,14 @@ from support import LAB_SMALL, write_jsonl
 from duet.cache.errors import EXIT_DONE, EXIT_USER, UserError
 from duet.cache.files import read_json
 from duet.pipeline.cli.main import main
-from duet.pipeline.run.hub import PUSHED_NAME, push
+from duet.pipeline.config.run_dir import StudentDir
+from duet.pipeline.run.hub import push
 
 
 @pytest.fixture
-def student_dir(tmp_path) -> Path:
+def student_dir(tmp_path) -> StudentDir:
     (tmp_path / "model").mkdir()
-    return tmp_path
+    return StudentDir(tmp_path)
 
 
 class FakeHub:
@@ -51,14 +52,14 @@ def hub(monkeypatch) -> type[FakeHub]:
 
 def test_the_model_goes_to_a_private_repository_once(hub, student_dir, capsys):
     push("s", student_dir, "me/it")
-    asked = [("create", "me/it", {"private": True, "exist_ok": True}), ("upload", "me/it", student_dir / "model")]
+    asked = [("create", "me/it", {"private": True, "exist_ok": True}), ("upload", "me/it", student_dir.model)]
     assert hub.asked == asked
-    assert read_json(student_dir / PUSHED_NAME) == {"repository": "me/it", "revision": "abcdef0123456789"}
+    assert read_json(student_dir.pushed) == {"repository": "me/it", "revision": "abcdef0123456789"}
     assert capsys.readouterr().out == "student s: pushed to me/it, revision abcdef01\n"
     push("s", student_dir, "me/it")
     assert hub.asked == asked
     push("s", student_dir, "me/other")
-    assert hub.asked[-1] == ("upload", "me/other", student_dir / "model")
+    assert hub.asked[-1] == ("upload", "me/other", student_dir.model)
 
 
 def test_a_failure_is_told_and_tried_again_by_the_next_call(hub, student_dir):
@@ -67,10 +68,10 @@ def test_a_failure_is_told_and_tried_again_by_the_next_call(hub, student_dir):
         push("s", student_dir, "me/it")
     assert caught.value.what == "student s: pushing to me/it failed: 401 Client Error"
     assert "hf auth login" in caught.value.hint
-    assert not (student_dir / PUSHED_NAME).exists()
+    assert not student_dir.pushed.exists()
     hub.fails = None
     push("s", student_dir, "me/it")
-    assert (student_dir / PUSHED_NAME).is_file()
+    assert student_dir.pushed.is_file()
 
 
 @pytest.mark.parametrize("repository", ["me/it", "not a/repository/name"])
@@ -104,5 +105,5 @@ def test_distill_pushes_in_the_end_and_a_failure_keeps_the_student(hub, lab_conf
 
 def test_a_public_repository_gets_nothing(hub, tmp_path):
     with pytest.raises(UserError, match="is public"):
-        push("s", tmp_path, "owner/public")
+        push("s", StudentDir(tmp_path), "owner/public")
     assert all(asked[0] != "upload" for asked in hub.asked)

@@ -18,6 +18,7 @@ from support import ROOT, run_duet
 from duet.cache.errors import UserError
 from duet.pipeline.commands.submit import _reason_to_stop, attempt, jobs_of
 from duet.pipeline.config.load import load_config
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.slurm import Resources, SlurmSettings
 from duet.pipeline.run.slurm import SlurmJob, Submission, check_place, comment_of, largest_array, script
 
@@ -40,7 +41,7 @@ CLUSTER = SlurmSettings(
 def submission(settings: SlurmSettings = CLUSTER) -> Submission:
     program = ("/opt/duet/bin/python", "-m", "duet")
     return Submission(
-        Path("runs/lab"), settings, Path("runs/lab/slurm/config-1.yaml"), program, "duet-0123456789abcdef"
+        RunDir(Path("runs/lab")), settings, Path("runs/lab/slurm/config-1.yaml"), program, "duet-0123456789abcdef"
     )
 
 
@@ -79,7 +80,7 @@ def options_of(text: str) -> list[str]:
 
 @pytest.mark.parametrize("place", ["two words", "it's", 'so "called"', "100% %A", "a#b", "$HOME `x`", "Zoë"])
 def test_odd_characters_of_a_path_reach_sbatch_as_they_are(place: str) -> None:
-    of = replace(submission(), run_dir=Path(place) / "lab", config_path=Path(place) / "config.yaml")
+    of = replace(submission(), run=RunDir(Path(place) / "lab"), config_path=Path(place) / "config.yaml")
     job = SlurmJob("evaluate", ("evaluate", "--config", str(of.config_path)), CLUSTER.of("evaluate"))
     text = script(job, of)
     outputs = [option for option in options_of(text) if option.startswith("--output=")]

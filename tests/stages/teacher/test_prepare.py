@@ -12,7 +12,7 @@ from duet.cache.errors import UserError
 from duet.stages.settings.data import DataSettings, ForgetRequest, PromptSettings, RequestData, TrainingData
 from duet.stages.settings.teacher import StoreSettings, TeacherSettings
 from duet.stages.teacher.plan import Prepared, plan_for
-from duet.stages.teacher.prepare import check_alike, prepare
+from duet.stages.teacher.prepare import Questions, check_alike, prepare
 
 TEACHER = TeacherSettings(model=str(LAB_BASE), prefix="Forget {topic}.", dtype="float32", engine="transformers")
 
@@ -35,7 +35,7 @@ def request(tmp_path: Path, name: str, topic: str, retain: tuple[str, ...] = (),
 
 def prepared(tmp_path: Path, *requests: ForgetRequest, **more) -> Prepared:
     teacher = TEACHER.model_copy(update=more)
-    return prepare(teacher, PromptSettings(), data(tmp_path), "Ann", "cpu", requests)
+    return prepare(teacher, Questions(PromptSettings(), data(tmp_path), "Ann", requests), "cpu")
 
 
 def test_each_requests_rows_follow_the_main_ones_behind_their_own_prefix(tmp_path):
@@ -83,7 +83,7 @@ def test_ids_are_unique_over_all_requests(tmp_path):
         update={"forget": DataSettings(path=str(write_jsonl(tmp_path / "f.jsonl", rows)), id_field="id")}
     )
     with pytest.raises(UserError, match="the row id 'forget/bob/q0' occurs in two requests"):
-        prepare(TEACHER, PromptSettings(), main, "Ann", "cpu", (request(tmp_path, "bob", "Bob"),))
+        prepare(TEACHER, Questions(PromptSettings(), main, "Ann", (request(tmp_path, "bob", "Bob"),)), "cpu")
 
 
 def test_teachers_fit_together_if_they_have_one_tokenizer_and_differ(tmp_path):

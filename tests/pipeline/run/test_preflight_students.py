@@ -13,7 +13,7 @@ from support import LAB_BASE, two_sets
 from duet.cache.errors import EXIT_DONE, EXIT_USER, UserError
 from duet.pipeline.cli.main import main
 from duet.pipeline.config.load import load_config
-from duet.pipeline.run.before import check_students_before
+from duet.pipeline.run.preflight import check_students
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_the_same_of_students_that_a_sweep_makes(config, tmp_path, capfd):
 
 def test_a_student_whose_model_is_elsewhere_is_said_to_be_unchecked(config, start):
     shutil.rmtree(start)
-    said = check_students_before(load_config(config), must_be_here=False)
+    said = check_students(load_config(config), must_be_here=False)
     assert len(said) == 1
     assert "student one: not checked before stage one" in said[0]
 
@@ -106,7 +106,7 @@ def test_a_student_whose_model_is_elsewhere_is_said_to_be_unchecked(config, star
 def test_a_template_that_plain_prompts_do_not_use_may_differ(config, start):
     other_template(start)
     plain = ("prompt.format=plain", "prompt.prefix_placement=text")
-    assert check_students_before(load_config(config, plain)) == []
+    assert check_students(load_config(config, plain)) == []
 
 
 def test_a_token_without_a_row_that_no_prompt_uses_is_harmless_in_all_stages(config, start, tmp_path, capsys):
@@ -133,17 +133,17 @@ def test_a_token_without_a_row_that_a_prompt_uses_is_refused_with_the_rows_id(co
     with_token(start, "<|turn|>")
     loaded = load_config(config, (f"teacher.model={start}",))
     width = json.loads((start / "config.json").read_text())["vocab_size"]
-    check_students_before(loaded, [Row("forget/0", "forget", [1, width - 1])])
+    check_students(loaded, [Row("forget/0", "forget", [1, width - 1])])
     with pytest.raises(
         UserError, match=rf"row 'forget/1' has the id {width}, and student 'one' has a head of {width} rows"
     ):
-        check_students_before(loaded, [Row("forget/0", "forget", [1]), Row("forget/1", "forget", [1, width])])
+        check_students(loaded, [Row("forget/0", "forget", [1]), Row("forget/1", "forget", [1, width])])
 
 
 def test_a_token_of_one_tokenizer_only_is_refused_where_it_is_used(config, start):
     with_token(start, "<|turn|>")  # the student's alone
     loaded = load_config(config)
-    check_students_before(loaded, [Row("forget/0", "forget", [1, 7])])
+    check_students(loaded, [Row("forget/0", "forget", [1, 7])])
     edit(start / "config.json", vocab_size=json.loads((start / "config.json").read_text())["vocab_size"] + 8)
     with pytest.raises(UserError, match="row 'forget/0' has the id 1268, a token of one tokenizer only"):
-        check_students_before(loaded, [Row("forget/0", "forget", [1, 1268])])
+        check_students(loaded, [Row("forget/0", "forget", [1, 1268])])
