@@ -10,7 +10,7 @@ STAMP := $(VENV)/.duet-setup
 DEV := $(VENV)/.duet-setup-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-families docs-reference clean-venv
+.PHONY: help setup demo test test-quick test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-families docs-reference clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,11 +29,21 @@ demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in ru
 test: $(DEV) ## all tests
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# Without vLLM, browser, Slurm, and whatever starts many processes.
+QUICK := tests/test_house.py tests/test_english.py tests/test_docs.py tests/cache/test_codec.py tests/cache/test_golden.py \
+    tests/cache/test_leases.py tests/stages/metrics tests/stages/models tests/stages/questions/test_prompts.py \
+    tests/stages/student/test_losses.py tests/stages/student/test_passes.py tests/stages/audit tests/pipeline/config \
+    tests/pipeline/cli/test_mistakes.py tests/pipeline/pages/test_report.py
+
+test-quick: $(DEV) ## tests for the inner loop, under two minutes
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(QUICK) $(ARGS)
+
 test-images: $(DEV) ## build the images with Docker, Podman or Apptainer and run them; gigabytes
 	@DUET_TEST_IMAGES=1 $(BIN)/python -m pytest tests/test_docs_containers.py -rs $(ARGS)
 
-soak-store: $(DEV) ## 1,000 random bit flips in each kind of store, found and repaired
-	@DUET_FLIPS=1000 $(BIN)/python -m pytest tests/cache/test_damage.py -k random_bit_flips --durations=4 $(ARGS)
+soak-store: $(DEV) ## 1,000 random bit flips in each kind of store, and 1,000 writers of one store
+	@DUET_FLIPS=1000 DUET_TASKS=1000 $(BIN)/python -m pytest tests/cache/test_damage.py tests/cache/test_many_writers.py \
+	    -k "random_bit_flips or tasks_of_an_array" --durations=6 $(ARGS)
 
 lint: $(DEV) ## ruff and pyright
 	@$(BIN)/ruff check .

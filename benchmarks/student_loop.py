@@ -6,7 +6,7 @@ A whole step: a random student of 120M parameters (vocabulary 128,256, width 512
 which are 55% of it; of a larger model they are less, and so is the gain), all of it trained with AdamW in float32, as it
 is or under bf16 autocast. 16 rows a step, questions of 16 to 64 tokens, k = 64 ids at 1 or 16 positions each, Huber loss.
 * `Duet's`: `train_student` on a store.
-* `Trainer`: that of transformers as it comes (its fused AdamW, too), with a `compute_loss` that takes the model's logits
+* `Trainer`: that of transformers as it comes (with its fused AdamW), with a `compute_loss` that takes the model's logits
   [B, T, V] and from these the ids of the supervised positions.
 * `DistillKit's`: a plain loop with what its loss does, a gather of [B, T, K] ids from all logits and a mask, and with the
   fused AdamW that it gets from the Trainer. Its own loss is a divergence, its loop the Trainer's: both cost more.

@@ -92,7 +92,7 @@ class ArrowShard:
     """A memory-mapped shard; `block(i)` holds its rows i*block_rows and on."""
 
     def __init__(self, file: BufferedReader, layout: Layout, columns: Columns, block_rows: int) -> None:
-        """`block_rows` is the size of its record batches. Whatever pyarrow raises, here and in `block`: it is no such shard."""
+        """`block_rows` is the size of its record batches. Any error of pyarrow, here and in `block`, means it is not one."""
         self._map, self._layout = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), layout
         self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         if self._file.schema != schema(columns):

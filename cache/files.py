@@ -117,14 +117,14 @@ def json_bytes(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of ours; a damaged one is a UserError that names it."""
+    """Parse one of Duet's JSON files; a damaged one is a UserError that names it."""
     with open(path, "rb") as file:
         return parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
 
 
 def parse_json(raw: bytes, name: str) -> Any:
     """Parse JSON from `name`; what is too large, too deep or no JSON is a UserError."""
-    hint = "the file is damaged: restore it or make it anew"
+    hint = "the file is damaged: restore it or write it again"
     if len(raw) > MAX_JSON_BYTES:
         raise UserError(f"{name} is larger than {MAX_JSON_BYTES} bytes", hint)
     try:

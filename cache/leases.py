@@ -164,7 +164,7 @@ class Leases:
             raise LeaseLost(lease.key) from None
 
     def release(self, lease: Lease) -> None:
-        """Give a lease back, with what lies in it; one that was taken over is not ours to touch."""
+        """Give a lease back, with what lies in it; one that was taken over belongs to another writer."""
         self._end(lease.key, lease.path.name)
 
     def stamps(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ OURS = re.compile(
 def verify(location: Location, manifest: Manifest, hashed: bool = True) -> Iterator[str]:
     """Describe each file that readers need and that is missing, of another size or (`hashed`) of other bytes.
 
-    `check` looks at the other files, too.
+    `check` also looks at the other files.
     """
     for shard in manifest.shards:
         if fault := check_file(location, shard.name, shard.bytes, shard.sha256, hashed):
@@ -262,7 +262,7 @@ def removable(root: Folder, unused_days: float | None) -> list[Found]:
 
 
 def remove_store(path: Path) -> list[str]:
-    """Remove a store's files, the manifest first; returns what was left because it is not ours."""
+    """Remove a store's files, the manifest first; returns the files left because they are not Duet's."""
     location = Folder(path)
     described = read_manifest(location) if location.size(MANIFEST_NAME) is not None else read_plan(location)
     names = location.names()

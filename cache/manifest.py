@@ -91,7 +91,7 @@ class Manifest:
 def manifest_of(plan: Plan, shards: list[Shard], environment: dict[str, Any]) -> Manifest:
     """The manifest of a store whose shards are all written."""
     if len({shard.logsumexp for shard in shards}) > 1:
-        raise UserError("some shards have a log-sum-exp and some have none", "make the store anew with one engine")
+        raise UserError("some shards have a log-sum-exp and some have none", "write the store again with one engine")
     return Manifest(
         format_version=plan.format_version,
         format=plan.format,
@@ -124,7 +124,7 @@ def read_manifest(location: Location) -> Manifest:
         raise no_manifest(location)
     value = read_signed(raw, name, "sha256", REPAIR_HINT)
     check_version(value, name)
-    hint = "whoever signed it changed it: make the store anew"
+    hint = "whoever signed it changed it: write the store again"
     try:
         manifest = Manifest(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
         fault = next(_faults(manifest), None)

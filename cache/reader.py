@@ -151,7 +151,7 @@ class Store:
         except Exception as error:
             name = self.location.name_of(self.manifest.shards[shard].name)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DamagedStore(f"{name} is not a shard of this store: {reason}", "make the store anew") from error
+            raise DamagedStore(f"{name} is not a shard of this store: {reason}", "write the store again") from error
 
     def _shard(self, index: int) -> ArrowShard | ZarrShard:
         shard = self._shards.pop(index, None) or self._open(index)

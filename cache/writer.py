@@ -262,14 +262,14 @@ class StoreWriter:
     def _tidy(self) -> None:
         """Remove what killed writers left in a complete store; its leases' folder goes last, and says that it was done."""
         if self._leases and self._leases.dir.exists():
-            with suppress(PermissionError):  # what is not ours to remove harms no reader
+            with suppress(PermissionError):  # files that others own harm no reader
                 for name in filter(TEMPORARY.fullmatch, self.location.names()):
                     self.location.remove(name)
                 self._leases.tidy()
 
 
 def written_shard(location: Location, plan: Plan, index: int) -> Shard | None:
-    """The shard's entry if its file has the size that was written, else None: the shard is written anew."""
+    """The shard's entry if its file has the size that was written, else None: the shard is rewritten."""
     try:
         shard = read_entry(location, plan, index)
     except NotAsWritten:

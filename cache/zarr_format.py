@@ -87,7 +87,7 @@ class ZarrShard:
     """An opened shard; `block(i)` holds its rows i*block_rows and on. What is small is read at once."""
 
     def __init__(self, file: BufferedReader, layout: Layout, columns: Columns, block_rows: int) -> None:
-        """Whatever zarr, numpy or zipfile raise, here and in `block`: it is no such shard."""
+        """Whatever zarr, numpy or zipfile raise, here and in `block`: it is not such a shard."""
         import zarr
         from zarr.storage import MemoryStore
 
@@ -119,7 +119,7 @@ class ZarrShard:
         return -(-len(self._subsets) // self._block_rows)
 
     def block(self, index: int) -> Block:
-        """Decoded anew at each call."""
+        """Decoded again at each call."""
         first, end = index * self._block_rows, min((index + 1) * self._block_rows, len(self._subsets))
         token_offsets, tokens = cut(self._token_offsets, first, end)
         position_offsets, positions = cut(self._position_offsets, first, end)

@@ -230,7 +230,7 @@ def collect_garbage(root: str, unused_days: float | None, yes: bool) -> None:
             f"{done} {store.location}: {store.state}, {store.num_bytes / 1e6:.2f} MB, unused for {store.unused_days:.1f} days"
         )
         for name in left:
-            say(f"kept {store.location.name_of(name)}: it is not ours")
+            say(f"kept {store.location.name_of(name)}: it is not Duet's")
     if not found:
         say(f"nothing to remove in {root}")
     elif not yes:

@@ -243,7 +243,7 @@ def model_check(key: str, model: Model, trust_remote_code: bool = False) -> Chec
 
 
 def _hub_model_check(key: str, model: str) -> Check | None:
-    """Of a model on the hub; None for what is no hub id."""
+    """Of a model on the hub; None for anything else."""
     from huggingface_hub import HfApi, snapshot_download
 
     from duet.stages.models.locations import is_hub_id

@@ -117,7 +117,9 @@ def _text(text: str) -> str:
 
 def _name(text: str) -> str:
     if not NAME.fullmatch(text):
-        raise UserError(f"--name: {text!r} is no name of a run", "use letters, digits, dots, hyphens and underscores")
+        raise UserError(
+            f"--name: {text!r} is not a name for a run", "use letters, digits, dots, hyphens and underscores"
+        )
     return text
 
 
@@ -145,7 +147,7 @@ def check_apart(forget: list[Query], retain: list[Query], path: str) -> None:
     both = [query for query in retain if query.question in {other.question for other in forget}]
     if both:
         raise UserError(
-            f"--retain: {len(both)} questions of {path} are to be forgotten, too, the first {both[0].question!r}",
+            f"--retain: {len(both)} questions of {path} are also to be forgotten, the first {both[0].question!r}",
             "leave them out of one of the two files",
         )
 

@@ -187,7 +187,7 @@ def _ask(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError(
-            f"no {command[0]} here: this is no machine of a Slurm cluster",
+            f"no {command[0]} here: this machine is not part of a Slurm cluster",
             "log in to one, or run the stages here: duet run",
         ) from None
     if done.returncode:

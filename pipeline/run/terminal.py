@@ -144,7 +144,7 @@ def be_silent() -> None:
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[ProgressBar]:
-    """A bar on stderr with count, rate, time left and a note; none where stderr is no terminal or the command is quiet."""
+    """A bar on stderr with count, rate, time left and a note; none where stderr is not a terminal or the command is quiet."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),

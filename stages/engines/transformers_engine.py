@@ -193,7 +193,7 @@ class TransformersEngine(Engine):
         return out.logits[:, -1], out.past_key_values
 
     def _cache_of(self, ids: Sequence[int], num_rows: int) -> Cache:
-        """The keys and values of what prompts begin with, for so many rows; of nothing, an empty cache."""
+        """The keys and values of what prompts begin with, for that number of rows; of nothing, an empty cache."""
         if not ids:
             return DynamicCache(config=self._model.config)
         if self._beginning is None or self._beginning.ids != tuple(ids):

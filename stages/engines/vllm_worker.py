@@ -46,7 +46,7 @@ class Capture:
             metadata, logits_NV = kwargs["sampling_metadata"], kwargs["logits"]
             wanted = metadata.max_num_logprobs is not None
             rows = top_k(logits_NV, k, num_ids, logsumexp) if wanted else None
-            logits_NV[:, num_ids:] = -torch.inf  # head padding is no token and must not be sampled
+            logits_NV[:, num_ids:] = -torch.inf  # head padding is not a token and must not be sampled
             if rows is None:
                 return None
             ids_NK, values_NK, sums_N = rows
@@ -68,7 +68,7 @@ class Capture:
 
 
 class ChosenTokens(LogitsProcessor):
-    """Leaves, at each position of a request that has a say in it, one token: the given one, or one that we draw.
+    """Forces one token at each position of a request that asks for it: the given token, or one that Duet sampled.
 
     What is captured is the model's own: logits are looked at, or copied by vLLM, before they are processed. vLLM's own draws
     need a generator per request, which fails on a CPU where a long prompt is computed in parts.

@@ -21,7 +21,7 @@ from duet.stages.models.files import (
 )
 from duet.stages.settings.teacher import AdaptedModel
 
-_SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")  # all that is no weights
+_SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")  # everything but weights
 
 
 def find_model(name: str | AdaptedModel, where: str, weights: bool = True) -> Path:
@@ -30,7 +30,7 @@ def find_model(name: str | AdaptedModel, where: str, weights: bool = True) -> Pa
         base, adapter = (find_model(part, where, weights) for part in (name.model, name.adapter))
         if not is_adapter(adapter):
             raise UserError(
-                f"{where}: {name.adapter} is no adapter: it has no {ADAPTER_CONFIG_NAME}",
+                f"{where}: {name.adapter} is not an adapter: it has no {ADAPTER_CONFIG_NAME}",
                 "adapter is a directory as peft's save_pretrained writes it",
             )
         return _with_base(adapter.resolve(), base.resolve())

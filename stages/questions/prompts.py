@@ -38,7 +38,7 @@ class Prompt:
     question: str  # as it is asked: of an attack, not the query's own
     prefix: str = ""  # text in front
     opening: str = ""  # what the answer is made to begin with
-    opening_tokens: int | None = None  # only so many first tokens of it; None: all
+    opening_tokens: int | None = None  # number of its first tokens; None: all
     bare: bool = False  # plain text to be continued, without the chat form and without prompt.template
     examples: tuple[Query, ...] = ()  # answered questions before this one
     references: tuple[str, ...] = ()  # right answers, the best match counts; empty: the query's own

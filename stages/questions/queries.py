@@ -1,4 +1,4 @@
-"""Query sets: from a file or a Hugging Face data set to checked rows. Nothing is dropped or mended on the way.
+"""Query sets: from a file or a Hugging Face data set to checked rows. Nothing is dropped or repaired on the way.
 
 How a file becomes rows is in `json_rows.py`, `tables.py` (CSV) and `columns.py` (Parquet, the hub).
 """

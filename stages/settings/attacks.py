@@ -131,7 +131,7 @@ _ROWS = (
     Attack(
         "relearn",
         "relearning",
-        "that a copy was not trained on, after the last step of fine-tuning on others; the worst is over all steps, too",
+        "that a copy was not trained on, after the last step of fine-tuning on others; the worst is also over all steps",
         made_of="weights",
         proof="own",
         on_control=True,

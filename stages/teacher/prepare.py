@@ -41,7 +41,7 @@ class Questions:
     data: TrainingData
     topic: str
     requests: Sequence[ForgetRequest] = ()
-    limit: int | None = None  # a trial: the first so many queries of each subset
+    limit: int | None = None  # a trial: the number of first queries of each subset
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ BAD_INPUT = {
     "context is 256": lambda tmp: {"teacher__prefix": "Forget them. " * 200},
     "has no weights": lambda tmp: {"teacher__model": str(without_weights(tmp))},
     "no such directory": lambda tmp: {"teacher__model": "./nowhere"},
-    "is not empty and is no run": lambda tmp: {"runs_dir": foreign_directory(tmp)},
+    "is not empty and is not a Duet run": lambda tmp: {"runs_dir": foreign_directory(tmp)},
 }
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_store_is_refused_and_repaired(lab_config, tmp_path, capsys):
     assert "shard-00001" in refused(capsys, "teacher-logits", "--config", config)[0]  # nothing is mended unasked
     others = {path: path.stat().st_mtime_ns for path in store_of(tmp_path).glob("shard-0000[02].arrow")}
     assert main(["cache", "repair", store, "--config", config]) == EXIT_DONE
-    assert "wrote 3 rows of 1 shards anew" in capsys.readouterr().out
+    assert "wrote 3 rows of 1 shards again" in capsys.readouterr().out
     assert nearly_same_rows(read_all(store_of(tmp_path)), before)
     assert {path: path.stat().st_mtime_ns for path in others} == others
     assert main(["cache", "verify", store]) == EXIT_DONE

@@ -221,7 +221,7 @@ def test_an_audit_does_not_claim_the_run(small):
     foreign = config.model_copy(update={"name": "foreign"})
     (foreign.run_dir / "audit").mkdir(parents=True)
     (foreign.run_dir / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is no run of ours"):
+    with pytest.raises(UserError, match="is not a Duet run"):
         claim_run_dir(foreign)
 
 

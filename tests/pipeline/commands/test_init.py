@@ -100,7 +100,7 @@ FAULTY = {
     "has no config.json": lambda tmp: {"model": str(tmp)},
     "neither a directory nor of the form OWNER/NAME": lambda tmp: {"model": "./nowhere"},
     "are to be forgotten, too": lambda tmp: {"retain": str(tmp / "forget.jsonl")},
-    "is no name of a run": lambda tmp: {"name": "../up"},
+    "is not a name for a run": lambda tmp: {"name": "../up"},
 }  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def test_submitting_without_slurm_says_what_to_do(tmp_path: Path, monkeypatch: p
     done = run_duet("submit", "--config", LAB, "--set", f"runs_dir={tmp_path}")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: no squeue here: this is no machine of a Slurm cluster",
+        "error: no squeue here: this machine is not part of a Slurm cluster",
         "hint: log in to one, or run the stages here: duet run",
     ]
 
