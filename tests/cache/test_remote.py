@@ -231,7 +231,7 @@ print(*read_all(location_of("s3://stores/s", sys.argv[1], int(sys.argv[2]))).row
 
 
 def reading_process(tmp_path: Path, cache_bytes: int) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "helpers")}
     command = [sys.executable, "-c", READ_ALL, str(tmp_path / "cache"), str(cache_bytes)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from duet.pipeline.pages.students import FinishedStudent
+from duet.stages.student.summary import TeacherShare, TrainingSummary
+
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 MODELS = ("base", "teacher", "student:a", "student:b")
 SHARES = (
@@ -148,3 +151,37 @@ def _student(number: int) -> dict[str, Any]:
         "model": "m",
         "curve": [[1, 2.0], [2, 1.0], [3, 0.5]],
     }
+
+
+PROBE = {
+    "rows": 60, "held_out": False, "loss": 0.1,
+    "agreement.forget": 0.75, "agreement.retain": 0.5, "refusal.forget": 1.0, "refusal.retain": 0.0,
+}  # fmt: skip
+
+
+def finished_student(name: str, start: str = "owner/llama", **more: Any) -> FinishedStudent:
+    """A student with made-up facts, but for those in `more`."""
+    entries: dict[str, Any] = {
+        "name": name,
+        "loss": "huber_raw",
+        "loss_reason": "as the settings say",
+        "teachers": {"teacher": TeacherShare("f" * 64, 1.0)},
+        "combine": None,
+        "head": "Llama: gathered head",
+        "steps": 120,
+        "stopped_early": False,
+        "rows": 60,
+        "train_s": 3723.4,
+        "rows_per_s": 123.4,
+        "tokens_per_s": 123456.7,
+        "stall_share": 0.01,
+        "peak_memory_gb": 61.234,
+        "parameters": 3_212_749_824,
+        "trained_parameters": 24_313_856,
+        "processes": 1,
+        "left_out": (),
+        "added_ends": (),
+        "curve": [[1, 18.7], [120, 0.01789]],
+        "probe": PROBE,
+    }
+    return FinishedStudent(start, TrainingSummary(**(entries | more)))

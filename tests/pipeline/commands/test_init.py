@@ -99,7 +99,7 @@ FAULTY = {
     "has no field 'question'": lambda tmp: {"forget": other_fields(tmp)},
     "has no config.json": lambda tmp: {"model": str(tmp)},
     "neither a directory nor of the form OWNER/NAME": lambda tmp: {"model": "./nowhere"},
-    "are to be forgotten, too": lambda tmp: {"retain": str(tmp / "forget.jsonl")},
+    "are also to be forgotten": lambda tmp: {"retain": str(tmp / "forget.jsonl")},
     "is not a name for a run": lambda tmp: {"name": "../up"},
 }  # fmt: skip
 

@@ -73,7 +73,8 @@ def test_a_trial_has_a_store_of_its_own(config, tmp_path, capsys):
 
 def test_several_processes_write_what_one_does(config, tmp_path, capsys):
     assert main(["teacher-logits", "--config", config, "--set", f"runs_dir={tmp_path / 'alone'}"]) == EXIT_DONE
-    done = run_duet("teacher-logits", "--config", config, "--workers", "2")
+    slow = ("--set", "teacher.batch_size=1")  # so that the first is not done before the second has started
+    done = run_duet("teacher-logits", "--config", config, "--workers", "2", *slow)
     assert done.returncode == EXIT_DONE, done.stderr
     assert done.stdout.count("engine: ") == 2
     together, alone = (only_store(tmp_path / runs) for runs in ("runs", "alone"))

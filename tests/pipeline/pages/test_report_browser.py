@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import pytest
 from in_browser import CONTRAST, MISSING, check_page, show
 from in_browser import browser as browser  # noqa: PLC0414 - the fixture
-from report_results import full_results, plain_results
+from report_results import finished_student, full_results, plain_results
 
 from duet.pipeline.pages import students as students_page
 from duet.pipeline.pages.pdf import print_pdf
@@ -39,15 +39,10 @@ document.body.append(script);
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    probe = {f"{what}.{subset}": 0.9 for what in ("agreement", "refusal") for subset in ("forget", "retain")}
-    more = {
-        "start": "m",
-        "head": "h",
-        "tokens_per_s": 9.0,
-        "peak_memory_gb": 0.5,
-        "probe": {"held_out": False, **probe},
-    }
-    students = [{"name": name, **more, **info} for name, info in full_results()["students"].items()]
+    students = [
+        finished_student(name, loss=info["loss"], curve=info["curve"])
+        for name, info in full_results()["students"].items()
+    ]
     texts = {
         "full": render(full_results()),
         "plain": render(plain_results()),

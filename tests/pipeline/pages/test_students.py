@@ -5,66 +5,33 @@ from __future__ import annotations
 import io
 import re
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from html_page import Page
-from report_results import HOSTILE
+from report_results import HOSTILE, PROBE, finished_student
 from rich.console import Console
 
 from duet.pipeline.pages.charts import Dot, colours, scatter
-from duet.pipeline.pages.students import FinishedStudent, cells, render, students_table
+from duet.pipeline.pages.students import cells, render, students_table
 from duet.pipeline.pages.tables import progress_note
-from duet.stages.student.summary import TeacherShare, TrainingSummary
-
-PROBE = {
-    "rows": 60, "held_out": False, "loss": 0.1,
-    "agreement.forget": 0.75, "agreement.retain": 0.5, "refusal.forget": 1.0, "refusal.retain": 0.0,
-}  # fmt: skip
-
-
-def student(name: str, start: str = "owner/llama", **more: Any) -> FinishedStudent:
-    entries: dict[str, Any] = {
-        "name": name,
-        "loss": "huber_raw",
-        "loss_reason": "as the settings say",
-        "teachers": {"teacher": TeacherShare("f" * 64, 1.0)},
-        "combine": None,
-        "head": "Llama: gathered head",
-        "steps": 120,
-        "stopped_early": False,
-        "rows": 60,
-        "train_s": 3723.4,
-        "rows_per_s": 123.4,
-        "tokens_per_s": 123456.7,
-        "stall_share": 0.01,
-        "peak_memory_gb": 61.234,
-        "parameters": 3_212_749_824,
-        "trained_parameters": 24_313_856,
-        "processes": 1,
-        "left_out": (),
-        "added_ends": (),
-        "curve": [[1, 18.7], [120, 0.01789]],
-        "probe": PROBE,
-    }
-    return FinishedStudent(start, TrainingSummary(**(entries | more)))
+from duet.stages.student.summary import TeacherShare
 
 
 def test_every_cell_can_be_read_alone():
-    assert cells(student("a")) == [
+    assert cells(finished_student("a")) == [
         "a", "owner/llama", "huber_raw", "24.3 of 3,213 M", "120", "3,723.4 s", "123,457 tok/s", "61.23 GB", "0.0179",
         "75.0 / 50.0", "100.0 / 0.0",
     ]  # fmt: skip
-    small = student("a", parameters=765_440, trained_parameters=765_440)
+    small = finished_student("a", parameters=765_440, trained_parameters=765_440)
     assert cells(small)[3] == "0.765 of 0.765 M"
     of_one_subset = PROBE | {"agreement.retain": None, "refusal.retain": None}
-    assert cells(student("a", probe=of_one_subset))[-2:] == ["75.0 / -", "100.0 / -"]
+    assert cells(finished_student("a", probe=of_one_subset))[-2:] == ["75.0 / -", "100.0 / -"]
 
 
 def test_a_loss_says_against_whom_where_teachers_have_names():
     def taught(combine: str | None, **weights: float) -> str:
         teachers = {name: TeacherShare("f", weight) for name, weight in weights.items()}
-        return cells(student("a", teachers=teachers, combine=combine))[2]
+        return cells(finished_student("a", teachers=teachers, combine=combine))[2]
 
     assert taught(None, teacher=1.0) == "huber_raw"
     assert taught(None, strict=1.0) == "huber_raw of strict"
@@ -75,7 +42,9 @@ def test_the_table_fits_160_columns_with_long_names():
     stream = io.StringIO()
     console = Console(file=stream, width=160)
     name = "llama3.2-3b-lr1e-05-top_k5-lossforward_kl_topk"
-    console.print(students_table([student(name, loss="forward_kl_topk", start="meta-llama/Llama-3.2-3B-Instruct")]))
+    console.print(
+        students_table([finished_student(name, loss="forward_kl_topk", start="meta-llama/Llama-3.2-3B-Instruct")])
+    )
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 160
     text = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
@@ -85,21 +54,23 @@ def test_the_table_fits_160_columns_with_long_names():
 
 
 def test_the_page_is_whole_fetches_nothing_and_shows_hostile_text_as_text():
-    text = render(HOSTILE, [student("a"), student(HOSTILE, loss_reason=HOSTILE, head=HOSTILE, start=HOSTILE)])
+    text = render(
+        HOSTILE, [finished_student("a"), finished_student(HOSTILE, loss_reason=HOSTILE, head=HOSTILE, start=HOSTILE)]
+    )
     page = Page(text)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not {"src", "href", "onload", "onclick"} & set(page.attributes)
     assert "<script" not in text
     assert text.count("<circle ") == 2
     assert text.count("<polyline ") == 2
-    for cell in cells(student("a")):
+    for cell in cells(finished_student("a")):
         assert f"<td>{cell}</td>" in text
     assert "as the settings say; Llama: gathered head" in text
 
 
 def test_a_student_that_was_not_asked_about_both_subsets_has_no_dot():
     of_one_subset = PROBE | {"agreement.retain": None}
-    text = render("lab", [student("a", probe=of_one_subset)])
+    text = render("lab", [finished_student("a", probe=of_one_subset)])
     assert "<circle " not in text
     assert "Nothing was measured on both subsets" in text
     assert text.count("<polyline ") == 1

@@ -67,7 +67,7 @@ def found(tmp_path_factory, model_dir) -> dict:
     by_lists = {name: (requests, replace(ask, logsumexp=False)) for name, (requests, ask) in asked().items()}
     (folder / "asked.pickle").write_bytes(pickle.dumps({"rows": by_rows, "lists": by_lists}))
     command = [sys.executable, str(ROOT / "tests/helpers/vllm_routes.py"), str(model_dir), str(folder), str(CONTEXT)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "helpers")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return pickle.loads((folder / "found.pickle").read_bytes())
