@@ -51,7 +51,9 @@ def _config_of(run: RunDir) -> Config:
 def status_of(config: Config, run: RunDir) -> dict[str, Any]:
     """The state of a run, as plain data."""
     stores = [
-        asdict(store) | {"place": str(store.location), "left_s": store.left_s} for store in stores_progress(config)
+        {"place" if key == "location" else key: value for key, value in facts.items()}
+        for store in stores_progress(config)
+        if (facts := asdict(store) | {"location": str(store.location), "left_s": store.left_s})
     ]
     students = [student_progress(config, student) for student in config.students]
     return {
