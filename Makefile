@@ -48,8 +48,7 @@ soak-store: $(DEV) ## 1,000 random bit flips in each kind of store, and 1,000 wr
 lint: $(DEV) ## ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@mkdir -p build/names/duet && ln -sfn ../../../api/__init__.py build/names/duet/__init__.py
-	@for package in cache pipeline stages; do ln -sfn ../../../$$package build/names/duet/$$package; done
+	@$(BIN)/python scripts/link_names.py
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 lab-models: $(STAMP) ## train the lab's models again

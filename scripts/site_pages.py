@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import tomllib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,11 @@ PAGES = {
 }
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+
+
+def on_startup(**_: Any) -> None:
+    """Let mkdocstrings find the packages under their import name."""
+    runpy.run_path(str(ROOT / "scripts" / "link_names.py"), run_name="__main__")
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -47,8 +47,9 @@ def test_the_site_builds_strictly_and_every_document_is_a_page(site, site_pages)
     for page in (*pages, *site_pages.PAGES.values()):
         assert (site / page).with_suffix(".html").is_file(), page
     home = (site / "index.html").read_text(encoding="utf-8")
+    attacks = (site / "attacks.html").read_text(encoding="utf-8")
     assert 'href="concepts.html"' in home
-    assert "<code>stages/questions/queries.py</code>" in home, "a link to a source file is its name"
+    assert "<code>stages/attacks/attacks.yaml</code>" in attacks, "a link to a source file is its name"
 
 
 @needs_mkdocs
@@ -63,7 +64,7 @@ def test_an_opened_page_fetches_nothing_from_elsewhere(site):
 
 @needs_mkdocs
 def test_a_link_to_nothing_an_anchor_that_is_missing_and_a_page_in_no_menu_stop_the_build(tmp_path):
-    for name in ("docs", "scripts"):
+    for name in ("docs", "scripts", "api", "cache", "pipeline", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("mkdocs.yml", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "lab/README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -87,7 +88,9 @@ def test_links_become_those_of_the_site(site_pages):
         made("[stages/questions/queries.py](../stages/questions/queries.py)", "teacher.md")
         == "`stages/questions/queries.py`"
     )
-    assert made("[the texts](../stages/attacks.yaml)", "teacher.md") == "the texts (`stages/attacks/attacks.yaml`)"
+    assert (
+        made("[the texts](../stages/attacks/attacks.yaml)", "teacher.md") == "the texts (`stages/attacks/attacks.yaml`)"
+    )
     assert made("[x](../stages/questions/queries.py)", "teacher.md", "https://host/us/duet") == (
         "[x](https://host/us/duet/blob/HEAD/stages/questions/queries.py)"
     )
