@@ -317,7 +317,7 @@ def test_the_base_is_found_beside_the_adapter_or_given(tmp_path, monkeypatch):
     on_other = AdaptedModel(model=str(other), adapter=str(tmp_path / "tuned"))
     assert weights_sha256(resolve_model(on_other, "teacher.model")) != expected
     swapped = AdaptedModel(model=str(tmp_path / "tuned"), adapter=str(base))
-    assert "is no adapter" in refused(resolve_model, swapped, "teacher.model")
+    assert "is not an adapter" in refused(resolve_model, swapped, "teacher.model")
 
 
 def test_an_adapter_has_the_tokenizer_of_its_base_unless_it_has_one(tmp_path):
