@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 from support import ROOT
@@ -34,9 +35,8 @@ def test_what_is_copied_is_tracked_and_the_same_in_both():
     for name in copied_by_docker():
         assert any(file == name or file.startswith(f"{name}/") for file in tracked), name
         assert f"!{name.split('/')[0]}" in IGNORE, f"{name} is not sent to the builder"
-    packages = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert packages is not None
-    assert set(re.findall(r'"(\w+)"', packages[1])) <= set(copied_by_docker())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(pyproject["tool"]["setuptools"]["package-dir"].values()) <= set(copied_by_docker())
 
 
 def test_both_install_by_the_script_of_make_setup():
