@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from duet.stages.settings.student import CHECKPOINTS_NAME, METRICS_NAME, MODEL_DIR, TRAINING_NAME
+from duet.stages.student.summary import is_trained
 
 
 class StudentDir:
@@ -20,7 +21,7 @@ class StudentDir:
 
     @property
     def is_done(self) -> bool:
-        return self.training.is_file()
+        return is_trained(self.path)
 
 
 class RunDir:

@@ -63,10 +63,6 @@ def _texts(
     return found
 
 
-def _about(kind: str) -> str:
-    return f"Attack {kind}: the attacked questions, {ATTACKS[kind].definition}."
-
-
 METRICS = (
     *(
         Metric(
