@@ -59,6 +59,14 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))
+_OTHER_BREAKS = re.compile("[\x85\u2028\u2029]")  # line breaks to YAML, which only double quotes keep
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(f"{_TAG}str", text, style='"' if _OTHER_BREAKS.search(text) else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def parse_yaml(text: str, name: str) -> Any:

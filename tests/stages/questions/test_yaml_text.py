@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from duet.cache.errors import UserError
@@ -87,6 +87,9 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
+@example("\x85")
+@example("a\u2028b")
+@example({"\u2029": "\x85 "})
 def test_what_is_written_is_read_the_same_here_and_by_others(value):
     text = dump_yaml({"value": value})
     assert parse_yaml(text, "c.yaml") == yaml.safe_load(text) == {"value": value}
