@@ -49,7 +49,7 @@ fi
 # shellcheck disable=SC2086 # pins is meant to be split
 install() {
     if [ -n "$uv" ]; then
-        if VIRTUAL_ENV=$venv "$uv" pip install --quiet --python "$venv/bin/python" $pins --override "$overrides" "$@"; then
+        if VIRTUAL_ENV=$venv "$uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" $pins --override "$overrides" "$@"; then
             return 0
         fi
         echo "setup: uv could not, so pip tries; that takes minutes"
