@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import refused
-from support import LAB_BASE, ROOT, nearly_same_rows, read_all, run_duet, write_jsonl
+from command_line import RUN, refused
+from support import LAB_BASE, ROOT, nearly_same_rows, read_all, write_jsonl
 
 from duet.cache.errors import EXIT_DONE
 from duet.cache.location import Folder
@@ -71,12 +71,30 @@ def test_a_trial_has_a_store_of_its_own(config, tmp_path, capsys):
     assert "0 is not in the range" in refused(capsys, "teacher-logits", "--config", config, "--limit", "0")[0]
 
 
-def test_several_processes_write_what_one_does(config, tmp_path, capsys):
+# The first could be done with all shards before the second has imported torch.
+BEGIN_TOGETHER = """
+import os, sys, time
+from duet.stages.teacher import capture
+
+fill = capture.fill_store
+def fill_once_both_are_here(*arguments):
+    open(f"{folder}/{{os.getpid()}}", "w").close()
+    while len(os.listdir("{folder}")) < 2:
+        time.sleep(0.01)
+    return fill(*arguments)
+
+capture.fill_store = fill_once_both_are_here
+"""
+
+
+def test_several_processes_write_what_one_does(config, tmp_path, capfd, monkeypatch):
     assert main(["teacher-logits", "--config", config, "--set", f"runs_dir={tmp_path / 'alone'}"]) == EXIT_DONE
-    slow = ("--set", "teacher.batch_size=1")  # so that the first is not done before the second has started
-    done = run_duet("teacher-logits", "--config", config, "--workers", "2", *slow)
-    assert done.returncode == EXIT_DONE, done.stderr
-    assert done.stdout.count("engine: ") == 2
+    capfd.readouterr()
+    (here := tmp_path / "here").mkdir()
+    child = (sys.executable, "-c", BEGIN_TOGETHER.format(folder=here) + RUN)
+    monkeypatch.setattr("duet.pipeline.commands.teacher_logits.THIS_PROGRAM", child)
+    assert main(["teacher-logits", "--config", config, "--workers", "2"]) == EXIT_DONE
+    assert capfd.readouterr().out.count("engine: ") == 2
     together, alone = (only_store(tmp_path / runs) for runs in ("runs", "alone"))
     assert together.name == alone.name, "how many write it is not part of the fingerprint"
     assert nearly_same_rows(read_all(together), read_all(alone))
