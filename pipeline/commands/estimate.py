@@ -5,43 +5,24 @@ Formulas and assumptions are in `stages/cost/memory.py`, the GPUs in `stages/cos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from duet.cache.errors import UserError
-from duet.pipeline.config.load import load_config
+from duet.pipeline.commands.estimate_stages import Stage, stages_of
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.terminal import say, say_json
 from duet.stages.cost.gpus import Device, described_gpu, device_here, named_gpu
-from duet.stages.cost.memory import ASSUMPTIONS, Need, Reading, StudentOnMeta, reading_need, student_need
-from duet.stages.models.sizes import ModelSizes
-from duet.stages.settings.evaluate import EvaluateSettings
-from duet.stages.settings.student import TrainSettings
-from duet.stages.settings.teacher import TeacherSettings
+from duet.stages.cost.memory import ASSUMPTIONS, Need
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the run, its need, and its need under other settings."""
-
-    name: str
-    need: Need
-    changes: dict[str, Need]  # by the setting; none where it fits as it is
-
-
-def estimate(
-    config_path: str, overrides: tuple[str, ...], device: Callable[[str], Device], devices: int, as_json: bool
-) -> None:
+def estimate(config: Config, device: Callable[[str], Device], devices: int, as_json: bool) -> None:
     """Say memory and time of teacher, students and evaluation; `device(kind)` gives a device of the config's kind."""
     from duet.stages.models.loading import pick_device
 
-    config = load_config(config_path, overrides)
     on = device("cpu" if config.device == "cpu" else pick_device("auto"))
-    stages = [*_teachers(config, on), *_students(config, on, devices), _evaluation(config, on)]
+    stages = stages_of(config, on, devices)
     fits = all(stage.need.fits(on) for stage in stages)
     if as_json:
         say_json(_as_json(stages, on, devices, fits))
@@ -72,186 +53,6 @@ def chosen_device(gpu: str | None, memory_gb: float | None, tflops: float | None
         described = described_gpu(memory_gb, tflops)
         return lambda kind: described
     return device_here
-
-
-def _teachers(config: Config, on: Device) -> Iterator[Stage]:
-    for name, settings in config.teacher_settings().items():
-        folder, rows = _rendered(config, settings)
-        sizes = ModelSizes.of(folder, settings.trust_remote_code)
-        need = _teacher_need(settings, sizes, rows, on)
-        changes: dict[str, dict[str, Any]] = {
-            "teacher.dtype=bfloat16": {"dtype": "bfloat16"},
-            "teacher.batch_size=8": {"batch_size": 8},
-            "teacher.quantization=fp8": {"quantization": "fp8"},
-            **{f"teacher.tensor_parallel={count}": {"tensor_parallel": count} for count in (2, 4, 8)},
-        }
-        others = {} if need.fits(on) else changes
-        yield Stage(
-            "teacher" if name == "teacher" else f"teacher {name}",
-            need,
-            _smaller(
-                {k: _teacher_need(settings.model_copy(update=v), sizes, rows, on) for k, v in others.items()}, need
-            ),
-        )
-
-
-def _rendered(config: Config, settings: TeacherSettings) -> tuple[Path, list[tuple[list[int], list[int]]]]:
-    """The teacher's directory, of which the weights may be missing, and each query's tokens with the prefix and without."""
-    from duet.stages.models.directory import small_files
-    from duet.stages.questions.prompts import Prompt, open_renderer
-    from duet.stages.questions.requests import prefixes_of, queries_of
-
-    folder = small_files(settings.model, "teacher.model")
-    renderer = open_renderer(folder, config.prompt, settings.trust_remote_code)
-    prefixes = prefixes_of(settings.prefix, config.topic, config.requests)
-    return folder, [
-        tuple(renderer.prompt(Prompt.plain(query, prefix)) for prefix in (prefixes[request], ""))
-        for request, by_subset in queries_of(config.data, config.requests).items()
-        for queries in by_subset.values()
-        for query in queries
-    ]  # pyright: ignore[reportReturnType]
-
-
-def _teacher_need(
-    settings: TeacherSettings, sizes: ModelSizes, rows: list[tuple[list[int], list[int]]], on: Device
-) -> Need:
-    from duet.stages.cost.store import not_shared
-
-    prompts = [prefixed for prefixed, _ in rows]
-    reading = Reading(
-        longest=max(map(len, prompts)) + settings.max_positions,
-        prompt_tokens=not_shared(prompts),
-        new_tokens=len(rows) * (settings.max_positions - 1),  # the first is the prompt's
-        batch=min(settings.batch_size, len(rows)),
-    )
-    devices = settings.tensor_parallel * settings.pipeline_parallel
-    dtype = sizes.dtype_of(settings.dtype)
-    need = reading_need(sizes, dtype, reading, on, devices, 1.0 if settings.quantization else None)
-    return replace(need, seconds=need.seconds / settings.data_parallel)
-
-
-def _students(config: Config, on: Device, devices: int) -> Iterator[Stage]:
-    from duet.pipeline.run.named_models import start_model
-    from duet.stages.models.directory import small_files
-
-    settings = next(iter(config.teacher_settings().values()))
-    lengths = np.array([len(bare) + settings.max_positions - 1 for _, bare in _rendered(config, settings)[1]])
-    for student in config.students:
-        folder = small_files(start_model(config, student), f"students.{student.name}.model")
-
-        def need_of(train: TrainSettings, count: int = devices, folder: Path = folder) -> Need:
-            made = StudentOnMeta.of(folder, train, on, count, config.teacher.trust_remote_code)
-            return student_need(made, lengths, on, count)
-
-        train = config.train_settings(student)
-        need = need_of(train)
-        if need.fits(on):
-            yield Stage(f"student {student.name}", need, {})
-            continue
-        others = {text: need_of(train.model_copy(update=new)) for text, new in _savings(train, folder).items()}
-        if on.kind == "cuda" and train.optimizer == "adamw":
-            spread = train.model_copy(update={"parallel": "fsdp"})
-            others |= {f"train.parallel=fsdp on {n} GPUs": need_of(spread, n) for n in (2, 4, 8) if n > devices}
-        yield Stage(f"student {student.name}", need, _smaller(others, need))
-
-
-def _savings(train: TrainSettings, folder: Path) -> dict[str, dict[str, Any]]:
-    """Settings that take less memory, as written for --set; docs/training.md has the cost of each."""
-    from duet.stages.settings.student import LoraSettings
-
-    found: dict[str, dict[str, Any]] = {
-        "train.gradient_checkpointing=true": {"gradient_checkpointing": True},
-        "train.pass_tokens=1024": {"pass_tokens": min(1024, train.pass_tokens)},
-        "train.dtype=bfloat16": {"dtype": "bfloat16"},
-    }
-    if train.parallel != "fsdp":
-        found["train.optimizer=adamw8bit"] = {"optimizer": "adamw8bit"}
-    if not (train.lora or train.last_layers or train.freeze_embeddings):
-        last = max(1, ModelSizes.of(folder).layers // 4)
-        found["train.freeze_embeddings=true"] = {"freeze_embeddings": True}
-        found[f"train.last_layers={last}"] = {"last_layers": last}
-        found["train.lora={rank: 64}"] = {"lora": LoraSettings(rank=64)}
-    return found
-
-
-def _evaluation(config: Config, on: Device) -> Stage:
-    """Every model is asked alone; the largest decides the memory, all of them the time."""
-    folders = _models(config)
-    sizes_of = {name: ModelSizes.of(folder, config.teacher.trust_remote_code) for name, folder in folders.items()}
-    costs, longest = _asked(config, folders["base"])
-
-    def need_of(kinds: Mapping[str, Any], **new: Any) -> Need:
-        settings = config.evaluate.model_copy(update=new)
-        needs = [_asked_need(sizes, settings, kinds, longest, on) for sizes in sizes_of.values()]
-        return replace(max(needs, key=lambda need: need.total), seconds=sum(need.seconds for need in needs))
-
-    need, others = need_of(costs), {}
-    if not need.fits(on):
-        without = {kind: cost for kind, cost in costs.items() if not cost.training_steps}
-        others = {
-            "evaluate.dtype=bfloat16": need_of(costs, dtype="bfloat16"),
-            "evaluate.batch_size=8": need_of(costs, batch_size=8),
-            "evaluate.attacks without relearn": need_of(without),
-        }
-    return Stage(f"evaluation of {len(sizes_of)} models", need, _smaller(others, need))
-
-
-def _models(config: Config) -> dict[str, Path]:
-    """The directories of the models to be asked: a student has the sizes of the model that it starts from."""
-    from duet.pipeline.run.named_models import start_model
-    from duet.stages.models.directory import small_files
-
-    base = small_files(config.teacher.model, "teacher.model")
-    found = {"base": base}
-    teachers, students = config.teacher_settings(), config.students
-    asked = {f"teacher:{name}": (settings.model, "teacher.model") for name, settings in teachers.items()}
-    asked |= {f"student:{s.name}": (start_model(config, s), f"students.{s.name}.model") for s in students}
-    for name, (model, where) in asked.items():
-        found[name] = small_files(model, where)
-        if found[name].resolve() != base.resolve():
-            found[f"base:{name}"] = found[name]
-    return found | {
-        name: small_files(model, f"evaluate.models.{name}") for name, model in config.evaluate.models.items()
-    }
-
-
-def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
-    """The cost of asking one model, by attack, and the longest prompt with its answer, in tokens."""
-    from duet.pipeline.run.exam import exam_of
-    from duet.stages.evaluate.answers import costs_of, session_of
-    from duet.stages.exam.exam import Subject
-    from duet.stages.questions.requests import fill_prefix
-
-    plain = config.model_copy(
-        update={"device": "cpu", "evaluate": config.evaluate.model_copy(update={"control_model": None})}
-    )
-    exam = exam_of(plain)
-    prefix = fill_prefix(config.teacher.prefix, config.topic)
-    subject = Subject("teacher", folder, prefix, "base")  # whose prompts are the longest
-    session = session_of(folder, exam, [subject])
-    prompts = [ids for task in session.tasks(subject) for ids in session.prompts(subject, task)]
-    return costs_of([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens
-
-
-def _asked_need(
-    sizes: ModelSizes, settings: EvaluateSettings, costs: Mapping[str, Any], longest: int, on: Device
-) -> Need:
-    """One model's evaluation. Likelihoods read every prompt once more; relearning trains all weights in float32."""
-    dtype = sizes.dtype_of(settings.dtype)
-    prompt_tokens = sum(cost.prompt_tokens for cost in costs.values()) * (2 if settings.likelihood else 1)
-    new_tokens = sum(cost.answer_tokens for cost in costs.values())
-    need = reading_need(sizes, dtype, Reading(longest, prompt_tokens, new_tokens, settings.batch_size), on)
-    if any(cost.training_steps for cost in costs.values()):
-        relearning = {"weights, gradients, AdamW's states, float32, to relearn": 16.0 * sizes.parameters}
-        if sum(relearning.values()) > sum(need.parts.values()):
-            return replace(need, parts=relearning)
-    return need
-
-
-def _smaller(others: Mapping[str, Need], need: Need) -> dict[str, Need]:
-    """Those that save at least a hundredth, the least memory last."""
-    saving = {text: other for text, other in others.items() if other.total < 0.99 * need.total}
-    return dict(sorted(saving.items(), key=lambda item: -item[1].total))
 
 
 def _lines(stage: Stage, on: Device) -> Iterator[str]:
