@@ -22,7 +22,6 @@ def test_the_notebook_runs_and_ends_with_the_labs_numbers(tmp_path, monkeypatch)
     nbclient = pytest.importorskip("nbclient", reason="needs the extra `test`: run `make setup`")
     for name in ("configs", "lab"):
         (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": os.fspath(tmp_path)}})

@@ -40,9 +40,9 @@ def duet() -> None:
 @click.option("--yes", is_flag=True, help="Ask nothing: use the options given, and defaults for the rest.")
 def init(file: str | None, yes: bool, **given: str | None) -> None:
     """Ask for topic, model and data, check them, and write a config; FILE defaults to NAME.yaml."""
-    from duet.pipeline.commands import init as questions
+    from duet.pipeline.commands.init import init
 
-    questions.init(file, {key.replace("_", "-"): value for key, value in given.items()}, yes)
+    init(file, {key.replace("_", "-"): value for key, value in given.items()}, yes)
 
 
 @duet.command("teacher-logits")
@@ -68,7 +68,7 @@ def teacher_logits(
     limit: int | None, dry_run: bool, workers: int | None, worker: bool, child: bool, **asked: Any
 ) -> int:
     """Stage one: run the prefixed teacher once and store its top-k logits."""
-    from duet.pipeline.commands import teacher_logits as capture
+    from duet.pipeline.commands.teacher_logits import teacher_logits
     from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
 
@@ -81,7 +81,7 @@ def teacher_logits(
             )
     if workers:
         asked["overrides"] = (*asked["overrides"], f"teacher.data_parallel={workers}")
-    return capture.teacher_logits(Selection(**asked), limit, dry_run, child, worker)
+    return teacher_logits(Selection(**asked), limit, dry_run, child, worker)
 
 
 @duet.command()
@@ -95,10 +95,10 @@ def teacher_logits(
 @click.option("--child", is_flag=True, hidden=True)
 def distill(jobs: int | None, child: bool, **asked: Any) -> int:
     """Stage two: train the students on the store; through torchrun, each on several devices."""
-    from duet.pipeline.commands.distill import distill as train
+    from duet.pipeline.commands.distill import distill
     from duet.pipeline.config.selection import Selection
 
-    return train(Selection(**asked), jobs, child)
+    return distill(Selection(**asked), jobs, child)
 
 
 @duet.command()
@@ -111,7 +111,7 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
 @click.option("--dry-run", is_flag=True, help="Print what each attack will cost, and start nothing.")
 def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
     """Stage three: score base, teacher and students; write results.json and report.html."""
-    from duet.pipeline.commands import evaluate as commands
+    from duet.pipeline.commands.evaluate import evaluate
     from duet.pipeline.config.schema import with_models
     from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
@@ -119,13 +119,13 @@ def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
     check_alone("evaluate", os.environ)
     request = Selection(**asked)
     if not models:
-        commands.evaluate(request.load(), dry_run)
+        evaluate(request.load(), dry_run)
     elif request.only or request.sweeps:
         raise UserError(
             "--model leaves the students out: --only and --sweep do nothing with it", "leave out one of them"
         )
     else:
-        commands.evaluate(with_models(request.load(), models), dry_run, only_models=True)
+        evaluate(with_models(request.load(), models), dry_run, only_models=True)
 
 
 @duet.command("audit-prefix")
@@ -175,12 +175,12 @@ def run(force: bool, **asked: Any) -> int:
 @click.option("--part", hidden=True)
 def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
     """Compare DUET with other unlearning methods: same data, same budget, one table."""
-    from duet.pipeline.commands.compare import compare as compare_methods
+    from duet.pipeline.commands.compare import compare
     from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
 
     check_alone("compare", os.environ)
-    return compare_methods(Selection(**asked), jobs, part)
+    return compare(Selection(**asked), jobs, part)
 
 
 @duet.command()
@@ -194,14 +194,14 @@ def compare(jobs: int | None, part: str | None, **asked: Any) -> int:
 @click.option("--force", is_flag=True, help="Run even if the prefix failed its audit.")
 def submit(stages: tuple[str, ...], print_only: bool, force: bool, **asked: Any) -> None:
     """Submit a run to Slurm as a chain of jobs; nothing that is done or queued is submitted again."""
-    from duet.pipeline.commands import submit as jobs
     from duet.pipeline.commands.audit_prefix import refuse_failing
+    from duet.pipeline.commands.submit import submit
     from duet.pipeline.config.selection import Selection
 
     request = Selection(**asked)
     if not force:
         refuse_failing(request.load())
-    jobs.submit(request, stages, print_only)
+    submit(request, stages, print_only)
 
 
 for command in (*RUN_COMMANDS, *MACHINE_COMMANDS, cache_group):

@@ -14,9 +14,9 @@ from duet.pipeline.cli.arguments import Command, Group
 @click.option("--pdf", is_flag=True, help="Also print it to report.pdf; needs Chromium or Chrome.")
 def report(run: str | None, pdf: bool) -> None:
     """Render a run's report.html again from its results.json; RUN_DIR defaults to the only run in runs/."""
-    from duet.pipeline.commands import report as printing
+    from duet.pipeline.commands.report import report
 
-    printing.report(run, pdf)
+    report(run, pdf)
 
 
 class _Evidence(Group):
@@ -56,9 +56,9 @@ def verify_evidence(out: str) -> None:
 @click.argument("task")
 def attempt(config_path: Path, task: str) -> None:
     """A Slurm job of the run begins: note it, or refuse one that makes no progress."""
-    from duet.pipeline.commands import submit as jobs
+    from duet.pipeline.commands.submit import attempt
 
-    jobs.attempt(config_path, task)
+    attempt(config_path, task)
 
 
 _run_argument = click.argument(
@@ -72,9 +72,9 @@ _run_argument = click.argument(
 @click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
 def status(run_dir: Path, watch: bool, as_json: bool) -> None:
     """Show the progress of a run: shards, students, jobs in the queue, rates and time left."""
-    from duet.pipeline.commands import status as of_run
+    from duet.pipeline.commands.status import status
 
-    of_run.status(run_dir, watch, as_json)
+    status(run_dir, watch, as_json)
 
 
 @click.command(cls=Command)
@@ -89,18 +89,18 @@ def status(run_dir: Path, watch: bool, as_json: bool) -> None:
 )
 def logs(run_dir: Path, job: str | None, lines: int) -> None:
     """Show the end of the newest log of each job of a run, or of the one named; without jobs, of the run's own log."""
-    from duet.pipeline.commands import status as of_run
+    from duet.pipeline.commands.status import logs
 
-    of_run.logs(run_dir, job, lines)
+    logs(run_dir, job, lines)
 
 
 @click.command(cls=Command)
 @_run_argument
 def cancel(run_dir: Path) -> None:
     """Remove a run's jobs from Slurm's queue; `duet submit` resumes the run."""
-    from duet.pipeline.commands import submit as jobs
+    from duet.pipeline.commands.submit import cancel
 
-    jobs.cancel(run_dir)
+    cancel(run_dir)
 
 
 RUN_COMMANDS = (report, evidence_group, status, logs, cancel, attempt)

@@ -20,9 +20,9 @@ _root_argument = click.argument("root", metavar="FOLDER")
 @_root_argument
 def list_stores(root: str) -> None:
     """List the stores in a folder or under a URL."""
-    from duet.pipeline.commands import cache as stores
+    from duet.pipeline.commands import cache
 
-    stores.list_stores(root)
+    cache.list_stores(root)
 
 
 @cache_group.command()
@@ -30,9 +30,9 @@ def list_stores(root: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, by teacher.")
 def find(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """List the stores a config would use; exit code 0 if they are complete, else 2."""
-    from duet.pipeline.commands import cache as stores
+    from duet.pipeline.commands import cache
 
-    stores.find_stores(config_path, overrides, as_json)
+    cache.find_stores(config_path, overrides, as_json)
 
 
 @cache_group.command()
@@ -40,18 +40,18 @@ def find(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as JSON.")
 def inspect(store: str, as_json: bool) -> None:
     """Show what a store holds and where it came from."""
-    from duet.pipeline.commands import cache as stores
+    from duet.pipeline.commands import cache
 
-    stores.inspect_store(store, as_json)
+    cache.inspect_store(store, as_json)
 
 
 @cache_group.command()
 @_store_argument
 def verify(store: str) -> None:
     """Check every byte of a store, complete or not, against its hashes."""
-    from duet.pipeline.commands import cache as stores
+    from duet.pipeline.commands import cache
 
-    stores.verify_store(store)
+    cache.verify_store(store)
 
 
 @cache_group.command()
@@ -59,9 +59,9 @@ def verify(store: str) -> None:
 @experiment
 def repair(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
     """Rewrite a store's damaged and missing shards, and restore its other files."""
-    from duet.pipeline.commands import cache as stores
+    from duet.pipeline.commands import cache
 
-    stores.repair_store(store, config_path, overrides)
+    cache.repair_store(store, config_path, overrides)
 
 
 @cache_group.command()
@@ -75,9 +75,9 @@ def repair(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
 )
 def convert(source: str, target: str, store_format: str, compression: str) -> None:
     """Write the same rows, bit for bit, in another format."""
-    from duet.pipeline.commands import cache as stores
+    from duet.pipeline.commands import cache
 
-    stores.convert_store(source, target, store_format, compression)
+    cache.convert_store(source, target, store_format, compression)
 
 
 @cache_group.command()
@@ -88,6 +88,6 @@ def convert(source: str, target: str, store_format: str, compression: str) -> No
 @click.option("--yes", is_flag=True, help="Remove them; without it they are only listed.")
 def gc(root: str, unused_days: float | None, yes: bool) -> None:
     """List or remove incomplete stores that nobody is writing, and unused ones."""
-    from duet.pipeline.commands import cache as stores
+    from duet.pipeline.commands import cache
 
-    stores.collect_garbage(root, unused_days, yes)
+    cache.collect_garbage(root, unused_days, yes)

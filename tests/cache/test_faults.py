@@ -38,7 +38,7 @@ from duet.cache.writer import StoreWriter
 ROWS = make_rows(range(10), positions=None, forget=4)
 FILES = {"tokenizer/t.json": b"{}"}
 FORMATS = ("arrow", "zarr")
-PYTHON_PATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", ROOT / "tests" / "cache")))
+PYTHON_PATH = os.pathsep.join(map(str, (ROOT / "tests" / "helpers", ROOT / "tests" / "cache")))
 
 
 def content(folder: Path) -> dict[str, bytes | None]:

@@ -148,8 +148,7 @@ def small_disk(folder: Path, size_kb: int) -> Iterator[Path]:
 def run_duet(*arguments: str, cwd: Path = ROOT, **more: Any) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "duet", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment, **more)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **more)
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,7 @@ def test_somebody_elses_store_is_used_without_a_write_to_it(lab_config, outside)
 
     before = snapshot()
     command = [sys.executable, "-c", AS_ANOTHER, str(config), str(store), str(outside / "mine")]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     told = done.stdout.partition("--- another user")[2]
     assert done.returncode == EXIT_USER, done.stderr[-3000:]
     assert "reused the store of the same fingerprint" in told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,8 +81,7 @@ def test_only_missing_teacher_logits_start_stage_one(config, tmp_path, monkeypat
 
 def stopped(config: Path, after: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", STOPPED.format(after=after), "compare", "--config", str(config), "--jobs", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -159,8 +159,7 @@ def test_a_person_is_asked_in_a_terminal(given, tmp_path):
     path = tmp_path / "mine.yaml"
     controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "duet", "init", str(path), "--model", given["model"]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=terminal, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=subprocess.PIPE, text=True)
     os.close(terminal)
     os.write(controller, "\n".join([given["topic"], given["forget"], given["retain"], "", ""]).encode())
     out, _ = child.communicate()

@@ -91,7 +91,7 @@ LAUNCHERS = {
 
 
 def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "duet", *arguments],
         cwd=ROOT,

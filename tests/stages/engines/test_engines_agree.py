@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -92,9 +91,7 @@ def by_vllm(folder: Path) -> dict[str, list[list[Scored]]]:
     }
     (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     command = [sys.executable, str(ROOT / "tests/helpers/vllm_scores.py"), str(folder), *NAMES, PADDED]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return pickle.loads((folder / "scored.pickle").read_bytes())
 

@@ -15,7 +15,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from student_jobs import job, train
-from support import LAB_SMALL, ROOT
+from support import LAB_SMALL
 from tiny_models import ARCHITECTURES, tiny_config, tiny_model
 
 from duet.cache.errors import UserError
@@ -143,7 +143,7 @@ def test_a_kill_around_the_export_ends_in_the_same_weights(tmp_path, store, mome
         settings = json.dumps({"epochs": 1, "batch_size": 8, "lr": 1e-3})
         return subprocess.run(
             [sys.executable, "-c", KILLED, str(store[0].location), str(LAB_SMALL), str(folder), settings, moment],
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 

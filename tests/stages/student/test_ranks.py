@@ -25,7 +25,7 @@ def together(world: int, store, student_dir: Path, stop_after: int = 0, **train)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += ["tests/helpers/ranks.py", str(store[0].location), str(a_job.model_dir), str(student_dir)]
     command += [json.dumps(SETTINGS | train), str(stop_after)]
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("interrupted" in done.stdout) == bool(stop_after)

@@ -74,7 +74,7 @@ def test_ten_kills_at_random_moments_end_in_the_same_weights(tmp_path, store):
         command = [sys.executable, "tests/helpers/kills.py", str(store[0].location), str(LAB_SMALL), str(folder)]
         done = subprocess.run(
             [*command, json.dumps(settings), kills, "0"],
-            cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+            cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.split()) == int(kills), done.stdout
