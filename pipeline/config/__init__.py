@@ -1,1 +1,1 @@
-"""One YAML file and --set, checked."""
+"""One YAML file and --set, checked; names of a run's files."""

@@ -1,1 +1,1 @@
-"""Run directory, signals, child processes, Slurm."""
+"""Claims the run directory; signals, child processes, Slurm."""
