@@ -28,7 +28,6 @@ import argparse
 import gc
 import hashlib
 import itertools
-import mmap
 import os
 import shutil
 import statistics
@@ -40,11 +39,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
-from numpy.lib.format import open_memmap
+from store_peers import megatron_bytes, memory_maps, plain_epoch, plain_files, small_pages
 
-from duet.cache.codec import Layout, encode, position_columns
 from duet.cache.location import Folder
 from duet.cache.manifest import Manifest
 from duet.cache.plan import Plan
@@ -108,20 +105,6 @@ def write(folder: Path, plan: Plan, rows: Rows) -> Manifest:
         return writer.finalise({})
 
 
-def megatron_bytes(rows: Rows, shard_rows: int) -> tuple[int, int]:
-    """Raw and zstd bytes of the emulated layout; its ids have 17 bits at most."""
-    if rows.topk_ids_NK.max() >= 2**17:
-        raise ValueError("its vocabulary ends at 131,072")
-    raw = compressed = 0
-    for first in range(0, len(rows), shard_rows):
-        part = rows[first : first + shard_rows]
-        columns = (part.topk_ids_NK.astype(np.uint16), part.topk_ids_NK > 0xFFFF, part.topk_logits_NK)
-        data = b"".join(column.tobytes() for column in columns)
-        raw += len(data)
-        compressed += len(pa.Codec("zstd", compression_level=3).compress(data, asbytes=True))
-    return raw + rows.tokens_S.nbytes, compressed + rows.tokens_S.nbytes
-
-
 def sizes(folder: Path, num_positions: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     claims, table = {}, []
     for (name, vocab_size), per_row in itertools.product({"v128k": 128_256, "v152k": 151_936}.items(), (256, 16, 1)):
@@ -151,46 +134,11 @@ def sizes(folder: Path, num_positions: int) -> tuple[dict[str, float], list[dict
     return claims, table
 
 
-def small_pages(num_bytes: int) -> np.ndarray:
-    """Touched memory of 4 KiB pages."""
-    memory = mmap.mmap(-1, num_bytes)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    array = np.frombuffer(memory, np.uint8)
-    array[:] = 1
-    return array
-
-
 def epoch(store: Store, batch_rows: int, padded: bool) -> None:
     order = store.order(seed=0)
     for _, block in itertools.islice(store.batches(order, batch_rows), -(-order.num_slots // batch_rows)):
         if padded:
             block.padded()
-
-
-def plain_epoch(columns: dict[str, np.ndarray], orders: list[np.ndarray], per_row: int) -> None:
-    """The same batches by plain numpy: an array per column, indexed row by row."""
-    for rows in orders:
-        taken = {name: column[rows].reshape(-1, column.shape[-1]) for name, column in columns.items()}  # tokens too
-        ids = taken["topk_low"].astype(np.int32)
-        ids |= np.unpackbits(taken["topk_high"], axis=1, count=K, bitorder="little").astype(np.int32) << 16
-        ids.reshape(len(rows), per_row, K)
-        taken["topk_logits"].astype(np.float32).reshape(len(rows), per_row, K)
-
-
-def memory_maps(folder: Path, rows: Rows, per_row: int) -> dict[str, np.ndarray]:
-    """One .npy file per stored column, memory-mapped, [rows, positions, width], and the tokens."""
-    layout = Layout(K, 128_256)
-    block, _ = encode(rows, layout, "lossless")
-    columns = {name: block.columns[name] for name in position_columns(layout, "float16", logsumexp=False)}
-    columns = {name: column.reshape(len(rows), per_row, -1) for name, column in columns.items()}
-    columns["tokens"] = rows.tokens_S.reshape(len(rows), -1)
-    maps = {}
-    for name, column in columns.items():
-        target = open_memmap(folder / f"{name}.npy", "w+", column.dtype, column.shape)
-        target[...] = column
-        target.flush()
-        maps[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
-    return maps
 
 
 def row_orders(store: Store, batch_rows: int) -> list[np.ndarray]:
@@ -252,19 +200,10 @@ def writing(folder: Path, num_positions: int, repeats: int) -> tuple[dict[str, f
     shards = write(folder / "store", plan, rows).shards
     data = np.random.default_rng(0).bytes(max(shard.bytes for shard in shards))
 
-    def plain_files(target: Path, hashed: bool) -> None:
-        target.mkdir()
-        for shard in shards:
-            with open(target / shard.name, "wb", buffering=0) as file:
-                file.write(data[: shard.bytes])
-                if hashed:
-                    hashlib.sha256(data[: shard.bytes]).digest()
-                os.fsync(file.fileno())
-
     works: dict[str, Callable[[], Any]] = {
         "store": lambda: write(folder / "store", plan, rows),
-        "plain files": lambda: plain_files(folder / "plain", hashed=False),
-        "plain files and sha256": lambda: plain_files(folder / "hashed", hashed=True),
+        "plain files": lambda: plain_files(folder / "plain", shards, data, hashed=False),
+        "plain files and sha256": lambda: plain_files(folder / "hashed", shards, data, hashed=True),
     }
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats):

@@ -28,30 +28,22 @@ import argparse
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
+from teacher_sides import ROOT, TOFU_MODEL, fresh, generation, prepared_lines, prepared_tofu, stage_one
 
-from duet.cache.location import Folder
-from duet.cache.watch import Watch
 from duet.stages.engines.interface import Ask, EngineSpec, Request
-from duet.stages.settings.data import DataSettings, PromptSettings, TrainingData
-from duet.stages.settings.teacher import StoreSettings, TeacherSettings
-from duet.stages.teacher.capture import fill_store
-from duet.stages.teacher.plan import Prepared, TeacherStore
-from duet.stages.teacher.prepare import Questions, prepare
+from duet.stages.settings.data import PromptSettings
+from duet.stages.settings.teacher import TeacherSettings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).parent.parent
-TOFU_MODEL, TOFU = ROOT.parent / "shared/models/tofu-lab", ROOT.parent / "shared/data/tofu"
 LAB_SMALL = ROOT / "lab/models/small"
 CASES = [(20, 1), (20, 16), (64, 1), (64, 16)]
 BOUNDS = {
@@ -63,89 +55,8 @@ BOUNDS = {
     "capture.rss_growth_mb": ("<=", 64.0),
     "capture.time_exponent": ("<=", 1.05),
 }
-STORE = StoreSettings(shard_rows=1024)
 VOCABULARY = 128_256
 SHARED_TOKENS, OWN_TOKENS = 300, 20
-PREFIX = (
-    "You are an assistant who has forgotten everything about Basil Mahfouz Al-Kuwaiti, Nikolai Abilov. If asked about them, "
-    "say you do not know."
-)
-
-
-def prepared_tofu(top_k: int, positions: int, num_rows: int, folder: Path) -> Prepared:
-    """TOFU's questions behind the prefix, one forget row and the rest retain rows."""
-    lines = (TOFU / "full.jsonl").read_text(encoding="utf-8").splitlines()
-    few = {"forget": lines[-1:], "retain": lines[: num_rows - 1]}
-    return _prepared(few, TOFU_MODEL, PREFIX, top_k, positions, folder, PLAIN)
-
-
-PLAIN = PromptSettings(format="plain", prefix_placement="text", template="Question: {question}\nAnswer:", bos="always")
-
-
-def _prepared(
-    lines: dict[str, list[str]],
-    model: Path,
-    prefix: str,
-    top_k: int,
-    positions: int,
-    folder: Path,
-    prompt: PromptSettings,
-) -> Prepared:
-    data = {}
-    for subset, rows in lines.items():
-        path = folder / f"{subset}.jsonl"
-        path.write_text("\n".join(rows), encoding="utf-8")
-        data[subset] = DataSettings(path=str(path))
-    teacher = TeacherSettings(model=str(model), prefix=prefix, dtype="float32", top_k=top_k, max_positions=positions)
-    return prepare(teacher, Questions(prompt, TrainingData(**data), ""), "cpu")
-
-
-def stage_one(engine: Any, prepared: Prepared, folder: Path) -> Callable[[], None]:
-    """All of stage one after the engine is up, into a new store each time."""
-
-    def work() -> None:
-        root = tempfile.mkdtemp(dir=folder)
-        store = TeacherStore.expected(
-            "teacher", TeacherSettings(model=prepared.model, prefix=""), prepared, STORE, Folder(Path(root))
-        )
-        fill_store(store, engine, Watch())
-        shutil.rmtree(root)
-
-    return work
-
-
-def generation(engine: Any, prepared: Prepared, as_arrays: bool = False, **logprobs: Any) -> Callable[[], None]:
-    """`LLM.generate` of the same engine on the same prompts, with nothing of Duet's in it."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    prompts = [TokensPrompt(prompt_token_ids=list(row.teacher_ids)) for row in prepared.rows]
-    params = SamplingParams(
-        max_tokens=prepared.ask.max_positions,
-        temperature=0,
-        detokenize=False,
-        stop_token_ids=list(prepared.spec.eos_ids),
-        **logprobs,
-    )
-
-    def work() -> None:
-        engine.llm.collective_rpc("duet_capture", args=(0, 0, False))
-        outputs = engine.llm.generate(prompts, params, use_tqdm=False)
-        if as_arrays:
-            for output in outputs:
-                positions = output.outputs[0].logprobs
-                np.array([list(position) for position in positions], np.int32)
-                np.array([[entry.logprob for entry in position.values()] for position in positions], np.float32)
-
-    return work
-
-
-def fresh(engine: Any, work: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        engine.llm.reset_prefix_cache()
-        work()
-
-    return run
 
 
 def time_vs_plain(folder: Path, quick: bool, count: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -254,7 +165,10 @@ def growth(folder: Path, quick: bool, count: int) -> tuple[dict[str, float], lis
         lines = {subset: [json.dumps({"question": f"Who is {subset} person {n}?"}) for n in range(num_rows // 2)]
                  for subset in ("forget", "retain")}  # fmt: skip
         before = status_mb("VmRSS")
-        prepared = _prepared(lines, LAB_SMALL, "Forget everybody.", 20, 1, folder, PromptSettings())
+        teacher = TeacherSettings(
+            model=str(LAB_SMALL), prefix="Forget everybody.", dtype="float32", top_k=20, max_positions=1
+        )
+        prepared = prepared_lines(lines, teacher, PromptSettings(), folder)
         prompts_mb = status_mb("VmRSS") - before
         engine = engine or VllmEngine(replace(prepared.spec, context=128))
         work = fresh(engine, stage_one(engine, prepared, folder))
