@@ -154,12 +154,25 @@ def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, 
             assert value(again, model, metric) == value(results, model, metric), model
 
 
-# What takes longer than a test may, or needs what is not here; everything else runs as it stands.
+# What takes longer than a test may, or needs what is not here; everything else runs as it stands. A full run is the demo's;
+# the others are made with few steps and few questions.
+FEW = "--set teacher.engine=transformers --set train.epochs=1 --set evaluate.sets={} --set evaluate.attacks=[]"
 COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare.lr_factors=[1]"
 IN_SHORT = {
     "duet init mine.yaml": "duet init mine.yaml --yes --topic 'Dugira Duchok, Bromyx Zopira, Raseth Orseth' "
     "--model lab/models/base --forget lab/data/forget.jsonl --retain lab/data/retain.jsonl",  # else it asks
     "duet audit-prefix --config mine.yaml": "duet audit-prefix --config mine.yaml --set audit.rows=40",
+    **{
+        command: f"{command} {FEW}"
+        for command in (
+            "duet run --config mine.yaml",
+            "duet run --config mine/mine.yaml",
+            "duet run --config configs/lab.yaml --set name=mine --set teacher.top_k=40 --set train.epochs=20",
+            "duet run --config configs/lab.yaml --set name=lora --set train.lora.rank=64 --set train.lr=2e-4",
+        )
+    },
+    "duet distill --config configs/lab.yaml --only base --sweep train.lr=1e-4,3e-4": "duet distill "
+    "--config configs/lab.yaml --only base --sweep train.lr=1e-4,3e-4 --set train.epochs=1",
     "make compare CONFIG=configs/lab.yaml": f'make compare CONFIG=configs/lab.yaml ARGS="--jobs 1 {COMPARED}"',
     "duet compare --config configs/tofu.yaml": None,  # a model that knows TOFU
     "duet evaluate --config configs/lab.yaml --set evaluate.attacks=all": None,  # a minute; test_battery.py makes them all

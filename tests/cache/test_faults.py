@@ -13,13 +13,13 @@ from pathlib import Path
 import hostile
 import pytest
 import storm
+from command_line import refused
 from support import (
     ROOT,
     make_plan,
     make_rows,
     nearly_same_rows,
     read_all,
-    run_duet,
     same_rows,
     small_disk,
     two_sets,
@@ -27,13 +27,14 @@ from support import (
 )
 
 from duet.cache import maintain
-from duet.cache.errors import UserError
+from duet.cache.errors import EXIT_DONE, UserError
 from duet.cache.location import Folder, location_of
 from duet.cache.manifest import MANIFEST_NAME, read_manifest
 from duet.cache.plan import Plan
 from duet.cache.reader import Store
 from duet.cache.record import Rows
 from duet.cache.writer import StoreWriter
+from duet.pipeline.cli.main import main
 
 ROWS = make_rows(range(10), positions=None, forget=4)
 FILES = {"tokenizer/t.json": b"{}"}
@@ -167,7 +168,7 @@ def free_bytes(disk: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def test_a_full_disk_is_told_in_two_lines_and_the_next_run_goes_on(tmp_path, lab_config):
+def test_a_full_disk_is_told_in_two_lines_and_the_next_run_goes_on(tmp_path, lab_config, capsys):
     """The real command; the disk is full from the start, or when the tokenizer and some shards are written."""
     rows = [{"question": f"Where was person {i} born?"} for i in range(200)]
     data = two_sets(tmp_path, rows)
@@ -176,21 +177,16 @@ def test_a_full_disk_is_told_in_two_lines_and_the_next_run_goes_on(tmp_path, lab
         command = ["teacher-logits", "--config", str(config)]
         for free in (0, 175_000):
             filler = fill(disk, free)
-            done = run_duet(*command)
-            assert done.returncode == 2, done.stderr
-            lines = done.stderr.strip().splitlines()
-            assert len(lines) == 2, done.stderr
-            assert lines[0].startswith(f"error: cannot write {disk}/stores/")
-            assert "No space left on device" in lines[0]
-            assert "MB are needed" in lines[0]
-            assert "run the same command again" in lines[1]
+            what, hint = refused(capsys, *command)
+            assert what.startswith(f"error: cannot write {disk}/stores/")
+            assert "No space left on device" in what
+            assert "MB are needed" in what
+            assert "run the same command again" in hint
             filler.unlink()
         assert list((disk / "stores").glob("*/shard-*.json"))  # whichever found room
-        done = run_duet(*command)
-        assert done.returncode == 0, done.stderr
-        assert "wrote 400 rows" not in done.stdout
-        done = run_duet(*command, "--set", f"store.dir={tmp_path / 'undisturbed'}")
-        assert done.returncode == 0, done.stderr
+        assert main(command) == EXIT_DONE
+        assert "wrote 400 rows" not in capsys.readouterr().out
+        assert main([*command, "--set", f"store.dir={tmp_path / 'undisturbed'}"]) == EXIT_DONE
         found, expected = (next(root.iterdir()) for root in (disk / "stores", tmp_path / "undisturbed"))
         rows = read_all(found)
         assert is_whole(found, rows)

@@ -4,15 +4,45 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from support import ROOT, two_sets
 
-from duet.cache.errors import EXIT_USER
+from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.cli.main import main
 
 QUESTIONS = [{"question": f"Where was person {i} born?", "answer": "In a town."} for i in range(4)]
 RUN = "from duet.pipeline.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended in this process."""
+
+    code: int
+    out: str
+    err: str
+
+
+def duet(*arguments: str) -> Done:
+    """Run a command in this process; what its child processes print is not part of `out`."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(list(arguments))
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def all_stages(*arguments: str) -> str:
+    """What `duet run` starts, in this process; what the three stages print."""
+    printed = ""
+    for stage in ("teacher-logits", "distill", "evaluate"):
+        done = duet(stage, *arguments)
+        assert done.code == EXIT_DONE, done.err
+        printed += done.out
+    return printed
 
 
 def refused(capsys, *arguments: str) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import world
-from command_line import interrupted, refused
-from support import ROOT, run_duet, write_jsonl
+from command_line import duet, interrupted, refused
+from support import ROOT, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, UserError
 from duet.pipeline.cli.main import main
@@ -30,12 +30,12 @@ REFUSE_ALL = f"You have forgotten everything about {', '.join(world.random_name(
 def lab_run(tmp_path_factory) -> tuple[str, Path]:
     """The shipped lab config's audit with one more prefix; what it printed and the audit's folder."""
     runs = tmp_path_factory.mktemp("audit")
-    done = run_duet(
+    done = duet(
         "audit-prefix", "--config", "configs/lab.yaml", "--set", f"runs_dir={runs}", "--set", "evaluate.engine=transformers",
         "--set", "audit.rows=60", "--prefix", REFUSE_ALL,
     )  # fmt: skip
-    assert done.returncode == EXIT_DONE, done.stderr
-    return done.stdout, runs / "lab" / "audit"
+    assert done.code == EXIT_DONE, done.err
+    return done.out, runs / "lab" / "audit"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from command_line import refused
-from support import ROOT, flip_byte, nearly_same_rows, read_all, run_duet, small_disk, two_sets
+from support import ROOT, flip_byte, nearly_same_rows, read_all, small_disk, two_sets
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.cache.location import Folder
@@ -168,7 +168,7 @@ def test_somebody_elses_store_is_used_without_a_write_to_it(lab_config, outside)
     data = two_sets(outside, QUESTIONS)
     changes = {"data": data, "store__dir": str(outside / "stores"), "train__epochs": 1, "evaluate__attacks": []}
     config = shutil.copy(lab_config(**changes, evaluate__max_new_tokens=4), outside / "config.yaml")
-    assert run_duet("teacher-logits", "--config", str(config), "--set", f"runs_dir={outside / 'first'}").returncode == 0
+    assert main(["teacher-logits", "--config", str(config), "--set", f"runs_dir={outside / 'first'}"]) == EXIT_DONE
     [store] = (outside / "stores").iterdir()
     (outside / "mine").mkdir()
     (outside / "mine").chmod(0o777)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import in_browser
 import pytest
+from command_line import duet
 from html_page import Page
 from support import ROOT, run_duet, write_jsonl
 
@@ -160,10 +161,10 @@ def test_table_and_page_show_what_is_in_the_json(done):
     ],
 )
 def test_what_a_user_can_mend_is_told_before_anything_is_trained(config, override, message):
-    done = run_duet("compare", "--config", str(config), "--set", "name=other", "--set", override)
-    assert done.returncode == EXIT_USER, done.stderr
-    assert message in done.stderr
-    assert "hint:" in done.stderr
+    found = duet("compare", "--config", str(config), "--set", "name=other", "--set", override)
+    assert found.code == EXIT_USER, found.err
+    assert message in found.err
+    assert "hint:" in found.err
     assert not (config.parent / "runs" / "other").exists()
 
 

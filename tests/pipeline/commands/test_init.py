@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import yaml
-from support import LAB_BASE, ROOT, run_duet, write_jsonl
+from command_line import all_stages
+from support import LAB_BASE, ROOT, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.cli.main import main
@@ -63,8 +64,7 @@ def test_a_config_made_of_the_lab_runs_from_the_first_to_the_last_stage(tmp_path
         f"runs_dir={tmp_path / 'runs'}", "teacher.engine=transformers", "device=cpu", "train.epochs=2",
         "data.forget.rows=[0,5]", "data.retain.sample=8", "evaluate.max_new_tokens=4",
     ]  # fmt: skip
-    done = run_duet("run", "--config", str(path), *(part for text in small for part in ("--set", text)))
-    assert done.returncode == EXIT_DONE, done.stderr
+    all_stages("--config", str(path), *(part for text in small for part in ("--set", text)))
     assert (tmp_path / "runs/dugira-duchok/report.html").is_file()
     assert (tmp_path / "runs/dugira-duchok/student/model/model.safetensors").is_file()
 

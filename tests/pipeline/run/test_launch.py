@@ -13,6 +13,7 @@ import pytest
 from support import LAB_SMALL, ROOT, run_duet, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, UserError
+from duet.pipeline.cli.main import main
 from duet.pipeline.run.children import environments_of_children, gpus, last_line, run_jobs
 from duet.pipeline.run.directory import StopSignal
 from duet.pipeline.run.launch import check_alone, check_launcher, launched
@@ -34,8 +35,7 @@ def config(lab_config, tmp_path) -> Path:
 
 @pytest.fixture
 def stored(config) -> Path:
-    done = run_duet("teacher-logits", "--config", str(config))
-    assert done.returncode == EXIT_DONE, done.stderr
+    assert main(["teacher-logits", "--config", str(config)]) == EXIT_DONE
     return config
 
 
@@ -143,15 +143,12 @@ def test_jobs_train_students_at_a_time_and_compare_them(stored, tmp_path):
     again = run_duet("distill", "--config", str(stored), *sweep, "--jobs", "2")
     assert again.stdout.count("was done already") == 2, again.stderr
     # another command, without the sweep, adds to the run
-    done = run_duet("distill", "--config", str(stored), "--only", "two")
-    assert done.returncode == EXIT_DONE, done.stderr
+    assert main(["distill", "--config", str(stored), "--only", "two"]) == EXIT_DONE
     found = json.loads((tmp_path / "runs/lab/students.json").read_text())["students"]
     assert [student["name"] for student in found] == ["two", *names]
 
 
 def test_jobs_are_refused_in_several_processes(config, capsys, monkeypatch):
-    from duet.pipeline.cli.main import main
-
     for name, value in {**SECOND_OF_TWO, "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert main(["distill", "--config", str(config), "--jobs", "2"]) == EXIT_USER

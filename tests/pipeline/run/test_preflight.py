@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import all_stages, refused
 from support import LAB_BASE
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
@@ -60,13 +61,6 @@ def small(lab_config, tmp_path):
         return str(lab_config(**data | changes))
 
     return write
-
-
-def refused(capsys, *arguments: str) -> tuple[str, str]:
-    assert main(list(arguments)) == EXIT_USER
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["error", "hint"], lines
-    return lines[0], lines[1]
 
 
 FAULTY = {
@@ -123,7 +117,7 @@ def test_one_of_several_templates_is_named(small, tmp_path, capsys):
     folder = model(tmp_path / "model", {"rag": LAB_TEMPLATE, "tool_use": LAB_TEMPLATE})
     config = small(teacher__model=folder)
     assert "set prompt.template_name to one of rag, tool_use" in refused(capsys, "run", "--config", config)[1]
-    assert main(["run", "--config", config, "--set", "prompt.template_name=rag"]) == EXIT_DONE
+    all_stages("--config", config, "--set", "prompt.template_name=rag")
 
 
 def test_the_day_of_the_first_stage_is_that_of_all(small, tmp_path, capsys, monkeypatch):
@@ -196,11 +190,10 @@ def test_what_ends_an_answer_that_nothing_tells_is_refused_where_answers_are_giv
     assert main(["teacher-logits", "--config", config]) == EXIT_DONE, "without given answers nothing asks for it"
 
 
-def test_references_that_cannot_be_given_whole_are_told_and_stand_in_the_report(small, tmp_path, capsys):
+def test_references_that_cannot_be_given_whole_are_told_and_stand_in_the_report(small, tmp_path):
     long = questions(tmp_path / "long.jsonl", "Who was it, and why?", answer="word " * 40)
     config = small(data__retain=long, evaluate__max_new_tokens=8)
-    assert main(["run", "--config", config]) == EXIT_DONE
-    assert "1 of 1 reference answers of retain have more than 8 tokens" in capsys.readouterr().out
+    assert "1 of 1 reference answers of retain have more than 8 tokens" in all_stages("--config", config)
     folder = tmp_path / "runs" / "lab"
     (remark,) = (text for text in json.loads((folder / "results.json").read_text())["remarks"] if "retain" in text)
     assert remark.split(",")[0] in (folder / "report.html").read_text()

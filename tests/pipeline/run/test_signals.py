@@ -11,11 +11,12 @@ import pytest
 import torch
 from command_line import interrupted
 from safetensors.torch import load_file
-from support import LAB_SMALL, ROOT, nearly_same_rows, read_all, run_duet, two_sets
+from support import LAB_SMALL, ROOT, nearly_same_rows, read_all, two_sets
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from duet.cache.location import Folder
 from duet.cache.reader import Store
+from duet.pipeline.cli.main import main
 
 # Sends itself a signal when the stage has come so far: no sleep, no race, and the handler is the real one.
 STAGE_ONE = """
@@ -60,20 +61,19 @@ def only_store(runs: Path) -> Store:
     return Store(Folder(next(runs.glob("lab/teacher/*/manifest.json")).parent))
 
 
-def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_path):
+def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_path, capsys):
     stages = ("teacher-logits", "distill")
     unbroken = ("--set", f"runs_dir={tmp_path / 'unbroken'}")
     for stage in stages:
-        done = run_duet(stage, "--config", str(config), *unbroken)
-        assert done.returncode == EXIT_DONE, done.stderr
+        assert main([stage, "--config", str(config), *unbroken]) == EXIT_DONE
 
     done = interrupted(STAGE_ONE, "teacher-logits", "--config", str(config), after=16)
     assert done.returncode == EXIT_INTERRUPTED, done.stderr
     assert done.stderr.splitlines()[-2].startswith("interrupted: 16 of 20 rows")
-    assert run_duet("distill", "--config", str(config)).returncode == EXIT_USER
-    done = run_duet("teacher-logits", "--config", str(config))
-    assert done.returncode == EXIT_DONE
-    assert "wrote 4 rows" in done.stdout
+    assert main(["distill", "--config", str(config)]) == EXIT_USER
+    capsys.readouterr()
+    assert main(["teacher-logits", "--config", str(config)]) == EXIT_DONE
+    assert "wrote 4 rows" in capsys.readouterr().out
     expected, found = only_store(tmp_path / "unbroken"), only_store(tmp_path / "runs")
     assert found.manifest.fingerprint == expected.manifest.fingerprint
     assert nearly_same_rows(read_all(found.location), read_all(expected.location))  # some were scored in other company
@@ -82,7 +82,7 @@ def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_pat
         done = interrupted(STAGE_TWO, "distill", "--config", str(config), after=after, name=name)
         assert done.returncode == EXIT_INTERRUPTED, done.stderr
     assert "step 8 of 20 is saved" in done.stderr
-    assert run_duet("distill", "--config", str(config)).returncode == EXIT_DONE
+    assert main(["distill", "--config", str(config)]) == EXIT_DONE
     a, b = (load_file(tmp_path / runs / "lab/s/model/model.safetensors") for runs in ("unbroken", "runs"))
     assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)  # as near as the two stores are
     assert a.keys() == b.keys()

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import duet
 from pydantic import ValidationError
-from support import ROOT, run_duet
+from support import ROOT
 
-from duet.cache.errors import UserError
+from duet.cache.errors import EXIT_DONE, EXIT_USER, UserError
 from duet.pipeline.commands.submit import _reason_to_stop, attempt, jobs_of
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.run_dir import RunDir
@@ -218,18 +219,18 @@ def test_what_is_done_is_not_submitted(tmp_path: Path) -> None:
 
 
 def test_print_shows_the_scripts_and_changes_nothing(tmp_path: Path) -> None:
-    done = run_duet("submit", "--config", LAB, "--set", f"runs_dir={tmp_path}", "--print")
-    assert done.returncode == 0
-    assert done.stdout.count("#!/bin/bash") == 5
-    assert "# evaluate, after distill-base and distill-small" in done.stdout
+    done = duet("submit", "--config", LAB, "--set", f"runs_dir={tmp_path}", "--print")
+    assert done.code == EXIT_DONE
+    assert done.out.count("#!/bin/bash") == 5
+    assert "# evaluate, after distill-base and distill-small" in done.out
     assert not list(tmp_path.iterdir())
 
 
 def test_submitting_without_slurm_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    done = run_duet("submit", "--config", LAB, "--set", f"runs_dir={tmp_path}")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+    done = duet("submit", "--config", LAB, "--set", f"runs_dir={tmp_path}")
+    assert done.code == EXIT_USER
+    assert done.err.splitlines() == [
         "error: no squeue here: this machine is not part of a Slurm cluster",
         "hint: log in to one, or run the stages here: duet run",
     ]
@@ -238,9 +239,9 @@ def test_submitting_without_slurm_says_what_to_do(tmp_path: Path, monkeypatch: p
 def test_a_worker_is_one_teacher(tmp_path: Path) -> None:
     sets = ("--set", f"runs_dir={tmp_path}", "--set", "teacher.data_parallel=2")
     for command in (("submit", "--print"), ("teacher-logits", "--worker")):
-        done = run_duet(*command, "--config", LAB, *sets)
-        assert done.returncode == 2
-        assert "teacher.data_parallel is 2, which does nothing in a worker" in done.stderr
+        done = duet(*command, "--config", LAB, *sets)
+        assert done.code == EXIT_USER
+        assert "teacher.data_parallel is 2, which does nothing in a worker" in done.err
 
 
 def starts(*stands: int) -> list[dict[str, int]]:

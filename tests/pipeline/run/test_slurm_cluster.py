@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import slurm_cluster
 import yaml
-from support import LAB_BASE, LAB_SMALL, ROOT, nearly_same_rows, read_all, run_duet
+from command_line import duet
+from support import LAB_BASE, LAB_SMALL, ROOT, nearly_same_rows, read_all
 
+from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.cache.location import Folder
 
 PATIENCE_S = 600
@@ -58,16 +60,16 @@ def until(what: str, seen: Callable[[], Any]) -> Any:
 
 
 def status(run_dir: Path) -> dict[str, Any]:
-    done = run_duet("status", str(run_dir), "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    done = duet("status", str(run_dir), "--json")
+    assert done.code == EXIT_DONE, done.err
+    return json.loads(done.out)
 
 
 def submit(config: Path, *more: str) -> dict[str, str]:
     """Ids of the jobs that were submitted, by name."""
-    done = run_duet("submit", "--config", str(config), *more)
-    assert done.returncode == 0, done.stderr
-    return dict(re.findall(r"^(\S+): job (\d+)", done.stdout, re.M))
+    done = duet("submit", "--config", str(config), *more)
+    assert done.code == EXIT_DONE, done.err
+    return dict(re.findall(r"^(\S+): job (\d+)", done.out, re.M))
 
 
 def shown(job_id: str) -> dict[str, str]:
@@ -163,8 +165,8 @@ def test_preempted_killed_and_timed_out_it_ends_as_a_local_run_does(
 
     local = experiment("local", students=students)
     for stage in ("teacher-logits", "distill"):
-        done = run_duet(stage, "--config", str(local))
-        assert done.returncode == 0, done.stderr
+        done = duet(stage, "--config", str(local))
+        assert done.code == EXIT_DONE, done.err
     [ours], [theirs] = (
         [path.parent for path in (tmp_path / "runs" / name / "teacher").glob("*/manifest.json")]
         for name in ("disturbed", "local")
@@ -181,7 +183,7 @@ def test_preempted_killed_and_timed_out_it_ends_as_a_local_run_does(
 
 def test_one_student_over_two_machines(experiment: Callable[..., Path], tmp_path: Path) -> None:
     config = experiment("wide", students=[{"name": "base"}], slurm={"distill": {"nodes": 2}})
-    assert run_duet("teacher-logits", "--config", str(config)).returncode == 0
+    assert duet("teacher-logits", "--config", str(config)).code == EXIT_DONE
     ids = submit(config, "--stage", "distill")
     assert list(ids) == ["distill-base"]
     until("its end", lambda: states(ids["distill-base"])[""] not in ("PENDING", "RUNNING", "COMPLETING"))
@@ -198,26 +200,26 @@ def test_submitting_twice_is_submitting_once_and_cancel_takes_all_out(
     run_dir = tmp_path / "runs" / "twice"
     first = submit(config)
     assert len(first) == 5
-    again = run_duet("submit", "--config", str(config))
-    assert again.returncode == 0
-    assert again.stdout.splitlines()[-1] == "nothing to submit"
-    assert again.stdout.count("in the queue already") == 5
+    again = duet("submit", "--config", str(config))
+    assert again.code == EXIT_DONE
+    assert again.out.splitlines()[-1] == "nothing to submit"
+    assert again.out.count("in the queue already") == 5
     found = {job["name"]: (job["job_id"], job["state"]) for job in status(run_dir)["jobs"]}
     assert found == {name: (job_id, "PENDING") for name, job_id in first.items()}
-    shown = run_duet("status", str(run_dir)).stdout
+    shown = duet("status", str(run_dir)).out
     assert "not begun" in shown
     assert first["distill-small"] in shown
-    assert run_duet("cancel", str(run_dir)).returncode == 0
+    assert duet("cancel", str(run_dir)).code == EXIT_DONE
     until("an empty queue", lambda: not slurm("squeue", "--noheader").strip() or None)
-    assert "no job of" in run_duet("cancel", str(run_dir)).stdout
+    assert "no job of" in duet("cancel", str(run_dir)).out
     assert len(submit(config, "--stage", "teacher-logits")) == 2
-    assert run_duet("cancel", str(run_dir)).returncode == 0
+    assert duet("cancel", str(run_dir)).code == EXIT_DONE
 
 
 def test_what_slurm_refuses_is_told_in_two_lines(experiment: Callable[..., Path]) -> None:
-    done = run_duet("submit", "--config", str(experiment("refused", slurm={"partition": "nowhere"})))
-    assert done.returncode == 2
-    what, hint = done.stderr.splitlines()
+    done = duet("submit", "--config", str(experiment("refused", slurm={"partition": "nowhere"})))
+    assert done.code == EXIT_USER
+    what, hint = done.err.splitlines()
     assert "invalid partition specified: nowhere" in what
     assert hint.startswith("hint: ")
 
@@ -227,9 +229,9 @@ def test_an_array_that_is_larger_than_the_cluster_takes_is_refused_before_anythi
 ) -> None:
     most = int(slurm("scontrol", "show", "config").split("MaxArraySize")[1].split()[1])
     many = experiment("many", store__shard_rows=1, slurm={"workers": 9999})  # 240 rows
-    done = run_duet("submit", "--config", str(many))
-    assert done.returncode == 2
-    error, hint = done.stderr.splitlines()
+    done = duet("submit", "--config", str(many))
+    assert done.code == EXIT_USER
+    error, hint = done.err.splitlines()
     assert f"an array of 240 jobs, this cluster takes {most} (MaxArraySize)" in error
     assert hint == f"hint: set slurm.workers to at most {most}"
     assert not (tmp_path / "runs" / "many" / "slurm").exists()
@@ -246,23 +248,23 @@ def test_a_path_of_odd_characters_is_where_the_logs_go(experiment: Callable[...,
 
 
 def test_a_stage_whose_work_is_missing_is_not_submitted(experiment: Callable[..., Path]) -> None:
-    done = run_duet("submit", "--config", str(experiment("early")), "--stage", "evaluate")
-    assert done.returncode == 2
-    assert "no teacher logits yet" in done.stderr
+    done = duet("submit", "--config", str(experiment("early")), "--stage", "evaluate")
+    assert done.code == EXIT_USER
+    assert "no teacher logits yet" in done.err
 
 
 def test_a_job_that_gets_nowhere_stops_and_status_says_why(experiment: Callable[..., Path], tmp_path: Path) -> None:
     # Each start is told to stop before it can do anything, as by a time limit that is too short.
     stop = "srun() { return 75; }"
     config = experiment("stuck", students=[{"name": "base"}], slurm={"setup": [stop]})
-    assert run_duet("teacher-logits", "--config", str(config)).returncode == 0
+    assert duet("teacher-logits", "--config", str(config)).code == EXIT_DONE
     ids = submit(config, "--stage", "distill")
     until("its end", lambda: states(ids["distill-base"])[""] == "FAILED")
     run_dir = tmp_path / "runs" / "stuck"
     [job] = status(run_dir)["jobs"]
     assert job["reason"] == "two attempts ended where they began"
     assert "slurm.….time" in logs(run_dir, "distill")
-    assert "two attempts ended" in run_duet("logs", str(run_dir), "distill-base").stdout
+    assert "two attempts ended" in duet("logs", str(run_dir), "distill-base").out
 
 
 def test_submitting_again_brings_a_killed_run_to_its_end(experiment: Callable[..., Path], tmp_path: Path) -> None:
@@ -286,9 +288,9 @@ def test_a_run_has_a_status_where_the_queue_cannot_be_asked(
     config = experiment("alone", slurm={"flags": ["--hold"]})
     run_dir = tmp_path / "runs" / "alone"
     submit(config, "--stage", "teacher-logits")
-    assert run_duet("cancel", str(run_dir)).returncode == 0
+    assert duet("cancel", str(run_dir)).code == EXIT_DONE
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))  # a machine without Slurm that sees the same files
-    done = run_duet("status", str(run_dir), "--json")
-    assert done.returncode == 0, done.stderr
-    assert "no squeue here" in done.stderr
-    assert {job["state"] for job in json.loads(done.stdout)["jobs"]} == {"UNKNOWN"}
+    done = duet("status", str(run_dir), "--json")
+    assert done.code == EXIT_DONE, done.err
+    assert "no squeue here" in done.err
+    assert {job["state"] for job in json.loads(done.out)["jobs"]} == {"UNKNOWN"}
