@@ -159,6 +159,9 @@ def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, 
 FEW = "--set teacher.engine=transformers --set train.epochs=1 --set evaluate.sets={} --set evaluate.attacks=[]"
 COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare.lr_factors=[1]"
 IN_SHORT = {
+    "make demo": None,  # the fixture makes it, and test_a_second_run_does_nothing_twice
+    "duet evaluate --config configs/lab.yaml --set name=theirs --model lab/models/small": "duet evaluate "
+    "--config configs/lab.yaml --set name=theirs --model lab/models/small --set evaluate.sets={}",
     "duet init mine.yaml": "duet init mine.yaml --yes --topic 'Dugira Duchok, Bromyx Zopira, Raseth Orseth' "
     "--model lab/models/base --forget lab/data/forget.jsonl --retain lab/data/retain.jsonl",  # else it asks
     "duet audit-prefix --config mine.yaml": "duet audit-prefix --config mine.yaml --set audit.rows=40",
@@ -171,8 +174,6 @@ IN_SHORT = {
             "duet run --config configs/lab.yaml --set name=lora --set train.lora.rank=64 --set train.lr=2e-4",
         )
     },
-    "duet distill --config configs/lab.yaml --only base --sweep train.lr=1e-4,3e-4": "duet distill "
-    "--config configs/lab.yaml --only base --sweep train.lr=1e-4,3e-4 --set train.epochs=1",
     "make compare CONFIG=configs/lab.yaml": f'make compare CONFIG=configs/lab.yaml ARGS="--jobs 1 {COMPARED}"',
     "duet compare --config configs/tofu.yaml": None,  # a model that knows TOFU
     "duet evaluate --config configs/lab.yaml --set evaluate.attacks=all": None,  # a minute; test_battery.py makes them all
