@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import start_model
 from duet.stages.settings.student import StudentSettings
@@ -99,7 +99,7 @@ def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str,
 
     prefixes = prefixes_of(settings.prefix, config.topic, config.requests)
     main = prefixes.pop(MAIN)
-    return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in SUBSETS}
+    return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in MAIN_SUBSETS}
 
 
 def query_sets(config: Config) -> dict[str, QuerySet]:

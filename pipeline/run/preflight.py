@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError, note
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS, subset_counts
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import is_here, start_folder, start_model
 from duet.pipeline.run.stores import questions_of
+from duet.stages.settings.data import DocumentSettings
 from duet.stages.settings.student import teacher_weights
 
 if TYPE_CHECKING:
@@ -112,10 +113,18 @@ def _expected_stores(config: Config, rows: Sequence[RenderedQuery] | None) -> di
     """What is known of the stores before stage one, by teacher."""
     from duet.stages.student.checks import Expected
 
-    subsets = {subset: 1 if rows is None else sum(row.subset == subset for row in rows) for subset in SUBSETS}
+    known = [*MAIN_SUBSETS, *(["broad"] if config.data.broad else [])] if rows is None else [r.subset for r in rows]
+    subsets, longest = subset_counts(known), max((len(row.given_ids or ()) for row in rows or ()), default=1)
+    if rows is None and any(isinstance(source, DocumentSettings) for source in config.data.broad.values()):
+        longest = 2  # at least, as a document has
     return {
         name: Expected(
-            one.top_k, one.logsumexp, 1, one.max_positions, subsets, {"engine": one.engine, "prompt": config.prompt}
+            top_k=one.top_k,
+            logsumexp=one.logsumexp,
+            rows=1,
+            positions=max(one.max_positions, longest),
+            subsets=subsets,
+            provenance={"engine": one.engine, "prompt": config.prompt},
         )
         for name, one in config.teacher_settings().items()
     }

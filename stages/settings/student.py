@@ -96,6 +96,7 @@ class TrainSettings(Settings):
     )
     forget_weight: float = Field(default=1.0, gt=0, description="weight of forget rows in the loss")
     retain_weight: float = Field(default=1.0, gt=0, description="weight of retain rows in the loss")
+    broad_weight: float = Field(default=1.0, gt=0, description="weight of broad rows in the loss")
     position_decay: float = Field(
         default=1.0, gt=0, le=1, description="loss weight of each position relative to the one before it"
     )
@@ -116,8 +117,8 @@ class TrainSettings(Settings):
         default=None,
         ge=0,
         le=1,
-        description="share of forget queries in every batch; default: that of the store. An epoch is then over when every "
-        "query has come at least once",
+        description="share of forget queries in every batch; default: that of the store. Retain and broad rows share the rest "
+        "as they do in the store. An epoch is then over when every query has come at least once",
     )
     lr: float = Field(default=1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
@@ -164,8 +165,9 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"{setting} does nothing with loss {self.loss}: leave it out, or take {', '.join(losses)}"
                 )
-        for subset in ("forget", "retain"):
-            if self.forget_share in (0, 1) and getattr(self, f"{subset}_weight") != 1:
+        idle = {0: ("forget",), 1: ("forget", "retain", "broad")}  # by forget_share
+        for subset in idle.get(self.forget_share, ()):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if getattr(self, f"{subset}_weight") != 1:
                 raise ValueError(f"{subset}_weight does nothing with forget_share {self.forget_share:g}: leave it out")
         trained = {
             "lora": self.lora,
@@ -187,6 +189,15 @@ FREE_TRAIN = (
     "pass_tokens", "max_padding", "gradient_checkpointing", "compile", "parallel",
     "checkpoint_steps", "keep_last", "trackers",
 )  # fmt: skip
+# Settings that came later than the first students, and are no part of what identifies one where they do nothing.
+_LATER_TRAIN = ("broad_weight",)
+
+
+def deciding_settings(train: TrainSettings) -> dict[str, Any]:
+    """The settings that decide what is computed, as JSON: equal for two trainings that give the same weights."""
+    defaults = {name: TrainSettings.model_fields[name].default for name in _LATER_TRAIN}
+    unused = {name for name, default in defaults.items() if getattr(train, name) == default}
+    return train.model_dump(mode="json", exclude=unused.union(FREE_TRAIN))
 
 
 def teacher_weights(train: TrainSettings, names: Sequence[str], key: str = "train") -> dict[str, float]:

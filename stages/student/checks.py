@@ -6,7 +6,7 @@ never weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from duet.cache.errors import UserError
 from duet.cache.manifest import Manifest
 from duet.cache.reader import Store
-from duet.cache.record import prompt_and_response
+from duet.cache.record import SUBSETS, prompt_and_response
 from duet.stages.models.directory import check_trainable_start, load_config
 from duet.stages.models.limits import check_ids_within, check_length, context_length, vocab_width
 from duet.stages.models.tokenizers import eos_ids, load_tokenizer
@@ -103,6 +103,29 @@ class Start:
         return sorted(i for i in ends - set(self.eos_ids) if i < self.width)
 
 
+def _check_weights(settings: TrainSettings, subsets: Mapping[str, int], key: str) -> None:
+    """Refuse weights of subsets beside which there are no others in training, or of which there are no rows."""
+    there = [subset for subset in SUBSETS if subsets.get(subset)]
+    trained = [subset for subset in there if subset != "forget" or settings.forget_share != 0]
+    for subset in SUBSETS:
+        if getattr(settings, f"{subset}_weight") == 1:
+            continue
+        if len(there) == 1:
+            raise UserError(
+                f"{key}.{subset}_weight does nothing: the store has rows of one subset only", "leave it out"
+            )
+        if subset not in there:
+            raise UserError(
+                f"{key}.{subset}_weight does nothing: the store has no {subset} rows",
+                f"leave it out, or name some in data.{subset}",
+            )
+        if len(trained) == 1:
+            raise UserError(
+                f"{key}.{subset}_weight does nothing with forget_share {settings.forget_share:g} and rows of two subsets",
+                "leave it out",
+            )
+
+
 def check_settings(
     settings: TrainSettings,
     loss: str,
@@ -135,11 +158,7 @@ def check_settings(
             f"{key}.position_decay does nothing: every row of the store has one position",
             "leave it out, or make a store with teacher.max_positions above 1",
         )
-    for subset in ("forget", "retain"):
-        if getattr(settings, f"{subset}_weight") != 1 and 0 in manifest.subsets.values():
-            raise UserError(
-                f"{key}.{subset}_weight does nothing: the store has rows of one subset only", "leave it out"
-            )
+    _check_weights(settings, manifest.subsets, key)
     if settings.parallel == "fsdp" and processes and processes.rank.world == 1:
         raise UserError(
             f"{key}.parallel: fsdp does nothing with one process",

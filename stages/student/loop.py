@@ -26,6 +26,7 @@ from duet.cache.codec import Block
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.files import publishing, sync_file
 from duet.cache.order import Order
+from duet.cache.record import SUBSETS
 from duet.cache.watch import Watch
 from duet.stages.settings.student import CHECKPOINTS_NAME, METRICS_NAME, TrainSettings
 from duet.stages.student import checkpoint
@@ -44,10 +45,10 @@ from duet.stages.student.targets import Teachers
 class StepReport:
     """One line of metrics.jsonl.
 
-    `loss` is the weighted mean over supervised positions; `loss_forget` and `loss_retain` are plain means over one subset's
-    positions, over all teachers, None if the step had no such position. Rates count all processes; `stall_share` is the part
-    of all steps' time that the first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes, of the GPU
-    or else of the process.
+    `loss` is the weighted mean over supervised positions; `loss_<subset>` are plain means over one subset's positions, over all
+    teachers, None if the step had no such position. Rates count all processes; `stall_share` is the part of all steps' time
+    that the first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes, of the GPU or else of the
+    process.
     """
 
     step: int
@@ -63,6 +64,13 @@ class StepReport:
     stall_share: float
     memory_gb: float
     probe: dict[str, Any] | None
+    loss_broad: float | None = None
+
+    def as_line(self) -> dict[str, Any]:
+        """As it stands in metrics.jsonl: of the broad rows only where the step had some."""
+        line = asdict(self)
+        loss = line.pop("loss_broad")
+        return line if loss is None else line | {"loss_broad": loss}
 
 
 def run_loop(
@@ -100,8 +108,7 @@ def run_loop(
                 total_steps=total,
                 epoch=state.step / total * settings.epochs,
                 loss=result.loss,
-                loss_forget=result.loss_forget,
-                loss_retain=result.loss_retain,
+                **{f"loss_{subset}": loss for subset, loss in result.losses.items()},
                 lr=lr,
                 grad_norm=result.grad_norm,
                 rows_per_s=num_rows / seconds,
@@ -110,7 +117,7 @@ def run_loop(
                 memory_gb=peak_memory_gb(processes.device),
                 probe=probed,
             )
-            lines.append(asdict(report))
+            lines.append(report.as_line())
             if processes.first:
                 write(json.dumps(lines[-1]) + "\n")
                 watch.on_progress(report)
@@ -164,8 +171,7 @@ class StepResult:
     """Numbers of one step, over all processes; losses as in StepReport."""
 
     loss: float
-    loss_forget: float | None
-    loss_retain: float | None
+    losses: dict[str, float | None]  # by subset
     grad_norm: float
     num_tokens: int
 
@@ -180,7 +186,7 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
     seed_everything(settings.seed, step, processes.rank.number)
     shares = processes.tell([sum(one.weight_N.sum().item() for one in passes), len(passes)])
     total_weight, num_passes = shares[:, 0].sum().item(), int(shares[:, 1].max())
-    sums = np.zeros(6)  # weighted loss; loss and positions of forget, of retain; tokens
+    sums = np.zeros(2 + 2 * len(SUBSETS))  # weighted loss; tokens; loss, then positions, of each subset
     for number in range(num_passes):
         one = (passes[number] if number < len(passes) else idle).to(processes.device)
         with nullcontext() if number == num_passes - 1 else without_sync(student.module):
@@ -190,8 +196,8 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
             (loss * processes.rank.world).backward()
         if number < len(passes):
             sums += _sums(loss_N.detach(), one, loss.item())
-    sums = processes.tell(sums.tolist()).sum(0).tolist()
-    total, forget, num_forget, retain, num_retain, num_tokens = sums
+    total, num_tokens, *by_subset = processes.tell(sums.tolist()).sum(0).tolist()
+    parts = zip(SUBSETS, by_subset[: len(SUBSETS)], by_subset[len(SUBSETS) :], strict=True)
     if not math.isfinite(total):
         raise _diverged(name, "loss", total, step, lr)
     grad_norm = update(student.model, student.optimizer, lr, settings.max_grad_norm)
@@ -199,8 +205,7 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
         raise _diverged(name, "gradient's norm", grad_norm, step, lr)
     return StepResult(
         loss=total,
-        loss_forget=forget / num_forget if num_forget else None,
-        loss_retain=retain / num_retain if num_retain else None,
+        losses={subset: part / count if count else None for subset, part, count in parts},
         grad_norm=grad_norm,
         num_tokens=int(num_tokens),
     )
@@ -225,10 +230,9 @@ def _diverged(name: str, what: str, value: float, step: int, lr: float) -> UserE
 
 
 def _sums(loss_N: torch.Tensor, one: Pass, weighted: float) -> np.ndarray:
-    parts = [weighted]
-    for subset_N in (one.is_forget_N, ~one.is_forget_N):
-        parts += [loss_N[subset_N].sum().item(), subset_N.sum().item()]
-    return np.array([*parts, one.num_tokens])
+    here = [one.subset_N == number for number in range(len(SUBSETS))]
+    losses, counts = [loss_N[here_N].sum().item() for here_N in here], [here_N.sum().item() for here_N in here]
+    return np.array([weighted, one.num_tokens, *losses, *counts])
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
