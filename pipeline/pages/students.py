@@ -78,7 +78,7 @@ def columns(subsets: Sequence[str]) -> list[str]:
     return [*COLUMNS, *(f"{title}\n{' / '.join(subsets)}" for title in SHARES.values())]
 
 
-def cells(student: FinishedStudent, subsets: Sequence[str]) -> list[str]:
+def cells(student: FinishedStudent, subsets: Sequence[str] = MAIN_SUBSETS) -> list[str]:
     """One row under `columns`; with units, so that each cell can be read alone."""
     summary = student.summary
     return [

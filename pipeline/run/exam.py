@@ -134,6 +134,30 @@ def query_sets(config: Config) -> dict[str, QuerySet]:
     return {name: sets[name] for name in order}
 
 
+def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
+    """Of each evaluation set with questions that are broad ones too, a sentence that says so.
+
+    UserError where they are to be forgotten and a teacher is asked the broad ones without its prefix: it would teach them.
+    """
+    from duet.stages.questions.requests import broad_of
+
+    broad = {query.question for queries in broad_of(config.data).values() for query in queries}
+    plain = [name for name, settings in config.teacher_settings().items() if settings.prefix_on == "forget"]
+    found = []
+    for name, of in sets.items():
+        both = [query.question for query in of.queries if query.question in broad]
+        if both and of.expect == "forgotten" and plain:
+            raise UserError(
+                f"{len(both)} questions of the set {name!r} are to be forgotten, and data.broad has them answered without the "
+                f"prefix: {both[0]!r}",
+                "take them out of data.broad, or set teacher.prefix_on: all",
+            )
+        if both and name in config.evaluate.sets:
+            how_many = f"{len(both)} of {len(of.queries)} questions of {name}"
+            found.append(f"{how_many} are in data.broad: students are trained on them")
+    return found
+
+
 def _check_apart(sets: Mapping[str, QuerySet]) -> None:
     """Refuse a question that is to be forgotten in one set and to be kept in another."""
     forgotten = {q.question: name for name, of in sets.items() if of.expect == "forgotten" for q in of.queries}

@@ -160,7 +160,7 @@ def _asks_the_clock(renderer: Renderer) -> bool:
 
 def _evaluation(config: Config) -> str:
     """Stage three's questions to base and teachers, given answers too where they are scored."""
-    from duet.pipeline.run.exam import base_and_teachers, exam_of
+    from duet.pipeline.run.exam import base_and_teachers, exam_of, trained_on
     from duet.stages.evaluate.answers import session_of
     from duet.stages.exam import given_answers
     from duet.stages.exam.exam import by_directory
@@ -169,7 +169,7 @@ def _evaluation(config: Config) -> str:
 
     exam = exam_of(config)
     subjects = base_and_teachers(config, small_files, lambda one, other: one.resolve() == other.resolve())
-    tasks, remarks = 0, {}
+    tasks, remarks = 0, dict.fromkeys(trained_on(config, exam.sets))
     for model_dir, of_model in by_directory(subjects).items():
         session = session_of(model_dir, exam, of_model)
         tasks += sum(len(session.tasks(subject)) for subject in of_model)

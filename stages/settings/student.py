@@ -51,11 +51,19 @@ class ProbeSettings(Settings):
         ge=1,
         description="stop after this number of probes in a row without a lower loss on the held-out rows, and export the best",
     )
+    stop_within: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop once the loss on held-out broad rows, or else retain rows, is at most this many nats above the "
+        "teacher's own, which is 0 with a KL loss, and export that student",
+    )
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> ProbeSettings:
         if self.patience is not None and self.holdout == 0:
             raise ValueError("patience does nothing without held-out rows: set probe.holdout, for example 0.1")
+        if self.stop_within is not None and self.holdout == 0:
+            raise ValueError("stop_within does nothing without held-out rows: set probe.holdout, for example 0.1")
         return self
 
 
@@ -165,6 +173,10 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"{setting} does nothing with loss {self.loss}: leave it out, or take {', '.join(losses)}"
                 )
+        if self.probe and self.probe.stop_within is not None and self.loss not in DIVERGENCES:
+            raise ValueError(
+                f"probe.stop_within is a distance in nats, which loss {self.loss} is not: take {', '.join(DIVERGENCES)}"
+            )
         idle = {0: ("forget",), 1: ("forget", "retain", "broad")}  # by forget_share
         for subset in idle.get(self.forget_share, ()):  # pyright: ignore[reportArgumentType, reportCallIssue]
             if getattr(self, f"{subset}_weight") != 1:
@@ -184,20 +196,25 @@ LOSS_OPTIONS = {  # the losses that take each option
     "huber_delta": ("auto", "huber_raw", "huber_centred"),
     "temperature": ("forward_kl_topk", "jsd_topk"),
 }
+DIVERGENCES = ("forward_kl_topk", "forward_kl_tail", "reverse_kl_tail", "jsd_topk")  # 0 where student and teacher agree
 # Settings of `train` that decide how fast and in what memory, not what, is computed; numbers differ by rounding at most.
 FREE_TRAIN = (
     "pass_tokens", "max_padding", "gradient_checkpointing", "compile", "parallel",
     "checkpoint_steps", "keep_last", "trackers",
 )  # fmt: skip
-# Settings that came later than the first students, and are no part of what identifies one where they do nothing.
-_LATER_TRAIN = ("broad_weight",)
 
 
 def deciding_settings(train: TrainSettings) -> dict[str, Any]:
-    """The settings that decide what is computed, as JSON: equal for two trainings that give the same weights."""
-    defaults = {name: TrainSettings.model_fields[name].default for name in _LATER_TRAIN}
-    unused = {name for name, default in defaults.items() if getattr(train, name) == default}
-    return train.model_dump(mode="json", exclude=unused.union(FREE_TRAIN))
+    """The settings that decide what is computed, as JSON: equal for two trainings that give the same weights.
+
+    What came later than the first students is not among them where it does nothing: those are found again.
+    """
+    found = train.model_dump(mode="json", exclude=set(FREE_TRAIN))
+    for group, key in ((found, "broad_weight"), (found["probe"], "stop_within")):
+        fields = TrainSettings if group is found else ProbeSettings
+        if group and group[key] == fields.model_fields[key].default:
+            del group[key]
+    return found
 
 
 def teacher_weights(train: TrainSettings, names: Sequence[str], key: str = "train") -> dict[str, float]:

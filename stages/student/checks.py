@@ -126,6 +126,22 @@ def _check_weights(settings: TrainSettings, subsets: Mapping[str, int], key: str
             )
 
 
+def _check_stop(settings: TrainSettings, subsets: Mapping[str, int], combine: str | None, key: str) -> None:
+    """Refuse a distance to the teacher at which to stop where there is none, or nothing to measure it on."""
+    if settings.probe is None or settings.probe.stop_within is None:
+        return
+    if combine == "mix":
+        raise UserError(
+            f"{key}.probe.stop_within has no meaning with a mix of teachers: no student is at distance 0 from all of them",
+            "leave it out, take train.combine: average, or learn from one teacher",
+        )
+    if not any(count for subset, count in subsets.items() if subset != "forget"):
+        raise UserError(
+            f"{key}.probe.stop_within does nothing: the store has forget rows only",
+            "leave it out, or make a store with others",
+        )
+
+
 def check_settings(
     settings: TrainSettings,
     loss: str,
@@ -151,6 +167,7 @@ def check_settings(
                 f"{one.provenance['engine']})",
                 "make one with teacher.logsumexp: true, or take a loss over the k ids alone such as forward_kl_topk",
             )
+    _check_stop(settings, manifest.subsets, combine, key)
     if settings.top_k and settings.top_k > manifest.top_k:
         raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")
     if settings.position_decay != 1 and all(one.positions == one.rows for one in manifests):

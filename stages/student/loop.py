@@ -15,7 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ from duet.cache.watch import Watch
 from duet.stages.settings.student import CHECKPOINTS_NAME, METRICS_NAME, TrainSettings
 from duet.stages.student import checkpoint
 from duet.stages.student.checkpoint import TrainingState
+from duet.stages.student.early_stop import is_over, probed_after
 from duet.stages.student.head import losses_at
 from duet.stages.student.job import StudentJob
 from duet.stages.student.model import Student, trained
 from duet.stages.student.passes import Pass, passes_of
 from duet.stages.student.prefetch import Prefetch
-from duet.stages.student.probe import Probe, ask
+from duet.stages.student.probe import Probe
 from duet.stages.student.ranks import whole, without_sync
 from duet.stages.student.targets import Teachers
 
@@ -94,7 +95,7 @@ def run_loop(
     )
     idle = probe.passes[0].without_weight()
     with closing(batches), _appending(metrics_path, processes.first) as write:
-        while state.step < total and not _out_of_patience(state, settings):
+        while state.step < total and not is_over(state, settings):
             started, waited = time.perf_counter(), batches.stall_s
             cursor, passes = next(batches)
             num_rows = cursor.slot - (state.cursor.slot if cursor.epoch == state.cursor.epoch else 0)
@@ -102,7 +103,7 @@ def run_loop(
             result = _step(job.name, student, passes, idle, lr, state.step)
             seconds = time.perf_counter() - started
             state = state.after(cursor, result.num_tokens, seconds, batches.stall_s - waited)
-            state, probed = _probed(probe, student, state, total, checkpoint_dir)
+            state, probed = probed_after(probe, student, state, total, checkpoint_dir)
             report = StepReport(
                 step=state.step,
                 total_steps=total,
@@ -122,7 +123,7 @@ def run_loop(
                 write(json.dumps(lines[-1]) + "\n")
                 watch.on_progress(report)
             stop = bool(processes.tell([watch.should_stop()]).any()) and state.step < total
-            ended = state.step == total or _out_of_patience(state, settings)  # a failure after the end repeats no step
+            ended = state.step == total or is_over(state, settings)  # a failure after the end repeats no step
             if stop or ended or state.step % settings.checkpoint_steps == 0:
                 _save(job, student, state)
             if stop:
@@ -135,35 +136,11 @@ def _passes(teachers: Teachers, blocks: list[Block], student: Student) -> list[P
     return [one.pin_memory() for one in passes] if student.processes.device.type == "cuda" else passes
 
 
-def _probed(
-    probe: Probe, student: Student, state: TrainingState, total: int, checkpoint_dir: Path
-) -> tuple[TrainingState, dict[str, Any] | None]:
-    """The state, and the result of a probe where one is due after this step."""
-    settings = student.settings.probe
-    if settings is None or (state.step % settings.steps and state.step != total):
-        return state, None
-    found = ask(probe, student.answer, student.processes.device)
-    return (_judged(state, found["loss"], checkpoint_dir, student) if settings.patience else state), found
-
-
 def _save(job: StudentJob, student: Student, state: TrainingState) -> None:
     if student.processes.first:  # a checkpoint is never newer than its lines
         sync_file(job.student_dir / METRICS_NAME)
     checkpoint_dir, keep_last = job.student_dir / CHECKPOINTS_NAME, student.settings.keep_last
     checkpoint.save(checkpoint_dir, student.model, student.optimizer, state, student.processes, keep_last)
-
-
-def _out_of_patience(state: TrainingState, settings: TrainSettings) -> bool:
-    patience = settings.probe.patience if settings.probe else None
-    return patience is not None and state.probes_since >= patience
-
-
-def _judged(state: TrainingState, loss: float, checkpoint_dir: Path, student: Student) -> TrainingState:
-    """Keep the weights where the loss on held-out rows is the lowest so far, and count the probes since."""
-    if state.best_loss is not None and loss >= state.best_loss:
-        return replace(state, probes_since=state.probes_since + 1)
-    checkpoint.save_best(checkpoint_dir, student.model, student.processes)
-    return replace(state, best_loss=loss, probes_since=0)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Probe:
     refusal_ids: torch.Tensor  # int64
     num_rows: int
     held_out: bool
+    watched: int | None = None  # the subset whose held-out loss may end the training
 
     @staticmethod
     def of(teachers: Teachers, order: Order, settings: TrainSettings, pad_id: int) -> Probe:
@@ -42,7 +43,15 @@ class Probe:
         asked = np.concatenate([_spread(part, most) for part in np.split(rows, np.searchsorted(rows, ends[:-1]))])
         targets = teachers.targets(teachers.blocks_of(asked))
         passes = passes_of(targets, settings, pad_id)
-        return Probe(passes, torch.tensor(refusal_ids(targets), dtype=torch.int64), len(asked), held_out)
+        watched = None
+        if settings.probe and settings.probe.stop_within is not None:
+            watched = BROAD if (targets.subsets == BROAD).any() else RETAIN
+        return Probe(passes, torch.tensor(refusal_ids(targets), dtype=torch.int64), len(asked), held_out, watched)
+
+    @property
+    def watched_loss(self) -> str | None:
+        """What `ask` calls the loss on the watched subset."""
+        return None if self.watched is None else f"loss.{SUBSETS[self.watched]}"
 
 
 def refusal_ids(rows: Targets) -> list[int]:
@@ -65,9 +74,10 @@ def ask(
 
     `agreement.<subset>`: share of rows whose first token is the teacher's; `refusal.<subset>`: share that begin as a refusal
     does; None for a subset without rows, but no entry for broad rows that are not there. Of a mix, a query has a row for each
-    teacher. `loss`: the weighted mean that is trained, over all positions of these rows.
+    teacher. `loss`: the weighted mean that is trained, over all positions of these rows; `loss.<subset>`, of the watched subset
+    only: the plain mean over all its positions.
     """
-    losses, weights, agree, refuse, subsets = [], [], [], [], []
+    losses, weights, agree, refuse, subsets, watched = [], [], [], [], [], []
     for one in probe.passes:
         here = one.to(device)
         with torch.no_grad():
@@ -75,6 +85,7 @@ def ask(
         first_N, teacher_N = here.is_first_N, here.topk_ids_NK[:, 0]
         losses.append((loss_N * here.weight_N).double().sum().item())
         weights.append(here.weight_N.double().sum().item())
+        watched += loss_N[here.subset_N == probe.watched].tolist() if probe.watched is not None else []
         agree += (top1_N == teacher_N)[first_N].tolist()
         refuse += torch.isin(top1_N, probe.refusal_ids.to(device))[first_N].tolist()
         subsets += here.subset_N[first_N].tolist()
@@ -83,11 +94,11 @@ def ask(
         for number, subset in enumerate(SUBSETS):
             if number != BROAD or BROAD in subsets:
                 result[f"{name}.{subset}"] = _mean(h for h, s in zip(hits, subsets, strict=True) if s == number)
-    return result
+    return result | ({probe.watched_loss: _mean(watched)} if probe.watched_loss else {})
 
 
-def _mean(hits: Iterable[bool]) -> float | None:
-    found = list(hits)
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
     return sum(found) / len(found) if found else None
 
 
