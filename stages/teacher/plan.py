@@ -31,6 +31,11 @@ class RenderedQuery:
     given_ids: array[int] | None = None  # the response to score, or a document; None: the teacher makes a response
     cut: bool = False  # a document of which the end is not read
 
+    @property
+    def is_document(self) -> bool:
+        """Whether both sides read the text that is scored, as no query's is."""
+        return self.subset == "broad" and self.given_ids is not None
+
     def positions(self, max_positions: int) -> int:
         """At most so many are supervised, of a teacher's response at most `max_positions`."""
         return max_positions if self.given_ids is None else len(self.given_ids)

@@ -85,7 +85,7 @@ def render_rows(model_dir: Path, teacher: TeacherSettings, questions: Questions)
     context = context_length(config)
     rows = rows_of(asked, renderer, teacher, context)
     for row in rows:
-        if row.subset != BROAD or row.given_ids is None:  # documents are cut
+        if not row.is_document:  # those are cut
             check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
         check_ids_within([*row.teacher_ids, *(row.given_ids or ())], vocab_width(config), row.row_id, "the teacher")
     return Rendered(config, renderer, asked, rows, num_ids)

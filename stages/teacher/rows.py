@@ -133,7 +133,7 @@ def _check_apart(rows: Sequence[RenderedQuery]) -> None:
                 f"the same query is to be kept and to be forgotten: {row.row_id!r} and {other.row_id!r}",
                 "take it out of the one request's retain set or out of the other's forget set",
             )
-        if other and row.subset == BROAD and row.given_ids is None:
+        if other and row.subset == BROAD and not row.is_document:
             raise UserError(
                 f"the same query is among the broad ones and to be forgotten: {row.row_id!r} and {other.row_id!r}",
                 f"take it out of data.{BROAD}, or out of the forget set",
@@ -143,7 +143,7 @@ def _check_apart(rows: Sequence[RenderedQuery]) -> None:
 def remarks_on(asked: Asked, rows: Sequence[RenderedQuery]) -> Iterator[str]:
     """What stops nothing: broad queries that are retain queries too, and documents of which the end is not read."""
     kept = {tuple(row.student_ids) for row in rows if row.subset == "retain"}
-    twice = [row for row in rows if row.subset == BROAD and row.given_ids is None and tuple(row.student_ids) in kept]
+    twice = [row for row in rows if row.subset == BROAD and not row.is_document and tuple(row.student_ids) in kept]
     if twice:
         yield f"{len(twice)} broad queries are retain queries too, the first {twice[0].row_id!r}: students learn them twice"
     for source, queries in asked.broad.items():
