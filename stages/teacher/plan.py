@@ -37,7 +37,7 @@ class RenderedQuery:
         return self.subset == "broad" and self.given_ids is not None
 
     def positions(self, max_positions: int) -> int:
-        """At most so many are supervised, of a teacher's response at most `max_positions`."""
+        """The most that can be supervised: of a response that the teacher makes, `max_positions`."""
         return max_positions if self.given_ids is None else len(self.given_ids)
 
 

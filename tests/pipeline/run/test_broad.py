@@ -58,12 +58,12 @@ def test_broad_rows_are_captured_and_learned(config_with, capsys, tmp_path):
     assert main(["teacher-logits", "--config", config, "--dry-run"]) == EXIT_DONE
     out = capsys.readouterr().out
     assert "rows: forget 3, retain 3, broad 4;" in out
-    assert "responses and documents: at most 24 positions" in out  # 8 of one token, 2 of 8
+    assert "responses and documents: at most 22 positions" in out  # 8 of one token, 2 of 8, their first only read
     assert main(["teacher-logits", "--config", config]) == EXIT_DONE
     [location] = stores_of_run(load_config(config)).values()
     manifest = read_manifest(location)
     assert manifest.subsets == {"forget": 3, "retain": 3, "broad": 4}
-    assert manifest.positions == 24
+    assert manifest.positions == 22
     summary = store_summary(location)
     assert (summary["prefix_on"], summary["broad rows"]) == ("forget", 4)
     assert main(["distill", "--config", config]) == EXIT_DONE
