@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from duet.cache.codec import ZSTD_LEVEL, Block, Columns, Layout, position_columns
 from duet.cache.packed_ids import join_tokens, split_tokens, token_high_offsets
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS, SUBSETS
 
 
 def schema(positions: Columns) -> pa.Schema:
@@ -43,10 +43,12 @@ def write_shard(path: Path, blocks: Sequence[Block], compression: str) -> None:
     """Write the blocks, all of one layout, value dtype and with or without log-sum-exp, in order, to a file."""
     first = blocks[0]
     columns = schema(position_columns(first.layout, first.value_dtype, "logsumexp" in first.columns))
+    has_more = any((block.subsets >= len(MAIN_SUBSETS)).any() for block in blocks)
+    names = pa.array(SUBSETS if has_more else MAIN_SUBSETS)  # a file has one dictionary
     options = pa.ipc.IpcWriteOptions(compression=_codec(compression))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, columns, options=options) as writer:
         for block in blocks:
-            writer.write_batch(_batch(block, columns))
+            writer.write_batch(_batch(block, columns, names))
 
 
 def _codec(compression: str) -> pa.Codec | str | None:
@@ -55,12 +57,12 @@ def _codec(compression: str) -> pa.Codec | str | None:
     return None if compression == "none" else compression
 
 
-def _batch(block: Block, columns: pa.Schema) -> pa.RecordBatch:
+def _batch(block: Block, columns: pa.Schema, names: pa.StringArray) -> pa.RecordBatch:
     low, high = split_tokens(block.tokens_S, block.token_offsets, block.layout.high_bits)
     struct_type = columns.field("positions").type.value_type
     children = [_child(block.columns[field.name], field.type) for field in struct_type]
     structs = pa.StructArray.from_arrays(children, fields=list(struct_type))
-    subsets = pa.DictionaryArray.from_arrays(pa.array(block.subsets.astype(np.int8)), pa.array(SUBSETS))
+    subsets = pa.DictionaryArray.from_arrays(pa.array(block.subsets.astype(np.int8)), names)
     arrays = [
         block.row_ids,
         subsets,

@@ -19,7 +19,7 @@ from duet.cache.errors import DamagedStore, IncompleteStore, UserError
 from duet.cache.files import NotAsWritten, read_signed, sha256_json, signed
 from duet.cache.location import Location
 from duet.cache.plan import FORMATS, REPAIR_HINT, SELF_HASH, Plan, check_version, read_plan, shard_name
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS, SUBSETS
 
 MANIFEST_NAME = "manifest.json"
 _ATTACHMENT = re.compile(r"[a-z]+/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -148,8 +148,8 @@ def _faults(manifest: Manifest) -> Iterator[str]:
         yield f"format {manifest.format!r}, expected one of {', '.join(FORMATS)}"
     if manifest.vocab_size > MAX_VOCAB_SIZE:
         yield f"vocab_size {manifest.vocab_size}, at most {MAX_VOCAB_SIZE} can be"
-    if tuple(manifest.subsets) != SUBSETS or sum(manifest.subsets.values()) != manifest.rows:
-        yield f"subsets {manifest.subsets} are not {' and '.join(SUBSETS)} of {manifest.rows} rows together"
+    if tuple(manifest.subsets) not in (MAIN_SUBSETS, SUBSETS) or sum(manifest.subsets.values()) != manifest.rows:
+        yield f"subsets {manifest.subsets} are not {' and '.join(MAIN_SUBSETS)} of {manifest.rows} rows together"
     if manifest.rows != sum(s.rows for s in manifest.shards) or manifest.positions != sum(
         s.positions for s in manifest.shards
     ):

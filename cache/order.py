@@ -2,8 +2,8 @@
 
 Each subset is a stream: its shards are shuffled and taken in groups; the blocks of a group's shards are shuffled and taken
 in windows; the rows of a window's blocks are shuffled. So a reader holds a window, opens each shard once an epoch, and
-knows any later row without reading what comes before. The two streams are then merged by a fixed share, as evenly as
-whole rows allow. A slot is a place in the merged order of an epoch. Rows that are held out have no slot in any epoch.
+knows any later row without reading what comes before. The streams are then merged by fixed shares, as evenly as whole
+rows allow. A slot is a place in the merged order of an epoch. Rows that are held out have no slot in any epoch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stream:
     """The rows of subset `number` that are not held out, `num_rows` of them, in an endless order of epochs."""
 
     def __init__(self, manifest: Manifest, number: int, seed: int, holdout: float) -> None:
-        counts = [manifest.subsets[subset] for subset in SUBSETS]
+        counts = [manifest.subsets.get(subset, 0) for subset in SUBSETS]
         first, end = sum(counts[:number]), sum(counts[: number + 1])
         self.held_out = first + draw_held_out(number, counts[number], holdout)
         self.num_rows = counts[number] - len(self.held_out)
@@ -143,7 +143,7 @@ def rounded(number: Fraction) -> int:
 
 
 class Order:
-    """The merged order of a store's forget and retain rows, but for those held out.
+    """The merged order of a store's rows, but for those held out.
 
     `held_out` are the plan's numbers of these, int64, ascending.
     """
@@ -151,21 +151,27 @@ class Order:
     def __init__(self, manifest: Manifest, seed: int, forget_share: float | None = None, holdout: float = 0.0) -> None:
         """`forget_share` is the share of forget rows in every stretch of an epoch; None leaves it as stored.
 
-        With a share that is not the stored one, an epoch ends when every row of both subsets has come at least once.
+        The rest is of the other subsets, in proportion of their rows. With a share that is not the stored one, an epoch
+        ends when every row of all subsets has come at least once.
         `holdout`, at least 0 and below 1, is the share of each subset's rows that never come. Which these are depends on
         it and on the row counts, not on the seed: runs with different seeds can be compared on the same rows.
         """
         self._streams = [Stream(manifest, number, seed, holdout) for number in range(len(SUBSETS))]
         self.held_out = np.concatenate([stream.held_out for stream in self._streams])
         counts = [stream.num_rows for stream in self._streams]
+        others = sum(counts[1:])
         share = Fraction(counts[0], sum(counts)) if forget_share is None else as_fraction(forget_share)
-        if (counts[0] == 0 and share > 0) or (counts[1] == 0 and share < 1):
+        if (counts[0] == 0 and share > 0) or (others == 0 and share < 1):
+            rows = ", ".join(f"{count} {subset}" for subset, count in zip(SUBSETS, counts, strict=True))
             raise UserError(
-                f"a forget share of {float(share):g} of a store with {counts[0]} forget and {counts[1]} retain rows",
-                "leave the share out, or make a store with both subsets",
+                f"a forget share of {float(share):g} of a store with rows: {rows}",
+                "leave the share out, or make a store with forget rows and others",
             )
         self._share = share
-        needed = [count / part for count, part in zip(counts, (share, 1 - share), strict=True) if part > 0]
+        self._retain_share = (
+            Fraction(counts[1], others) if others else Fraction(1)
+        )  # of the rows that are not forget rows
+        needed = [count / part for count, part in ((counts[0], share), (others, 1 - share)) if part > 0]
         self.num_slots = max(-(-part.numerator // part.denominator) for part in needed)
 
     def ranges(self, window: Window) -> np.ndarray:
@@ -175,14 +181,15 @@ class Order:
     def draw(self, cursor: Cursor, count: int) -> list[tuple[Window, np.ndarray]]:
         """`count` slots from the cursor on, not beyond the epoch's end: windows and places in their rows."""
         first, end = cursor.slot, min(cursor.slot + count, self.num_slots)
-        begin, stop = self._forget(first), self._forget(end)
-        per_epoch = self._forget(self.num_slots)
-        draws = (
-            (cursor.epoch * per_epoch + begin, stop - begin),
-            (cursor.epoch * (self.num_slots - per_epoch) + first - begin, (end - first) - (stop - begin)),
-        )
-        return [part for stream, draw in zip(self._streams, draws, strict=True) for part in stream.take(*draw)]
+        each = zip(self._streams, self._before(first), self._before(end), self._before(self.num_slots), strict=True)
+        return [
+            part
+            for stream, begin, stop, per_epoch in each
+            for part in stream.take(cursor.epoch * per_epoch + begin, stop - begin)
+        ]
 
-    def _forget(self, slot: int) -> int:
-        """Forget rows among the first `slot` slots of an epoch."""
-        return rounded(slot * self._share)
+    def _before(self, slot: int) -> tuple[int, int, int]:
+        """Rows of each subset among the first `slot` slots of an epoch."""
+        forget = rounded(slot * self._share)
+        retain = rounded((slot - forget) * self._retain_share)
+        return forget, retain, slot - forget - retain

@@ -71,7 +71,7 @@ class Store:
         """Endless batches of this rank from `cursor` on, each with the cursor of what comes after it.
 
         A step takes `batch_size` rows over all ranks, fewer at the end of an epoch, and each rank an equal part of
-        them to within one row, perhaps none. In a batch, forget rows lie before retain rows.
+        them to within one row, perhaps none. In a batch, the rows of a subset lie together, in the order of `SUBSETS`.
         """
         held: dict[int, tuple[Window, OpenWindow]] = {}  # the last window of each stream
         recycler = Recycler()

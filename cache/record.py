@@ -9,7 +9,8 @@ no temperature) for the response token of position j.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from duet.cache.errors import UserError
 
-SUBSETS = ("forget", "retain")
+SUBSETS = ("forget", "retain", "broad")  # in the order in which their rows lie
+MAIN_SUBSETS = SUBSETS[:2]  # of every store; broad rows are named only where there are some
 CHECKED_LOGITS = 2**15  # at once
 
 
@@ -52,6 +54,12 @@ class Rows:
             topk_logits_NK=self.topk_logits_NK[positions],
             logsumexp_N=None if self.logsumexp_N is None else self.logsumexp_N[positions],
         )
+
+
+def subset_counts(subsets: Iterable[str]) -> dict[str, int]:
+    """Rows of each subset, as plans and manifests name them, of rows of these subsets."""
+    found = Counter(subsets)
+    return {subset: found[subset] for subset in SUBSETS if subset in MAIN_SUBSETS or found[subset]}
 
 
 def prompt_and_response(rows: Any, row: int) -> tuple[np.ndarray, np.ndarray]:

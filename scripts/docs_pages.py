@@ -111,7 +111,7 @@ def _groups_in(node: dict[str, Any], place: str) -> Iterator[tuple[str, str]]:
     """(place, name of its group) of all groups of settings that this key holds."""
     if "$ref" in node:
         yield place, node["$ref"].rpartition("/")[2]
-    for one in node.get("anyOf", ()):
+    for one in node.get("anyOf", node.get("oneOf", ())):
         yield from _groups_in(one, place)
     if isinstance(node.get("items"), dict):
         yield from _groups_in(node["items"], f"{place}.N")
@@ -145,8 +145,8 @@ def _type(node: dict[str, Any], places: dict[str, str]) -> str:
     if "$ref" in node:
         place = places[node["$ref"].rpartition("/")[2]]
         return f"[{place}](#{place.lower().replace('.', '')})"
-    if "anyOf" in node:
-        return " or ".join(_type(one, places) for one in node["anyOf"])
+    if kinds := node.get("anyOf", node.get("oneOf")):
+        return " or ".join(_type(one, places) for one in kinds)
     if "enum" in node or "const" in node:
         *most, last = [f"`{value}`" for value in node.get("enum", [node.get("const")])]
         return f"{', '.join(most)} or {last}" if most else last

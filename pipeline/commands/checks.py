@@ -9,6 +9,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.pages.pdf import BROWSERS
 
 OK, MISSING, FAILED = "ok", "missing", "FAILED"  # missing: it does not work here, and nothing needs it
@@ -207,7 +208,8 @@ def needed_extras(config: Any) -> dict[str, str]:
 
 def data_of(config: Any) -> dict[str, Any]:
     """The settings of every query set of a config, by their key."""
-    found = {f"data.{subset}": getattr(config.data, subset) for subset in ("forget", "retain")}
+    found = {f"data.{subset}": getattr(config.data, subset) for subset in MAIN_SUBSETS}
+    found |= {f"data.broad.{name}": source for name, source in config.data.broad.items() if hasattr(source, "path")}
     for number, request in enumerate(config.requests):
         found[f"requests.{number}.data.forget"] = request.data.forget
         if request.data.retain is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet.cache.errors import IncompleteStore, Interrupted, UserError
 from duet.cache.files import publish_json, publishing, read_json
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS
 from duet.cache.watch import Watch
 from duet.pipeline.commands.run import run_stage
 from duet.pipeline.config.schema import Config
@@ -236,9 +236,9 @@ def _training_rows(config: Config, model_dir: Path, store: Store) -> TrainingRow
     from duet.stages.questions.requests import queries_of
 
     by_request = queries_of(config.data, config.requests, need_answers=True)
-    queries = {s: [query for found in by_request.values() for query in found[s]] for s in SUBSETS}
+    queries = {s: [query for found in by_request.values() for query in found[s]] for s in MAIN_SUBSETS}
     counts = {subset: len(found) for subset, found in queries.items()}
-    if counts != store.manifest.subsets:
+    if counts != {subset: store.manifest.subsets[subset] for subset in MAIN_SUBSETS}:
         raise UserError(
             f"the store has {store.manifest.subsets} rows, the data now has {counts}",
             "run `duet teacher-logits` with this config",

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from duet.pipeline.config.schema import Config
+from duet.pipeline.run.stores import questions_of
 from duet.stages.cost.gpus import Device
 from duet.stages.cost.memory import Need, Reading, StudentOnMeta, reading_need, student_need
 from duet.stages.models.sizes import ModelSizes
 from duet.stages.settings.evaluate import EvaluateSettings
 from duet.stages.settings.student import TrainSettings
 from duet.stages.settings.teacher import TeacherSettings
+
+if TYPE_CHECKING:
+    from duet.stages.teacher.plan import RenderedQuery
 
 
 @dataclass(frozen=True)
@@ -53,33 +57,23 @@ def _teachers(config: Config, on: Device) -> Iterator[Stage]:
         )
 
 
-def _rendered(config: Config, settings: TeacherSettings) -> tuple[Path, list[tuple[list[int], list[int]]]]:
-    """The teacher's directory, of which the weights may be missing, and each query's tokens with the prefix and without."""
+def _rendered(config: Config, settings: TeacherSettings) -> tuple[Path, list[RenderedQuery]]:
+    """The teacher's directory, of which the weights may be missing, and the rows that it is asked."""
     from duet.stages.models.directory import small_files
-    from duet.stages.questions.prompts import Prompt, open_renderer
-    from duet.stages.questions.requests import prefixes_of, queries_of
+    from duet.stages.teacher.prepare import render_rows
 
     folder = small_files(settings.model, "teacher.model")
-    renderer = open_renderer(folder, config.prompt, settings.trust_remote_code)
-    prefixes = prefixes_of(settings.prefix, config.topic, config.requests)
-    return folder, [
-        tuple(renderer.prompt(Prompt.plain(query, prefix)) for prefix in (prefixes[request], ""))
-        for request, by_subset in queries_of(config.data, config.requests).items()
-        for queries in by_subset.values()
-        for query in queries
-    ]  # pyright: ignore[reportReturnType]
+    return folder, render_rows(folder, settings, questions_of(config)).rows
 
 
-def _teacher_need(
-    settings: TeacherSettings, sizes: ModelSizes, rows: list[tuple[list[int], list[int]]], on: Device
-) -> Need:
+def _teacher_need(settings: TeacherSettings, sizes: ModelSizes, rows: list[RenderedQuery], on: Device) -> Need:
     from duet.stages.cost.store import not_shared
 
-    prompts = [prefixed for prefixed, _ in rows]
+    positions = [row.positions(settings.max_positions) for row in rows]
     reading = Reading(
-        longest=max(map(len, prompts)) + settings.max_positions,
-        prompt_tokens=not_shared(prompts),
-        new_tokens=len(rows) * (settings.max_positions - 1),  # the first is the prompt's
+        longest=max(len(row.teacher_ids) + count for row, count in zip(rows, positions, strict=True)),
+        prompt_tokens=not_shared([row.teacher_ids for row in rows]),
+        new_tokens=sum(positions) - len(rows),  # the first of each is the prompt's
         batch=min(settings.batch_size, len(rows)),
     )
     devices = settings.tensor_parallel * settings.pipeline_parallel
@@ -93,7 +87,8 @@ def _students(config: Config, on: Device, devices: int) -> Iterator[Stage]:
     from duet.stages.models.directory import small_files
 
     settings = next(iter(config.teacher_settings().values()))
-    lengths = np.array([len(bare) + settings.max_positions - 1 for _, bare in _rendered(config, settings)[1]])
+    rows = _rendered(config, settings)[1]
+    lengths = np.array([len(row.student_ids) + row.positions(settings.max_positions) - 1 for row in rows])
     for student in config.students:
         folder = small_files(start_model(config, student), f"students.{student.name}.model")
 

@@ -231,7 +231,8 @@ def _say_estimate(store: TeacherStore, of: str) -> None:
         f"{of}prompts: {cost.tokens_prefixed:,} tokens with the prefix, {cost.tokens_bare:,} without; "
         f"{cost.tokens_computed:,} to compute where all that they share is computed once"
     )
-    say(f"{of}responses: at most {cost.positions:,} positions, {plan.top_k} ids each")
+    what = "responses and documents" if any(row.is_document for row in store.prepared.rows) else "responses"
+    say(f"{of}{what}: at most {cost.positions:,} positions, {plan.top_k} ids each")
     say(f"{of}store: at most {cost.store_bytes:,} bytes and file headers, {store.location} ({state})")
     say(
         f"{of}cost: 2 x {cost.parameters / 1e6:,.1f} M parameters x {cost.tokens_computed + cost.positions:,} tokens = "

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from duet.cache.errors import UserError
 from duet.cache.location import Location, location_of
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.explain import merged, validated
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.slurm import SlurmSettings
@@ -31,7 +31,7 @@ class Config(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto is the first CUDA device, else the CPU"
     )
-    data: TrainingData = Field(description="the queries of both subsets")
+    data: TrainingData = Field(description="the queries of all subsets")
     prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
     requests: tuple[ForgetRequest, ...] = Field(default=(), description="forget requests beside that of topic and data")
     teacher: TeacherSettings = Field(description="stage one")
@@ -123,7 +123,7 @@ def check_requests(config: Config, where: str) -> None:
     """Refuse requests and evaluation sets whose results would have the same names."""
     if repeated := _first_repeated([request.name for request in config.requests]):
         raise UserError(f"{where}: requests: the name {repeated!r} occurs twice", "give each request its own name")
-    trained = {*SUBSETS, *(f"{request.name}.{subset}" for request in config.requests for subset in SUBSETS)}
+    trained = {*MAIN_SUBSETS, *(f"{r.name}.{subset}" for r in config.requests for subset in MAIN_SUBSETS)}
     for reserved in sorted(trained & set(config.evaluate.sets)):
         raise UserError(
             f"{where}: evaluate.sets: {reserved!r} is the training set of that name", "name the set otherwise"

@@ -11,7 +11,7 @@ import yaml
 from rich.table import Table
 
 from duet.cache.files import publish_json, publishing
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS, SUBSETS
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.charts import Dot, colours, curves, legend_of_lines, scatter
@@ -21,10 +21,8 @@ from duet.pipeline.run.named_models import model_name
 from duet.pipeline.run.terminal import say, show
 from duet.stages.student.summary import TrainingSummary, read_summary
 
-COLUMNS = (
-    "student", "start", "loss", "trained", "steps", "time", "speed", "memory", "last\nloss",
-    "as the teacher, %\nforget / retain", "refuses, %\nforget / retain",
-)  # fmt: skip
+COLUMNS = ("student", "start", "loss", "trained", "steps", "time", "speed", "memory", "last\nloss")
+SHARES = {"agreement": "as the teacher, %", "refusal": "refuses, %"}  # of each subset, in a column each
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,18 @@ def finished_students(run: RunDir) -> list[FinishedStudent]:
     ]
 
 
-def cells(student: FinishedStudent) -> list[str]:
-    """One row under COLUMNS; with units, so that each cell can be read alone."""
+def _subsets(students: Sequence[FinishedStudent]) -> list[str]:
+    """Those that some of the students were probed on."""
+    return [s for s in SUBSETS if any(f"agreement.{s}" in student.summary.probe for student in students)]
+
+
+def columns(subsets: Sequence[str]) -> list[str]:
+    """Titles of the table, whose last columns have a share of each subset."""
+    return [*COLUMNS, *(f"{title}\n{' / '.join(subsets)}" for title in SHARES.values())]
+
+
+def cells(student: FinishedStudent, subsets: Sequence[str] = MAIN_SUBSETS) -> list[str]:
+    """One row under `columns`; with units, so that each cell can be read alone."""
     summary = student.summary
     return [
         summary.name,
@@ -83,7 +91,7 @@ def cells(student: FinishedStudent) -> list[str]:
         f"{summary.tokens_per_s:,.0f} tok/s",
         f"{summary.peak_memory_gb:.2f} GB",
         f"{summary.curve[-1][1]:.3g}",
-        *(" / ".join(_percent(summary.probe[f"{what}.{s}"]) for s in SUBSETS) for what in ("agreement", "refusal")),
+        *(" / ".join(_percent(summary.probe.get(f"{what}.{s}")) for s in subsets) for what in SHARES),
     ]
 
 
@@ -98,12 +106,12 @@ def _percent(share: float | None) -> str:
 def students_table(students: Sequence[FinishedStudent]) -> Table:
     """One row per student."""
     title = f"Students; as the teacher: first token of {_probed(students)}"
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(COLUMNS):
+    table, subsets = Table(title=title, title_justify="left"), _subsets(students)
+    for number, column in enumerate(columns(subsets)):
         is_text = number < 3
         table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for student in students:
-        table.add_row(*cells(student))
+        table.add_row(*cells(student, subsets))
     return table
 
 
@@ -117,10 +125,13 @@ def render(run: str, students: Sequence[FinishedStudent]) -> str:
     """The whole page as HTML text, a pure function of students.json."""
     by_name = {f"student:{student.summary.name}": student.summary for student in students}
     palette = colours(list(by_name))
-    shares = {name: [s.probe[f"agreement.{subset}"] for subset in SUBSETS] for name, s in by_name.items()}
+    subsets = _subsets(students)
+    shares = {name: [s.probe[f"agreement.{subset}"] for subset in MAIN_SUBSETS] for name, s in by_name.items()}
     dots = {name: Dot(forget, retain) for name, (forget, retain) in shares.items() if None not in (forget, retain)}
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in COLUMNS)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(student))}</tr>" for student in students)
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns(subsets))
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(student, subsets))}</tr>" for student in students
+    )
     reasons = "".join(
         f"<li>{escape(s.summary.name)}: {escape(s.loss_in_words)}, {escape(s.summary.loss_reason)}; "
         f"{escape(s.summary.head)}</li>"

@@ -14,7 +14,7 @@ WIDTH = 100  # columns of the widest table that is shown without -v
 
 def progress_note(line: Mapping[str, Any]) -> str:
     """The numbers of a line of metrics.jsonl that are worth watching."""
-    subsets = [(name, line[f"loss_{name}"]) for name in SUBSETS]
+    subsets = [(name, line.get(f"loss_{name}")) for name in SUBSETS]
     losses = ", ".join(f"{name} {loss:.3g}" for name, loss in subsets if loss is not None)
     return (
         f"loss {line['loss']:.3g} ({losses})  {line['tokens_per_s']:,.0f} tok/s  "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import start_model
 from duet.stages.settings.student import StudentSettings
@@ -99,7 +99,7 @@ def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str,
 
     prefixes = prefixes_of(settings.prefix, config.topic, config.requests)
     main = prefixes.pop(MAIN)
-    return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in SUBSETS}
+    return main, {f"{request}.{subset}": prefix for request, prefix in prefixes.items() for subset in MAIN_SUBSETS}
 
 
 def query_sets(config: Config) -> dict[str, QuerySet]:
@@ -132,6 +132,30 @@ def query_sets(config: Config) -> dict[str, QuerySet]:
     _check_apart(sets)
     order = sorted(sets, key=lambda name: sets[name].expect != "forgotten")
     return {name: sets[name] for name in order}
+
+
+def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
+    """Of each evaluation set with questions that are broad ones too, a sentence that says so.
+
+    UserError where they are to be forgotten and a teacher is asked the broad ones without its prefix: it would teach them.
+    """
+    from duet.stages.questions.requests import broad_of
+
+    broad = {query.question for queries in broad_of(config.data).values() for query in queries}
+    plain = [name for name, settings in config.teacher_settings().items() if settings.prefix_on == "forget"]
+    found = []
+    for name, of in sets.items():
+        both = [query.question for query in of.queries if query.question in broad]
+        if both and of.expect == "forgotten" and plain:
+            raise UserError(
+                f"{len(both)} questions of the set {name!r} are to be forgotten, and data.broad has them answered without the "
+                f"prefix: {both[0]!r}",
+                "take them out of data.broad, or set teacher.prefix_on: all",
+            )
+        if both and name in config.evaluate.sets:
+            how_many = f"{len(both)} of {len(of.queries)} questions of {name}"
+            found.append(f"{how_many} are in data.broad: students are trained on them")
+    return found
 
 
 def _check_apart(sets: Mapping[str, QuerySet]) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError, note
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS, subset_counts
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import is_here, start_folder, start_model
 from duet.pipeline.run.stores import questions_of
+from duet.stages.settings.data import DocumentSettings
 from duet.stages.settings.student import teacher_weights
 
 if TYPE_CHECKING:
@@ -112,10 +113,18 @@ def _expected_stores(config: Config, rows: Sequence[RenderedQuery] | None) -> di
     """What is known of the stores before stage one, by teacher."""
     from duet.stages.student.checks import Expected
 
-    subsets = {subset: 1 if rows is None else sum(row.subset == subset for row in rows) for subset in SUBSETS}
+    known = [*MAIN_SUBSETS, *(["broad"] if config.data.broad else [])] if rows is None else [r.subset for r in rows]
+    subsets, longest = subset_counts(known), max((len(row.given_ids or ()) for row in rows or ()), default=1)
+    if rows is None and any(isinstance(source, DocumentSettings) for source in config.data.broad.values()):
+        longest = 2  # at least, as a document has
     return {
         name: Expected(
-            one.top_k, one.logsumexp, 1, one.max_positions, subsets, {"engine": one.engine, "prompt": config.prompt}
+            top_k=one.top_k,
+            logsumexp=one.logsumexp,
+            rows=1,
+            positions=max(one.max_positions, longest),
+            subsets=subsets,
+            provenance={"engine": one.engine, "prompt": config.prompt},
         )
         for name, one in config.teacher_settings().items()
     }
@@ -151,7 +160,7 @@ def _asks_the_clock(renderer: Renderer) -> bool:
 
 def _evaluation(config: Config) -> str:
     """Stage three's questions to base and teachers, given answers too where they are scored."""
-    from duet.pipeline.run.exam import base_and_teachers, exam_of
+    from duet.pipeline.run.exam import base_and_teachers, exam_of, trained_on
     from duet.stages.evaluate.answers import session_of
     from duet.stages.exam import given_answers
     from duet.stages.exam.exam import by_directory
@@ -160,7 +169,7 @@ def _evaluation(config: Config) -> str:
 
     exam = exam_of(config)
     subjects = base_and_teachers(config, small_files, lambda one, other: one.resolve() == other.resolve())
-    tasks, remarks = 0, {}
+    tasks, remarks = 0, dict.fromkeys(trained_on(config, exam.sets))
     for model_dir, of_model in by_directory(subjects).items():
         session = session_of(model_dir, exam, of_model)
         tasks += sum(len(session.tasks(subject)) for subject in of_model)

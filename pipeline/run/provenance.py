@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from duet.stages.exam.exam import Exam, Subject
 
 # Settings of these names, or that end with _dir, _path or _model, are places; so are the values of `models`.
-PLACES = ("path", "model", "dir", "oracle", "reference", "retrained", "neutral_text", "attack_texts", "adapter")
+PLACES = (
+    "path",
+    "documents",
+    "model",
+    "dir",
+    "oracle",
+    "reference",
+    "retrained",
+    "neutral_text",
+    "attack_texts",
+    "adapter",
+)
 
 
 def provenance(config: Config, subjects: Sequence[Subject], exam: Exam) -> dict[str, Any]:

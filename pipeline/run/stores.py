@@ -13,6 +13,7 @@ from duet.cache.files import publish_json, read_json
 from duet.cache.location import Location
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.plan import PLAN_NAME, Plan, store_name
+from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.schema import Config
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def store_summary(location: Location) -> dict[str, Any]:
         "dtype": manifest.provenance["dtype"],
         "bytes": manifest.shard_bytes,
         "prefix": manifest.provenance["prefix"],
+        **{key: manifest.provenance[key] for key in ("prefix_on",) if key in manifest.provenance},
+        **{f"{subset} rows": rows for subset, rows in manifest.subsets.items() if subset not in MAIN_SUBSETS},
         **{f"prefix of {name}": r["prefix"] for name, r in manifest.provenance.get("requests", {}).items()},
     }
 

@@ -28,7 +28,7 @@ from duet.stages.metrics.text import performance_shift, rouge_l
 from duet.stages.metrics.uncertainty import compare_sums, weighted_sum
 from duet.stages.models.identity import weights_sha256
 from duet.stages.settings.compare import CompareSettings
-from duet.stages.settings.student import FREE_TRAIN, TrainSettings
+from duet.stages.settings.student import TrainSettings, deciding_settings
 from duet.stages.student.job import StudentJob
 from duet.stages.student.loop import StepReport
 from duet.stages.student.ranks import Processes
@@ -97,7 +97,7 @@ def _trial(plan: Comparison, method: str, lr: float, constant: float | None) -> 
     deciding = [
         method,
         constant,
-        settings.model_dump(mode="json", exclude=set(FREE_TRAIN)),
+        deciding_settings(settings),
         weights_sha256(plan.model_dir),
         {name: store.manifest.fingerprint for name, store in plan.stores.items()},
     ]

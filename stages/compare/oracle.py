@@ -23,7 +23,7 @@ from duet.stages.models.identity import weights_sha256
 from duet.stages.questions.prompts import open_renderer
 from duet.stages.questions.queries import load_queries
 from duet.stages.settings.compare import OracleSettings
-from duet.stages.settings.student import FREE_TRAIN, TrainSettings
+from duet.stages.settings.student import TrainSettings, deciding_settings
 
 ORACLE = "oracle"
 FROM_SCRATCH = Method("training from scratch without the forget set", "2401.06121", retain_nll, retain_nll)
@@ -47,7 +47,7 @@ def train_oracle(
     _refuse_forgotten([query.question for query in queries], plan)
     rows = TrainingRows([], [row_of(renderer, query) for query in queries], [])
     deciding = [
-        train.model_dump(mode="json", exclude=set(FREE_TRAIN)),
+        deciding_settings(train),
         weights_sha256(plan.model_dir),
         rows.sha256(),
     ]

@@ -2,7 +2,7 @@
 
 `methods.py` holds each method's loss. DUET's student reads a store, these read the data's answers. Rows and their order are
 those of the student (`store_order`), so that a step of either sees the same queries; methods that use no retain data leave
-those rows out. A training can be stopped after any step and goes on bit for bit on a CPU.
+those rows out, and all of them broad rows. A training can be stopped after any step and goes on bit for bit on a CPU.
 
 The loop is not that of `duet.stages.student.loop`: it does not prefetch, cut passes, probe or share its steps with other
 processes, and a loss that is not finite is a result here. The optimizer step, its learning rate and its random numbers are.
@@ -58,7 +58,10 @@ def row_of(renderer: Renderer, query: Query, answer: str | None = None) -> Quest
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The queries of a run as token ids, from which a step's rows are drawn. Numbers are the store's: forget, then retain."""
+    """The queries of a run as token ids, from which a step's rows are drawn.
+
+    Numbers are the store's: forget, then retain, then broad rows, which have no answers to learn from and are left out.
+    """
 
     forget: list[QuestionAnswer]
     retain: list[QuestionAnswer]
@@ -72,7 +75,7 @@ class TrainingRows:
         return Batch(
             forget=[self.forget[number] for number in forget],
             refused=[self.refusals[number][at] for number, at in zip(forget, drawn, strict=True)],
-            retain=[self.retain[number - len(self.forget)] for number in numbers if number >= len(self.forget)],
+            retain=[self.retain[at] for at in numbers - len(self.forget) if 0 <= at < len(self.retain)],
         )
 
     def sha256(self) -> str:

@@ -53,7 +53,7 @@ class Estimate:
 def estimate(prepared: Prepared, plan: Plan) -> Estimate:
     """Positions are counted as if no response ended early, but for given ones, whose length is known."""
     rows = prepared.rows
-    positions = sum(len(row.given_ids) if row.given_ids else plan.max_positions for row in rows)
+    positions = sum(row.positions(prepared.ask.max_positions) for row in rows)
     parameters = num_parameters(prepared.spec.model_dir)
     computed = not_shared([row.teacher_ids for row in rows])
     columns = position_columns(plan.layout, _value_dtype(plan.values, prepared.spec.dtype), prepared.ask.logsumexp)
@@ -156,6 +156,6 @@ def _bytes(prepared: Prepared, plan: Plan, numbers: Sequence[int], least: bool) 
     per_token = TOKEN_BYTES // 2 if least else TOKEN_BYTES
     total = 0
     for row in (prepared.rows[number] for number in numbers):
-        positions = len(row.given_ids) if row.given_ids else 1 if least else plan.max_positions
+        positions = row.positions(1 if least else prepared.ask.max_positions)
         total += positions * per_position + per_token * (len(row.student_ids) + positions) + len(row.row_id)
     return int(total * LEAST_SHARE[plan.compression]) if least else total + plan.num_shards * HEADER_BYTES

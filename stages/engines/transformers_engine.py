@@ -81,14 +81,19 @@ class TransformersEngine(Engine):
     def stream(self, requests: Iterable[Request], ask: Ask) -> Generator[tuple[int, Scored], None, None]:
         waiting = iter(requests)
         while window := list(islice(waiting, WINDOW_BATCHES * self._spec.batch_size)):
-            choose = _chooser(window, ask, self._spec.num_ids)
-            most = np.array([ask.max_positions if r.given_ids is None else len(r.given_ids) for r in window])
-            for batch in self._batches([r.prompt_ids for r in window], int(most.max())):
-                of_given = window[batch.rows[0]].given_ids is not None
-                collected = _Collected(ask, self._spec.num_ids)
-                ends = () if of_given else self._spec.eos_ids
-                self._decode(batch, most[batch.rows], choose, ends, collected)
-                yield from ((window[row].key, scored) for row, scored in collected.results())
+            for given in (False, True):
+                if requests_of_kind := [request for request in window if (request.given_ids is not None) == given]:
+                    yield from self._scored(requests_of_kind, ask, given)
+
+    def _scored(self, window: Sequence[Request], ask: Ask, given: bool) -> Iterator[tuple[int, Scored]]:
+        """All responses of these requests, which are given, or all made here."""
+        choose = _chooser(window, ask, self._spec.num_ids)
+        most = np.array([ask.max_positions if r.given_ids is None else len(r.given_ids) for r in window])
+        ends = () if given else self._spec.eos_ids
+        for batch in self._batches([r.prompt_ids for r in window], int(most.max())):
+            collected = _Collected(ask, self._spec.num_ids)
+            self._decode(batch, most[batch.rows], choose, ends, collected)
+            yield from ((window[row].key, scored) for row, scored in collected.results())
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         found: dict[int, list[int]] = {row: [] for row in range(len(prompts))}

@@ -18,6 +18,7 @@ from duet.cache.files import read_json
 from duet.stages.exam.exam import Exam, references_of
 from duet.stages.metrics import choices, membership, perplexity, uncertainty
 from duet.stages.metrics.uncertainty import Score
+from duet.stages.questions.documents import load_documents
 from duet.stages.settings.evaluate import MembershipSettings
 
 SIDES = ("members", "nonmembers")
@@ -46,7 +47,7 @@ def texts_of(exam: Exam) -> Texts:
             raise UserError(f"evaluate.membership.{side}: no set {name!r}", f"the sets are {', '.join(exam.sets)}")
     neutral = exam.settings.neutral_text
     return Texts(
-        documents=perplexity.load_documents(neutral, "evaluate.neutral_text") if neutral else [],
+        documents=load_documents(neutral, "evaluate.neutral_text") if neutral else [],
         with_choices=tuple(name for name, query_set in exam.sets.items() if query_set.queries[0].choices),
         membership=settings,
     )

@@ -1,4 +1,4 @@
-"""The queries of a config: forget and retain set, further forget requests, and the prefix of each."""
+"""The queries of a config: forget and retain set, broad rows, further forget requests, and the prefix of each."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 
 from duet.cache.errors import UserError, did_you_mean
-from duet.cache.record import SUBSETS
+from duet.cache.record import MAIN_SUBSETS
+from duet.stages.questions.documents import load_documents
 from duet.stages.questions.queries import Query, load_queries
-from duet.stages.settings.data import ForgetRequest, RequestData, TrainingData
+from duet.stages.settings.data import DocumentSettings, ForgetRequest, RequestData, TrainingData
 
 MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has no name
 
@@ -32,7 +33,7 @@ def prefixes_of(prefix: str, topic: str, requests: Sequence[ForgetRequest]) -> d
 def queries_of(
     data: TrainingData, requests: Sequence[ForgetRequest], need_answers: bool = False
 ) -> dict[str, dict[str, list[Query]]]:
-    """The queries of both subsets of each request, by its name; a request without a retain set has none there."""
+    """The forget and retain queries of each request, by its name; a request without a retain set has none there."""
     further = {
         request.name: _queries(request.data, f"requests.{number}.data", need_answers)
         for number, request in enumerate(requests)
@@ -40,8 +41,21 @@ def queries_of(
     return {MAIN: _queries(data, "data", need_answers), **further}
 
 
+def broad_of(data: TrainingData) -> dict[str, list[Query]]:
+    """The broad rows of each source, by its name. A document is a query whose question is its text."""
+    found = {}
+    for name, source in data.broad.items():
+        where = f"data.broad.{name}"
+        if isinstance(source, DocumentSettings):
+            texts = load_documents(source.documents, f"{where}.documents")
+            found[name] = [Query(str(number), text, None) for number, text in enumerate(texts)]
+        else:
+            found[name] = load_queries(source, where)
+    return found
+
+
 def _queries(data: TrainingData | RequestData, key: str, need_answers: bool) -> dict[str, list[Query]]:
-    found = {subset: getattr(data, subset) for subset in SUBSETS}
+    found = {subset: getattr(data, subset) for subset in MAIN_SUBSETS}
     return {
         subset: load_queries(settings, f"{key}.{subset}", need_answers) if settings else []
         for subset, settings in found.items()

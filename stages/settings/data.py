@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from duet.stages.settings.base import Name, Settings
 
@@ -43,11 +43,43 @@ class DataSettings(Settings):
     sample_seed: int = Field(default=0, ge=0, description="seed of the sample")
 
 
+class DocumentSettings(Settings):
+    """Plain texts, which teacher and student read as they are; every position is learned."""
+
+    documents: str = Field(
+        description=".txt (a document ends at a blank line) or JSON (field text); each is read from its beginning"
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="a document is cut to this number of tokens; default: to what the teacher can read behind its prefix",
+    )
+
+
+def _kind_of(source: Any) -> str:
+    """The class that a source of broad rows is read as, by what it names."""
+    given = source if isinstance(source, dict) else getattr(source, "model_fields_set", ())
+    return "DocumentSettings" if "documents" in given else "DataSettings"
+
+
+BroadSettings = Annotated[
+    Annotated[DataSettings, Tag("DataSettings")] | Annotated[DocumentSettings, Tag("DocumentSettings")],
+    Discriminator(_kind_of),
+]
+
+
 class TrainingData(Settings):
     """The queries that the teacher is asked and the student learns from."""
 
     forget: DataSettings = Field(description="queries about the topic")
-    retain: DataSettings = Field(description="queries about anything else; the prefix stands before them too")
+    retain: DataSettings = Field(
+        description="queries about anything else; the prefix stands before them too, unless teacher.prefix_on is forget"
+    )
+    broad: dict[Name, BroadSettings] = Field(
+        default={},
+        description="further rows for all that the student should go on knowing, by the name of their source: questions, which "
+        "need no answers (the teacher answers them), or documents",
+    )
 
 
 class PromptSettings(Settings):
@@ -98,7 +130,8 @@ class RequestData(Settings):
 
     forget: DataSettings = Field(description="queries about the request's topic")
     retain: DataSettings | None = Field(
-        default=None, description="queries about anything else, asked behind this request's prefix too; default: none"
+        default=None,
+        description="queries about anything else; behind the request's prefix as teacher.prefix_on says; default: none",
     )
 
 

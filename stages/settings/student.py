@@ -51,11 +51,19 @@ class ProbeSettings(Settings):
         ge=1,
         description="stop after this number of probes in a row without a lower loss on the held-out rows, and export the best",
     )
+    stop_within: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop once the loss on held-out broad rows, or else retain rows, is at most this many nats above the "
+        "teacher's own, which is 0 with a KL loss, and export that student",
+    )
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> ProbeSettings:
         if self.patience is not None and self.holdout == 0:
             raise ValueError("patience does nothing without held-out rows: set probe.holdout, for example 0.1")
+        if self.stop_within is not None and self.holdout == 0:
+            raise ValueError("stop_within does nothing without held-out rows: set probe.holdout, for example 0.1")
         return self
 
 
@@ -96,6 +104,7 @@ class TrainSettings(Settings):
     )
     forget_weight: float = Field(default=1.0, gt=0, description="weight of forget rows in the loss")
     retain_weight: float = Field(default=1.0, gt=0, description="weight of retain rows in the loss")
+    broad_weight: float = Field(default=1.0, gt=0, description="weight of broad rows in the loss")
     position_decay: float = Field(
         default=1.0, gt=0, le=1, description="loss weight of each position relative to the one before it"
     )
@@ -116,8 +125,8 @@ class TrainSettings(Settings):
         default=None,
         ge=0,
         le=1,
-        description="share of forget queries in every batch; default: that of the store. An epoch is then over when every "
-        "query has come at least once",
+        description="share of forget queries in every batch; default: that of the store. Retain and broad rows share the rest "
+        "as they do in the store. An epoch is then over when every query has come at least once",
     )
     lr: float = Field(default=1e-5, gt=0, description="peak learning rate")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
@@ -164,8 +173,13 @@ class TrainSettings(Settings):
                 raise ValueError(
                     f"{setting} does nothing with loss {self.loss}: leave it out, or take {', '.join(losses)}"
                 )
-        for subset in ("forget", "retain"):
-            if self.forget_share in (0, 1) and getattr(self, f"{subset}_weight") != 1:
+        if self.probe and self.probe.stop_within is not None and self.loss not in DIVERGENCES:
+            raise ValueError(
+                f"probe.stop_within is a distance in nats, which loss {self.loss} is not: take {', '.join(DIVERGENCES)}"
+            )
+        idle = {0: ("forget",), 1: ("forget", "retain", "broad")}  # by forget_share
+        for subset in idle.get(self.forget_share, ()):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if getattr(self, f"{subset}_weight") != 1:
                 raise ValueError(f"{subset}_weight does nothing with forget_share {self.forget_share:g}: leave it out")
         trained = {
             "lora": self.lora,
@@ -182,11 +196,25 @@ LOSS_OPTIONS = {  # the losses that take each option
     "huber_delta": ("auto", "huber_raw", "huber_centred"),
     "temperature": ("forward_kl_topk", "jsd_topk"),
 }
+DIVERGENCES = ("forward_kl_topk", "forward_kl_tail", "reverse_kl_tail", "jsd_topk")  # 0 where student and teacher agree
 # Settings of `train` that decide how fast and in what memory, not what, is computed; numbers differ by rounding at most.
 FREE_TRAIN = (
     "pass_tokens", "max_padding", "gradient_checkpointing", "compile", "parallel",
     "checkpoint_steps", "keep_last", "trackers",
 )  # fmt: skip
+
+
+def deciding_settings(train: TrainSettings) -> dict[str, Any]:
+    """The settings that decide what is computed, as JSON: equal for two trainings that give the same weights.
+
+    What came later than the first students is not among them where it does nothing: those are found again.
+    """
+    found = train.model_dump(mode="json", exclude=set(FREE_TRAIN))
+    for group, key in ((found, "broad_weight"), (found["probe"], "stop_within")):
+        fields = TrainSettings if group is found else ProbeSettings
+        if group and group[key] == fields.model_fields[key].default:
+            del group[key]
+    return found
 
 
 def teacher_weights(train: TrainSettings, names: Sequence[str], key: str = "train") -> dict[str, float]:

@@ -31,6 +31,11 @@ class TeacherSettings(Settings):
         "both: {model: BASE, adapter: ADAPTER}"
     )
     prefix: str = Field(description="the unlearning prefix; {topic} stands for the topic")
+    prefix_on: Literal["all", "forget"] = Field(
+        default="all",
+        description="rows that are asked behind the prefix: all, as in the paper, or those of the forget set. Those to be kept "
+        "then have the logits of the model without a prefix as their targets",
+    )
     engine: Literal["auto", "vllm", "transformers"] = Field(
         default="auto", description="auto takes vLLM where it works"
     )
@@ -74,6 +79,8 @@ class TeacherSettings(Settings):
             raise ValueError("temperature does nothing with given responses: leave it out")
         if self.seed is not None and self.temperature is None:
             raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
+        if self.prefix_on != "all" and not self.prefix:
+            raise ValueError("prefix_on does nothing without a prefix: leave it out, or give the teacher a prefix")
         return self
 
 

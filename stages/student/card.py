@@ -32,11 +32,11 @@ erased from the weights. See the run's report for what an attacker gets back.
 {teachers}
 | loss | {loss}: {loss_reason} |
 | trained | {trained_parameters:,} of {parameters:,} parameters, {steps} steps of {batch_size} rows, peak learning rate {lr:g} |
-| first token as the teacher's | forget {agree_forget}, retain {agree_retain} (n = {probed} rows, {held_out}) |
+| first token as the teacher's | {agree} (n = {probed} rows, {held_out}) |
 """
 
 TEACHER = """\
-| teacher logits | store {fingerprint}: {rows} rows ({forget} forget, {retain} retain), {positions} positions, k = {top_k} |
+| teacher logits | store {fingerprint}: {rows} rows ({subsets}), {positions} positions, k = {top_k} |
 | teacher | weights sha256 {teacher_sha256}, {engine}, {dtype}{share} |"""
 
 COMPARED = """\
@@ -75,8 +75,7 @@ def student_card(
         steps=summary.steps,
         batch_size=settings.batch_size,
         lr=settings.lr,
-        agree_forget=_share(probe["agreement.forget"]),
-        agree_retain=_share(probe["agreement.retain"]),
+        agree=", ".join(f"{subset} {_share(probe[f'agreement.{subset}'])}" for subset in manifests[0].subsets),
         probed=probe["rows"],
         held_out="held out from training" if probe["held_out"] else "trained on",
     )
@@ -100,7 +99,7 @@ def _teacher(manifest: Manifest, top_k: int | None, share: str) -> str:
         rows=manifest.rows,
         positions=manifest.positions,
         top_k=top_k or manifest.top_k,
-        **manifest.subsets,
+        subsets=", ".join(f"{rows} {subset}" for subset, rows in manifest.subsets.items()),
         teacher_sha256=manifest.provenance["weights_sha256"][:16],
         engine=manifest.provenance["engine"],
         dtype=manifest.provenance["dtype"],

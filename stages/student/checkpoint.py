@@ -34,6 +34,7 @@ class TrainingState:
     tokens: int = 0  # over all processes, without padding
     best_loss: float | None = None  # lowest on held-out rows so far
     probes_since: int = 0  # probes since then
+    is_close: bool = False  # the loss on held-out rows is within `probe.stop_within`
 
     def after(self, cursor: Cursor, tokens: int, seconds: float, stall_s: float) -> TrainingState:
         """The state after one more step, with `cursor` at the next batch."""

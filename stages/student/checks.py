@@ -6,7 +6,7 @@ never weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from duet.cache.errors import UserError
 from duet.cache.manifest import Manifest
 from duet.cache.reader import Store
-from duet.cache.record import prompt_and_response
+from duet.cache.record import SUBSETS, prompt_and_response
 from duet.stages.models.directory import check_trainable_start, load_config
 from duet.stages.models.limits import check_ids_within, check_length, context_length, vocab_width
 from duet.stages.models.tokenizers import eos_ids, load_tokenizer
@@ -103,6 +103,45 @@ class Start:
         return sorted(i for i in ends - set(self.eos_ids) if i < self.width)
 
 
+def _check_weights(settings: TrainSettings, subsets: Mapping[str, int], key: str) -> None:
+    """Refuse weights of subsets beside which there are no others in training, or of which there are no rows."""
+    there = [subset for subset in SUBSETS if subsets.get(subset)]
+    trained = [subset for subset in there if subset != "forget" or settings.forget_share != 0]
+    for subset in SUBSETS:
+        if getattr(settings, f"{subset}_weight") == 1:
+            continue
+        if len(there) == 1:
+            raise UserError(
+                f"{key}.{subset}_weight does nothing: the store has rows of one subset only", "leave it out"
+            )
+        if subset not in there:
+            raise UserError(
+                f"{key}.{subset}_weight does nothing: the store has no {subset} rows",
+                f"leave it out, or name some in data.{subset}",
+            )
+        if len(trained) == 1:
+            raise UserError(
+                f"{key}.{subset}_weight does nothing with forget_share {settings.forget_share:g} and rows of two subsets",
+                "leave it out",
+            )
+
+
+def _check_stop(settings: TrainSettings, subsets: Mapping[str, int], combine: str | None, key: str) -> None:
+    """Refuse a distance to the teacher at which to stop where there is none, or nothing to measure it on."""
+    if settings.probe is None or settings.probe.stop_within is None:
+        return
+    if combine == "mix":
+        raise UserError(
+            f"{key}.probe.stop_within has no meaning with a mix of teachers: no student is at distance 0 from all of them",
+            "leave it out, take train.combine: average, or learn from one teacher",
+        )
+    if not any(count for subset, count in subsets.items() if subset != "forget"):
+        raise UserError(
+            f"{key}.probe.stop_within does nothing: the store has forget rows only",
+            "leave it out, or make a store with others",
+        )
+
+
 def check_settings(
     settings: TrainSettings,
     loss: str,
@@ -128,6 +167,7 @@ def check_settings(
                 f"{one.provenance['engine']})",
                 "make one with teacher.logsumexp: true, or take a loss over the k ids alone such as forward_kl_topk",
             )
+    _check_stop(settings, manifest.subsets, combine, key)
     if settings.top_k and settings.top_k > manifest.top_k:
         raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")
     if settings.position_decay != 1 and all(one.positions == one.rows for one in manifests):
@@ -135,11 +175,7 @@ def check_settings(
             f"{key}.position_decay does nothing: every row of the store has one position",
             "leave it out, or make a store with teacher.max_positions above 1",
         )
-    for subset in ("forget", "retain"):
-        if getattr(settings, f"{subset}_weight") != 1 and 0 in manifest.subsets.values():
-            raise UserError(
-                f"{key}.{subset}_weight does nothing: the store has rows of one subset only", "leave it out"
-            )
+    _check_weights(settings, manifest.subsets, key)
     if settings.parallel == "fsdp" and processes and processes.rank.world == 1:
         raise UserError(
             f"{key}.parallel: fsdp does nothing with one process",

@@ -15,7 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,18 @@ from duet.cache.codec import Block
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.files import publishing, sync_file
 from duet.cache.order import Order
+from duet.cache.record import SUBSETS
 from duet.cache.watch import Watch
 from duet.stages.settings.student import CHECKPOINTS_NAME, METRICS_NAME, TrainSettings
 from duet.stages.student import checkpoint
 from duet.stages.student.checkpoint import TrainingState
+from duet.stages.student.early_stop import is_over, probed_after
 from duet.stages.student.head import losses_at
 from duet.stages.student.job import StudentJob
 from duet.stages.student.model import Student, trained
 from duet.stages.student.passes import Pass, passes_of
 from duet.stages.student.prefetch import Prefetch
-from duet.stages.student.probe import Probe, ask
+from duet.stages.student.probe import Probe
 from duet.stages.student.ranks import whole, without_sync
 from duet.stages.student.targets import Teachers
 
@@ -44,10 +46,10 @@ from duet.stages.student.targets import Teachers
 class StepReport:
     """One line of metrics.jsonl.
 
-    `loss` is the weighted mean over supervised positions; `loss_forget` and `loss_retain` are plain means over one subset's
-    positions, over all teachers, None if the step had no such position. Rates count all processes; `stall_share` is the part
-    of all steps' time that the first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes, of the GPU
-    or else of the process.
+    `loss` is the weighted mean over supervised positions; `loss_<subset>` are plain means over one subset's positions, over all
+    teachers, None if the step had no such position. Rates count all processes; `stall_share` is the part of all steps' time
+    that the first process has waited for the store; `memory_gb` its peak so far, in 10^9 bytes, of the GPU or else of the
+    process.
     """
 
     step: int
@@ -63,6 +65,13 @@ class StepReport:
     stall_share: float
     memory_gb: float
     probe: dict[str, Any] | None
+    loss_broad: float | None = None
+
+    def as_line(self) -> dict[str, Any]:
+        """As it stands in metrics.jsonl: of the broad rows only where the step had some."""
+        line = asdict(self)
+        loss = line.pop("loss_broad")
+        return line if loss is None else line | {"loss_broad": loss}
 
 
 def run_loop(
@@ -86,7 +95,7 @@ def run_loop(
     )
     idle = probe.passes[0].without_weight()
     with closing(batches), _appending(metrics_path, processes.first) as write:
-        while state.step < total and not _out_of_patience(state, settings):
+        while state.step < total and not is_over(state, settings):
             started, waited = time.perf_counter(), batches.stall_s
             cursor, passes = next(batches)
             num_rows = cursor.slot - (state.cursor.slot if cursor.epoch == state.cursor.epoch else 0)
@@ -94,14 +103,13 @@ def run_loop(
             result = _step(job.name, student, passes, idle, lr, state.step)
             seconds = time.perf_counter() - started
             state = state.after(cursor, result.num_tokens, seconds, batches.stall_s - waited)
-            state, probed = _probed(probe, student, state, total, checkpoint_dir)
+            state, probed = probed_after(probe, student, state, total, checkpoint_dir)
             report = StepReport(
                 step=state.step,
                 total_steps=total,
                 epoch=state.step / total * settings.epochs,
                 loss=result.loss,
-                loss_forget=result.loss_forget,
-                loss_retain=result.loss_retain,
+                **{f"loss_{subset}": loss for subset, loss in result.losses.items()},
                 lr=lr,
                 grad_norm=result.grad_norm,
                 rows_per_s=num_rows / seconds,
@@ -110,12 +118,12 @@ def run_loop(
                 memory_gb=peak_memory_gb(processes.device),
                 probe=probed,
             )
-            lines.append(asdict(report))
+            lines.append(report.as_line())
             if processes.first:
                 write(json.dumps(lines[-1]) + "\n")
                 watch.on_progress(report)
             stop = bool(processes.tell([watch.should_stop()]).any()) and state.step < total
-            ended = state.step == total or _out_of_patience(state, settings)  # a failure after the end repeats no step
+            ended = state.step == total or is_over(state, settings)  # a failure after the end repeats no step
             if stop or ended or state.step % settings.checkpoint_steps == 0:
                 _save(job, student, state)
             if stop:
@@ -128,17 +136,6 @@ def _passes(teachers: Teachers, blocks: list[Block], student: Student) -> list[P
     return [one.pin_memory() for one in passes] if student.processes.device.type == "cuda" else passes
 
 
-def _probed(
-    probe: Probe, student: Student, state: TrainingState, total: int, checkpoint_dir: Path
-) -> tuple[TrainingState, dict[str, Any] | None]:
-    """The state, and the result of a probe where one is due after this step."""
-    settings = student.settings.probe
-    if settings is None or (state.step % settings.steps and state.step != total):
-        return state, None
-    found = ask(probe, student.answer, student.processes.device)
-    return (_judged(state, found["loss"], checkpoint_dir, student) if settings.patience else state), found
-
-
 def _save(job: StudentJob, student: Student, state: TrainingState) -> None:
     if student.processes.first:  # a checkpoint is never newer than its lines
         sync_file(job.student_dir / METRICS_NAME)
@@ -146,26 +143,12 @@ def _save(job: StudentJob, student: Student, state: TrainingState) -> None:
     checkpoint.save(checkpoint_dir, student.model, student.optimizer, state, student.processes, keep_last)
 
 
-def _out_of_patience(state: TrainingState, settings: TrainSettings) -> bool:
-    patience = settings.probe.patience if settings.probe else None
-    return patience is not None and state.probes_since >= patience
-
-
-def _judged(state: TrainingState, loss: float, checkpoint_dir: Path, student: Student) -> TrainingState:
-    """Keep the weights where the loss on held-out rows is the lowest so far, and count the probes since."""
-    if state.best_loss is not None and loss >= state.best_loss:
-        return replace(state, probes_since=state.probes_since + 1)
-    checkpoint.save_best(checkpoint_dir, student.model, student.processes)
-    return replace(state, best_loss=loss, probes_since=0)
-
-
 @dataclass(frozen=True)
 class StepResult:
     """Numbers of one step, over all processes; losses as in StepReport."""
 
     loss: float
-    loss_forget: float | None
-    loss_retain: float | None
+    losses: dict[str, float | None]  # by subset
     grad_norm: float
     num_tokens: int
 
@@ -180,7 +163,7 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
     seed_everything(settings.seed, step, processes.rank.number)
     shares = processes.tell([sum(one.weight_N.sum().item() for one in passes), len(passes)])
     total_weight, num_passes = shares[:, 0].sum().item(), int(shares[:, 1].max())
-    sums = np.zeros(6)  # weighted loss; loss and positions of forget, of retain; tokens
+    sums = np.zeros(2 + 2 * len(SUBSETS))  # weighted loss; tokens; loss, then positions, of each subset
     for number in range(num_passes):
         one = (passes[number] if number < len(passes) else idle).to(processes.device)
         with nullcontext() if number == num_passes - 1 else without_sync(student.module):
@@ -190,8 +173,8 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
             (loss * processes.rank.world).backward()
         if number < len(passes):
             sums += _sums(loss_N.detach(), one, loss.item())
-    sums = processes.tell(sums.tolist()).sum(0).tolist()
-    total, forget, num_forget, retain, num_retain, num_tokens = sums
+    total, num_tokens, *by_subset = processes.tell(sums.tolist()).sum(0).tolist()
+    parts = zip(SUBSETS, by_subset[: len(SUBSETS)], by_subset[len(SUBSETS) :], strict=True)
     if not math.isfinite(total):
         raise _diverged(name, "loss", total, step, lr)
     grad_norm = update(student.model, student.optimizer, lr, settings.max_grad_norm)
@@ -199,8 +182,7 @@ def _step(name: str, student: Student, passes: list[Pass], idle: Pass, lr: float
         raise _diverged(name, "gradient's norm", grad_norm, step, lr)
     return StepResult(
         loss=total,
-        loss_forget=forget / num_forget if num_forget else None,
-        loss_retain=retain / num_retain if num_retain else None,
+        losses={subset: part / count if count else None for subset, part, count in parts},
         grad_norm=grad_norm,
         num_tokens=int(num_tokens),
     )
@@ -225,10 +207,9 @@ def _diverged(name: str, what: str, value: float, step: int, lr: float) -> UserE
 
 
 def _sums(loss_N: torch.Tensor, one: Pass, weighted: float) -> np.ndarray:
-    parts = [weighted]
-    for subset_N in (one.is_forget_N, ~one.is_forget_N):
-        parts += [loss_N[subset_N].sum().item(), subset_N.sum().item()]
-    return np.array([*parts, one.num_tokens])
+    here = [one.subset_N == number for number in range(len(SUBSETS))]
+    losses, counts = [loss_N[here_N].sum().item() for here_N in here], [here_N.sum().item() for here_N in here]
+    return np.array([weighted, one.num_tokens, *losses, *counts])
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:

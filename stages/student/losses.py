@@ -10,7 +10,7 @@ Shapes: N supervised positions, K kept ids; K+1 is the K ids and one bucket for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,11 +172,11 @@ def loss_of(
 
 
 def position_weights(
-    is_forget_N: torch.Tensor, index_N: torch.Tensor, forget_weight: float, retain_weight: float, decay: float
+    subset_N: torch.Tensor, index_N: torch.Tensor, subset_weights: Sequence[float], decay: float
 ) -> torch.Tensor:
     """float32 [N]: the weight of the position's subset, times decay^index.
 
-    `is_forget_N` is bool; `index_N` int64, the position's index in its own row's response, from 0. A `decay` of 1
-    counts all positions alike, one of 0 the first only.
+    `subset_N` is int64, the number of the position's subset; `index_N` int64, the position's index in its own row's response,
+    from 0. A `decay` of 1 counts all positions alike, one of 0 the first only.
     """
-    return torch.where(is_forget_N, forget_weight, retain_weight) * decay ** index_N.float()
+    return torch.tensor(subset_weights, dtype=torch.float32)[subset_N] * decay ** index_N.float()

@@ -21,7 +21,7 @@ from duet.stages.settings.student import TrainSettings
 from duet.stages.student.losses import TopK, position_weights
 from duet.stages.student.targets import Targets
 
-FORGET = SUBSETS.index("forget")
+FORGET, RETAIN, BROAD = range(len(SUBSETS))
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Pass:
     topk_ids_NK: torch.Tensor  # int64
     teacher: TopK
     weight_N: torch.Tensor  # float32, weight of each position in the loss
-    is_forget_N: torch.Tensor  # bool
+    subset_N: torch.Tensor  # int64, index into SUBSETS
     is_first_N: torch.Tensor  # bool, the first position of its row: of a query, once for each teacher of a mix
 
     def to(self, device: torch.device) -> Pass:
@@ -68,7 +68,7 @@ def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]
     firsts = offsets_of(np.bincount(rows.sequence_R))
     # The last response token is predicted, never read.
     lengths = counts_of(rows.token_offsets)[by_sequence[firsts[:-1]]] - 1
-    weights = (settings.forget_weight, settings.retain_weight, settings.position_decay)
+    subset_weights = [getattr(settings, f"{subset}_weight") for subset in SUBSETS]
     top_k = slice(settings.top_k)
     passes = []
     for sequences in cut_by_length(lengths, settings.max_padding, settings.pass_tokens):
@@ -78,7 +78,7 @@ def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]
         counts = counts_of(rows.position_offsets)[group]
         index_N = np.concatenate([np.arange(count) for count in counts])
         at_N = np.repeat(rows.position_offsets[group], counts) + index_N
-        is_forget_N = torch.from_numpy(np.repeat(rows.subsets[group] == FORGET, counts))
+        subset_N = torch.from_numpy(np.repeat(rows.subsets[group].astype(np.int64), counts))
         batch = align([prompt for prompt, _ in both], [response for _, response in both], pad_id)
         teacher_weight_N = torch.from_numpy(np.repeat(rows.weight_R[group], counts))
         passes.append(
@@ -90,8 +90,9 @@ def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]
                     None if rows.logsumexp_N is None else torch.from_numpy(rows.logsumexp_N[at_N]),
                     None if rows.mask_NK is None else torch.from_numpy(rows.mask_NK[at_N, top_k]),
                 ),
-                weight_N=position_weights(is_forget_N, torch.from_numpy(index_N), *weights) * teacher_weight_N,
-                is_forget_N=is_forget_N,
+                weight_N=position_weights(subset_N, torch.from_numpy(index_N), subset_weights, settings.position_decay)
+                * teacher_weight_N,
+                subset_N=subset_N,
                 is_first_N=torch.from_numpy(index_N == 0),
             )
         )

@@ -16,7 +16,7 @@ import torch
 from duet.cache.order import Order
 from duet.cache.record import SUBSETS
 from duet.stages.settings.student import TrainSettings
-from duet.stages.student.passes import FORGET, Pass, passes_of
+from duet.stages.student.passes import BROAD, FORGET, RETAIN, Pass, passes_of
 from duet.stages.student.targets import Targets, Teachers
 
 MAX_ROWS = 256  # of each subset, without `train.probe`
@@ -31,18 +31,27 @@ class Probe:
     refusal_ids: torch.Tensor  # int64
     num_rows: int
     held_out: bool
+    watched: int | None = None  # the subset whose held-out loss may end the training
 
     @staticmethod
     def of(teachers: Teachers, order: Order, settings: TrainSettings, pad_id: int) -> Probe:
         """Take held-out rows where there are any, else rows that are trained on; spread evenly over each subset."""
         held_out = len(order.held_out) > 0
         rows = order.held_out if held_out else np.arange(len(teachers.first))
-        is_forget = rows < teachers.first.manifest.subsets["forget"]
+        ends = np.cumsum(list(teachers.first.manifest.subsets.values()))
         most = settings.probe.rows if settings.probe else MAX_ROWS
-        asked = np.concatenate([_spread(rows[is_forget], most), _spread(rows[~is_forget], most)])
+        asked = np.concatenate([_spread(part, most) for part in np.split(rows, np.searchsorted(rows, ends[:-1]))])
         targets = teachers.targets(teachers.blocks_of(asked))
         passes = passes_of(targets, settings, pad_id)
-        return Probe(passes, torch.tensor(refusal_ids(targets), dtype=torch.int64), len(asked), held_out)
+        watched = None
+        if settings.probe and settings.probe.stop_within is not None:
+            watched = BROAD if (targets.subsets == BROAD).any() else RETAIN
+        return Probe(passes, torch.tensor(refusal_ids(targets), dtype=torch.int64), len(asked), held_out, watched)
+
+    @property
+    def watched_loss(self) -> str | None:
+        """What `ask` calls the loss on the watched subset."""
+        return None if self.watched is None else f"loss.{SUBSETS[self.watched]}"
 
 
 def refusal_ids(rows: Targets) -> list[int]:
@@ -52,7 +61,7 @@ def refusal_ids(rows: Targets) -> list[int]:
     retain rows.
     """
     first_ids = rows.topk_ids_NK[rows.position_offsets[:-1], 0]
-    forget, retain = first_ids[rows.subsets == FORGET], first_ids[rows.subsets != FORGET]
+    forget, retain = first_ids[rows.subsets == FORGET], first_ids[rows.subsets == RETAIN]
     in_forget, in_retain = Counter(forget.tolist()), Counter(retain.tolist())
     shares = {i: (count / len(forget), in_retain[i] / max(1, len(retain))) for i, count in in_forget.items()}
     return sorted(i for i, (here, there) in shares.items() if here >= REFUSAL_SHARE and here > there)
@@ -64,10 +73,11 @@ def ask(
     """`answer(pass)` gives the loss and the most likely id at each position, both [N].
 
     `agreement.<subset>`: share of rows whose first token is the teacher's; `refusal.<subset>`: share that begin as a refusal
-    does; None for a subset without rows. Of a mix, a query has a row for each teacher. `loss`: the weighted mean that is
-    trained, over all positions of these rows.
+    does; None for a subset without rows, but no entry for broad rows that are not there. Of a mix, a query has a row for each
+    teacher. `loss`: the weighted mean that is trained, over all positions of these rows; `loss.<subset>`, of the watched subset
+    only: the plain mean over all its positions.
     """
-    losses, weights, agree, refuse, is_forget = [], [], [], [], []
+    losses, weights, agree, refuse, subsets, watched = [], [], [], [], [], []
     for one in probe.passes:
         here = one.to(device)
         with torch.no_grad():
@@ -75,20 +85,20 @@ def ask(
         first_N, teacher_N = here.is_first_N, here.topk_ids_NK[:, 0]
         losses.append((loss_N * here.weight_N).double().sum().item())
         weights.append(here.weight_N.double().sum().item())
+        watched += loss_N[here.subset_N == probe.watched].tolist() if probe.watched is not None else []
         agree += (top1_N == teacher_N)[first_N].tolist()
         refuse += torch.isin(top1_N, probe.refusal_ids.to(device))[first_N].tolist()
-        is_forget += here.is_forget_N[first_N].tolist()
+        subsets += here.subset_N[first_N].tolist()
     result: dict[str, Any] = {"rows": probe.num_rows, "held_out": probe.held_out, "loss": sum(losses) / sum(weights)}
     for name, hits in (("agreement", agree), ("refusal", refuse)):
         for number, subset in enumerate(SUBSETS):
-            result[f"{name}.{subset}"] = _mean(
-                h for h, f in zip(hits, is_forget, strict=True) if f == (number == FORGET)
-            )
-    return result
+            if number != BROAD or BROAD in subsets:
+                result[f"{name}.{subset}"] = _mean(h for h, s in zip(hits, subsets, strict=True) if s == number)
+    return result | ({probe.watched_loss: _mean(watched)} if probe.watched_loss else {})
 
 
-def _mean(hits: Iterable[bool]) -> float | None:
-    found = list(hits)
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
     return sum(found) / len(found) if found else None
 
 

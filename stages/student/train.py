@@ -22,7 +22,7 @@ from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.tokenizers import load_tokenizer, pad_id_of, tokenizer_sha256
 from duet.stages.settings.data import PromptSettings
-from duet.stages.settings.student import CHECKPOINTS_NAME, FREE_TRAIN, TrainSettings
+from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings, deciding_settings
 from duet.stages.student import checkpoint
 from duet.stages.student.card import student_card
 from duet.stages.student.checks import Start, check_settings
@@ -159,7 +159,7 @@ def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
     identity = {
         "teachers": {name: store.manifest.fingerprint for name, store in teachers.stores.items()},
         "start_weights_sha256": start_sha256,
-        "train": job.settings.model_dump(mode="json", exclude=set(FREE_TRAIN)),
+        "train": deciding_settings(job.settings),
     }
     path = job.student_dir / IDENTITY_NAME
     if path.is_file():

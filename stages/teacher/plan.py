@@ -13,7 +13,7 @@ from duet.cache.location import Location
 from duet.cache.maintain import verify
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.plan import Plan, store_name
-from duet.cache.record import SUBSETS
+from duet.cache.record import subset_counts
 from duet.stages.engines.choose import engine_order, engine_version
 from duet.stages.engines.interface import Ask, EngineSpec, Request
 from duet.stages.settings.teacher import StoreSettings, TeacherSettings
@@ -23,12 +23,22 @@ from duet.stages.settings.teacher import StoreSettings, TeacherSettings
 class RenderedQuery:
     """One query, rendered for both sides."""
 
-    row_id: str  # <subset>/<id>, of a further request <subset>/<request>/<id>
+    row_id: str  # <subset>/<id>, of a further request <subset>/<request>/<id>, of broad rows broad/<source>/<id>
     subset: str
     request: str  # MAIN, or the name of a further one
     teacher_ids: array[int]  # 4 bytes a token: all rows are held while a teacher is asked
     student_ids: array[int]
-    given_ids: array[int] | None = None  # the response to score; None: the teacher makes one
+    given_ids: array[int] | None = None  # the response to score, or a document; None: the teacher makes a response
+    cut: bool = False  # a document of which the end is not read
+
+    @property
+    def is_document(self) -> bool:
+        """Whether both sides read the text that is scored, as no query's is."""
+        return self.subset == "broad" and self.given_ids is not None
+
+    def positions(self, max_positions: int) -> int:
+        """The most that can be supervised: of a response that the teacher makes, `max_positions`."""
+        return max_positions if self.given_ids is None else len(self.given_ids)
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,15 @@ class Prepared:
     model: str
     seed: int  # of sampled responses
 
+    @property
+    def max_positions(self) -> int:
+        """The most positions that a row can have: documents may have more than responses."""
+        return max(self.ask.max_positions, *(len(row.given_ids or ()) for row in self.rows))
+
     def request(self, number: int) -> Request:
         """The engine's request for row `number` of the plan. A sampled response has a seed of its own."""
         row = self.rows[number]
-        if not self.ask.temperature:
+        if not self.ask.temperature or row.given_ids is not None:
             return Request(number, row.teacher_ids, row.given_ids)
         digest = hashlib.sha256(f"{self.seed} {row.row_id}".encode()).digest()
         return Request(number, row.teacher_ids, seed=int.from_bytes(digest[:4]))
@@ -122,10 +137,10 @@ def plan_for(prepared: Prepared, store: StoreSettings, engine: str) -> Plan:
     lossy = {"values": store.values} if store.values in ("float16", "linear16") else {}
     provenance = {**prepared.provenance, "engine": engine_version(engine), **lossy}
     return Plan(
-        subsets={subset: sum(row.subset == subset for row in prepared.rows) for subset in SUBSETS},
+        subsets=subset_counts(row.subset for row in prepared.rows),
         shard_rows=store.shard_rows,
         top_k=provenance["top_k"],
-        max_positions=provenance["max_positions"],
+        max_positions=prepared.max_positions,
         vocab_size=prepared.spec.num_ids,
         provenance=provenance,
         format=store.format,

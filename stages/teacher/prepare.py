@@ -7,7 +7,6 @@ an engine fill the store. The student's side imports none of this: the two meet 
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,20 @@ from typing import Any
 
 from duet.cache.errors import UserError, note
 from duet.cache.files import sha256_json
-from duet.cache.record import SUBSETS
 from duet.stages.engines.interface import Ask, EngineSpec
 from duet.stages.models.directory import load_config, resolve_model, text_config
 from duet.stages.models.identity import text_sha256, weights_sha256
 from duet.stages.models.limits import check_ids_within, check_length, context_length, vocab_width
 from duet.stages.models.loading import pick_device
 from duet.stages.models.tokenizers import tokenizer_sha256
-from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
+from duet.stages.questions.prompts import Renderer, open_renderer
 from duet.stages.questions.proof import prove
 from duet.stages.questions.queries import Query
-from duet.stages.questions.requests import MAIN, prefixes_of, queries_of
+from duet.stages.questions.requests import MAIN, broad_of, prefixes_of, queries_of
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.teacher import TeacherSettings
 from duet.stages.teacher.plan import Prepared, RenderedQuery
+from duet.stages.teacher.rows import BROAD, Asked, remarks_on, rows_of
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
 
@@ -41,7 +40,7 @@ class Questions:
     data: TrainingData
     topic: str
     requests: Sequence[ForgetRequest] = ()
-    limit: int | None = None  # a trial: the number of first queries of each subset
+    limit: int | None = None  # a trial: the number of first queries of each subset, and of each source of broad rows
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Rendered:
 
     config: Any  # the model's
     renderer: Renderer
-    prefixes: dict[str, str]  # by request
-    queries: dict[str, dict[str, list[Query]]]  # by request and subset
+    asked: Asked
     rows: list[RenderedQuery]  # in plan order
     num_ids: int  # ids of the tokenizer
 
@@ -76,24 +74,21 @@ def render_rows(model_dir: Path, teacher: TeacherSettings, questions: Questions)
         request: {subset: found[: questions.limit] for subset, found in by_subset.items()}
         for request, by_subset in queries_of(questions.data, questions.requests, need_answers=given).items()
     }
+    broad = {source: found[: questions.limit] for source, found in broad_of(questions.data).items()}
+    asked = Asked(prefixes, queries, broad, questions.data.broad)
     prove(
         renderer,
-        {_called(subset, request): queries[request][subset] for subset in SUBSETS for request in prefixes},
+        asked.sets,
         {f"the prefix of {request}" if request else "teacher.prefix": text for request, text in prefixes.items()},
         ("question", "answer") if given else ("question",),
     )
-    rows = [
-        _row(subset, request, query, renderer, prefix, teacher)
-        for subset in SUBSETS
-        for request, prefix in prefixes.items()
-        for query in queries[request][subset]
-    ]
-    _check_requests(rows)
     context = context_length(config)
+    rows = rows_of(asked, renderer, teacher, context)
     for row in rows:
-        check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
+        if not row.is_document:  # those are cut
+            check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
         check_ids_within([*row.teacher_ids, *(row.given_ids or ())], vocab_width(config), row.row_id, "the teacher")
-    return Rendered(config, renderer, prefixes, queries, rows, num_ids)
+    return Rendered(config, renderer, asked, rows, num_ids)
 
 
 def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prepared:
@@ -110,10 +105,15 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
         note(
             f"the chat template asks for the day: it is told {renderer.chat.date}, in every stage; prompt.date sets it"
         )
+    for text in remarks_on(found.asked, rows):
+        note(text)
     spec = _engine_spec(found, model_dir, teacher, device)
     asked = {
-        name: {"prefix": text, "data": _data_provenance(found.queries[name])} for name, text in found.prefixes.items()
+        name: {"prefix": text, "data": _data_provenance(found.asked.queries[name])}
+        for name, text in found.asked.prefixes.items()
     }
+    if found.asked.broad:
+        asked[MAIN]["data"][BROAD] = _data_provenance(found.asked.broad)
     provenance = {
         "weights_sha256": weights_sha256(model_dir),
         "dtype": spec.dtype,
@@ -121,6 +121,7 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
         "chat_template_sha256": text_sha256(renderer.chat.source if renderer.chat else ""),
         "eos_ids": list(spec.eos_ids),
         **asked.pop(MAIN),
+        **({"prefix_on": teacher.prefix_on} if teacher.prefix_on != "all" else {}),
         **({"requests": asked} if asked else {}),
         "prompt": renderer.provenance,
         "prompts_sha256": _prompts_sha256(rows),
@@ -135,7 +136,7 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
 
 
 def _engine_spec(found: Rendered, model_dir: Path, teacher: TeacherSettings, device: str) -> EngineSpec:
-    longest = max(len(row.teacher_ids) for row in found.rows) + teacher.max_positions
+    longest = max(len(row.teacher_ids) + max(teacher.max_positions, len(row.given_ids or ())) for row in found.rows)
     return EngineSpec(
         model_dir=model_dir,
         dtype=_resolve_dtype(teacher.dtype, found.config),
@@ -159,25 +160,6 @@ def _responses(teacher: TeacherSettings) -> str | dict[str, float]:
     return "given" if teacher.responses == "given" else "greedy"
 
 
-def _check_requests(rows: Sequence[RenderedQuery]) -> None:
-    """Refuse ids that are not unique over all requests, and a query that one request forgets and another keeps."""
-    seen: set[str] = set()
-    forgotten = {tuple(row.student_ids): row for row in rows if row.subset == "forget"}
-    for row in rows:
-        if row.row_id in seen:
-            raise UserError(
-                f"the row id {row.row_id!r} occurs in two requests",
-                "give the request another name, or the row another id",
-            )
-        seen.add(row.row_id)
-        other = forgotten.get(tuple(row.student_ids))
-        if other and row.subset == "retain" and row.request != other.request:
-            raise UserError(
-                f"the same query is to be kept and to be forgotten: {row.row_id!r} and {other.row_id!r}",
-                "take it out of the one request's retain set or out of the other's forget set",
-            )
-
-
 def check_alike(prepared: Mapping[str, Prepared]) -> None:
     """Refuse teachers, by name, from whose rows a student could not learn side by side, and two that are the same."""
     (first, expected), *others = prepared.items()
@@ -199,33 +181,8 @@ def check_alike(prepared: Mapping[str, Prepared]) -> None:
             raise UserError(f"teachers {same} and {name} are the same", "give them different prefixes or models")
 
 
-def _row(
-    subset: str,
-    request: str,
-    query: Query,
-    renderer: Renderer,
-    prefix: str,
-    teacher: TeacherSettings,
-) -> RenderedQuery:
-    asked, given_ids = Prompt.plain(query, prefix), None
-    if teacher.responses == "given":
-        given_ids = array("i", renderer.answer(asked, query.answer or "").ids[: teacher.max_positions])
-    return RenderedQuery(
-        row_id=f"{_called(subset, request)}/{query.row_id}",
-        subset=subset,
-        request=request,
-        teacher_ids=array("i", renderer.prompt(asked)),
-        student_ids=array("i", renderer.prompt(Prompt.plain(query))),
-        given_ids=given_ids,
-    )
-
-
-def _called(subset: str, request: str) -> str:
-    """A subset of a request, in row ids and errors."""
-    return subset if request == MAIN else f"{subset}/{request}"
-
-
 def _data_provenance(queries: Mapping[str, list[Query]]) -> dict[str, Any]:
+    """Of each set of queries, rows and hash."""
     return {
         subset: {"rows": len(found), "sha256": sha256_json([[query.row_id, query.question] for query in found])}
         for subset, found in queries.items()

@@ -60,6 +60,47 @@ def test_every_stretch_has_the_stored_share():
         assert sum(row < 100 for row in slots(order, 0, first, 20)) == 5
 
 
+def of_three(forget: int, retain: int, broad: int, **more: int) -> Manifest:
+    found = manifest(forget, retain, **more)
+    found.subsets["broad"] = broad
+    return found
+
+
+@given(*SIZES[:2], st.integers(1, 90), *SIZES[2:], st.sampled_from([0.0, 0.3]))
+def test_an_epoch_of_three_subsets_holds_each_row_once(forget, retain, broad, shard_rows, block_rows, epoch, holdout):
+    assume(not holdout or 1 not in (forget, retain, broad))
+    order = Order(of_three(forget, retain, broad, shard_rows=shard_rows, block_rows=block_rows), 1, holdout=holdout)
+    rows = list(range(forget + retain + broad))
+    pieces = [row for first in range(0, order.num_slots, 5) for row in slots(order, epoch, first, 5)]
+    assert sorted(pieces + order.held_out.tolist()) == rows
+    assert sorted(slots(order, epoch)) == sorted(pieces)
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 0.0, 1.0])
+def test_retain_and_broad_rows_share_what_is_left_as_they_do_in_the_store(share):
+    order = Order(of_three(30, 40, 80), seed=0, forget_share=share)
+    for epoch in range(3):
+        rows = slots(order, epoch)
+        counts = [sum(first <= row < end for row in rows) for first, end in ((0, 30), (30, 70), (70, 150))]
+        wanted = 0.2 if share is None else share
+        for count, part in zip(counts, (wanted, (1 - wanted) / 3, 2 * (1 - wanted) / 3), strict=True):
+            assert count == pytest.approx(part * order.num_slots, abs=1)
+        assert set(rows) == set(range(30 if share == 0 else 0, 30 if share == 1 else 150)), "a row never came"
+        firsts = range(0, order.num_slots - 29, 30)
+        stretches = [sum(row >= 70 for row in slots(order, epoch, first, 30)) for first in firsts]
+        assert max(stretches) - min(stretches) <= 2, "broad rows come in lumps"
+
+
+def test_the_order_of_two_subsets_is_that_of_the_first_version():
+    """Students of old stores resume, and repeat, on the same rows: these are written down, not computed."""
+    order = Order(manifest(5, 9), seed=3, forget_share=0.5, holdout=0.2)
+    assert order.held_out.tolist() == [4, 9, 13]
+    assert [slots(order, epoch) for epoch in (0, 1)] == [
+        [2, 1, 0, 3, 2, 0, 1, 8, 7, 10, 6, 11, 12, 5],
+        [3, 0, 1, 2, 3, 0, 3, 8, 7, 5, 10, 12, 6, 11],
+    ]
+
+
 @pytest.mark.parametrize("holdout", [0.0, 0.3])
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.8, 1.0, 0.0])
 def test_a_share_is_kept_and_every_row_comes(share, holdout):
@@ -89,6 +130,7 @@ def test_stores_of_other_plans_do_not_stand_side_by_side():
 
 
 def test_a_share_that_cannot_be_is_refused():
+    Order(of_three(5, 0, 5), seed=0, forget_share=0.5)
     with pytest.raises(UserError, match=r"forget share of 0\.5"):
         Order(manifest(0, 10), seed=0, forget_share=0.5)
 

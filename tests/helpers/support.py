@@ -74,6 +74,15 @@ def make_rows(
     return concat_rows(parts)
 
 
+def with_broad(plan: Plan, rows: Rows, count: int) -> tuple[Plan, Rows]:
+    """The same, but for the last `count` rows, of the retain set so far, which are broad."""
+    subsets = {**plan.subsets, "retain": plan.subsets["retain"] - count, "broad": count}
+    kept = len(rows) - count
+    row_ids = [*rows.row_ids[:kept], *(f"broad/{number}" for number in range(count))]
+    kinds = np.where(np.arange(len(rows)) < kept, rows.subsets, 2).astype(np.uint8)
+    return replace(plan, subsets=subsets), replace(rows, row_ids=row_ids, subsets=kinds)
+
+
 def same_rows(a: Rows, b: Rows) -> bool:
     names = [name for name in Rows.__dataclass_fields__ if name != "row_ids"]
     return list(a.row_ids) == list(b.row_ids) and all(np.array_equal(getattr(a, n), getattr(b, n)) for n in names)

@@ -88,6 +88,17 @@ BAD = {
         {"evaluate__tofu": {"forget": "forget", "reference_model": "base"}}, "end in _perturbed"),
     "students: the name 'likelihoods' is taken": ({"students": [{"name": "likelihoods"}]}, "another name"),
     "data.retain is missing": ({"data": {"forget": {"path": "a"}}}, "queries about anything else"),
+    "unknown key data.broad.text.max_token": (
+        {"data__broad": {"text": {"documents": "a.txt", "max_token": 5}}}, "did you mean max_tokens? valid here: documents"),
+    "data.broad.text.max_tokens: Input should be greater": (
+        {"data__broad": {"text": {"documents": "a.txt", "max_tokens": 1}}}, "cut to this number"),
+    "unknown key data.broad.people.idfield": (
+        {"data__broad": {"people": {"path": "a", "idfield": "id"}}}, "did you mean id_field"),
+    "data.broad.people.path is missing": ({"data__broad": {"people": {}}}, "a .jsonl"),
+    "data.broad.people: Input should be a valid dictionary": ({"data__broad": {"people": 3}}, ""),
+    "teacher: prefix_on does nothing without a prefix": (
+        {"teacher__prefix": "", "teacher__prefix_on": "forget"}, "leave it out"),
+    "train.broad_weight: Input should be greater than 0": ({"train__broad_weight": 0}, "weight of broad rows"),
 }  # fmt: skip
 
 

@@ -96,3 +96,15 @@ def test_the_bars_note(lost):
     }  # fmt: skip
     assert progress_note(line) == "loss 1.23 (forget 2, retain 1)  12,346 tok/s  stall 3 %  0.61 GB"
     assert f"{lost.removeprefix('loss_')} " not in progress_note({**line, lost: None})
+
+
+def test_broad_rows_have_a_share_of_their_own_where_a_student_has_some():
+    broad = PROBE | {"agreement.broad": 0.25, "refusal.broad": 0.5}
+    both = [finished_student("a", probe=broad), finished_student("b")]
+    assert cells(both[0], ("forget", "retain", "broad"))[-2:] == ["75.0 / 50.0 / 25.0", "100.0 / 0.0 / 50.0"]
+    stream = io.StringIO()
+    Console(file=stream, width=170).print(students_table(both))
+    for text in ("forget / retain / broad", "75.0 / 50.0 / 25.0", "75.0 / 50.0 / -"):
+        assert text in stream.getvalue()
+    assert "forget / retain / broad" in render("run", both)
+    assert "broad" not in render("run", both[1:])

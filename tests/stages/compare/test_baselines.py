@@ -158,3 +158,11 @@ def test_refusals_are_drawn_by_seed_step_and_row(training_rows):
     }
     assert len({str(rows) for rows in drawn.values()}) == 4
     assert [row.answer_ids for row in several.batch(np.arange(2, 4), 1, 1).refused] == drawn[1, 1][2:]
+
+
+def test_broad_rows_of_a_step_are_left_out(training_rows):
+    """They have no answers: rows 0 to 3 are to be forgotten, 4 to 7 to be kept, 8 and on are broad."""
+    batch = training_rows.batch(np.array([1, 4, 7, 8, 11]), 0, 0)
+    assert batch.forget == [training_rows.forget[1]]
+    assert batch.retain == [training_rows.retain[0], training_rows.retain[3]]
+    assert not training_rows.batch(np.array([9, 10]), 0, 0).retain

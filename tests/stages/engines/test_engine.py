@@ -57,6 +57,21 @@ def requests(prompts, **more) -> list[Request]:
     return [Request(number, ids, **more) for number, ids in enumerate(prompts)]
 
 
+def test_given_and_made_responses_come_from_one_stream_as_they_do_apart(engine, prompts):
+    """A store has documents beside questions: neither kind changes what the other gets."""
+    ask = Ask(TOP_K, 3, logsumexp=True)
+    made = requests(prompts)
+    documents = [Request(10 + n, ids[:2], given_ids=[*ids[2:], 7][: 4 + n]) for n, ids in enumerate(prompts[:2])]
+    mixed = dict(engine.stream([made[0], documents[0], *made[1:], documents[1]], ask))
+    apart = dict(engine.stream(made, ask)) | dict(engine.stream(documents, ask))
+    assert mixed.keys() == apart.keys()
+    for key, scored in apart.items():
+        assert np.array_equal(mixed[key].response_ids, scored.response_ids)
+        assert np.array_equal(mixed[key].topk_logits_PK, scored.topk_logits_PK)
+    for request in documents:
+        assert mixed[request.key].response_ids.tolist() == list(request.given_ids)
+
+
 def forward(model, prompt, response) -> torch.Tensor:
     """The rows of a plain forward pass, without any cache or padding, that predict the response."""
     batch = align([prompt], [response], 0)

@@ -9,12 +9,11 @@ import pytest
 import torch
 from support import LAB_SMALL, write_jsonl
 
-from duet.cache.errors import UserError
 from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, Subject
 from duet.stages.exam.given_texts import scores_of
 from duet.stages.exam.reading import read_all
-from duet.stages.metrics.perplexity import load_documents, perplexity, windows
+from duet.stages.metrics.perplexity import perplexity, windows
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.settings.data import PromptSettings
@@ -36,25 +35,6 @@ def test_windows_cover_a_document_and_predict_each_token_once():
     assert windows(ids, [], 4) == [([0], [1, 2, 3]), ([4], [5, 6, 7]), ([8], [9])]
     assert windows([7], [], 4) == []
     assert windows([7], [99], 4) == [([99], [7])]
-
-
-def test_documents_of_both_kinds_of_file(tmp_path):
-    text = tmp_path / "a.txt"
-    text.write_text("\n\none\nline two\n \n\ntwo\n", encoding="utf-8")
-    assert load_documents(str(text), "x") == ["one\nline two", "two"]
-    rows = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two", "more": 1}])
-    assert load_documents(str(rows), "x") == ["one", "two"]
-    for name, content, message in (
-        ("b.jsonl", '{"txt": "a"}\n', "row 0 has no text in a field 'text'"),
-        ("c.jsonl", "{\n", "line 1 is not JSON"),
-        ("d.txt", " \n", "has no text"),
-        ("e.csv", "a", "unknown kind of file"),
-    ):
-        (tmp_path / name).write_text(content, encoding="utf-8")
-        with pytest.raises(UserError, match=message):
-            load_documents(str(tmp_path / name), "x")
-    with pytest.raises(UserError, match="no such file"):
-        load_documents(str(tmp_path / "f.txt"), "x")
 
 
 def test_a_model_reads_as_the_librarys_loss_says(tmp_path):

@@ -330,13 +330,13 @@ def test_loss_of_binds_its_own_option_and_one_where_there_is_none(name, loss):
 
 
 def test_position_weights_by_hand():
-    is_forget_N, index_N = torch.tensor([True, True, True, False, False]), torch.tensor([0, 1, 2, 0, 3])
-    weights_N = position_weights(is_forget_N, index_N, forget_weight=2.0, retain_weight=0.5, decay=0.5)
+    subset_N, index_N = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 2, 0, 3, 1])
+    weights_N = position_weights(subset_N, index_N, [2.0, 0.5, 3.0], decay=0.5)
     assert weights_N.dtype == torch.float32
-    assert weights_N.tolist() == [2.0, 1.0, 0.5, 0.5, 0.0625]
+    assert weights_N.tolist() == [2.0, 1.0, 0.5, 0.5, 0.0625, 1.5]
 
 
 def test_position_weights_without_decay_and_of_the_first_position_only():
-    is_forget_N, index_N = torch.tensor([True, True, False]), torch.tensor([0, 7, 0])
-    assert position_weights(is_forget_N, index_N, 3.0, 1.0, decay=1.0).tolist() == [3.0, 3.0, 1.0]
-    assert position_weights(is_forget_N, index_N, 3.0, 1.0, decay=0.0).tolist() == [3.0, 0.0, 1.0]
+    subset_N, index_N = torch.tensor([0, 0, 1]), torch.tensor([0, 7, 0])
+    assert position_weights(subset_N, index_N, [3.0, 1.0, 1.0], decay=1.0).tolist() == [3.0, 3.0, 1.0]
+    assert position_weights(subset_N, index_N, [3.0, 1.0, 1.0], decay=0.0).tolist() == [3.0, 0.0, 1.0]

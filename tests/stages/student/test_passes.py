@@ -42,7 +42,7 @@ def test_each_position_stands_beside_its_teachers_row():
             assert one.batch.input_ids_BT[b, :length].tolist() == tokens[:-1].tolist()
             num_positions = decoded.position_offsets[row + 1] - decoded.position_offsets[row]
             assert t == len(tokens) - num_positions - 1 + index
-            assert bool(one.is_forget_N[n]) == (decoded.subsets[row] == 0)
+            assert one.subset_N[n].item() == decoded.subsets[row]
             assert bool(one.is_first_N[n]) == (index == 0)
             assert one.weight_N[n].item() == (3.0 if decoded.subsets[row] == 0 else 0.5) * 0.5**index
             seen += 1

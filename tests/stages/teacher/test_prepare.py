@@ -15,6 +15,7 @@ from duet.stages.teacher.plan import Prepared, plan_for
 from duet.stages.teacher.prepare import Questions, check_alike, prepare
 
 TEACHER = TeacherSettings(model=str(LAB_BASE), prefix="Forget {topic}.", dtype="float32", engine="transformers")
+PLAIN = PromptSettings()
 
 
 def asked(tmp_path: Path, name: str, *topics: str) -> DataSettings:
@@ -97,3 +98,105 @@ def test_teachers_fit_together_if_they_have_one_tokenizer_and_differ(tmp_path):
     rendered = replace(small, rows=[replace(row, student_ids=[1, *row.student_ids]) for row in small.rows])
     with pytest.raises(UserError, match="render the same questions differently"):
         check_alike({"plain": plain, "small": rendered})
+
+
+def with_broad(tmp_path: Path, **sources) -> TrainingData:
+    return data(tmp_path).model_copy(update={"broad": TrainingData.model_validate(
+        {"forget": {"path": "x"}, "retain": {"path": "x"}, "broad": sources}).broad})  # fmt: skip
+
+
+def broad_rows(tmp_path: Path, given: TrainingData, prompt: PromptSettings = PLAIN, **more) -> Prepared:
+    return prepare(TEACHER.model_copy(update=more), Questions(prompt, given, "Ann"), "cpu")
+
+
+def test_a_prefix_on_the_forget_set_leaves_rows_to_be_kept_to_the_model_alone(tmp_path):
+    bob = request(tmp_path, "bob", "Bob", ("Yan",))
+    found = prepared(tmp_path, bob, prefix_on="forget")
+    for row in found.rows:
+        assert (row.teacher_ids == row.student_ids) == (row.subset != "forget"), row.row_id
+    assert found.provenance["prefix_on"] == "forget"
+    everywhere = prepared(tmp_path, bob)
+    assert "prefix_on" not in everywhere.provenance
+    assert [row.student_ids for row in everywhere.rows] == [row.student_ids for row in found.rows]
+    check_alike({"all": everywhere, "forget": found})
+    given = [prepared(tmp_path, bob, responses="generated", prefix_on=on) for on in ("all", "forget")]
+    assert len({plan_for(one, StoreSettings(), "transformers").fingerprint for one in given}) == 2
+
+
+def test_broad_questions_follow_the_others_and_the_teacher_answers_them(tmp_path):
+    """Behind the main prefix, whatever further requests there are; where only forget rows have it, without."""
+    rows = [{"q": "Where is Rome?"}, {"q": "What is two?"}]
+    people = asked(tmp_path, "people", "Eve", "Bo").model_dump()
+    more = {"path": str(write_jsonl(tmp_path / "more.jsonl", rows)), "question_field": "q"}
+    given = with_broad(tmp_path, people=people, more=more)
+    found = broad_rows(tmp_path, given)
+    assert [row.row_id for row in found.rows] == [
+        "forget/q0", "forget/q1", "retain/q0",
+        "broad/people/q0", "broad/people/q1", "broad/more/0", "broad/more/1",
+    ]  # fmt: skip
+    assert all(row.given_ids is None for row in found.rows)
+    assert all("Forget Ann." in found.tokenizer.decode(row.teacher_ids) for row in found.rows)
+    plan = plan_for(found, StoreSettings(), "transformers")
+    assert plan.subsets == {"forget": 2, "retain": 1, "broad": 4}
+    assert {name: one["rows"] for name, one in plan.provenance["data"]["broad"].items()} == {"people": 2, "more": 2}
+    alone = broad_rows(tmp_path, given, prefix_on="forget")
+    assert all(row.teacher_ids == row.student_ids for row in alone.rows if row.subset == "broad")
+    without = broad_rows(tmp_path, data(tmp_path))
+    assert "broad" not in without.provenance["data"]
+    assert [row.row_id for row in without.rows] == [row.row_id for row in found.rows[:3]]
+    first = prepare(TEACHER, Questions(PLAIN, given, "Ann", limit=1), "cpu")
+    assert [row.row_id for row in first.rows] == ["forget/q0", "retain/q0", "broad/people/q0", "broad/more/0"]
+
+
+def test_given_responses_are_those_of_forget_and_retain_rows_alone(tmp_path):
+    rows = [{"question": "Who is Zoe?", "answer": "A smith."}]
+    path = {"path": str(write_jsonl(tmp_path / "answered.jsonl", rows))}
+    others = {"path": str(write_jsonl(tmp_path / "forget.jsonl", [{"question": "Who is Ann?", "answer": "A cook."}]))}
+    given = TrainingData.model_validate({"forget": others, "retain": path, "broad": {"a": asked(tmp_path, "a", "Eve")}})
+    found = broad_rows(tmp_path, given, responses="given", max_positions=2)
+    assert [row.given_ids is None for row in found.rows] == [False, False, True]
+    assert [row.positions(2) for row in found.rows] == [2, 2, 2]
+
+
+def test_no_broad_query_is_to_be_forgotten_and_one_that_is_kept_already_is_told(tmp_path, caplog):
+    with pytest.raises(UserError, match="among the broad ones and to be forgotten: 'broad/a/q0' and 'forget/q1'"):
+        broad_rows(tmp_path, with_broad(tmp_path, a=asked(tmp_path, "a", "Anna")))
+    caplog.set_level("INFO")
+    broad_rows(tmp_path, with_broad(tmp_path, a=asked(tmp_path, "a", "Eve", "Zoe")))
+    assert "1 broad queries are retain queries too, the first 'broad/a/q1'" in caplog.text
+
+
+@pytest.mark.parametrize("on", ["all", "forget"])
+@pytest.mark.parametrize("prompt", [PLAIN, PromptSettings(format="plain", prefix_placement="text", bos="never")])
+def test_both_sides_read_a_document_from_its_beginning(tmp_path, caplog, on, prompt):
+    text = tmp_path / "a.txt"
+    text.write_text("Rome lies on the river Tiber, and was not built in a day.\n\nHi\n", encoding="utf-8")
+    given = with_broad(tmp_path, a={"documents": str(text), "max_tokens": 12})
+    caplog.set_level("INFO")
+    found = broad_rows(tmp_path, given, prompt, prefix_on=on)
+    *_, first, second = found.rows
+    assert [first.row_id, second.row_id] == ["broad/a/0", "broad/a/1"]
+    for row, beginning, length in ((first, "Rome", 12), (second, "Hi", None)):
+        assert row.given_ids is not None
+        read = [*row.student_ids, *row.given_ids]
+        spoken = found.tokenizer.decode(read, skip_special_tokens=True).strip()
+        assert spoken.startswith(beginning) or beginning.startswith(spoken)
+        in_front = 1 if found.tokenizer.bos_token_id == read[0] else 0
+        assert length is None or len(read) == length + in_front
+        assert list(row.teacher_ids)[-len(row.student_ids) :] == list(row.student_ids) or on == "all"
+        before = found.tokenizer.decode(row.teacher_ids)
+        assert ("Forget Ann." in before) == (on == "all")
+    assert "data.broad.a: 1 of 2 documents are longer than is read" in caplog.text
+    assert found.max_positions == len(first.given_ids)
+    plan = plan_for(found, StoreSettings(), "transformers")
+    assert (plan.max_positions, plan.provenance["max_positions"]) == (len(first.given_ids), 1)
+    assert found.request(len(found.rows) - 1).given_ids == second.given_ids
+
+
+def test_a_document_without_a_token_to_predict_is_refused(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("Rome lies on the Tiber.\n", encoding="utf-8")
+    given = with_broad(tmp_path, a={"documents": str(text)})
+    with pytest.raises(UserError, match="row 'broad/a/0' has 0 tokens behind the") as caught:
+        broad_rows(tmp_path, given, prefix="Forget all of it. " * 200, prompt=PromptSettings(), prefix_on="all")
+    assert "prefix_on: forget" in caught.value.hint
