@@ -18,7 +18,7 @@ from duet.stages.settings.base import Name, Settings
 from duet.stages.settings.compare import CompareSettings
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
-from duet.stages.settings.student import StudentSettings, TrainSettings, teacher_weights
+from duet.stages.settings.student import StudentSettings, TrainSettings, check_start_noise, teacher_weights
 from duet.stages.settings.teacher import ONE_FOR_ALL, NamedTeacher, StoreSettings, TeacherSettings
 
 
@@ -101,6 +101,7 @@ def check_students(config: Config, where: str) -> None:
         key = f"{where}: students.{number}.train"
         settings = validated(TrainSettings, merged(config.train.model_dump(), student.train), key)
         teacher_weights(settings, list(config.teacher_settings()), key)
+        check_start_noise(student.start_noise, settings, key.removesuffix(".train"))
 
 
 def check_teachers(config: Config, where: str) -> None:
