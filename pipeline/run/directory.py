@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pydantic import ValidationError
+
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing
 from duet.pipeline.config.load import read_mapping
@@ -47,7 +49,7 @@ def claim_run_dir(config: Config) -> Path:
     early = (run.audit, run.teacher)  # prefixes are audited, and trials made, to choose the run's
     resolved = config.model_dump(mode="json")
     if path.is_file():
-        found = read_mapping(str(path))
+        found = _completed(read_mapping(str(path)))
         differing = sorted(_differences(_identity(found), _identity(resolved)))
         if differing:
             key, old, new = differing[0]
@@ -67,6 +69,14 @@ def claim_run_dir(config: Config) -> Path:
     log_to(run.log)
     log.debug("run directory %s, %s", run_dir, environment())
     return run_dir
+
+
+def _completed(found: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with the defaults of those that came after the version that wrote them; as they are where that fails."""
+    try:
+        return Config(**found).model_dump(mode="json")
+    except (ValidationError, TypeError):
+        return found
 
 
 def _beside(key: str) -> str:
