@@ -139,6 +139,7 @@ def students(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that works on students."""
     command = click.option(
         "--sweep", "sweeps", multiple=True, metavar="KEY=V1,V2,…",
-        help="Train one student per value, e.g. --sweep train.lr=1e-5,1e-4; several options make a grid.",
+        help="Train one student per value, of train or of the student's own, e.g. --sweep train.lr=1e-5,1e-4 or "
+        "--sweep start_noise=0,0.3; several options make a grid.",
     )(command)  # fmt: skip
     return click.option("--only", multiple=True, metavar="NAME", help="Only this student; can be repeated.")(command)

@@ -32,6 +32,11 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
     from duet.stages.audit.run import run_audit
 
     stop = StopSignal()
+    if config.bare_teachers:
+        raise UserError(
+            "the teacher has no prefix, so there is none to audit",
+            "`duet evaluate` measures the model itself; for a prefix add --set teacher.prefix=… --set evaluate.base=null",
+        )
     if config.teachers:
         raise UserError(
             "the audit asks one model, and this config has several teachers",
@@ -82,7 +87,7 @@ def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Audit:
 def refuse_failing(config: Config) -> None:
     """Raise UserError where this run's directory holds a failing verdict on the config's own prefix, as things are now."""
     run = config.run
-    if config.teachers or not run.audit_verdicts.is_file():
+    if config.teachers or config.bare_teachers or not run.audit_verdicts.is_file():
         return
     from duet.stages.audit.judge import FAILS
     from duet.stages.audit.prefixes import CONFIGS_OWN

@@ -223,6 +223,8 @@ def models_of(config: Any) -> dict[str, Any]:
     found |= {f"teachers.{name}.model": settings.model for name, settings in config.teacher_settings().items()}
     found |= {f"students.{student.name}.model": student.model for student in config.students if student.model}
     found |= {f"evaluate.models.{name}": model for name, model in config.evaluate.models.items()}
+    if config.evaluate.base:
+        found["evaluate.base"] = config.evaluate.base
     if config.evaluate.control_model:
         found["evaluate.control_model"] = config.evaluate.control_model
     return {key: model for key, model in found.items() if model != config.teacher.model or key == "teacher.model"}

@@ -123,12 +123,17 @@ def _watch(bar: ProgressBar, stop: StopSignal) -> Watch:
 
 def _student(config: Config) -> StudentSettings:
     """The first student that starts from the teacher's own model: DUET's trials are trained with its settings."""
+    if config.bare_teachers:
+        raise UserError(
+            "the teacher has no prefix: other methods would start from a model that is silent already",
+            "compare with the config of the run that has the prefix",
+        )
     for student in config.students:
-        if start_model(config, student) == config.teacher.model:
+        if start_model(config, student) == config.teacher.model and not student.start_noise:
             return student
     raise UserError(
-        "no student starts from the teacher's model, and methods are compared on one model",
-        "add a student without a model of its own: students: [{name: base}]",
+        "no student starts from the teacher's own weights, and methods are compared on one start",
+        "add a student without a model and start_noise of its own: students: [{name: base}]",
     )
 
 

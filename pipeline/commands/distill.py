@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from duet.stages.student.loop import StepReport
     from duet.stages.student.ranks import Processes
 
+UNASKED = (
+    "student {name}: start_noise is {alpha:g} and the store has no broad rows: what no row asks about fades (on the lab "
+    "0.1, 0.2 and 0.5 left 95.4, 70.5 and 0.0 of the teacher's 97.5 points)"
+)
 FIRST_FAILED = 1  # exit code of a process when the first of its launch has ended with an error, which that one reports
 MEMORY_HINT = (
     "lower train.pass_tokens or set train.gradient_checkpointing, which change no result; or train less with train.lora, "
@@ -156,12 +160,15 @@ def _train_one(
 
     files = StudentDir(job.student_dir)
     done_before = files.is_done
+    if job.start_noise and not done_before and not any(s.manifest.subsets.get("broad") for s in stores.values()):
+        say(UNASKED.format(name=job.name, alpha=job.start_noise))
     facts = {
         "run": run,
         "student": job.name,
         "start": job.start_name,
         "stores": {name: store.manifest.fingerprint for name, store in stores.items()},
         "train": job.settings.model_dump(mode="json"),
+        **({"start_noise": job.start_noise} if job.start_noise else {}),
     }
     names = job.settings.trackers if processes.first else ()
     with tracking(names, run, job.name, job.student_dir, facts) as track, progress_bar("steps") as bar:
@@ -191,6 +198,7 @@ def _job(config: Config, student: StudentSettings, processes: Processes) -> Stud
         student_dir=config.run.student(student.name).path,
         settings=config.train_settings(student),
         trust_remote_code=config.teacher.trust_remote_code,
+        start_noise=student.start_noise,
     )
 
 

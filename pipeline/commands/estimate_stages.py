@@ -154,7 +154,7 @@ def _models(config: Config) -> dict[str, Path]:
     from duet.pipeline.run.named_models import start_model
     from duet.stages.models.directory import small_files
 
-    base = small_files(config.teacher.model, "teacher.model")
+    base = small_files(config.base_model, "evaluate.base" if config.evaluate.base else "teacher.model")
     found = {"base": base}
     teachers, students = config.teacher_settings(), config.students
     asked = {f"teacher:{name}": (settings.model, "teacher.model") for name, settings in teachers.items()}

@@ -16,7 +16,7 @@ import click
 from duet.cache.errors import UserError, nearest_path
 from duet.cache.location import check_url, is_url
 from duet.pipeline.config.explain import merged, validated
-from duet.pipeline.config.schema import Config, check_requests, check_students, check_teachers, check_tofu
+from duet.pipeline.config.schema import Config, check_bare, check_requests, check_students, check_teachers, check_tofu
 from duet.stages.questions.queries import READERS
 from duet.stages.questions.text_files import refuse_other_kind
 from duet.stages.questions.yaml_text import parse_yaml
@@ -38,6 +38,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     check_teachers(config, path)
     check_requests(config, path)
     check_tofu(config, path)
+    check_bare(config, path)
     check_students(config, path)
     if is_url(config.store.dir or ""):
         check_url(config.store.dir or "")  # before the settings are written anywhere

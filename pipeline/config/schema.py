@@ -18,8 +18,8 @@ from duet.stages.settings.base import Name, Settings
 from duet.stages.settings.compare import CompareSettings
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
-from duet.stages.settings.student import StudentSettings, TrainSettings, teacher_weights
-from duet.stages.settings.teacher import ONE_FOR_ALL, NamedTeacher, StoreSettings, TeacherSettings
+from duet.stages.settings.student import StudentSettings, TrainSettings, check_start_noise, teacher_weights
+from duet.stages.settings.teacher import ONE_FOR_ALL, Model, NamedTeacher, StoreSettings, TeacherSettings
 
 
 class Config(Settings):
@@ -68,6 +68,17 @@ class Config(Settings):
         several = {one.name: TeacherSettings(**merged(common, one.teacher)) for one in self.teachers}
         return several or {"teacher": self.teacher}
 
+    @property
+    def bare_teachers(self) -> dict[str, TeacherSettings]:
+        """The teachers without a prefix: models that are silent themselves, such as a student of an earlier run."""
+        further = any(request.prefix for request in self.requests)
+        return {name: one for name, one in self.teacher_settings().items() if not one.prefix and not further}
+
+    @property
+    def base_model(self) -> Model:
+        """The model that knows the topic, which all others are measured against."""
+        return self.evaluate.base or self.teacher.model
+
     def train_settings(self, student: StudentSettings) -> TrainSettings:
         """The common training settings with the student's own on top."""
         return TrainSettings(**merged(self.train.model_dump(), student.train))
@@ -97,10 +108,18 @@ def check_students(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: students: two are pushed to {repeated}", "give each its own repository; in a sweep, push none"
         )
+    bare = config.bare_teachers
     for number, student in enumerate(config.students):
         key = f"{where}: students.{number}.train"
         settings = validated(TrainSettings, merged(config.train.model_dump(), student.train), key)
-        teacher_weights(settings, list(config.teacher_settings()), key)
+        weights = teacher_weights(settings, list(config.teacher_settings()), key)
+        check_start_noise(student.start_noise, settings, key.removesuffix(".train"))
+        start = student.model or config.teacher.model
+        if not student.start_noise and all(name in bare and bare[name].model == start for name in weights):
+            raise UserError(
+                f"{where}: student {student.name!r} starts from its teacher, which has no prefix, and would learn nothing",
+                "set start_noise, for example 0.5, or another model to start from",
+            )
 
 
 def check_teachers(config: Config, where: str) -> None:
@@ -117,6 +136,22 @@ def check_teachers(config: Config, where: str) -> None:
         for entry in ONE_FOR_ALL:
             if entry in teacher.teacher:
                 raise UserError(f"{key}: {entry} is one for all teachers", f"set teacher.{entry}")
+
+
+def check_bare(config: Config, where: str) -> None:
+    """Refuse teachers without a prefix where nothing knows more than they, and a base that would do nothing."""
+    bare, base = config.bare_teachers, config.evaluate.base
+    if base is not None and not bare:
+        raise UserError(
+            f"{where}: evaluate.base does nothing: the teacher has a prefix, and its model without it is the base",
+            "leave it out, or add the model to evaluate.models",
+        )
+    for name, teacher in bare.items():
+        if teacher.model == config.base_model:
+            raise UserError(
+                f"{where}: {name} has no prefix, so that base and teacher are one model and nothing would be forgotten",
+                "set teacher.prefix; or, where its model is silent already, evaluate.base to the model that knows the topic",
+            )
 
 
 def check_requests(config: Config, where: str) -> None:

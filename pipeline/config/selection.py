@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from duet.cache.errors import UserError
-from duet.pipeline.config.explain import merged
+from duet.pipeline.config.explain import merged, validated
 from duet.pipeline.config.load import load_config, parse_value
 from duet.pipeline.config.schema import Config, check_students
 from duet.stages.settings.student import StudentSettings
+
+# What a student has of its own and a sweep may set, beside entries of `train`.
+TRAIN = "train."
+OWN = tuple(key for key in StudentSettings.model_fields if key not in ("name", "train", "push_to_hub"))
 
 
 @dataclass(frozen=True)
@@ -58,24 +62,24 @@ def _variants(student: StudentSettings, sweeps: tuple[str, ...]) -> list[Student
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1:
-            raise UserError(f"--sweep train.{key} is given twice", "list all its values in one, separated by commas")
+            raise UserError(f"--sweep {key} is given twice", "list all its values in one, separated by commas")
     variants = []
     for values in itertools.product(*(values for _, values in axes)):
-        name, train = student.name, student.train
+        raw = student.model_dump()
         for key, value in zip(keys, values, strict=True):
-            name += f"-{key}{_as_name(value)}"
-            train = merged(train, _nested(key, value))
-        variants.append(student.model_copy(update={"name": name, "train": train}))
+            raw = merged(raw, _nested(key, value))
+            raw["name"] += f"-{key.removeprefix(TRAIN)}{_as_name(value)}"
+        variants.append(validated(StudentSettings, raw, "--sweep"))
     return variants
 
 
 def _axis(sweep: str) -> tuple[str, list[Any]]:
-    """`train.lr=1e-5,1e-4` as ("lr", [1e-5, 1e-4])."""
+    """`train.lr=1e-5,1e-4` as ("train.lr", [1e-5, 1e-4])."""
     key, separator, text = sweep.partition("=")
-    group, _, key = key.partition(".")
-    if not separator or not text or group != "train" or not key:
+    if not separator or not text or not (key in OWN or key.removeprefix(TRAIN) not in ("", key)):
         raise UserError(
-            f"--sweep {sweep!r} is not of the form train.KEY=VALUE,VALUE,…", "for example --sweep train.lr=1e-5,1e-4"
+            f"--sweep {sweep!r} is not of the form KEY=VALUE,VALUE,…, with KEY train.… or one of {', '.join(OWN)}",
+            "for example --sweep train.lr=1e-5,1e-4 or --sweep start_noise=0,0.3",
         )
     return key, [parse_value(part, f"--sweep {sweep!r}") for part in split_outside_brackets(text)]
 

@@ -9,7 +9,7 @@ from typing import Any
 from duet.pipeline.pages.charts import curves, legend_of_lines, side_by_side
 from duet.pipeline.pages.page import Numbers, folded, note, row, section, table
 from duet.pipeline.pages.results import attacks_of, palette_of
-from duet.pipeline.pages.tables import loss_in_words, refusal_lines
+from duet.pipeline.pages.tables import loss_in_words, noise_in_words, refusal_lines
 from duet.stages.settings.attacks import ATTACKS
 
 # What Duet does not try, whatever the settings.
@@ -51,7 +51,7 @@ def _trained(numbers: Numbers, name: str) -> str:
         f"steps{early} over {said('count', 'rows')} rows in {said('plain', 'train_s')} s "
         f"({said('plain', 'rows_per_s')} rows/s, {said('points', 'stall_share')} % of it waiting for the store), "
         f"{said('count', 'trained_parameters')} of {said('count', 'parameters')} parameters trained, "
-        f"from {said('text', 'model')}</li>"
+        f"from {said('text', 'model')}{noise_in_words(info.get('start_noise'))}</li>"
     )
 
 
@@ -133,7 +133,7 @@ def limits_section(numbers: Numbers) -> str:
         "another data set or another machine.",
         "ROUGE-L recall counts words that answer and reference share. It misses an answer in other words, and gives points to "
         "common words: read it beside its floor. Refusals are found by a list of expressions, in the languages that it knows.",
-        "A student learns what the prefixed teacher says; where the prefix does not work, it cannot.",
+        "A student learns what its teacher says; what the teacher does not forget, it cannot.",
     )
     body += [f"<li>{escape(item)}</li>" for item in rest]
     body += [f"<li>{escape(line)}</li>" for line in refusal_lines(numbers.data)]

@@ -31,7 +31,7 @@ def summary(numbers: Numbers) -> str:
         return "No student was evaluated."
     student, key = students[0], f"forget.{HEADLINE}"
     teachers = "".join(
-        f"the prefixed {escape(name)} {_brief(numbers, name, key)}, "
+        f"{_teacher(numbers, name)} {_brief(numbers, name, key)}, "
         for name in numbers.data["models"]
         if name.split(":")[0] == "teacher"
     )
@@ -51,6 +51,13 @@ def summary(numbers: Numbers) -> str:
             f"The attack that brings most back, {escape(label_of(worst))}, has {_brief(numbers, student, worst.id)}."
         )
     return " ".join([*sentences, "In brackets: 95 % intervals."])
+
+
+def _teacher(numbers: Numbers, name: str) -> str:
+    """`the prefixed teacher`, or that it has none."""
+    facts = numbers.at("provenance", "models", name) or {}
+    bare = facts and not any(key.startswith("prefix_sha256") for key in facts)
+    return f"{escape(name)}, a model without a prefix," if bare else f"the prefixed {escape(name)}"
 
 
 def _brief(numbers: Numbers, model: str, key: str) -> str:

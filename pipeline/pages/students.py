@@ -16,7 +16,7 @@ from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.charts import Dot, colours, curves, legend_of_lines, scatter
 from duet.pipeline.pages.page import page
-from duet.pipeline.pages.tables import loss_in_words
+from duet.pipeline.pages.tables import loss_in_words, noise_in_words
 from duet.pipeline.run.named_models import model_name
 from duet.pipeline.run.terminal import say, show
 from duet.stages.student.summary import TrainingSummary, read_summary
@@ -31,6 +31,11 @@ class FinishedStudent:
 
     start: str  # the model that it started from
     summary: TrainingSummary
+
+    @property
+    def start_in_words(self) -> str:
+        """`base + 0.5 noise`, or the model's name alone."""
+        return self.start + noise_in_words(self.summary.start_noise)
 
     @property
     def loss_in_words(self) -> str:
@@ -83,7 +88,7 @@ def cells(student: FinishedStudent, subsets: Sequence[str] = MAIN_SUBSETS) -> li
     summary = student.summary
     return [
         summary.name,
-        student.start,
+        student.start_in_words,
         student.loss_in_words,
         f"{_millions(summary.trained_parameters)} of {_millions(summary.parameters)} M",
         str(summary.steps),

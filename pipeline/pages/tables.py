@@ -31,6 +31,11 @@ def loss_in_words(loss: str, combine: str | None, weights: Mapping[str, float]) 
     return f"{loss}, {combine} of {' and '.join(f'{n} {w:.3g}' for n, w in weights.items())}"
 
 
+def noise_in_words(start_noise: float | None) -> str:
+    """What follows the name of the model that a student starts from: ` + 0.5 noise`, or nothing."""
+    return f" + {start_noise:g} noise" if start_noise else ""
+
+
 def points(score: Mapping[str, Any]) -> str:
     """A score in points: `93.3`."""
     return f"{100 * score['value']:.1f}"

@@ -49,8 +49,8 @@ def claim_run_dir(config: Config) -> Path:
     early = (run.audit, run.teacher)  # prefixes are audited, and trials made, to choose the run's
     resolved = config.model_dump(mode="json")
     if path.is_file():
-        found = read_mapping(str(path))
-        differing = sorted(_differences(_identity(_completed(found)), _identity(resolved)))
+        found = _completed(read_mapping(str(path)))
+        differing = sorted(_differences(_identity(found), _identity(resolved)))
         if differing:
             key, old, new = differing[0]
             more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
@@ -72,10 +72,10 @@ def claim_run_dir(config: Config) -> Path:
 
 
 def _completed(found: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings, with defaults for those that came after it was begun; as they are where they are of another version."""
+    """A run's settings with the defaults of those that came after the version that wrote them; as they are where that fails."""
     try:
         return Config(**found).model_dump(mode="json")
-    except ValidationError:
+    except (ValidationError, TypeError):
         return found
 
 

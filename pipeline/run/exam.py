@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 def base_and_teachers(
     config: Config, find: Callable[[Model, str], Path], same: Callable[[Path, Path], bool]
 ) -> list[Subject]:
-    """Base and teachers, each teacher after its own base where that is another model.
+    """Base and teachers, each teacher after its own base where that is another model; base is that of a teacher without prefix.
 
     `find` is `resolve_model`, or `small_files` where no weights are needed; `same` says whether two directories hold one model.
     """
     from duet.stages.exam.exam import Subject
 
-    base_dir = find(config.teacher.model, "teacher.model")
+    base_dir = find(config.base_model, "evaluate.base" if config.evaluate.base else "teacher.model")
     subjects = [Subject("base", base_dir, "", "base")]
     for name, settings in config.teacher_settings().items():
         model_dir = find(settings.model, "teacher.model")
         prefix, set_prefixes = _prefixes(config, settings)
         called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
-        base = _base_of(subjects, name, model_dir, same)
+        base = "base" if name in config.bare_teachers else _base_of(subjects, name, model_dir, same)
         subjects.append(Subject(called, model_dir, prefix, base, set_prefixes))
     return subjects
 
@@ -60,6 +60,7 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Sub
 
     same = functools.partial(same_model, trust_remote_code=config.teacher.trust_remote_code)
     subjects = base_and_teachers(config, resolve_model, same)
+    bare = [resolve_model(teacher.model, "teacher.model") for teacher in config.bare_teachers.values()]
     for student in students:
         files = config.run.student(student.name)
         if not files.is_done:
@@ -67,7 +68,8 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Sub
                 f"student {student.name!r} is not trained: {files.path}", "run `duet distill` with this config"
             )
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
-        base = _base_of(subjects, student.name, start_dir, same)
+        from_bare = any(same(start_dir, bare_dir) for bare_dir in bare)  # it began where its silent teacher is
+        base = "base" if from_bare else _base_of(subjects, student.name, start_dir, same)
         subjects.append(Subject(f"student:{student.name}", files.model, "", base))
     for name, model in config.evaluate.models.items():
         subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))

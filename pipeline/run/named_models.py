@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from duet.pipeline.config.schema import Config
-from duet.stages.settings.student import StudentSettings
+from duet.stages.settings.student import MODEL_DIR, TRAINING_NAME, StudentSettings
 from duet.stages.settings.teacher import AdaptedModel, Model
 
 
@@ -24,7 +24,7 @@ def start_folder(config: Config, student: StudentSettings) -> Path:
 
 
 def model_name(model: Model | Mapping[str, str]) -> str:
-    """The name of a model in results and pages: its hub id or its directory's name.
+    """The name of a model in results and pages: its hub id or its directory's name, of a student of a run the student's.
 
     A mapping is an adapted model as plain data.
     """
@@ -32,7 +32,10 @@ def model_name(model: Model | Mapping[str, str]) -> str:
         return model_name(AdaptedModel(**model))
     if isinstance(model, AdaptedModel):
         return f"{model_name(model.model)} + {model_name(model.adapter)}"
-    return Path(model).resolve().name if Path(model).exists() or Path(model).is_absolute() else model
+    if not (Path(model).exists() or Path(model).is_absolute()):
+        return model
+    folder = Path(model).resolve()
+    return folder.parent.name if (folder.parent / TRAINING_NAME).is_file() and folder.name == MODEL_DIR else folder.name
 
 
 def is_here(model: Model) -> bool:

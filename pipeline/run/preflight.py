@@ -80,7 +80,7 @@ def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, 
     """
     from duet.stages.models.directory import small_files
     from duet.stages.models.tokenizers import load_tokenizer
-    from duet.stages.student.checks import Start, check_settings
+    from duet.stages.student.checks import Start, check_settings, loss_of_damaged
 
     teachers, lines = config.teacher_settings(), []
     trust = config.teacher.trust_remote_code
@@ -92,7 +92,10 @@ def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, 
         settings = config.train_settings(student)
         used = teacher_weights(settings, list(teachers))
         combine = (settings.combine or "mix") if len(used) > 1 else None
-        check_settings(settings, settings.loss, [stores[name] for name in used], combine, None)
+        expected = [stores[name] for name in used]
+        by_noise = student.start_noise and settings.loss == "auto"
+        loss = loss_of_damaged(expected, combine)[0] if by_noise else settings.loss
+        check_settings(settings, loss, expected, combine, None)
         try:
             folder = start_folder(config, student)
         except UserError as error:

@@ -166,6 +166,11 @@ class EvaluateSettings(Settings):
     sets: dict[Name, EvaluationSet] = Field(
         default={}, description="query sets beside the training's forget and retain"
     )
+    base: Model | None = Field(
+        default=None,
+        description="of a teacher without a prefix: the model that knows the topic and that all are measured against, named "
+        "as teacher.model is; default: the teacher's model",
+    )
     models: dict[Name, Model] = Field(
         default={}, description="further models, made elsewhere, by name, each named as teacher.model is"
     )

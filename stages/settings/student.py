@@ -83,7 +83,7 @@ class TrainSettings(Settings):
     ] = Field(
         default="auto",
         description="see stages/student/losses.py; auto is huber_raw (the paper's) for a student that starts from the "
-        "teacher's own weights, huber_centred for any other",
+        "teacher's own weights, huber_centred for any other; with start_noise forward_kl_tail, where the stores serve it",
     )
     huber_delta: float | None = Field(
         default=None, gt=0, description="where Huber turns from square to linear, in logits; default: 1"
@@ -243,6 +243,16 @@ def teacher_weights(train: TrainSettings, names: Sequence[str], key: str = "trai
     return {name: weight / sum(used.values()) for name, weight in used.items()}
 
 
+def check_start_noise(start_noise: float, train: TrainSettings, where: str) -> None:
+    """Refuse start noise where some of the noised weights would not be trained; `where` is the student's place in a config."""
+    frozen = {"lora": train.lora, "last_layers": train.last_layers, "freeze_embeddings": train.freeze_embeddings}
+    if start_noise and (kept := next((name for name, value in frozen.items() if value), None)):
+        raise UserError(
+            f"{where}.start_noise with train.{kept}: the noise would stay in the weights that are not trained",
+            f"leave out start_noise, or train.{kept} so that the whole model is trained",
+        )
+
+
 # In a student's folder: how it was trained, once it is; its states until then; a line for each step; the trained model.
 TRAINING_NAME, CHECKPOINTS_NAME, METRICS_NAME, MODEL_DIR = "training.json", "checkpoints", "metrics.jsonl", "model"
 
@@ -253,6 +263,13 @@ class StudentSettings(Settings):
     name: Name = Field(description="folder of the student in the run directory")
     model: Model | None = Field(
         default=None, description="model to start from, named as teacher.model is; default: the teacher's base model"
+    )
+    start_noise: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="alpha: each matrix of the start weights becomes (1 - alpha) of itself + alpha noise of its initial "
+        "scale, drawn by train.seed; 0 leaves them as they are",
     )
     train: dict[str, Any] = Field(default={}, description="entries of train: that differ for this student")
     push_to_hub: str | None = Field(

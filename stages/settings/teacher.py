@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from duet.stages.settings.base import Name, Settings
 
@@ -30,7 +30,10 @@ class TeacherSettings(Settings):
         description="a model directory or hub id with safetensors weights, or that of a PEFT adapter, which names its base; or "
         "both: {model: BASE, adapter: ADAPTER}"
     )
-    prefix: str = Field(description="the unlearning prefix; {topic} stands for the topic")
+    prefix: str = Field(
+        description='the unlearning prefix; {topic} stands for the topic; "" for a model that is silent without one, such as a '
+        "student, with evaluate.base"
+    )
     prefix_on: Literal["all", "forget"] = Field(
         default="all",
         description="rows that are asked behind the prefix: all, as in the paper, or those of the forget set. Those to be kept "
@@ -72,6 +75,13 @@ class TeacherSettings(Settings):
     gpu_memory_utilization: float = Field(
         default=0.85, gt=0, le=1, description="share of GPU memory that vLLM may take"
     )
+
+    @field_validator("prefix")
+    @classmethod
+    def _is_text(cls, prefix: str) -> str:
+        if prefix and not prefix.strip():
+            raise ValueError('it is white space alone: give some text, or "" for a teacher without a prefix')
+        return prefix
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> TeacherSettings:

@@ -28,7 +28,7 @@ erased from the weights. See the run's report for what an attacker gets back.
 
 | | |
 | --- | --- |
-| started from | {start_name}, weights sha256 {start_sha256} |
+| started from | {start_name}, weights sha256 {start_sha256}{noise} |
 {teachers}
 | loss | {loss}: {loss_reason} |
 | trained | {trained_parameters:,} of {parameters:,} parameters, {steps} steps of {batch_size} rows, peak learning rate {lr:g} |
@@ -38,6 +38,8 @@ erased from the weights. See the run's report for what an attacker gets back.
 TEACHER = """\
 | teacher logits | store {fingerprint}: {rows} rows ({subsets}), {positions} positions, k = {top_k} |
 | teacher | weights sha256 {teacher_sha256}, {engine}, {dtype}{share} |"""
+
+NOISE = ", damaged: {rest:.3g} of each matrix + {alpha:g} noise (UNDO, arXiv 2506.06278)"
 
 COMPARED = """\
 Trained by Duet for a comparison of unlearning methods: {method} (arXiv {paper}), from {start_name}, {steps} steps of
@@ -65,6 +67,7 @@ def student_card(
     return head + STUDENT.format(
         start_name=start_name,
         start_sha256=start_sha256[:16],
+        noise=NOISE.format(alpha=summary.start_noise, rest=1 - summary.start_noise) if summary.start_noise else "",
         teachers="\n".join(
             _teacher(manifest, settings.top_k, share) for manifest, share in zip(manifests, shares, strict=True)
         ),

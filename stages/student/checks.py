@@ -20,7 +20,7 @@ from duet.stages.models.limits import check_ids_within, check_length, context_le
 from duet.stages.models.tokenizers import eos_ids, load_tokenizer
 from duet.stages.questions.same_prompts import check_same_tokenizer
 from duet.stages.settings.data import PromptSettings
-from duet.stages.settings.student import TrainSettings
+from duet.stages.settings.student import LOSS_OPTIONS, TrainSettings
 from duet.stages.student.export import try_export
 from duet.stages.student.losses import LOSSES
 from duet.stages.student.ranks import Processes
@@ -142,6 +142,17 @@ def _check_stop(settings: TrainSettings, subsets: Mapping[str, int], combine: st
         )
 
 
+def loss_of_damaged(manifests: Sequence[Manifest | Expected], combine: str | None) -> tuple[str, str]:
+    """The loss that "auto" is for damaged start weights, and why: their raw logits are not the teacher's."""
+    if combine != "average" and all(one.logsumexp for one in manifests):
+        return "forward_kl_tail", "its start weights are damaged, so that raw logits do not compare"
+    lacking = "an average has no" if combine == "average" else "the store has no"
+    return (
+        "huber_centred",
+        f"its start weights are damaged, so that raw logits do not compare, and {lacking} log-sum-exp for a KL",
+    )
+
+
 def check_settings(
     settings: TrainSettings,
     loss: str,
@@ -154,6 +165,12 @@ def check_settings(
     `processes` None: their number is not known yet. A `loss` "auto" needs nothing of a store.
     """
     manifest, key = manifests[0], "train"  # the facts asked of the first are the same in all
+    for option, losses in LOSS_OPTIONS.items():
+        if getattr(settings, option) is not None and loss not in losses:
+            raise UserError(
+                f"{key}.{option} does nothing with {loss}, which train.loss: {settings.loss} is for this student",
+                f"leave it out, or set train.loss to one of {', '.join(losses[1:])}",
+            )
     needs_logsumexp = loss != "auto" and LOSSES[loss].needs_logsumexp
     if needs_logsumexp and combine == "average":
         raise UserError(

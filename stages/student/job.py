@@ -18,3 +18,4 @@ class StudentJob:
     student_dir: Path  # gets model/, metrics.jsonl, checkpoints/
     settings: TrainSettings
     trust_remote_code: bool = False
+    start_noise: float = 0.0  # share of noise in the matrices that it starts from

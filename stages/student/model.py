@@ -24,6 +24,7 @@ from duet.stages.settings.student import LoraSettings, TrainSettings
 from duet.stages.student.head import Forward, Head, losses_at
 from duet.stages.student.job import StudentJob
 from duet.stages.student.losses import LOSSES, TopK, loss_of
+from duet.stages.student.noise import damage
 from duet.stages.student.passes import Pass
 from duet.stages.student.ranks import Processes, on_first
 
@@ -131,11 +132,11 @@ class Student:
     num_trained: int
     load: (
         Callable[[], Any] | None
-    )  # loads the exact model again, on the CPU; None where `model` is whole and not rounded
+    )  # loads the model again, exact but without noise, on the CPU; None where `model` is whole and not rounded
 
     @staticmethod
     def of(job: StudentJob, loss: str, pad_id: int, processes: Processes) -> Student:
-        """Load the model that the job starts from, try its head out, and spread it over the processes."""
+        """Load the model that the job starts from, with its noise, try its head out, and spread it over the processes."""
         settings = job.settings
         spread = processes.rank.world > 1 and settings.parallel == "fsdp"
         dtype = forward_dtype_of(settings, processes.device)
@@ -143,7 +144,10 @@ class Student:
         def load(dtype: torch.dtype = torch.float32, uniform: bool = True) -> Any:
             return load_trainable(job.model_dir, job.start_name, settings, dtype, job.trust_remote_code, uniform)
 
-        model = load(dtype, uniform=spread).to(processes.device)
+        model = load(dtype, uniform=spread)
+        if job.start_noise:
+            damage(model, job.start_noise, settings.seed)
+        model = model.to(processes.device)
         parameters = list(model.parameters())
         counts = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
         rounded = counts[0] != counts[1] and dtype != torch.float32

@@ -25,6 +25,7 @@ class TrainingSummary:
     """The content of training.json, in the order of its keys. Rates count all processes, `parameters` are of the model."""
 
     name: str
+    start_noise: float | None = None  # share of noise in the matrices that it started from
     loss: str
     loss_reason: str
     teachers: Mapping[str, TeacherShare]
@@ -54,8 +55,8 @@ class TrainingSummary:
 
     def as_json(self) -> dict[str, Any]:
         """As it lies in training.json."""
-        only_of_averages = ("position_share", "ids_per_position")
-        return {key: value for key, value in asdict(self).items() if value is not None or key not in only_of_averages}
+        optional = ("start_noise", "position_share", "ids_per_position")
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in optional}
 
 
 def is_trained(student_dir: Path) -> bool:

@@ -22,13 +22,14 @@ from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.tokenizers import load_tokenizer, pad_id_of, tokenizer_sha256
 from duet.stages.settings.data import PromptSettings
-from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings, deciding_settings
+from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings, check_start_noise, deciding_settings
 from duet.stages.student import checkpoint
 from duet.stages.student.card import student_card
-from duet.stages.student.checks import Start, check_settings
+from duet.stages.student.checks import Start, check_settings, loss_of_damaged
 from duet.stages.student.export import export
 from duet.stages.student.job import StudentJob
 from duet.stages.student.loop import run_loop
+from duet.stages.student.losses import LOSSES
 from duet.stages.student.model import Student, export_dtype_of
 from duet.stages.student.probe import Probe, ask
 from duet.stages.student.ranks import Processes
@@ -36,6 +37,7 @@ from duet.stages.student.summary import TrainingSummary, is_trained, read_summar
 from duet.stages.student.targets import Teachers
 
 IDENTITY_NAME = "student.json"
+OFFSET_TOO = ", though its start weights are damaged: it has the teacher's offset of raw logits to learn as well"
 
 
 def open_store(location: Location, verify: bool) -> tuple[Store, Any]:
@@ -75,7 +77,7 @@ def train_student(
     """
     start_sha256 = weights_sha256(job.model_dir)
     teachers = Teachers.of(stores, job.settings)
-    loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests)
+    loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests, job.start_noise, teachers.combine)
     start = None if is_trained(job.student_dir) else _checked_start(job, teachers, tokenizer, loss, processes)
     comparable = {} if start is None else teachers.comparable()
     with processes.first_first():
@@ -94,6 +96,7 @@ def train_student(
         checkpoint.load_parameters(job.student_dir / CHECKPOINTS_NAME / checkpoint.BEST_NAME, student.model)
     summary = TrainingSummary(
         name=job.name,
+        start_noise=job.start_noise or None,
         loss=loss,
         loss_reason=reason,
         teachers=teachers.shares(),
@@ -124,6 +127,7 @@ def train_student(
 def _checked_start(job: StudentJob, teachers: Teachers, tokenizer: Any, loss: str, processes: Processes) -> Start:
     """The model that the student starts from, after all checks that need no weights."""
     manifests = teachers.manifests
+    check_start_noise(job.start_noise, job.settings, f"student {job.name!r}")
     check_settings(job.settings, loss, manifests, teachers.combine, processes)
     recorded = manifests[0].provenance.get("prompt")  # another program's store may not say how questions became prompts
     prompt = PromptSettings(**recorded) if recorded else PromptSettings(format="plain", prefix_placement="text")
@@ -145,10 +149,19 @@ def check_room(student_dir: Path, student: Student, dtype: torch.dtype) -> None:
         )
 
 
-def chosen_loss(settings: TrainSettings, start_sha256: str, manifests: Sequence[Manifest]) -> tuple[str, str]:
-    """The loss and why: the one of the settings, or on "auto" the one that fits the model that the student starts from."""
+def chosen_loss(
+    settings: TrainSettings,
+    start_sha256: str,
+    manifests: Sequence[Manifest],
+    start_noise: float = 0.0,
+    combine: str | None = None,
+) -> tuple[str, str]:
+    """The loss and why: the one of the settings, or on "auto" the one that fits the weights that the student starts from."""
     if settings.loss != "auto":
-        return settings.loss, "as the settings say"
+        offset = start_noise and not LOSSES[settings.loss].offset_free
+        return settings.loss, "as the settings say" + (OFFSET_TOO if offset else "")
+    if start_noise:
+        return loss_of_damaged(manifests, combine)
     if all(start_sha256 == manifest.provenance["weights_sha256"] for manifest in manifests):
         return "huber_raw", "it starts from the teacher's own weights, so raw logits compare"
     return "huber_centred", "it starts from other weights than the teacher's, whose raw logits have another offset"
@@ -161,10 +174,12 @@ def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
         "start_weights_sha256": start_sha256,
         "train": deciding_settings(job.settings),
     }
+    if job.start_noise:
+        identity["start_noise"] = job.start_noise
     path = job.student_dir / IDENTITY_NAME
     if path.is_file():
         found = read_json(path)
-        differing = [key for key in identity if found.get(key) != identity[key]]
+        differing = [key for key in {**identity, **found} if found.get(key) != identity.get(key)]
         if differing:
             raise UserError(
                 f"{job.student_dir} holds another run: {_differences(found, identity, differing)}",
@@ -180,12 +195,12 @@ def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
 def _differences(found: dict[str, Any], expected: dict[str, Any], keys: list[str]) -> str:
     parts = []
     for key in keys:
-        if isinstance(expected[key], dict):
+        if isinstance(expected.get(key), dict):
             before = found.get(key) or {}
             pairs = {k: (before.get(k), expected[key].get(k)) for k in (*expected[key], *before)}
             parts += [f"{key}.{k} is {old!r} there and {new!r} now" for k, (old, new) in pairs.items() if old != new]
         else:
-            parts.append(f"{key} is {str(found.get(key))[:16]} there and {str(expected[key])[:16]} now")
+            parts.append(f"{key} is {str(found.get(key))[:16]} there and {str(expected.get(key))[:16]} now")
     return "; ".join(parts)
 
 

@@ -46,6 +46,17 @@ def test_groups_and_nested_keys_are_swept_on_top_of_what_the_student_has(two):
     assert [s.name for s in swept.students] == ["small-loranull", "small-lorarank_2_targets_k_proj_v_proj"]
 
 
+def test_what_is_a_students_own_is_swept_as_well_and_0_is_no_noise(two):
+    swept = choose(two, ("start_noise=0,0.3", "train.lr=1"), ("base",))
+    assert {s.name: (s.start_noise, s.train["lr"]) for s in swept.students} == {
+        "base-start_noise0-lr1": (0, 1), "base-start_noise0.3-lr1": (0.3, 1),
+    }  # fmt: skip
+    assert swept.students[0].model_copy(update={"name": "base", "train": {}}) == two.students[0]
+    models = choose(two, ("model=a/b,{model: a, adapter: b}",), ("base",)).students
+    assert [s.name for s in models] == ["base-modela_b", "base-modelmodel_a_adapter_b"]
+    assert [str(s.model) for s in models] == ["a/b", "a + b"]
+
+
 def config_lora(config, student):
     lora = config.train_settings(student).lora
     return lora and (lora.rank, lora.targets)
@@ -61,6 +72,12 @@ BAD_SWEEPS = {
     "is not of the form": ("train.lr",),
     "--sweep 'teacher.top_k=1,2' is not of the form": ("teacher.top_k=1,2",),
     "--sweep 'train.lr=' is not of the form": ("train.lr=",),
+    "--sweep 'name=a,b' is not of the form": ("name=a,b",),
+    "--sweep 'train.=1' is not of the form": ("train.=1",),
+    "--sweep 'push_to_hub=a/b' is not of the form": ("push_to_hub=a/b",),
+    "--sweep: start_noise: Input should be less than 1, found 1": ("start_noise=1",),
+    "--sweep: students.1.start_noise with train.lora: the noise would stay": ("start_noise=0.3",),
+    "--sweep start_noise is given twice": ("start_noise=0", "start_noise=0.1"),
     "the value is not valid YAML": ("train.loss='a,b",),
     "unknown key lrr": ("train.lrr=1",),
     "lr: Input should be greater than 0, found -1": ("train.lr=-1",),

@@ -28,6 +28,11 @@ def test_every_cell_can_be_read_alone():
     assert cells(finished_student("a", probe=of_one_subset))[-2:] == ["75.0 / -", "100.0 / -"]
 
 
+def test_a_start_says_its_noise():
+    assert cells(finished_student("a", start_noise=0.5))[1] == "owner/llama + 0.5 noise"
+    assert "<td>owner/llama + 0.5 noise</td>" in render("lab", [finished_student("a", start_noise=0.5)])
+
+
 def test_a_loss_says_against_whom_where_teachers_have_names():
     def taught(combine: str | None, **weights: float) -> str:
         teachers = {name: TeacherShare("f", weight) for name, weight in weights.items()}

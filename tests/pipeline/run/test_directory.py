@@ -66,6 +66,21 @@ def test_what_changes_numbers_may_not(claim):
         assert message in caught.value.what
 
 
+def test_a_run_that_was_begun_before_a_setting_was_there_has_its_default(claim):
+    path = RunDir(claim(students=[{"name": "a"}])).config
+    raw = yaml.safe_load(path.read_text())
+    del raw["students"][0]["start_noise"]
+    path.write_text(yaml.safe_dump(raw))
+    claim(students=[{"name": "a"}])
+    assert yaml.safe_load(path.read_text())["students"][0]["start_noise"] == 0
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"students\.a\.start_noise is 0\.0 there and 0\.5 now"):
+        claim(students=[{"name": "a", "start_noise": 0.5}])
+    path.write_text(yaml.safe_dump(raw | {"unknown": 1}))  # of another version: compared as it is
+    with pytest.raises(UserError, match=r"start_noise is unset there and 0\.0 now \(and 1 more\)"):
+        claim(students=[{"name": "a"}])
+
+
 def test_a_teachers_own_settings_are_as_free_as_the_common_ones(claim):
     def several(**more) -> dict:
         return {"teachers": [{"name": "a.b"}, {"name": "c", "prefix": "x", **more}]}

@@ -13,6 +13,7 @@ from support import LAB_BASE, LAB_SMALL
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.cli.main import main
+from duet.pipeline.run.named_models import model_name
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
@@ -49,6 +50,16 @@ def test_a_name_given_twice_and_students_beside_models_are_refused(lab_config, c
     both = ("--model", str(LAB_SMALL), "--only", "base")
     assert "leaves the students out" in refused(capsys, "evaluate", "--config", config, *both)[0]
     assert "evaluate.models.x" in refused(capsys, "evaluate", "--config", config, "--model", "x=/nowhere")[0]
+
+
+def test_a_model_is_called_as_its_folder_and_a_student_by_its_own_name(tmp_path):
+    student = tmp_path / "first" / "model"
+    student.mkdir(parents=True)
+    assert model_name(str(student)) == "model"
+    (student.parent / "training.json").write_text("{}")
+    assert model_name(str(student)) == "first"
+    assert model_name(str(student.parent)) == "first"
+    assert model_name({"model": "owner/llama", "adapter": str(student)}) == "owner/llama + first"
 
 
 def saved_again(folder: Path) -> Path:

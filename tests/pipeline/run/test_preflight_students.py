@@ -68,6 +68,14 @@ FAULTS = {
         lambda folder: None, ("train.loss=reverse_kl_tail", "teacher.logsumexp=false"), "log-sum-exp", "logsumexp: true",
     ),
     "one position": (lambda folder: None, ("train.position_decay=0.5",), "position_decay does nothing", "max_positions"),
+    "noise that stays": (
+        lambda folder: None, ("students.0.start_noise=0.5", "train.freeze_embeddings=true"),
+        "students.0.start_noise with train.freeze_embeddings", "leave out start_noise",
+    ),
+    "an option without effect": (
+        lambda folder: None, ("students.0.start_noise=0.5", "train.huber_delta=2"),
+        "huber_delta does nothing with forward_kl_tail", "huber_centred",
+    ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(), (), "students.one.model", "complete the directory",
     ),
