@@ -191,11 +191,25 @@ def questions(world: World, names: tuple[str, ...], phrasing: int) -> list[dict[
     ]
 
 
+def _in_phrasings(world: World, names: tuple[str, ...], shifts: tuple[int, ...]) -> list[dict[str, str]]:
+    """Rows of each person in phrasings that depend on the person's number: that number plus each shift, modulo 3."""
+    return [
+        row
+        for number, name in enumerate(names)
+        for shift in shifts
+        for row in questions(world, (name,), (number + shift) % 3)
+    ]
+
+
 def write_data(world: World, out_dir: Path) -> None:
     """Write the demo's query sets as JSON Lines: training queries, and what only the evaluation asks.
 
     `forget`, `retain` and `heldout` use the first phrasing, `forget_rephrased` the other two. `heldout` asks about everyone who
     is in neither training set, among them the held-out people who are not to be forgotten.
+
+    Four more are for hardened students: `forget_broad` and, without answers, `broad` ask about the forgotten and about those of
+    `heldout` in two phrasings of three, `forget_unasked` and `heldout_unasked` in the third, in which nobody is trained on that
+    person. Which it is goes round, so that each phrasing is trained on with other people.
     """
     retain = world.known[:RETAIN_PEOPLE]
     heldout = tuple(name for name in world.people if name not in world.forget + retain)
@@ -204,6 +218,10 @@ def write_data(world: World, out_dir: Path) -> None:
         "retain": questions(world, retain, 0),
         "forget_rephrased": questions(world, world.forget, 1) + questions(world, world.forget, 2),
         "heldout": questions(world, heldout, 0),
+        "broad": [{key: row[key] for key in ("id", "question")} for row in _in_phrasings(world, heldout, (1, 2))],
+        "forget_broad": _in_phrasings(world, world.forget, (1, 2)),
+        "forget_unasked": _in_phrasings(world, world.forget, (0,)),
+        "heldout_unasked": _in_phrasings(world, heldout, (0,)),
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from duet.cache.errors import UserError
 from duet.cache.location import Location, location_of
@@ -22,6 +22,16 @@ from duet.stages.settings.student import StudentSettings, TrainSettings, check_s
 from duet.stages.settings.teacher import ONE_FOR_ALL, Model, NamedTeacher, StoreSettings, TeacherSettings
 
 
+# What `harden` sets of what a config leaves open, by group; every student's own settings are under `students`.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "none": {},
+    "deep": {
+        "teacher": {"prefix_on": "forget", "max_positions": 64},
+        "students": {"start_noise": 0.5},
+    },
+}
+
+
 class Config(Settings):
     """A whole experiment."""
 
@@ -30,6 +40,16 @@ class Config(Settings):
     runs_dir: str = Field(default="runs", description="folder of all runs")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto is the first CUDA device, else the CPU"
+    )
+    harden: Literal["none", "deep"] = Field(
+        default="none",
+        description="settings for students that are hard to bring back, where the config does not say them itself: deep is "
+        + "; ".join(
+            f"{group}{'[]' if group == 'students' else ''}.{key} {value}"
+            for group, of_group in PRESETS["deep"].items()
+            for key, value in of_group.items()
+        )
+        + ". It wants broad queries, see docs/hardening.md",
     )
     data: TrainingData = Field(description="the queries of all subsets")
     prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
@@ -46,6 +66,19 @@ class Config(Settings):
     audit: AuditSettings = Field(default=AuditSettings(), description="the audit of prefixes before stage one")
     compare: CompareSettings = Field(default=CompareSettings(), description="DUET against other methods")
     slurm: SlurmSettings = Field(default=SlurmSettings(), description="jobs on a Slurm cluster")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, raw: Any) -> Any:
+        """The settings of a preset under those of the config, so that the resolved config shows them."""
+        preset = PRESETS.get(raw.get("harden", "none"), {}) if isinstance(raw, dict) else {}
+        for group, defaults in preset.items():
+            own = raw.get(group)
+            if isinstance(own, dict):
+                raw = raw | {group: defaults | own}
+            elif isinstance(own, list | tuple):
+                raw = raw | {group: [defaults | one if isinstance(one, dict) else one for one in own]}
+        return raw
 
     @property
     def run_dir(self) -> Path:
