@@ -17,6 +17,7 @@ from duet.stages.attacks.logit_lens import at_best_layer, layers
 from duet.stages.attacks.multiple_choice import picked
 from duet.stages.attacks.names import WORST
 from duet.stages.attacks.parts import Answers, Models, mean_of_variants, worst_of_variants
+from duet.stages.attacks.relearn_curves import relearning
 from duet.stages.attacks.sampling import leak_at
 from duet.stages.attacks.validity import attacks_work
 from duet.stages.exam.exam import Exam, Subject
@@ -42,7 +43,7 @@ def results_of(
     found: dict[str, Any] = {
         "attack_texts": _texts(subjects, exam, answers),
         "attacks_skipped": chosen(exam)[1] | relearn.skipped(exam) | prompts.skipped(exam),
-        "relearning": relearn.relearning(subjects, exam, answers),
+        "relearning": relearning(subjects, exam, answers),
         "layers": layers(subjects, exam, answers),
     }
     return found | {"attacks_work": attacks_work(subjects, exam, models, found["relearning"])}
@@ -70,7 +71,7 @@ METRICS = (
             over,
             f"ROUGE-L recall on the attacked questions, {attack.definition}. {per_question}",
             better="low",
-            version=2,
+            version=attack.version,
         )
         for attack in ATTACKS.values()
         if attack.scored == "recall"

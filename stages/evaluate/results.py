@@ -18,15 +18,13 @@ from duet.stages.evaluate.definitions import all_metrics, definitions, versions
 from duet.stages.evaluate.tofu import Reference, tofu_results
 from duet.stages.evaluate.verdict import outcomes_of
 from duet.stages.exam import given_texts
-from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of
+from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, QuerySet, Subject, references_of
 from duet.stages.exam.given_answers import Given, finite, score_given
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics import uncertainty
 from duet.stages.metrics.uncertainty import Score
 
 NUM_SAMPLES = 40
-DISTINCTIVE = "distinctive_recall"
-DistinctiveWords = Mapping[str, Sequence[frozenset[str]]]  # of every reference, by set
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,10 @@ def results_of(
     that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
     """
     given, not_finite = finite(read.given)
-    words = _distinctive_words(exam)
-    models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam, words) for s in subjects}
+    models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
-    floors = _floors(exam, words) | muse.floors_of(exam) | given_texts.floors_of(exam)
+    floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     return {
         "models": {
@@ -77,16 +74,14 @@ def results_of(
     }
 
 
-def _scores(
-    answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam, words: DistinctiveWords
-) -> dict[str, Score]:
+def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
         items = metrics.score_texts(references, answers[name], extra)
-        items[DISTINCTIVE] = metrics.distinctive_recall(words[name], answers[name])
+        items[DISTINCTIVE] = metrics.distinctive_recall(exam.distinctive[name], answers[name])
         if name in given:
             items |= score_given(given[name], query_set.expect)
         for metric, values in items.items():
@@ -99,19 +94,13 @@ def _questions_of(query_set: QuerySet) -> list[str]:
     return [query.question for query in query_set.queries]
 
 
-def _distinctive_words(exam: Exam) -> DistinctiveWords:
-    """Of every reference, by set; which words are common is counted over all sets."""
-    questions = {name: _questions_of(query_set) for name, query_set in exam.sets.items()}
-    return metrics.distinctive_words(questions, {name: references_of(s) for name, s in exam.sets.items()})
-
-
-def _floors(exam: Exam, words: DistinctiveWords) -> dict[str, dict[str, float]]:
+def _floors(exam: Exam) -> dict[str, dict[str, float]]:
     found, refusal = {}, exam.settings.refusal
     for name, query_set in exam.sets.items():
-        questions = _questions_of(query_set)
+        questions, words = _questions_of(query_set), exam.distinctive[name]
         found[f"{name}.{DISTINCTIVE}"] = {
-            "refusal": float(metrics.distinctive_recall(words[name], [refusal] * len(questions)).mean()),
-            "echo": float(metrics.distinctive_recall(words[name], questions).mean()),
+            "refusal": float(metrics.distinctive_recall(words, [refusal] * len(questions)).mean()),
+            "echo": float(metrics.distinctive_recall(words, questions).mean()),
         }
         for metric, floor in metrics.floors(questions, references_of(query_set), exam.settings.refusal).items():
             found[f"{name}.{metric}"] = floor

@@ -41,7 +41,7 @@ SETTINGS = EvaluateSettings.model_validate(
         "attacks": "all",
         "max_new_tokens": 8,
         "sampling": {"samples": 16},
-        "relearn": {"pairs": [1, 20], "benign": 8, "steps": [1, 4], "lr": 3e-4},
+        "relearn": {"pairs": [1, 20], "benign": 8, "steps": [1, 4], "lrs": [3e-5, 3e-4]},
     }
 )
 
@@ -115,12 +115,15 @@ def test_attacks_bring_back_what_the_prefix_hides(results):
 def test_relearning_brings_the_teacher_back_on_questions_that_it_was_not_taught(results):
     found = results["relearning"]
     assert set(found) == {"base", "teacher", "student:like", "control"}
-    assert found["student:like"] == found["control"], "the same weights"
+    for lesson, facts in found["control"].items():
+        same = facts | {"above_control": 0, "above_control_steps": 1}
+        ratio = {"steps_ratio": 1 if facts["to_half"] else None}
+        assert found["student:like"][lesson] == same | ratio, "the same weights"
     one = found["teacher"]["forget 1"]
     assert (one["steps"], one["n"], len(one["recall"])) == ([0, 1, 4], 4, 3)
     assert one["recall"][0] < 0.3 < max(one["recall"])
     assert one["steps_to_half"] in (1, 4)
-    assert found["base"]["benign"]["steps_to_half"] == 0
+    assert found["base"]["benign"]["steps_to_half"] == found["base"]["benign"]["to_half"] == 0
     assert results["attacks_work"]["relearn"]["works"]
 
 
@@ -155,7 +158,7 @@ def test_the_cost_estimate_counts_what_is_asked(exam, answers):
                 counted[kind] += len(told[0]) if kind == "logit_lens" else _texts(told)
     assert {kind: cost.prompts for kind, cost in found.items()} == dict(counted)
     assert list(found) == [NO_ATTACK, *chosen(exam)[0]]
-    assert found["relearn"].training_steps == 4 * 2 * 4, "four models, two lessons, four steps"
+    assert found["relearn"].training_steps == 4 * 2 * 2 * 4, "four models, two lessons, two rates, four steps"
     assert all(cost.answer_tokens == 8 * cost.prompts for kind, cost in found.items() if kind != "logit_lens")
 
 
