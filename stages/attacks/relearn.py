@@ -61,6 +61,19 @@ def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.
     return {one.name: _spread(exam, name, one, _last(curve_of(answers, exam, name, one), HEADLINE)) for one in sets}
 
 
+def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """Distinctive recall by relearn set and number of steps, at the rate that brings back most on average, float64 [N].
+
+    NaN for the questions that the set does not ask.
+    """
+    found = {}
+    for one in relearn_sets(exam, name)[0]:
+        strongest_SN = curve_of(answers, exam, name, one).strongest(DISTINCTIVE)[0]
+        for steps, values_N in zip(exam.settings.relearn.steps, strongest_SN[1:], strict=True):
+            found[f"{one.name}, {steps} steps"] = _spread(exam, name, one, values_N)
+    return found
+
+
 def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
     """Recall, and distinctive recall, after the last step at the rate that brings back most on average.
 

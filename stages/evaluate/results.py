@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from duet.stages.attacks import scores as attack_scores
+from duet.stages.attacks.above import above_control
 from duet.stages.evaluate import muse
 from duet.stages.evaluate.answers import refusals_of
+from duet.stages.evaluate.attacked import Shown
+from duet.stages.evaluate.collapse import ModelAnswers
 from duet.stages.evaluate.definitions import all_metrics, definitions, versions
 from duet.stages.evaluate.tofu import Reference, tofu_results
 from duet.stages.evaluate.verdict import outcomes_of
@@ -55,6 +58,10 @@ def results_of(
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
     floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
+    attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
+    works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
+    shown = {s.name: Shown(works, above[s.name] if above is not None else None) for s in subjects}
+    evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
     return {
         "models": {
             name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
@@ -63,14 +70,15 @@ def results_of(
         **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
-        "outcomes": outcomes_of(subjects, exam, answers, models, floors, not_finite),
+        "outcomes": outcomes_of(subjects, exam, evidence, floors, shown),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
         "refusals": refusals_of(exam, {subject.name: answers[subject.name] for subject in subjects}),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
-        **attack_scores.results_of(subjects, exam, answers, models),
+        "above_control": attack_scores.above_as_json(above),
+        **attacked,
     }
 
 

@@ -26,7 +26,7 @@ class Attack:
     scored: Literal["recall", "own"] = "recall"  # ROUGE-L recall of its variants, or only metrics of its own
     needs: Literal["nothing", "kept questions", "a translation"] = "nothing"  # beside the attacked questions
     version: int = 2  # of its scores
-    on_control: bool = False  # also tried on the model that never knew
+    apart: bool = False  # its variants are judged one by one, since some give more away than others
 
 
 TRANSLATION = "translation"
@@ -99,6 +99,7 @@ _ROWS = (
         "what is left of the reference after those tokens; where nothing is left, the question does not count",
         made_of="prompts",
         proof="undoing",
+        apart=True,
     ),
     Attack(
         "format_shift",
@@ -137,7 +138,7 @@ _ROWS = (
         made_of="weights",
         proof="own",
         version=3,
-        on_control=True,
+        apart=True,
     ),
     Attack(
         "logit_lens",
@@ -156,7 +157,7 @@ class SamplingSettings(Settings):
     """The attack sampling: many answers to the same question."""
 
     samples: int = Field(
-        default=64, ge=1, description="answers per question; leak@k is reported for each k of 1, 4, 16, 64 up to this"
+        default=4, ge=1, description="answers per question; leak@k is reported for each k of 1, 4, 16, 64 up to this"
     )
     temperature: float = Field(default=1.0, gt=0, description="answers are sampled at this temperature")
     leak_recall: float = Field(
@@ -173,7 +174,7 @@ class RelearnSettings(Settings):
     benign: int = Field(default=20, ge=0, description="number of retain pairs that another copy is trained on; 0: none")
     other: Name | None = Field(
         default=None,
-        description="a further set to be kept, of another domain: one more copy is trained on as many pairs of it; default: none",
+        description="a further set to be kept, of another domain, of which one more copy gets as many pairs; default: none",
     )
     lora_rank: int = Field(
         default=0,

@@ -127,6 +127,20 @@ def test_relearning_brings_the_teacher_back_on_questions_that_it_was_not_taught(
     assert results["attacks_work"]["relearn"]["works"]
 
 
+def test_every_attack_is_measured_against_the_control(results):
+    """The student has the control's weights here: it rises nowhere above it, and base by all of what base knows more."""
+    above, control = results["above_control"], results["control"]
+    assert set(above) <= set(results["models"])
+    for kind, attack in ATTACKS.items():
+        if kind not in ("translation", "logit_lens"):
+            assert f"attack.{kind}_worst.forget.distinctive_recall" in control, kind
+            assert attack.scored == "own" or f"attack.{kind}_worst.forget.rougeL_recall" in control, kind
+    for cases in above.get("student:like", {}).values():
+        assert all(one["value"] == 0 and one["ci95"] == [0, 0] for one in cases.values())
+    for cases in above.get("base", {}).values():
+        assert all(one["value"] == 1 for one in cases.values())
+
+
 def test_layers_and_texts_are_told_by_model(results):
     layers = results["layers"]["base"]
     assert layers["layers"] == [0, 1, 2, 3]
@@ -145,7 +159,8 @@ def test_nothing_is_asked_twice_and_a_further_attack_asks_only_its_own(exam, fol
     fewer = replace(exam, settings=SETTINGS.model_copy(update={"attacks": ("reverse", "relearn")}))
     assert ask(fewer, folder)[1] == []
     more = SETTINGS.model_copy(update={"attacks": ("reverse", "sampling"), "seed": 1})
-    assert set(ask(replace(exam, settings=more), folder)[1]) == {f"{subject.name}, sampling" for subject in SUBJECTS}
+    names = [*(subject.name for subject in SUBJECTS), "control"]
+    assert set(ask(replace(exam, settings=more), folder)[1]) == {f"{name}, sampling" for name in names}
 
 
 def test_the_cost_estimate_counts_what_is_asked(exam, answers):
