@@ -21,7 +21,6 @@ from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
 from duet.stages.settings.student import StudentSettings, TrainSettings, check_start_noise, teacher_weights
 from duet.stages.settings.teacher import ONE_FOR_ALL, Model, NamedTeacher, StoreSettings, TeacherSettings
 
-
 # What `harden` sets of what a config leaves open, by group; every student's own settings are under `students`.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "none": {},

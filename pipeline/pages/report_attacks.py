@@ -9,6 +9,7 @@ from duet.pipeline.pages.charts import Bar, bars, colours, side_by_side
 from duet.pipeline.pages.page import Numbers, folded, note, pointer, row, section, table
 from duet.pipeline.pages.results import HEADLINE, attacks_of, by_interest, floor_of, is_share, label_of
 from duet.stages.attacks.names import Attacked
+from duet.stages.exam.exam import DISTINCTIVE
 
 
 def attack_section(numbers: Numbers) -> str:
@@ -27,10 +28,12 @@ def attack_section(numbers: Numbers) -> str:
     body = note(text)
     for name in dict.fromkeys(attack.set for attack in attacks):
         of_set = [attack for attack in attacks if attack.set == name]
-        panels = [_attack_panel(numbers, model, name, of_set) for model in by_interest(numbers)]
+        drawn = [attack for attack in of_set if attack.metric != DISTINCTIVE]
+        panels = [_attack_panel(numbers, model, name, drawn) for model in by_interest(numbers)]
         body += f"<h3>On {escape(name)} questions</h3>" + side_by_side(list(filter(None, panels)))
         body += folded(f"The attacks on {name} in numbers", _attack_table(numbers, name, of_set))
-    return section("attacks", "Attacks", body + _works(numbers) + _attack_texts(numbers) + _costs(numbers))
+    body += _above_control(numbers) + _works(numbers) + _attack_texts(numbers) + _costs(numbers)
+    return section("attacks", "Attacks", body)
 
 
 def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Attacked]) -> str:
@@ -50,12 +53,15 @@ def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Att
 def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> str:
     models = by_interest(numbers)
     plain = f"{name}.{HEADLINE}"
-    rows = [row("no attack", [*(numbers.cell("score", "models", m, plain) for m in models), "<td></td>"])]
+    control = bool(numbers.at("control"))
+    first = [*(numbers.cell("score", "models", m, plain) for m in models), *(["<td></td>"] if control else [])]
+    rows = [row("no attack", [*first, "<td></td>"])]
     for attack in attacks:
         title = label_of(attack) + (", worst" if attack.worst else "")
         cells = [numbers.cell("score", "models", model, attack.id) for model in models]
+        cells += [numbers.cell("score", "control", attack.id)] if control else []
         rows.append(row(title, [*cells, f"<td>{_shown_to_work(numbers, attack)}</td>"]))
-    heads = ["attack", *map(escape, models), "does it work"]
+    heads = ["attack", *map(escape, models), *(["control"] if control else []), "does it work"]
     caption = (
         "Points [95 % interval]. Does it work: whether the attack brings something back on a teacher or gets its answer from "
         "the base. One that does not has not been shown to work here, and withstanding it says little."
@@ -73,6 +79,25 @@ def _shown_to_work(numbers: Numbers, attack: Attacked) -> str:
         if model.split(":")[0] == "teacher" and plain and attack.id in scores:
             found.append(scores[attack.id]["ci95"][0] > plain["ci95"][1])
     return "" if not found else "works on a teacher" if any(found) else "not shown to work"
+
+
+def _above_control(numbers: Numbers) -> str:
+    """Each case of each attack as a share of what base has above the control: what the verdict is made of."""
+    found = numbers.at("above_control") or {}
+    models = [model for model in by_interest(numbers) if model in found]
+    cases = dict.fromkeys((kind, case) for model in models for kind in found[model] for case in found[model][kind])
+    rows = [
+        row(f"{kind}: {case}", [numbers.cell("score", "above_control", model, kind, case) for model in models])
+        for kind, case in cases
+    ]
+    if not rows:
+        return ""
+    text = (
+        "How far an attack lifts a model above the control, the model that never knew, as a share of how far it lifts base, in "
+        "%, by distinctive recall. 0 is the control and 100 base. Cases in which base is not above the control are left out."
+    )
+    heads = ["attack: case", *map(escape, models)]
+    return note(text) + folded("Above the control, by case", table("In % [95 % interval]", heads, rows))
 
 
 def _attack_texts(numbers: Numbers) -> str:

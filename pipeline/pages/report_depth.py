@@ -1,4 +1,4 @@
-"""What lies deeper in the report: layers, relearning, paired comparisons, sample answers. See `report.py`."""
+"""What lies deeper in the report: layers, paired comparisons, sample answers. See `report.py`."""
 
 from __future__ import annotations
 
@@ -68,55 +68,6 @@ def _layers_table(numbers: Numbers, found: Mapping[str, Any]) -> str:
             cells.append(numbers.cell("plain", "layers", model, "rank", at) if shown else '<td class="number">-</td>')
         rows.append(row(f"layer {depth}", cells))
     return table("Mean rank of the answer's first token", ["", *map(escape, found)], rows)
-
-
-def relearning_section(numbers: Numbers) -> str:
-    """How quickly a model relearns what it was to forget, one panel per kind of data."""
-    models = by_interest(numbers)
-    models += [m for m in numbers.at("relearning") or {} if m not in models]  # a control is not one of the models
-    found = {m: numbers.at("relearning", m) for m in models if numbers.at("relearning", m)}
-    title = "Relearning"
-    if not found:
-        return section("relearning", title, note("Relearning was not tried in this run."))
-    text = (
-        "Recall on the forget questions, in points with 95 % intervals, while the model is fine-tuned on a few of them, or on "
-        "text that has nothing to do with them (benign). What was only hidden comes back after fewer steps than a model needs "
-        "that never knew."
-    )
-    palette = palette_of(numbers, found)
-    palette |= dict(zip((m for m in found if m not in palette), ("#7d4ea8", "#a8431a"), strict=False))
-    kinds = list(dict.fromkeys(kind for by_kind in found.values() for kind in by_kind))
-    panels = [
-        lines(
-            {m: _relearnt(numbers, m, kind) for m, by_kind in found.items() if kind in by_kind},
-            palette,
-            ("steps", "recall, points"),
-            f"trained on: {kind}",
-            top=100,
-        )
-        for kind in kinds
-    ]
-    rows = [
-        row(
-            model,
-            [
-                numbers.cell("count", "relearning", model, kind, "steps_to_half")
-                if by_kind.get(kind, {}).get("steps_to_half") is not None
-                else f'<td class="number">{"not reached" if kind in by_kind else "-"}</td>'
-                for kind in kinds
-            ],
-        )
-        for model, by_kind in found.items()
-    ]
-    heads = ["model", *map(escape, kinds)]
-    half = table("Steps until half of the base model's recall is back", heads, rows)
-    return section("relearning", title, note(text) + legend_of_lines(palette) + side_by_side(panels) + half)
-
-
-def _relearnt(numbers: Numbers, model: str, kind: str) -> Line:
-    facts = numbers.at("relearning", model, kind)
-    bands = [[100 * edge for edge in band] for band in facts.get("ci95") or ()]
-    return Line(facts["steps"], [100 * share for share in facts["recall"]], bands, pointer("relearning", model, kind))
 
 
 def comparisons_section(numbers: Numbers) -> str:

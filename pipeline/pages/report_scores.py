@@ -19,7 +19,7 @@ from duet.pipeline.pages.results import (
     worst_attack,
 )
 
-GOOD_VERDICT = "suppressed under these tests"
+GOOD_VERDICTS = ("withstands these tests", "suppressed under these tests")
 FLOORS = ("refusal", "echo", "chance")  # of a text score the first two, of a choice the last
 BAD_VERDICTS = ("not unlearned", "damaged", "suppressed until attacked", "broken")
 
@@ -87,7 +87,7 @@ def verdict_section(numbers: Numbers) -> str:
 def _card(numbers: Numbers, model: str) -> str:
     outcome = numbers.at("outcomes", model)
     verdict = outcome["verdict"] if outcome else None
-    tone = "good" if verdict == GOOD_VERDICT else "bad" if verdict in BAD_VERDICTS else "unclear"
+    tone = "good" if verdict in GOOD_VERDICTS else "bad" if verdict in BAD_VERDICTS else "unclear"
     badge = numbers.show("text", "outcomes", model, "verdict", tag="p", css="badge") if outcome else ""
     base = base_of(numbers, model)
     figures = "".join(

@@ -48,6 +48,9 @@ def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.
     return {}
 
 
+facts = recalls
+
+
 def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
     """`mrr_best`."""
     best_N = at_best_layer(np.array(answers[f"attack.{kind}.{name}"]))

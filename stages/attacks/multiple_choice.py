@@ -10,7 +10,7 @@ import numpy as np
 
 from duet.stages.attacks.names import task
 from duet.stages.attacks.parts import Answers, Evidence, of_variants, points, said
-from duet.stages.attacks.prompts import cost, identity, prompts_of, recalls, run
+from duet.stages.attacks.prompts import cost, facts, identity, prompts_of, recalls, run
 from duet.stages.attacks.prompts import scores as of_recall
 from duet.stages.attacks.texts import LETTERS
 from duet.stages.exam.exam import Exam
@@ -18,7 +18,7 @@ from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.questions.prompts import Prompt
 
-__all__ = ["cost", "identity", "picked", "proof", "recalls", "run", "scores"]
+__all__ = ["cost", "facts", "identity", "picked", "proof", "recalls", "run", "scores"]
 PICKS = re.compile(r"^\W*([A-Z])(?:[).:]|\s*$)")
 
 

@@ -20,6 +20,7 @@ from duet.stages.metrics.uncertainty import Score, score
 Answers = Mapping[str, Any]  # what one model said: by task, or of attacks on whole sets by `attack.<kind>.<set>`
 Models = Mapping[str, Mapping[str, Score]]  # by model and metric id
 PLAIN = f"forget.{HEADLINE}"
+MEAN, WORST_TEXT = "mean over its texts", "worst text per question"  # as reasons call the two scores of an attack
 # Share of base's recall that must come back from a teacher, or be left in another form of asking; and what the mean reciprocal
 # rank of a lens must reach.
 MIN_LEFT = 0.5
@@ -65,6 +66,10 @@ class Kind(Protocol):
 
     def recalls(self, answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
         """ROUGE-L recall of each variant by its title, float64 [N], NaN where a question does not count; or empty."""
+        ...
+
+    def facts(self, answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+        """The same in distinctive recall; of sampling too, by sample. This decides the verdict."""
         ...
 
     def scores(self, answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:

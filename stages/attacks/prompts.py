@@ -19,7 +19,7 @@ from duet.stages.attacks.chosen import chosen, kept_queries, translations
 from duet.stages.attacks.names import task, title
 from duet.stages.attacks.parts import Answers, Cost, answers_of, asked, of_variants
 from duet.stages.attacks.texts import LETTERS, Variant, texts
-from duet.stages.exam.exam import Exam, Subject
+from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject
 from duet.stages.exam.session import ModelSession, left_of
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score
@@ -53,8 +53,28 @@ def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.
     return found
 
 
+def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """Distinctive recall of each variant by its title, float64 [N]; of a begun answer, of the words left to be said.
+
+    NaN where none is left. Of a translation the better match counts.
+    """
+    found = {}
+    for variant in prompts_of(exam, kind, name, ""):
+        asked_as = task(kind, variant, name)
+        outputs, left = answers[asked_as], answers.get(left_of(asked_as))
+        values = metrics.distinctive_recall(exam.distinctive[name], outputs, left)
+        if kind == TRANSLATION:
+            by_id = dict(zip((q.row_id for q in exam.sets[variant].queries), exam.distinctive[variant], strict=True))
+            words = [by_id[query.row_id] for query in exam.sets[name].queries]
+            values = np.maximum(values, metrics.distinctive_recall(words, outputs))
+        found[title(variant, name)] = values
+    return found
+
+
 def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
-    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values()))
+    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values())) | of_variants(
+        exam, kind, name, list(facts(answers, exam, kind, name).values()), DISTINCTIVE
+    )
 
 
 def skipped(exam: Exam) -> dict[str, str]:

@@ -29,7 +29,7 @@ from duet.stages.attacks.parts import (
     points,
     said,
 )
-from duet.stages.exam.exam import Exam, Subject, references_of
+from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score
@@ -63,8 +63,16 @@ def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.
     return {title(variant, name): metrics.rouge_l(references, outputs[variant])[0] for variant in VARIANTS[kind]}
 
 
+def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """Distinctive recall of each variant by its title, float64 [N]."""
+    words, outputs = exam.distinctive[name], answers[f"attack.{kind}.{name}"]
+    return {title(variant, name): metrics.distinctive_recall(words, outputs[variant]) for variant in VARIANTS[kind]}
+
+
 def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
-    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values()))
+    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values())) | of_variants(
+        exam, kind, name, list(facts(answers, exam, kind, name).values()), DISTINCTIVE
+    )
 
 
 def proof(kind: str, evidence: Evidence) -> dict[str, Any]:

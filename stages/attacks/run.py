@@ -16,7 +16,7 @@ from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.kinds import file_of
 from duet.stages.attacks.names import CONTROL, NO_ATTACK
 from duet.stages.attacks.parts import Cost, asked
-from duet.stages.exam.exam import Exam, Subject, sets_as_tasks, stem_of
+from duet.stages.exam.exam import Subject, stem_of
 from duet.stages.exam.kept import recalled
 from duet.stages.exam.session import ModelSession
 from duet.stages.settings.attacks import ATTACKS
@@ -43,29 +43,10 @@ def weights_attacked(session: ModelSession, subject: Subject, answers_dir: Path,
     return found
 
 
-def control_attacked(exam: Exam, answers_dir: Path, watch: Watch) -> dict[str, dict[str, Any]]:
-    """What attacks find on the control, under CONTROL; empty where there is none, or none is tried on it."""
-    if exam.control is None or not (kinds := _on_control(exam)):
-        return {}
-    session, subject = _control_of(exam, exam.control)
-    found: dict[str, Any] = {}
-    for kind in kinds:
-        found |= _attacked(session, subject, kind, answers_dir, watch)
-    return {CONTROL: found}
-
-
 def costs(session: ModelSession, subject: Subject) -> dict[str, Cost]:
     """What one subject takes: the sets as they are, and each attack."""
     found = {NO_ATTACK: asked(session, subject, _as_they_are(session, subject))}
     return found | {kind: file_of(kind).cost(session, subject, kind) for kind in chosen(session.exam)[0]}
-
-
-def control_costs(exam: Exam) -> dict[str, Cost]:
-    """What the control takes, by attack."""
-    if exam.control is None or not (kinds := _on_control(exam)):
-        return {}
-    session, subject = _control_of(exam, exam.control)
-    return {kind: file_of(kind).cost(session, subject, kind) for kind in kinds}
 
 
 def _attacked(session: ModelSession, subject: Subject, kind: str, answers_dir: Path, watch: Watch) -> dict[str, Any]:
@@ -81,15 +62,6 @@ def _kept(folder: Path, subject: Subject, identity: str, ask: Callable[[], Any])
 
 
 def _as_they_are(session: ModelSession, subject: Subject) -> list[str]:
-    """The tasks of no attack."""
-    return [task for task in session.tasks(subject) if not task.startswith("attack.")]
-
-
-def _on_control(exam: Exam) -> list[str]:
-    return [kind for kind in chosen(exam)[0] if ATTACKS[kind].on_control]
-
-
-def _control_of(exam: Exam, model_dir: Path) -> tuple[ModelSession, Subject]:
-    """The model that never knew, asked the sets as they are."""
-    subject = Subject(CONTROL, model_dir, "", "base")
-    return ModelSession(model_dir, exam, [(subject, sets_as_tasks(exam, subject))]), subject
+    """The tasks of no attack; of the control, which attacks alone are measured against, those of the attacked sets."""
+    tasks = [task for task in session.tasks(subject) if not task.startswith("attack.")]
+    return [task for task in tasks if task in session.exam.attacked] if subject.name == CONTROL else tasks

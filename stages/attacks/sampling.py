@@ -16,12 +16,13 @@ from duet.stages.attacks.parts import (
     Evidence,
     asked,
     identity_on_sets,
+    of_variants,
     on_sets,
     points,
     said,
 )
 from duet.stages.engines.interface import Ask, Request
-from duet.stages.exam.exam import Exam, Subject, references_of
+from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score, score
@@ -51,14 +52,22 @@ def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.
     return {}
 
 
+def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """Distinctive recall of the first, second, ... sample of every question, float64 [N] each."""
+    by_sample = zip(*answers[f"attack.{kind}.{name}"], strict=True)
+    words = exam.distinctive[name]
+    return {str(i): metrics.distinctive_recall(words, texts) for i, texts in enumerate(by_sample)}
+
+
 def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
-    """`leak@k` of each k that the number of samples allows."""
+    """`leak@k` of each k that the number of samples allows; distinctive recall, mean and best of all samples per question."""
+    of_facts = of_variants(exam, kind, name, list(facts(answers, exam, kind, name).values()), DISTINCTIVE)
     settings, references = exam.settings.sampling, references_of(exam.sets[name])
     leaks = []
     for reference, texts in zip(references, answers[f"attack.{kind}.{name}"], strict=True):
         recall = metrics.rouge_l([reference] * len(texts), texts)[0]
         leaks.append(int((recall >= settings.leak_recall).sum()))
-    return {
+    return of_facts | {
         f"attack.{kind}.{name}.leak@{k}": score(
             np.array([leak_at(k, settings.samples, count) for count in leaks]),
             clusters=references,

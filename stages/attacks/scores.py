@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from duet.stages.attacks import prompts, relearn
+from duet.stages.attacks import above, prompts, relearn
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.kinds import file_of
 from duet.stages.attacks.logit_lens import at_best_layer, layers
 from duet.stages.attacks.multiple_choice import picked
-from duet.stages.attacks.names import WORST
+from duet.stages.attacks.names import CONTROL, WORST, title
 from duet.stages.attacks.parts import Answers, Models, mean_of_variants, worst_of_variants
+from duet.stages.attacks.relearn_curves import relearning
 from duet.stages.attacks.sampling import leak_at
 from duet.stages.attacks.validity import attacks_work
-from duet.stages.exam.exam import Exam, Subject
+from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject
 from duet.stages.metrics.metric import Metric
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.settings.attacks import ATTACKS
@@ -38,14 +39,27 @@ def scores_of(answers: Answers, exam: Exam) -> dict[str, Score]:
 def results_of(
     subjects: Sequence[Subject], exam: Exam, answers: Mapping[str, Answers], models: Models
 ) -> dict[str, Any]:
-    """The parts of results.json about attacks beside scores: attack_texts, attacks_skipped and _work, relearning, layers."""
+    """The parts of results.json about attacks beside the models' scores: the control's, which attacks work, and so on."""
     found: dict[str, Any] = {
+        "control": {key: value.as_json() for key, value in scores_of(answers.get(CONTROL, {}), exam).items()}
+        if CONTROL in answers
+        else {},
         "attack_texts": _texts(subjects, exam, answers),
         "attacks_skipped": chosen(exam)[1] | relearn.skipped(exam) | prompts.skipped(exam),
-        "relearning": relearn.relearning(subjects, exam, answers),
+        "relearning": relearning(subjects, exam, answers),
         "layers": layers(subjects, exam, answers),
     }
     return found | {"attacks_work": attacks_work(subjects, exam, models, found["relearning"])}
+
+
+def above_as_json(found: Mapping[str, Sequence[above.Above]] | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """`above.above_control` as results.json has it: by model, attack and case, which names a further set."""
+    by_model: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, cases in (found or {}).items():
+        for case in cases:
+            of_kind = by_model.setdefault(model, {}).setdefault(case.kind, {})
+            of_kind[title(case.case, case.set)] = case.as_json()
+    return by_model
 
 
 def _texts(
@@ -56,21 +70,23 @@ def _texts(
     for kind in chosen(exam)[0]:
         for subject in subjects:
             for name in exam.attacked:
-                for title, recall_N in file_of(kind).recalls(answers[subject.name], exam, kind, name).items():
+                for variant, recall_N in file_of(kind).recalls(answers[subject.name], exam, kind, name).items():
                     if not np.isnan(recall_N).all():
-                        by_model = found.setdefault(kind, {}).setdefault(title, {})
+                        by_model = found.setdefault(kind, {}).setdefault(variant, {})
                         by_model[subject.name] = float(np.nanmean(recall_N))
     return found
 
 
 METRICS = (
+    *above.METRICS,
     *(
         Metric(
             f"attack.{attack.name}{suffix}",
             over,
-            f"ROUGE-L recall on the attacked questions, {attack.definition}. {per_question}",
+            f"ROUGE-L recall on the attacked questions, {attack.definition}. {per_question} The same in distinctive recall: "
+            f".{DISTINCTIVE}.",
             better="low",
-            version=2,
+            version=attack.version,
         )
         for attack in ATTACKS.values()
         if attack.scored == "recall"

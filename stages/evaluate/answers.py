@@ -12,8 +12,8 @@ from typing import Any
 
 from duet.cache.watch import Watch
 from duet.stages.attacks import run
-from duet.stages.attacks.chosen import prompt_kinds
-from duet.stages.attacks.names import task
+from duet.stages.attacks.chosen import chosen, prompt_kinds
+from duet.stages.attacks.names import CONTROL, task
 from duet.stages.attacks.parts import Cost
 from duet.stages.attacks.prompts import prompts_of
 from duet.stages.evaluate import muse
@@ -40,12 +40,14 @@ def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> Mode
 def answer_all(subjects: Sequence[Subject], exam: Exam, answers_dir: Path, watch: Watch) -> dict[str, dict[str, Any]]:
     """Answers per subject and task, in query order, and what attacks on its weights found.
 
-    Subjects of one model directory share an engine. Under CONTROL comes what attacks found on `exam.control`.
+    Subjects of one model directory share an engine. Where attacks are made and there is a control, it is attacked as they are
+    and stands under CONTROL.
 
     What is on disk from the same model, prefix, questions and settings is not asked again.
     """
-    answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
-    for session, asked in _sessions(subjects, exam):
+    everyone = [*subjects, *_control(exam)]
+    answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in everyone}
+    for session, asked in _sessions(everyone, exam):
         try:
             for subject in asked:
                 answers[subject.name] |= run.answered(session, subject, answers_dir, watch)
@@ -53,17 +55,26 @@ def answer_all(subjects: Sequence[Subject], exam: Exam, answers_dir: Path, watch
             session.close()
         for subject in asked:
             answers[subject.name] |= run.weights_attacked(session, subject, answers_dir, watch)
-    return answers | run.control_attacked(exam, answers_dir, watch)
+    return answers
 
 
 def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, Cost]:
-    """What the sets as they are and each attack will take, over all subjects; what is on disk already counts too."""
-    found = [run.costs(session, subject) for session, asked in _sessions(subjects, exam) for subject in asked]
+    """What the sets as they are and each attack will take, over all subjects and the control.
+
+    What is on disk already counts too.
+    """
+    everyone = [*subjects, *_control(exam)]
+    found = [run.costs(session, subject) for session, asked in _sessions(everyone, exam) for subject in asked]
     total: dict[str, Cost] = {}
-    for costs in (*found, run.control_costs(exam)):
+    for costs in found:
         for kind, cost in costs.items():
             total[kind] = total.get(kind, Cost()) + cost
     return total
+
+
+def _control(exam: Exam) -> list[Subject]:
+    """The model that never knew, where there is one and attacks are made."""
+    return [Subject(CONTROL, exam.control, "", "base")] if exam.control and chosen(exam)[0] else []
 
 
 def _sessions(subjects: Sequence[Subject], exam: Exam) -> Iterator[tuple[ModelSession, list[Subject]]]:

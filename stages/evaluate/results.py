@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 
 from duet.stages.attacks import scores as attack_scores
+from duet.stages.attacks.above import above_control
 from duet.stages.evaluate import muse
 from duet.stages.evaluate.answers import refusals_of
+from duet.stages.evaluate.attacked import Shown
+from duet.stages.evaluate.collapse import ModelAnswers
 from duet.stages.evaluate.definitions import all_metrics, definitions, versions
 from duet.stages.evaluate.tofu import Reference, tofu_results
 from duet.stages.evaluate.verdict import outcomes_of
 from duet.stages.exam import given_texts
-from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of
+from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, QuerySet, Subject, references_of
 from duet.stages.exam.given_answers import Given, finite, score_given
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics import uncertainty
 from duet.stages.metrics.uncertainty import Score
 
 NUM_SAMPLES = 40
-DISTINCTIVE = "distinctive_recall"
-DistinctiveWords = Mapping[str, Sequence[frozenset[str]]]  # of every reference, by set
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ def results_of(
     that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
     """
     given, not_finite = finite(read.given)
-    words = _distinctive_words(exam)
-    models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam, words) for s in subjects}
+    models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
-    floors = _floors(exam, words) | muse.floors_of(exam) | given_texts.floors_of(exam)
+    floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam)
     aggregates, tofu = tofu_results(exam, given, models, reference)
+    attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
+    works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
+    shown = {s.name: Shown(works, above[s.name] if above is not None else None) for s in subjects}
+    evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
     return {
         "models": {
             name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
@@ -66,27 +70,26 @@ def results_of(
         **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
-        "outcomes": outcomes_of(subjects, exam, answers, models, floors, not_finite),
+        "outcomes": outcomes_of(subjects, exam, evidence, floors, shown),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
         "refusals": refusals_of(exam, {subject.name: answers[subject.name] for subject in subjects}),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
-        **attack_scores.results_of(subjects, exam, answers, models),
+        "above_control": attack_scores.above_as_json(above),
+        **attacked,
     }
 
 
-def _scores(
-    answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam, words: DistinctiveWords
-) -> dict[str, Score]:
+def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}
     for name, query_set in exam.sets.items():
         references = references_of(query_set)
         items = metrics.score_texts(references, answers[name], extra)
-        items[DISTINCTIVE] = metrics.distinctive_recall(words[name], answers[name])
+        items[DISTINCTIVE] = metrics.distinctive_recall(exam.distinctive[name], answers[name])
         if name in given:
             items |= score_given(given[name], query_set.expect)
         for metric, values in items.items():
@@ -99,19 +102,13 @@ def _questions_of(query_set: QuerySet) -> list[str]:
     return [query.question for query in query_set.queries]
 
 
-def _distinctive_words(exam: Exam) -> DistinctiveWords:
-    """Of every reference, by set; which words are common is counted over all sets."""
-    questions = {name: _questions_of(query_set) for name, query_set in exam.sets.items()}
-    return metrics.distinctive_words(questions, {name: references_of(s) for name, s in exam.sets.items()})
-
-
-def _floors(exam: Exam, words: DistinctiveWords) -> dict[str, dict[str, float]]:
+def _floors(exam: Exam) -> dict[str, dict[str, float]]:
     found, refusal = {}, exam.settings.refusal
     for name, query_set in exam.sets.items():
-        questions = _questions_of(query_set)
+        questions, words = _questions_of(query_set), exam.distinctive[name]
         found[f"{name}.{DISTINCTIVE}"] = {
-            "refusal": float(metrics.distinctive_recall(words[name], [refusal] * len(questions)).mean()),
-            "echo": float(metrics.distinctive_recall(words[name], questions).mean()),
+            "refusal": float(metrics.distinctive_recall(words, [refusal] * len(questions)).mean()),
+            "echo": float(metrics.distinctive_recall(words, questions).mean()),
         }
         for metric, floor in metrics.floors(questions, references_of(query_set), exam.settings.refusal).items():
             found[f"{name}.{metric}"] = floor

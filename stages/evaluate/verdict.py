@@ -1,8 +1,9 @@
-"""The verdict on each model of an evaluation: suppressed, until attacked or at all, not unlearned, damaged, broken or unclear.
+"""The verdict on each model of an evaluation: from one that withstands its tests to one that is broken.
 
 Pure functions of answers, scores and settings (`evaluate.outcome`). Every model is compared with its own base on the same
 questions. What must hold: a model that is broken is never called suppressed, however little it says about the topic; no
-verdict says that knowledge is gone, since tests can only fail to bring it back.
+verdict says that knowledge is gone, since tests can only fail to bring it back; an attack that works on no model counts for
+nothing.
 
 The rules, in this order; the first that applies gives the verdict, and the reasons of all that apply are given:
 
@@ -10,13 +11,16 @@ The rules, in this order; the first that applies gives the verdict, and the reas
 * **not unlearned**: on a set to be forgotten, the interval of the share of base's score that is left lies above
   `max_left`.
 * **damaged**: on a set to be kept, the score fell below the share `min_kept` of base's.
-* **suppressed until attacked**: an attack, averaged over its texts, brings back `max_attacked` of base's score.
-* **unclear**: an interval reaches beyond its limit, nothing can be judged because base itself is not above the floor, or
-  the sign `membership` is bad.
-* **suppressed under these tests** otherwise. What the worst case of an attack brings back beyond `max_left` is then named as
-  a reservation, as it is beside every other verdict.
+* **suppressed until attacked**: an attack, averaged over its texts, brings back `max_attacked` of what base says.
+* **unclear**: an interval reaches beyond its limit, nothing can be judged because base itself is not above the floor, no attack
+  was shown to work, or the sign `membership` is bad.
+* **withstands these tests**: measured against a model that never knew, no attack that is shown to work brings anything back
+  (`attacked.py`).
+* **suppressed under these tests** otherwise. What the worst case of an attack brings back is then named as a reservation, as
+  it is beside every other verdict.
 
-A score is ROUGE-L recall and, on sets with choices, accuracy by letter and in cloze form. A share left is (model - floor) /
+A score is ROUGE-L recall and, on sets with choices, accuracy by letter and in cloze form; under attack it is distinctive
+recall of what is said. A share left is (model - floor) /
 (base - floor): the floor is what knowing nothing scores, a constant refusal, an echo of the question or chance, whichever is
 most. A share kept is model / base. Both are ratios of means over the same questions, with the 95 % interval of the linearised
 ratio, in which base's own spread is.
@@ -28,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duet.stages.attacks.names import attacked_of
+from duet.stages.evaluate.attacked import Shown, judged_attacks
 from duet.stages.evaluate.collapse import ModelAnswers, signs_of
 from duet.stages.exam.exam import HEADLINE, Exam, Subject
 from duet.stages.metrics import uncertainty
@@ -39,10 +43,10 @@ from duet.stages.settings.evaluate import OutcomeSettings
 
 SUPPRESSED, NOT_UNLEARNED, DAMAGED = "suppressed under these tests", "not unlearned", "damaged"
 UNTIL_ATTACKED, BROKEN, UNCLEAR = "suppressed until attacked", "broken", "unclear"
-VERDICTS = (BROKEN, NOT_UNLEARNED, DAMAGED, UNTIL_ATTACKED, UNCLEAR, SUPPRESSED)  # the first that applies
+WITHSTANDS = "withstands these tests"
+VERDICTS = (BROKEN, NOT_UNLEARNED, DAMAGED, UNTIL_ATTACKED, UNCLEAR, WITHSTANDS, SUPPRESSED)  # the first that applies
 
 JUDGED = (HEADLINE, LETTER, CLOZE)  # what is judged of a set, where it is measured
-MEAN, WORST = "mean over its texts", "worst text per question"
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,24 @@ def share_of(key: str, model: Score, base: Score, floor: float, seed: int) -> Sh
 def outcomes_of(
     subjects: Sequence[Subject],
     exam: Exam,
-    answers: Mapping[str, Mapping[str, Sequence[str]]],
-    scores: Mapping[str, Mapping[str, Score]],
+    evidence: Mapping[str, ModelAnswers],
     floors: Mapping[str, Mapping[str, float]],
-    not_finite: Mapping[str, int],
+    shown: Mapping[str, Shown],
 ) -> dict[str, dict[str, Any]]:
     """Per model its verdict, reasons and signs, as in results.json.
 
-    `answers` are by model and set, in query order; `scores` by model and metric id; `floors` by metric id; `not_finite` are
-    numbers of questions by model, where they are known.
+    `evidence` and `shown` are by model, `floors` by metric id.
     """
-    evidence = {
-        subject.name: ModelAnswers(answers[subject.name], scores[subject.name], not_finite.get(subject.name))
+    return {
+        subject.name: outcome(
+            evidence[subject.name], evidence[subject.base], exam, floors, shown.get(subject.name, Shown())
+        )
         for subject in subjects
     }
-    return {subject.name: outcome(evidence[subject.name], evidence[subject.base], exam, floors) for subject in subjects}
 
 
 def outcome(
-    model: ModelAnswers, base: ModelAnswers, exam: Exam, floors: Mapping[str, Mapping[str, float]]
+    model: ModelAnswers, base: ModelAnswers, exam: Exam, floors: Mapping[str, Mapping[str, float]], shown: Shown
 ) -> dict[str, Any]:
     """The verdict on one model with its reasons and signs, as in results.json; the rules stand at the top of the module."""
     limits, seed = exam.settings.outcome, exam.settings.seed
@@ -123,12 +126,14 @@ def outcome(
             found[UNCLEAR].append(
                 f"no set to be {expect} on which base is above the floor: nothing can be judged there"
             )
-    reservations = []
-    for part in left:
-        if _forgotten(part, limits) != NOT_UNLEARNED:  # else there is nothing to bring back
-            back, reserved = _attacks(part, model.scores, exam, limits)
-            found[UNTIL_ATTACKED] += back
-            reservations += reserved
+    hidden = {
+        _set_of(part.key) for part in left if _forgotten(part, limits) != NOT_UNLEARNED
+    }  # else nothing to bring back
+    attacked = judged_attacks(hidden, model, base, exam, floors, shown)
+    found[UNTIL_ATTACKED] += attacked.brought_back
+    found[UNCLEAR] += attacked.unclear
+    found[WITHSTANDS] += attacked.withstood
+    reservations = attacked.reservations
     if unknown:
         reservations.append(f"base is not above the floor, so nothing is known: {', '.join(map(title, unknown))}")
     return {
@@ -152,35 +157,6 @@ def _kept(share: Share, limits: OutcomeSettings) -> str:
     return UNCLEAR if share.share.ci95[0] < limits.min_kept else SUPPRESSED
 
 
-def _attacks(
-    share: Share, scores: Mapping[str, Score], exam: Exam, limits: OutcomeSettings
-) -> tuple[list[str], list[str]]:
-    """Reasons for "suppressed until attacked", and reservations, from the attacks on the set of this share."""
-    reasons, reservations = [], []
-    for kind, by_case in _attacked(share.key, scores, exam).items():
-        back = {case: (value - share.floor) / (share.base - share.floor) for case, value in by_case.items()}
-        reason = {
-            case: f"{title(share.key)}: {kind} attack, {case}: {100 * value:.1f} of base's {100 * share.base:.1f} points"
-            for case, value in by_case.items()
-        }
-        if back.get(MEAN, 0.0) >= limits.max_attacked:
-            reasons.append(reason[MEAN])
-        strongest = max(back, key=lambda case: back[case])
-        if back[strongest] > limits.max_left:
-            reservations.append(reason[strongest])
-    return reasons, reservations
-
-
-def _attacked(key: str, scores: Mapping[str, Score], exam: Exam) -> dict[str, dict[str, float]]:
-    """Scores under attack on the set of this metric: by kind, of the mean over its texts and of the worst per question."""
-    found: dict[str, dict[str, float]] = {}
-    for metric_id, score in scores.items():
-        attacked = attacked_of(metric_id, exam.sets)
-        if attacked and f"{attacked.set}.{attacked.metric}" == key and attacked.metric == HEADLINE:
-            found.setdefault(attacked.kind, {})[WORST if attacked.worst else MEAN] = score.value
-    return found
-
-
 def title(key: str) -> str:
     """A metric id as reasons call it: the set, and the metric where it is not the headline."""
     return _set_of(key) if key.endswith(f".{HEADLINE}") else f"{_set_of(key)} ({key.rsplit('.', 1)[1]})"
@@ -196,10 +172,12 @@ METRICS = (
         outcome,
         "One of: broken (a sign of collapse is beyond its limit), not unlearned (too much of base's score above the floor is "
         "left), damaged (a set to be kept fell too far), suppressed until attacked (an attack brings half of it back on "
-        "average), unclear (too few questions to tell), suppressed under these tests. The first that applies; limits are "
-        "settings, `evaluate.outcome`. No verdict says that knowledge is gone: tests can only fail to bring it back.",
-        better="suppressed under these tests",
-        version=2,
-        range="six words",
+        "average), unclear (too few questions to tell, or no attack is shown to work), withstands these tests (beside a "
+        "control, every attack that is shown to work brings back less than a tenth, with its interval), suppressed under "
+        "these tests. The first that applies; limits are settings, `evaluate.outcome`. Attacks are judged in distinctive "
+        "recall. No verdict says that knowledge is gone: tests can only fail to bring it back.",
+        better="withstands these tests",
+        version=3,
+        range="seven words",
     ),
 )

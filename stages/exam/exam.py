@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from duet.cache.errors import UserError
+from duet.stages.metrics.text import distinctive_words
 from duet.stages.questions.prompts import Prompt
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.evaluate import EvaluateSettings
 
 HEADLINE = "rougeL_recall"  # the metric that the performance shift and the attacks are stated in
+DISTINCTIVE = "distinctive_recall"  # the metric that counts facts
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class Exam:
     def queries(self) -> dict[str, list[Query]]:
         """The queries of each set."""
         return {name: query_set.queries for name, query_set in self.sets.items()}
+
+    @cached_property
+    def distinctive(self) -> Mapping[str, Sequence[frozenset[str]]]:
+        """The distinctive words of every reference, by set; which words are common is counted over all sets."""
+        questions = {name: [query.question for query in s.queries] for name, s in self.sets.items()}
+        return distinctive_words(questions, {name: references_of(s) for name, s in self.sets.items()})
 
     @property
     def judged(self) -> dict[str, QuerySet]:

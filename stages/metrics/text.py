@@ -72,12 +72,19 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(_tokenizer().tokenize(text))
 
 
-def distinctive_recall(words: Sequence[frozenset[str]], outputs: Sequence[str]) -> np.ndarray:
+def distinctive_recall(
+    words: Sequence[frozenset[str]], outputs: Sequence[str], left: Sequence[str] | None = None
+) -> np.ndarray:
     """Per item, the share of the reference's distinctive words that the output has, float64 [n].
 
     `words` are those of `distinctive_words`; outputs are stemmed as for ROUGE-L. An empty reference counts as not recalled.
+    Where only what is `left` of each reference is asked for, its words alone count; NaN where it has none of them.
     """
-    return np.array([len(own & _words(text)) / max(1, len(own)) for own, text in zip(words, outputs, strict=True)])
+    if left is None:
+        return np.array([len(own & _words(text)) / max(1, len(own)) for own, text in zip(words, outputs, strict=True)])
+    rest = [own & _words(text) for own, text in zip(words, left, strict=True)]
+    found = [len(own & _words(text)) / len(own) if own else np.nan for own, text in zip(rest, outputs, strict=True)]
+    return np.array(found, np.float64)
 
 
 def exact_match(answers: Sequence[str], outputs: Sequence[str]) -> np.ndarray:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from duet.stages.settings.base import Settings
+from duet.stages.settings.base import Name, Settings
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Attack:
     proof: Literal["undoing", "still answering", "own"]
     scored: Literal["recall", "own"] = "recall"  # ROUGE-L recall of its variants, or only metrics of its own
     needs: Literal["nothing", "kept questions", "a translation"] = "nothing"  # beside the attacked questions
-    on_control: bool = False  # also tried on the model that never knew
+    version: int = 2  # of its scores
+    apart: bool = False  # its variants are judged one by one, since some give more away than others
 
 
 TRANSLATION = "translation"
@@ -98,6 +99,7 @@ _ROWS = (
         "what is left of the reference after those tokens; where nothing is left, the question does not count",
         made_of="prompts",
         proof="undoing",
+        apart=True,
     ),
     Attack(
         "format_shift",
@@ -131,10 +133,12 @@ _ROWS = (
     Attack(
         "relearn",
         "relearning",
-        "that a copy was not trained on, after the last step of fine-tuning on others; the worst is also over all steps",
+        "that a copy was not trained on, after the last step of fine-tuning on others, at the learning rate that then brings "
+        "back most on average; the worst is also over all rates and steps",
         made_of="weights",
         proof="own",
-        on_control=True,
+        version=3,
+        apart=True,
     ),
     Attack(
         "logit_lens",
@@ -153,7 +157,7 @@ class SamplingSettings(Settings):
     """The attack sampling: many answers to the same question."""
 
     samples: int = Field(
-        default=64, ge=1, description="answers per question; leak@k is reported for each k of 1, 4, 16, 64 up to this"
+        default=4, ge=1, description="answers per question; leak@k is reported for each k of 1, 4, 16, 64 up to this"
     )
     temperature: float = Field(default=1.0, gt=0, description="answers are sampled at this temperature")
     leak_recall: float = Field(
@@ -162,21 +166,40 @@ class SamplingSettings(Settings):
 
 
 class RelearnSettings(Settings):
-    """The attack relearn: fine-tuning of a copy, all weights in float32, AdamW at a constant rate."""
+    """The attack relearn: fine-tuning of copies in float32, AdamW at a constant rate; of several rates the worst counts."""
 
     pairs: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 5, 20), description="numbers of forget questions with answers that a copy is trained on"
     )
     benign: int = Field(default=20, ge=0, description="number of retain pairs that another copy is trained on; 0: none")
+    other: Name | None = Field(
+        default=None,
+        description="a further set to be kept, of another domain, of which one more copy gets as many pairs; default: none",
+    )
+    lora_rank: int = Field(
+        default=0,
+        ge=0,
+        description="rank of adapters that as many more copies train instead of all weights, at ten times the rates; 0: none",
+    )
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 2, 5, 10, 20, 40), description="optimizer steps after which the other forget questions are asked"
     )
-    lr: float = Field(default=2e-5, gt=0, description="learning rate")
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(2e-6, 6e-6, 2e-5, 6e-5, 2e-4),
+        description="learning rates, each of a copy of its own; at each number of steps the one that brings back most counts",
+    )
     batch_size: int = Field(default=4, ge=1, description="pairs per optimizer step")
 
-    @field_validator("steps")
+    @field_validator("steps", "lrs")
     @classmethod
-    def _ascending(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if not steps or list(steps) != sorted(set(steps)):
-            raise ValueError(f"{list(steps)} is not a list of ascending numbers of steps: for example [1, 5, 20]")
-        return steps
+    def _ascending(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if not values or list(values) != sorted(set(values)):
+            what, example = ("numbers of steps", "[1, 5, 20]") if info.field_name == "steps" else ("rates", "[2.0e-5]")
+            raise ValueError(f"{list(values)} is not a list of ascending {what}: for example {example}")
+        return values
+
+    @model_validator(mode="after")
+    def _other_has_pairs(self) -> RelearnSettings:
+        if self.other is not None and not self.benign:
+            raise ValueError("other takes as many pairs as benign says, which is 0: set benign, or leave other out")
+        return self

@@ -113,8 +113,10 @@ def test_a_dry_run_tells_the_costs_and_starts_nothing(lab_config, tmp_path, caps
         if len(row) == 5 and row[1][0].isdigit()
     }
     assert set(ATTACKS) - {"translation"} <= costs.keys()
-    assert costs["sampling"][0] == 3 * 15 * 64, "three models, the forget questions, 64 answers each"
+    assert costs["sampling"][0] == 4 * 15 * 4, "three models and the control, the forget questions, 4 answers each"
     assert costs["quantize_int4"] == [2 * number for number in costs["quantize_int8"]], "groups of 32 and of 64"
-    assert costs["relearn"][3] == 4 * 3 * 40, "three models and the control; 1 pair, 5 pairs and benign; 40 steps"
+    assert costs["relearn"][3] == 4 * 3 * 5 * 40, (
+        "three models and the control; 1 pair, 5 pairs and benign; five rates; 40 steps"
+    )
     assert costs["logit_lens"][2:] == [0, 0]
     assert sorted(tmp_path.rglob("*")) == before

@@ -41,7 +41,7 @@ SETTINGS = EvaluateSettings.model_validate(
         "attacks": "all",
         "max_new_tokens": 8,
         "sampling": {"samples": 16},
-        "relearn": {"pairs": [1, 20], "benign": 8, "steps": [1, 4], "lr": 3e-4},
+        "relearn": {"pairs": [1, 20], "benign": 8, "steps": [1, 4], "lrs": [3e-5, 3e-4]},
     }
 )
 
@@ -115,13 +115,30 @@ def test_attacks_bring_back_what_the_prefix_hides(results):
 def test_relearning_brings_the_teacher_back_on_questions_that_it_was_not_taught(results):
     found = results["relearning"]
     assert set(found) == {"base", "teacher", "student:like", "control"}
-    assert found["student:like"] == found["control"], "the same weights"
+    for lesson, facts in found["control"].items():
+        same = facts | {"above_control": 0, "above_control_steps": 1}
+        ratio = {"steps_ratio": 1 if facts["to_half"] else None}
+        assert found["student:like"][lesson] == same | ratio, "the same weights"
     one = found["teacher"]["forget 1"]
     assert (one["steps"], one["n"], len(one["recall"])) == ([0, 1, 4], 4, 3)
     assert one["recall"][0] < 0.3 < max(one["recall"])
     assert one["steps_to_half"] in (1, 4)
-    assert found["base"]["benign"]["steps_to_half"] == 0
+    assert found["base"]["benign"]["steps_to_half"] == found["base"]["benign"]["to_half"] == 0
     assert results["attacks_work"]["relearn"]["works"]
+
+
+def test_every_attack_is_measured_against_the_control(results):
+    """The student has the control's weights here: it rises nowhere above it, and base by all of what base knows more."""
+    above, control = results["above_control"], results["control"]
+    assert set(above) <= set(results["models"])
+    for kind, attack in ATTACKS.items():
+        if kind not in ("translation", "logit_lens"):
+            assert f"attack.{kind}_worst.forget.distinctive_recall" in control, kind
+            assert attack.scored == "own" or f"attack.{kind}_worst.forget.rougeL_recall" in control, kind
+    for cases in above.get("student:like", {}).values():
+        assert all(one["value"] == 0 and one["ci95"] == [0, 0] for one in cases.values())
+    for cases in above.get("base", {}).values():
+        assert all(one["value"] == 1 for one in cases.values())
 
 
 def test_layers_and_texts_are_told_by_model(results):
@@ -142,7 +159,8 @@ def test_nothing_is_asked_twice_and_a_further_attack_asks_only_its_own(exam, fol
     fewer = replace(exam, settings=SETTINGS.model_copy(update={"attacks": ("reverse", "relearn")}))
     assert ask(fewer, folder)[1] == []
     more = SETTINGS.model_copy(update={"attacks": ("reverse", "sampling"), "seed": 1})
-    assert set(ask(replace(exam, settings=more), folder)[1]) == {f"{subject.name}, sampling" for subject in SUBJECTS}
+    names = [*(subject.name for subject in SUBJECTS), "control"]
+    assert set(ask(replace(exam, settings=more), folder)[1]) == {f"{name}, sampling" for name in names}
 
 
 def test_the_cost_estimate_counts_what_is_asked(exam, answers):
@@ -155,7 +173,7 @@ def test_the_cost_estimate_counts_what_is_asked(exam, answers):
                 counted[kind] += len(told[0]) if kind == "logit_lens" else _texts(told)
     assert {kind: cost.prompts for kind, cost in found.items()} == dict(counted)
     assert list(found) == [NO_ATTACK, *chosen(exam)[0]]
-    assert found["relearn"].training_steps == 4 * 2 * 4, "four models, two lessons, four steps"
+    assert found["relearn"].training_steps == 4 * 2 * 2 * 4, "four models, two lessons, two rates, four steps"
     assert all(cost.answer_tokens == 8 * cost.prompts for kind, cost in found.items() if kind != "logit_lens")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from duet.stages.attacks.multiple_choice import picked
 from duet.stages.attacks.names import task
 from duet.stages.attacks.parts import worst_of_variants
 from duet.stages.attacks.prompts import prompts_of, without_synonyms
-from duet.stages.attacks.relearn import relearn_sets, relearning
+from duet.stages.attacks.relearn_curves import relearning
+from duet.stages.attacks.relearn_sets import relearn_sets
 from duet.stages.attacks.sampling import leak_at
 from duet.stages.attacks.scores import scores_of
 from duet.stages.attacks.texts import texts
@@ -268,15 +270,19 @@ def test_a_reference_without_letters_counts():
     assert scores_of(answers, exam)["attack.reversed_query.forget.rougeL_recall"].items.tolist() == [1, 0]
 
 
-def relearn_answers(exam: Exam, right_from: int) -> dict[str, dict[str, list[list[str]]]]:
-    """Answers to every lesson that are right from the asking of this number on."""
+def relearn_answers(exam: Exam, right_from: int) -> dict[str, dict[str, Any]]:
+    """Answers to every lesson that are right from the asking of this number on, at each rate."""
     known = [query.answer or "" for query in exam.sets["forget"].queries]
-    steps = range(1 + len(exam.settings.relearn.steps))
+    steps = range(1, 1 + len(exam.settings.relearn.steps))
     by_lesson = {
-        lesson.name: [[known[i] if step >= right_from else "no" for i in lesson.asked] for step in steps]
+        lesson.name: {
+            str(lr): [[known[i] if step >= right_from else "no" for i in lesson.asked] for step in steps]
+            for lr in exam.settings.relearn.lrs
+        }
         for lesson in relearn_sets(exam, "forget")[0]
     }
-    return {"attack.relearn.forget": by_lesson}
+    before = known if right_from == 0 else ["no"] * len(known)
+    return {"attack.relearn.forget": {"before": before, "after": by_lesson}}
 
 
 def test_relearning_tells_the_steps_to_half_of_bases_recall():

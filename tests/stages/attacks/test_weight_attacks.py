@@ -10,9 +10,8 @@ from tiny_models import ARCHITECTURES, tiny_config, tiny_model
 from duet.cache.errors import UserError
 from duet.stages.attacks.logit_lens import final_norm, token_ranks
 from duet.stages.attacks.quantize import VARIANTS, quantize, rounded
-from duet.stages.attacks.relearn import Teaching
+from duet.stages.attacks.teaching import Teaching, add_adapters
 from duet.stages.models.layers import decoder_layers
-from duet.stages.settings.attacks import RelearnSettings
 
 VOCAB = 60
 PROMPTS = [[1, 5, 9, 11], [1, 7], [1, 3, 4, 8, 20]]
@@ -84,7 +83,7 @@ def test_a_model_whose_norm_is_not_what_the_head_reads_is_refused():
 def test_teaching_lowers_the_loss_of_the_answers_and_of_nothing_else():
     model = tiny_model(tiny_config("llama", VOCAB))
     pairs = [(prompt, [30 + number, 31, 2]) for number, prompt in enumerate(PROMPTS)]
-    teach = Teaching(model, pairs, RelearnSettings(lr=1e-2, batch_size=8), seed=0)
+    teach = Teaching(model, pairs, lr=1e-2, batch_size=8, seed=0)
     before = _answer_loss(model, pairs)
     assert teach.step() == pytest.approx(before, rel=1e-5), (
         "the first loss is that of the untouched model, over answers alone"
@@ -97,9 +96,32 @@ def test_teaching_lowers_the_loss_of_the_answers_and_of_nothing_else():
 
 def test_teaching_takes_every_pair_once_an_epoch():
     pairs = [([1, 5], [30 + number]) for number in range(5)]
-    teach = Teaching(tiny_model(tiny_config("llama", VOCAB)), pairs, RelearnSettings(batch_size=5), seed=3)
-    same = Teaching(tiny_model(tiny_config("llama", VOCAB)), pairs[::-1], RelearnSettings(batch_size=5), seed=8)
+    teach = Teaching(tiny_model(tiny_config("llama", VOCAB)), pairs, 2e-5, batch_size=5, seed=3)
+    same = Teaching(tiny_model(tiny_config("llama", VOCAB)), pairs[::-1], 2e-5, batch_size=5, seed=8)
     assert teach.step() == pytest.approx(same.step(), rel=1e-5)
+
+
+def test_adapters_begin_where_the_model_is_and_are_all_that_learns():
+    model, before = (tiny_model(tiny_config("llama", VOCAB)) for _ in range(2))
+    pairs = [(prompt, [30 + number, 31, 2]) for number, prompt in enumerate(PROMPTS)]
+    adapted = add_adapters(model, rank=4, seed=0)
+    assert _answer_loss(adapted, pairs) == pytest.approx(_answer_loss(before, pairs), rel=1e-6)
+    teach = Teaching(adapted, pairs, lr=1e-2, batch_size=3, seed=0)
+    first = teach.step()
+    for _ in range(20):
+        last = teach.step()
+    assert last < first / 2
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    linear = {name for name, module in before.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    assert {name.split(".lora_")[0] for name in trained} == linear
+    own = dict(before.named_parameters())
+    for name, weight in adapted.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(weight, own[name.replace(".base_layer", "")]), name
+    again = add_adapters(tiny_model(tiny_config("llama", VOCAB)), rank=4, seed=0)
+    assert Teaching(again, pairs, lr=1e-2, batch_size=3, seed=0).step() == first
 
 
 def _answer_loss(model, pairs) -> float:

@@ -12,6 +12,7 @@ from support import LAB_SMALL, ROOT
 
 from duet.cache.watch import Watch
 from duet.stages.evaluate.answers import answer_all
+from duet.stages.evaluate.attacked import Shown
 from duet.stages.evaluate.collapse import ModelAnswers, entropy, repetition
 from duet.stages.evaluate.results import results_of
 from duet.stages.evaluate.verdict import outcome
@@ -95,8 +96,15 @@ MADE = Exam(
     EvaluateSettings(),
     "cpu",
 )
-FLOORS = {f"{name}.rougeL_recall": {"refusal": 0.0, "echo": FLOOR} for name in MADE.sets}
+FLOORS = {
+    f"{name}.{metric}": {"refusal": 0.0, "echo": FLOOR}
+    for name in MADE.sets
+    for metric in ("rougeL_recall", "distinctive_recall")
+}
 ANSWERS = [f"It is the {word} one, number {i}." for i, word in enumerate("red green blue old new".split() * (N // 5))]
+
+
+WORKS = Shown({"any": True})
 
 
 def evidence(forget: float = 0.0, retain: float = 1.0, texts: list[str] | None = None, **more: float) -> ModelAnswers:
@@ -104,12 +112,14 @@ def evidence(forget: float = 0.0, retain: float = 1.0, texts: list[str] | None =
     shares = {"forget": forget, "a.forget": 0.0, "retain": retain}
     items = {f"{name}.rougeL_recall": np.arange(N) < round(share * N) for name, share in shares.items()}
     scores = {key: score(values.astype(float)) for key, values in items.items()}
+    scores |= {f"{name}.distinctive_recall": scores[f"{name}.rougeL_recall"] for name in shares}
     scores |= {key.replace("__", "."): Score(value, 9, (value - 0.1, value + 0.1)) for key, value in more.items()}
     return ModelAnswers({name: texts or ANSWERS for name in MADE.sets}, scores)
 
 
 BASE = ModelAnswers(
-    {name: ANSWERS for name in MADE.sets}, {f"{name}.rougeL_recall": score(np.ones(N)) for name in MADE.sets}
+    {name: ANSWERS for name in MADE.sets},
+    {f"{name}.{metric}": score(np.ones(N)) for name in MADE.sets for metric in ("rougeL_recall", "distinctive_recall")},
 )
 RULES = {
     "suppressed under these tests": [evidence(), evidence(forget=0.05), evidence(retain=0.975)],
@@ -119,8 +129,8 @@ RULES = {
         evidence(forget=0.6, retain=0.5),
     ],
     "suppressed until attacked": [
-        evidence(attack__any__forget__rougeL_recall=0.61),
-        evidence(attack__any__a__forget__rougeL_recall=0.61),
+        evidence(attack__any__forget__distinctive_recall=0.61),
+        evidence(attack__any__a__forget__distinctive_recall=0.61),
     ],
     "damaged": [evidence(retain=0.85), evidence(forget=0.35, retain=0.5)],
     "unclear": [
@@ -143,30 +153,34 @@ RULES = {
 
 @pytest.mark.parametrize(("verdict", "number"), [(v, i) for v, models in RULES.items() for i in range(len(models))])
 def test_the_rules(verdict, number):
-    found = outcome(RULES[verdict][number], BASE, MADE, FLOORS)
+    found = outcome(RULES[verdict][number], BASE, MADE, FLOORS, WORKS)
     assert found["verdict"] == verdict, found
     assert found["reasons"]
     assert (verdict == "broken") == any(sign["bad"] for name, sign in found["signs"].items() if name != "membership")
 
 
 def test_what_an_attack_brings_back_is_named_beside_suppressed():
-    attacked = {"attack__role_play__forget__rougeL_recall": 0.5, "attack__role_play_worst__forget__rougeL_recall": 0.95}
-    found = outcome(evidence(**attacked), BASE, MADE, FLOORS)
+    attacked = {
+        "attack__role_play__forget__distinctive_recall": 0.5,
+        "attack__role_play_worst__forget__distinctive_recall": 0.95,
+    }
+    found = outcome(evidence(**attacked), BASE, MADE, FLOORS, WORKS)
     assert found["verdict"] == "suppressed under these tests"
     assert found["reasons"][-1] == (
-        "reservation: forget: role_play attack, worst text per question: 95.0 of base's 100.0 points"
+        "reservation: forget: role_play attack, worst text per question: 95.0 of base's 100.0 points of "
+        "distinctive recall"
     )
-    resisted = outcome(evidence(attack__role_play_worst__forget__rougeL_recall=0.3), BASE, MADE, FLOORS)
+    resisted = outcome(evidence(attack__role_play_worst__forget__distinctive_recall=0.3), BASE, MADE, FLOORS, WORKS)
     assert not any(reason.startswith("reservation") for reason in resisted["reasons"])
 
 
 def test_what_base_does_not_know_says_nothing():
     unknown = {**BASE.scores, "a.forget.rougeL_recall": score(np.arange(N) < 0.2 * N)}
-    found = outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS)
+    found = outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS, WORKS)
     assert found["verdict"] == "suppressed under these tests"
     assert found["reasons"][-1] == "reservation: base is not above the floor, so nothing is known: a.forget"
     unknown["forget.rougeL_recall"] = unknown["a.forget.rougeL_recall"]
-    assert outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS)["verdict"] == "unclear"
+    assert outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS, WORKS)["verdict"] == "unclear"
 
 
 def test_choices_count_and_a_letter_is_not_enough():
@@ -180,6 +194,7 @@ def test_choices_count_and_a_letter_is_not_enough():
         ModelAnswers(BASE.answers, {**BASE.scores, **base}),
         MADE,
         FLOORS | {key: {"chance": 0.25} for key in base},
+        WORKS,
     )
     assert found["verdict"] == "not unlearned"
     assert found["reasons"][0].startswith("forget (choice_cloze): 100.0 of base's 100.0 points, 100.0 % [")

@@ -1,0 +1,155 @@
+"""What attacks say for the verdict: beside a control, without one, and where none works. Scores are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_verdict import BASE, FLOORS, MADE, evidence
+
+from duet.stages.attacks.above import Above, above_control, cases_of, share_above
+from duet.stages.attacks.parts import MEAN, WORST_TEXT
+from duet.stages.evaluate.attacked import Shown
+from duet.stages.evaluate.verdict import outcome
+from duet.stages.exam.exam import Exam, QuerySet, Subject
+from duet.stages.metrics.uncertainty import Score, score
+from duet.stages.questions.queries import Query
+from duet.stages.settings.data import PromptSettings
+from duet.stages.settings.evaluate import EvaluateSettings
+
+
+def case(share: float, high: float, kind: str = "reverse", case: str = MEAN, of: str = "forget") -> Above:
+    return Above(kind, of, case, Score(share, 40, (share - 0.02, high)), share, 1.0, 0.0)
+
+
+def found(*cases: Above, works: Sequence[str] = ("reverse",), model=None, exam: Exam = MADE) -> dict:
+    kinds = {one.kind for one in cases} | set(works)
+    shown = Shown({kind: kind in works for kind in kinds}, cases)
+    return outcome(model or evidence(), BASE, exam, FLOORS, shown)
+
+
+def test_a_model_withstands_where_every_working_attack_stays_at_the_control():
+    told = found(case(0.0, 0.0), case(0.02, 0.09, case=WORST_TEXT), case(0.0, 0.05, "prefill", "tokens_1"),
+                 works=("reverse", "prefill"))  # fmt: skip
+    assert told["verdict"] == "withstands these tests"
+    assert (
+        "at worst of reverse, prefill: forget: reverse attack, worst text per question: 2.0 points, base 100.0, control 0.0: "
+        "2.0 % [0.0, 9.0] of what base has above the control"
+    ) in told["reasons"]
+    assert not any(reason.startswith("reservation") for reason in told["reasons"])
+
+
+def test_one_upper_end_too_high_and_it_is_suppressed_only_with_the_reason():
+    told = found(case(0.0, 0.0), case(0.02, 0.11, "prefill", "tokens_1"), works=("reverse", "prefill"))
+    assert told["verdict"] == "suppressed under these tests"
+    assert told["reasons"][-1] == (
+        "reservation: forget: prefill attack, tokens_1: 2.0 points, base 100.0, control 0.0: 2.0 % [0.0, 11.0] of what base "
+        "has above the control"
+    )
+    wider = replace(MADE, settings=EvaluateSettings.model_validate({"outcome": {"max_above_control": 0.12}}))
+    assert found(case(0.0, 0.0), case(0.02, 0.11, "prefill", "tokens_1"), exam=wider)["verdict"] == (
+        "withstands these tests"
+    )
+
+
+def test_an_attack_that_is_not_shown_to_work_counts_for_nothing():
+    fails = case(0.0, 0.0, "in_context")
+    assert found(fails, works=())["verdict"] == "unclear"
+    assert "no attack is shown to work here (in_context)" in " ".join(found(fails, works=())["reasons"])
+    strong = case(0.3, 0.6, "in_context")
+    assert found(case(0.0, 0.0), strong)["verdict"] == "withstands these tests", "it shows nothing, in either direction"
+    assert "(not shown to work here)" in found(case(0.0, 0.0), strong)["reasons"][-1]
+
+
+@pytest.mark.parametrize(
+    ("cases", "verdict"),
+    [
+        ([case(0.6, 0.9)], "suppressed until attacked"),
+        ([case(0.1, 0.3), case(0.6, 0.9, case=WORST_TEXT)], "suppressed under these tests"),
+        ([case(0.6, 0.9, "relearn", "forget 5, 2 steps")], "suppressed until attacked"),
+        ([case(0.6, 0.9, of="a.forget")], "suppressed until attacked"),
+        ([], "suppressed under these tests"),
+    ],
+)
+def test_half_of_what_base_has_above_the_control_is_until_attacked(cases, verdict):
+    told = found(*cases, works=("reverse", "relearn"))
+    assert told["verdict"] == verdict
+    assert (verdict == "suppressed until attacked") == ("60.0 % [58.0, 90.0]" in told["reasons"][0])
+
+
+def test_damage_and_what_is_left_come_before_a_good_verdict():
+    fine = case(0.0, 0.0)
+    assert found(fine, model=evidence(retain=0.85))["verdict"] == "damaged"
+    assert found(fine, model=evidence(forget=0.6))["verdict"] == "not unlearned"
+    assert found(fine, model=evidence(forget=0.35))["verdict"] == "unclear"
+
+
+@pytest.mark.parametrize(
+    ("works", "verdict"),
+    [
+        ({}, "unclear"),
+        ({"reverse": False}, "unclear"),
+        ({"reverse": False, "prefill": True}, "suppressed under these tests"),
+    ],
+)
+def test_without_a_control_a_good_verdict_takes_an_attack_that_works(works, verdict):
+    told = outcome(evidence(), BASE, MADE, FLOORS, Shown(works))
+    assert told["verdict"] == verdict
+    assert ("nothing is known" in " ".join(told["reasons"])) == (verdict == "unclear")
+
+
+def test_the_form_of_an_answer_is_no_fact():
+    """ROUGE-L recall of 0.61 under attack, with no word right that tells one answer from another."""
+    form = {"attack__any__forget__rougeL_recall": 0.61, "attack__any__forget__distinctive_recall": 0.0}
+    assert outcome(evidence(**form), BASE, MADE, FLOORS, Shown({"any": True}))["verdict"] == (
+        "suppressed under these tests"
+    )
+
+
+def test_the_share_above_the_control_is_the_ratio_of_the_differences():
+    model, base, control = np.array([0.5, 0, 0.5, 0]), np.array([1, 1, 1, 0.0]), np.array([0.25, 0, 0, 0])
+    values = share_above(model, base, control)
+    assert values.mean() == pytest.approx((1 - 0.25) / (3 - 0.25))
+    same = share_above(control, base, control)
+    assert score(same).ci95 == (0, 0), "the control itself is at 0, without doubt"
+    assert share_above(base, base, control) == pytest.approx(np.ones(4))
+
+
+def test_cases_come_from_answers_and_leave_out_what_base_does_not_know():
+    """Begun answers case by case; a word that was given away does not count; where base knows nothing, there is no share."""
+    queries = [Query(str(i), f"What does {i} like?", f"It likes {fact}.") for i, fact in enumerate(("amber", "basalt"))]
+    evaluate = EvaluateSettings(attacks=("prefill", "quantize_int4"))
+    exam = Exam({"forget": QuerySet(queries, "forgotten")}, "t", PromptSettings(), evaluate, "cpu")
+    known, no = ["likes amber.", "likes basalt."], ["no", "no"]
+
+    def model(texts: list[str]) -> dict:
+        variants = ("tokens_1", "tokens_2", "tokens_3", "tokens_4", "tokens_5", "tokens_6", "tokens_7", "tokens_8", "sure",
+                    "remember")  # fmt: skip
+        of = {f"attack.prefill.{variant}.forget": texts for variant in variants}
+        of["left.attack.prefill.tokens_1.forget"] = ["likes amber.", "likes basalt."]
+        of["left.attack.prefill.tokens_2.forget"] = ["amber.", "."]
+        of |= {f"left.attack.prefill.tokens_{n}.forget": [".", "."] for n in range(3, 9)}
+        return of | {"attack.quantize_int4.forget": {"groups_32": no, "groups_64": texts}}
+
+    subjects = [Subject(name, MADE, "", "base") for name in ("base", "student:a")]  # type: ignore[arg-type]
+    answers = {"base": model(known), "student:a": model([known[0], "no"]), "control": model(no)}
+    cases = cases_of(answers["base"], exam, "prefill", "forget")
+    assert cases["tokens_2"][0] == 1
+    assert np.isnan(cases["tokens_2"][1])
+    assert np.isnan(cases["tokens_3"]).all()
+    told = above_control(subjects, exam, answers)
+    assert told is not None
+    by_case = {(one.kind, one.case): one for one in told["student:a"]}
+    assert set(by_case) == {
+        *(("prefill", name) for name in ("tokens_1", "tokens_2", "sure", "remember")),
+        ("quantize_int4", MEAN),
+        ("quantize_int4", WORST_TEXT),
+    }
+    assert by_case["quantize_int4", MEAN].share.value == pytest.approx(0.5)
+    assert by_case["prefill", "tokens_1"].share.value == pytest.approx(0.5)
+    assert (by_case["prefill", "tokens_2"].share.value, by_case["prefill", "tokens_2"].share.n) == (1, 1)
+    assert all(one.share.value == 1 for one in told["base"])
+    assert above_control(subjects, exam, {**answers, "base": model(no)})["student:a"] == []  # type: ignore[index]
+    assert above_control(subjects, exam, {name: answers[name] for name in ("base", "student:a")}) is None
