@@ -32,7 +32,7 @@ class Stage:
 
 
 def stages_of(config: Config, on: Device, devices: int) -> list[Stage]:
-    """Teachers, students (each on so many `devices`), and the evaluation, in the order in which they run."""
+    """Teachers, students (each on `devices` GPUs), and the evaluation, in the order in which they run."""
     return [*_teachers(config, on), *_students(config, on, devices), _evaluation(config, on)]
 
 
