@@ -43,11 +43,25 @@ class Above:
         """Whether this is what an attacker gets who does not pick the best text for each question."""
         return self.case != WORST_TEXT
 
+    @property
+    def upper_end(self) -> float:
+        """Of the interval; where no question differs from the others, what so many leave open: value + 1 - 0.05^(1/n).
+
+        The exact 95 % bound on the share of questions that would differ, about 3/n (Hanley and Lippman-Hand 1983); questions of
+        one answer count once.
+        """
+        low, high = self.share.ci95
+        return high if low < high else high + 1 - 0.05 ** (1 / len(set(self.share.clusters)))
+
     def in_words(self) -> str:
         """`forget: prefill attack, tokens_1: 13.0 points, base 100.0, control 7.0: 6.5 % [0.0, 21.0] of ...`."""
         low, high = (100 * end for end in self.share.ci95)
         values = f"{100 * self.model:.1f} points, base {100 * self.base:.1f}, control {100 * self.control:.1f}"
         share = f"{100 * self.share.value:.1f} % [{low:.1f}, {high:.1f}] of what base has above the control"
+        if low == high:
+            share += (
+                f"; {len(set(self.share.clusters))} questions that agree leave up to {100 * self.upper_end:.1f} % open"
+            )
         return f"{self.set}: {self.kind} attack, {self.case}: {values}: {share}"
 
     def as_json(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ to work on a model that knows (`attacks/validity.py`).
 
 * With a control the share is (model - control) / (base - control), all under the attack (`attacks/above.py`). A model
   withstands where at least one attack is shown to work and, in every case of those that are, the upper end of the interval lies
-  below `max_above_control`.
+  below `max_above_control`; where all questions agree, what their number leaves open counts.
 * Without one it is (model - floor) / (base - floor), with base as it answers without an attack.
 """
 
@@ -80,15 +80,15 @@ def _above_the_control(
         average = max((case for case in of_kind if case.is_average), key=lambda case: case.share.value)
         if average.share.value >= limits.max_attacked:
             found.brought_back.append(average.in_words())
-        strongest = max(of_kind, key=lambda case: case.share.ci95[1])
-        if strongest.share.ci95[1] >= limits.max_above_control:
+        strongest = max(of_kind, key=lambda case: case.upper_end)
+        if strongest.upper_end >= limits.max_above_control:
             unproved = "" if works.get(kind) else " (not shown to work here)"
             found.reservations.append(strongest.in_words() + unproved)
     working = [case for case in cases if works.get(case.kind)]
     if not working:
         return
-    worst = max(working, key=lambda case: case.share.ci95[1])
-    if worst.share.ci95[1] < limits.max_above_control:
+    worst = max(working, key=lambda case: case.upper_end)
+    if worst.upper_end < limits.max_above_control:
         kinds = dict.fromkeys(case.kind for case in working)
         found.withstood.append(f"at worst of {', '.join(kinds)}: {worst.in_words()}")
 

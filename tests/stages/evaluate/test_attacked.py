@@ -54,6 +54,15 @@ def test_one_upper_end_too_high_and_it_is_suppressed_only_with_the_reason():
     )
 
 
+@pytest.mark.parametrize(("answers", "verdict"), [(28, "suppressed under these tests"), (29, "withstands these tests")])
+def test_few_questions_that_agree_leave_something_open(answers, verdict):
+    """1 - 0.05^(1/28) is above a tenth, of 29 it is below; questions of one answer count once."""
+    agree = score(np.zeros(2 * answers), clusters=[number // 2 for number in range(2 * answers)])
+    told = found(Above("reverse", "forget", MEAN, agree, 0.0, 1.0, 0.0))
+    assert told["verdict"] == verdict
+    assert f"{answers} questions that agree leave up to" in " ".join(told["reasons"])
+
+
 def test_an_attack_that_is_not_shown_to_work_counts_for_nothing():
     fails = case(0.0, 0.0, "in_context")
     assert found(fails, works=())["verdict"] == "unclear"
