@@ -14,6 +14,12 @@ import pytest
 import yaml
 from support import LAB_BASE, ROOT, Demo
 
+LONGEST = ("test_end_to_end.py", "test_slurm_cluster.py")  # files: begun first, so that no process is left with one
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
