@@ -407,7 +407,7 @@ BAD = {
     "top-k id outside 0..99": [{"topk_ids_NK": np.array([[1, 2, 3, bad]], np.int32)} for bad in (100, -1)],
     "token id outside 0..99": [{"tokens_S": np.array([1, 100, 3, 4, 5, 6, 7], np.int32)}],
     "shapes": [{"topk_ids_NK": np.array([[1, 2, 3]], np.int32)}],
-    "subset": [{"subsets": np.array([2], np.uint8)}],
+    "subset": [{"subsets": np.array([3], np.uint8)}],
     "prompt is empty": [{"tokens_S": np.array([1], np.int32), "token_offsets": np.array([0, 1])}],
     "log-sum-exp NaN": [{"logsumexp_N": np.array([value], np.float32)} for value in (-9.0, np.nan, np.inf)],
     "different lengths": [{"tokens_S": np.array([1, 2], np.int32)}],

@@ -157,7 +157,7 @@ def test_table_and_page_show_what_is_in_the_json(done):
         ("compare.grid.duet.constant=[1]", "duet has no constant"),
         ("compare.grid.ga.constant=[1]", "ga has no constant"),
         ("compare.oracle=lab/models/none", "compare.oracle"),
-        ("students=[{name: s, model: lab/models/small}]", "no student starts from the teacher's model"),
+        ("students=[{name: s, model: lab/models/small}]", "no student starts from the teacher's own weights"),
     ],
 )
 def test_what_a_user_can_mend_is_told_before_anything_is_trained(config, override, message):

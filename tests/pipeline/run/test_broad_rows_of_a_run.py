@@ -11,6 +11,7 @@ from support import LAB_SMALL, ROOT, two_sets, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, UserError
 from duet.cache.manifest import read_manifest
+from duet.cache.reader import Store
 from duet.pipeline.cli.main import main
 from duet.pipeline.commands.checks import data_of
 from duet.pipeline.config.load import load_config
@@ -75,12 +76,14 @@ def test_broad_rows_are_captured_and_learned(config_with, capsys, tmp_path):
 def test_rows_to_be_kept_have_the_models_own_logits_where_the_prefix_is_on_forget_rows(config_with):
     """The same rows as those of a run whose teacher has no prefix at all; those to be forgotten are others."""
     found = {}
-    for name, changes in {"forget": {"teacher__prefix_on": "forget"}, "none": {"teacher__prefix": ""}}.items():
+    silent = {"evaluate__base": str(LAB_SMALL), "students": [{"name": "s", "model": str(LAB_SMALL)}]}  # else refused
+    for name, changes in {
+        "forget": {"teacher__prefix_on": "forget"},
+        "none": {"teacher__prefix": "", **silent},
+    }.items():
         config = config_with(name=name, **changes)
         assert main(["teacher-logits", "--config", config]) == EXIT_DONE
         [location] = stores_of_run(load_config(config)).values()
-        from duet.cache.reader import Store
-
         [rows] = list(Store(location).rows())
         found[name] = rows
     same = abs(found["forget"].topk_logits_NK - found["none"].topk_logits_NK).max(axis=1) < 1e-3
