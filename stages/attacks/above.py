@@ -45,7 +45,7 @@ class Above:
 
     @property
     def upper_end(self) -> float:
-        """Of the interval; where no question differs from the others, what so many leave open: value + 1 - 0.05^(1/n).
+        """Of the interval; where all questions agree, what their number leaves open: value + 1 - 0.05^(1/n).
 
         The exact 95 % bound on the share of questions that would differ, about 3/n (Hanley and Lippman-Hand 1983); questions of
         one answer count once.
