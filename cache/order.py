@@ -168,9 +168,7 @@ class Order:
                 "leave the share out, or make a store with forget rows and others",
             )
         self._share = share
-        self._retain_share = (
-            Fraction(counts[1], others) if others else Fraction(1)
-        )  # of the rows that are not forget rows
+        self._retain_share = Fraction(counts[1], others or 1)  # of the rows that are not forget rows
         needed = [count / part for count, part in ((counts[0], share), (others, 1 - share)) if part > 0]
         self.num_slots = max(-(-part.numerator // part.denominator) for part in needed)
 

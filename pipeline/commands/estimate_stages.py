@@ -33,12 +33,14 @@ class Stage:
 
 def stages_of(config: Config, on: Device, devices: int) -> list[Stage]:
     """Teachers, students (each on `devices` GPUs), and the evaluation, in the order in which they run."""
-    return [*_teachers(config, on), *_students(config, on, devices), _evaluation(config, on)]
+    asked = {name: _rendered(config, settings) for name, settings in config.teacher_settings().items()}
+    rows = next(iter(asked.values()))[1]  # whichever teacher: the student's side is the same
+    return [*_teachers(config, on, asked), *_students(config, on, devices, rows), _evaluation(config, on)]
 
 
-def _teachers(config: Config, on: Device) -> Iterator[Stage]:
+def _teachers(config: Config, on: Device, asked: Mapping[str, tuple[Path, list[RenderedQuery]]]) -> Iterator[Stage]:
     for name, settings in config.teacher_settings().items():
-        folder, rows = _rendered(config, settings)
+        folder, rows = asked[name]
         sizes = ModelSizes.of(folder, settings.trust_remote_code)
         need = _teacher_need(settings, sizes, rows, on)
         changes: dict[str, dict[str, Any]] = {
@@ -82,13 +84,12 @@ def _teacher_need(settings: TeacherSettings, sizes: ModelSizes, rows: list[Rende
     return replace(need, seconds=need.seconds / settings.data_parallel)
 
 
-def _students(config: Config, on: Device, devices: int) -> Iterator[Stage]:
+def _students(config: Config, on: Device, devices: int, rows: list[RenderedQuery]) -> Iterator[Stage]:
     from duet.pipeline.run.named_models import start_model
     from duet.stages.models.directory import small_files
 
-    settings = next(iter(config.teacher_settings().values()))
-    rows = _rendered(config, settings)[1]
-    lengths = np.array([len(row.student_ids) + row.positions(settings.max_positions) - 1 for row in rows])
+    positions = config.teacher.max_positions
+    lengths = np.array([len(row.student_ids) + row.positions(positions) - 1 for row in rows])
     for student in config.students:
         folder = small_files(start_model(config, student), f"students.{student.name}.model")
 

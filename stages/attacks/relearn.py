@@ -17,7 +17,7 @@ import numpy as np
 from duet.cache.watch import Watch
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.parts import Answers, Cost, Evidence, answers_of, of_variants, on_sets, said
-from duet.stages.attacks.relearn_curves import curve_of
+from duet.stages.attacks.relearn_curves import Curve, curve_of
 from duet.stages.attacks.relearn_sets import RelearnSet, relearn_sets
 from duet.stages.attacks.teaching import LORA_LR_FACTOR, Teaching, add_adapters
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, Subject
@@ -58,7 +58,10 @@ def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
 def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
     """ROUGE-L recall after the last step by relearn set, float64 [N]; NaN for the questions that it does not ask."""
     sets = relearn_sets(exam, name)[0]
-    return {one.name: _spread(exam, name, one, _last(curve_of(answers, exam, name, one), HEADLINE)) for one in sets}
+    return {
+        one.name: _spread(exam, name, one, _last(curve_of(answers, exam, name, one, (HEADLINE,)), HEADLINE))
+        for one in sets
+    }
 
 
 def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
@@ -68,7 +71,7 @@ def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.nd
     """
     found = {}
     for one in relearn_sets(exam, name)[0]:
-        strongest_SN = curve_of(answers, exam, name, one).strongest(DISTINCTIVE)[0]
+        strongest_SN = curve_of(answers, exam, name, one, (DISTINCTIVE,)).strongest(DISTINCTIVE)[0]
         for steps, values_N in zip(exam.settings.relearn.steps, strongest_SN[1:], strict=True):
             found[f"{one.name}, {steps} steps"] = _spread(exam, name, one, values_N)
     return found
@@ -92,7 +95,7 @@ def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Scor
     return found
 
 
-def _last(curve: Any, metric: str) -> np.ndarray:
+def _last(curve: Curve, metric: str) -> np.ndarray:
     return curve.strongest(metric)[0][-1]
 
 

@@ -8,7 +8,7 @@ Shapes: R learning rates, S numbers of steps (0, before any, first), N questions
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,23 +36,25 @@ class Curve:
         return values_RSN[best_S, np.arange(len(best_S))], best_S
 
 
-def curve_of(answers: Answers, exam: Exam, name: str, one: RelearnSet) -> Curve:
-    """One model's answers before any step and after each number of steps, scored."""
+def curve_of(
+    answers: Answers, exam: Exam, name: str, one: RelearnSet, by: Sequence[str] = (HEADLINE, DISTINCTIVE)
+) -> Curve:
+    """One model's answers before any step and after each number of steps, scored by these metrics."""
     kept = answers[f"attack.relearn.{name}"]
     references = [references_of(exam.sets[name])[i] for i in one.asked]
     words = [exam.distinctive[name][i] for i in one.asked]
     before = [kept["before"][i] for i in one.asked]
 
-    def stacked(measure: Any) -> np.ndarray:
+    measures: dict[str, Callable[[Sequence[str]], np.ndarray]] = {
+        HEADLINE: lambda texts: metrics.rouge_l(references, texts)[0],
+        DISTINCTIVE: lambda texts: metrics.distinctive_recall(words, texts),
+    }
+
+    def stacked(measure: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
         first = measure(before)
         return np.stack([[first, *map(measure, texts)] for texts in kept["after"][one.name].values()])
 
-    return Curve(
-        {
-            HEADLINE: stacked(lambda texts: metrics.rouge_l(references, texts)[0]),
-            DISTINCTIVE: stacked(lambda texts: metrics.distinctive_recall(words, texts)),
-        }
-    )
+    return Curve({metric: stacked(measures[metric]) for metric in by})
 
 
 def relearning(
