@@ -70,7 +70,8 @@ class Config(Settings):
     @classmethod
     def _expanded(cls, raw: Any) -> Any:
         """The settings of a preset under those of the config, so that the resolved config shows them."""
-        preset = PRESETS.get(raw.get("harden", "none"), {}) if isinstance(raw, dict) else {}
+        chosen = raw.get("harden") if isinstance(raw, dict) else None
+        preset = PRESETS.get(chosen, {}) if isinstance(chosen, str) else {}  # a list is refused by its type
         for group, defaults in preset.items():
             own = raw.get(group)
             if isinstance(own, dict):

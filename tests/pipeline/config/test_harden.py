@@ -37,8 +37,9 @@ def test_weights_that_are_not_trained_cannot_be_repaired(lab_config, train):
         load_config(str(lab_config(harden="deep", train=train)))
 
 
-def test_a_preset_that_is_none_is_named(lab_config, capsys):
-    what, hint = refused(capsys, "run", "--config", str(lab_config(harden="deeper")))
+@pytest.mark.parametrize("name", ["deeper", ["deep"]])
+def test_a_preset_that_is_none_is_named(lab_config, capsys, name):
+    what, hint = refused(capsys, "run", "--config", str(lab_config(harden=name)))
     assert "harden" in what
     assert "deep" in what + hint
 
