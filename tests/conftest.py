@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from support import LAB_BASE, ROOT, Demo
+from warm import use_in_commands
 
 LONGEST = ("test_end_to_end.py", "test_slurm_cluster.py")  # files: begun first, so that no process is left with one
+
+use_in_commands()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

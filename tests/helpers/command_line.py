@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 from support import ROOT, two_sets
+from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.cli.main import main
@@ -64,6 +64,4 @@ def small_run(lab_config, tmp_path, **changes) -> Path:
 
 def interrupted(patch: str, *arguments: str, after: int, name: str = "SIGTERM") -> subprocess.CompletedProcess[str]:
     code = patch.format(after=after, signal=name) + RUN
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([*PROGRAM, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+import warm
 
 from duet.cache.leases import Clock
 from duet.cache.location import Folder, Location
@@ -156,8 +158,7 @@ def small_disk(folder: Path, size_kb: int) -> Iterator[Path]:
 
 def run_duet(*arguments: str, cwd: Path = ROOT, **more: Any) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
-    command = [sys.executable, "-m", "duet", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **more)
+    return subprocess.run([*warm.PROGRAM, *arguments], cwd=cwd, capture_output=True, text=True, check=False, **more)
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,15 @@ class Demo:
     seconds: float
 
     def shell(self, command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command line of the documents in the copy, with this test's virtual environment."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        """Run a command line of the documents in the copy, with this test's virtual environment.
+
+        Its `duet` needs no start of an interpreter; that of the Makefile's targets does.
+        """
+        quick = self.tree.parent / "bin" / "duet"
+        quick.parent.mkdir(exist_ok=True)
+        quick.write_text(f'#!/bin/sh\nexec {shlex.join(warm.PROGRAM)} "$@"\n', encoding="utf-8")
+        quick.chmod(0o755)
+        path = os.pathsep.join([str(quick.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
         outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS", "CONFIG")  # of the `make test` that runs this, not ours
         environment = {key: value for key, value in os.environ.items() if key not in outer}
         environment |= {"PATH": path, "VENV": sys.prefix}
@@ -185,14 +193,6 @@ class Demo:
     @property
     def results(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "results.json").read_text(encoding="utf-8"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that none of the processes that share the tests is left with one at the end."""
-    longest = (
-        "test_end_to_end.py", "test_slurm_cluster.py", "test_tofu_experiment.py", "test_compare.py", "test_notebook.py",
-    )  # fmt: skip
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

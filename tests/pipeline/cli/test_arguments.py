@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 from support import ROOT, make_plan, make_rows, run_duet, two_sets, write_store
+from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.cli.arguments import leaves
@@ -139,7 +140,7 @@ def complete(words: str) -> list[str]:
     parts = words.split(" ")
     variables = {"_DUET_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(parts) - 1)}
     done = subprocess.run(
-        [sys.executable, "-m", "duet"], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
+        [*PROGRAM], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

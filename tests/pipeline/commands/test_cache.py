@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from command_line import refused
 from support import ROOT, flip_byte, nearly_same_rows, read_all, small_disk, two_sets
+from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.cache.location import Folder
@@ -181,7 +181,7 @@ def test_somebody_elses_store_is_used_without_a_write_to_it(lab_config, outside)
         }
 
     before = snapshot()
-    command = [sys.executable, "-c", AS_ANOTHER, str(config), str(store), str(outside / "mine")]
+    command = [*PROGRAM, "-c", AS_ANOTHER, str(config), str(store), str(outside / "mine")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     told = done.stdout.partition("--- another user")[2]
     assert done.returncode == EXIT_USER, done.stderr[-3000:]
@@ -206,7 +206,7 @@ def test_an_unfinished_store_that_is_not_ours_to_write_is_told(config, tmp_path,
 
 def test_two_runs_at_once_write_one_store_and_both_point_to_it(config, tmp_path):
     """Real engines; whoever starts later finds shards that are taken, or the whole store."""
-    command = [sys.executable, "-m", "duet", "teacher-logits", "--config", config, "--set"]
+    command = [*PROGRAM, "teacher-logits", "--config", config, "--set"]
     runs = [
         subprocess.Popen(
             [*command, f"name={name}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

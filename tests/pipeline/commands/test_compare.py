@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import in_browser
@@ -12,6 +11,7 @@ import pytest
 from command_line import duet
 from html_page import Page
 from support import ROOT, run_duet, write_jsonl
+from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from duet.pipeline.cli.main import main
@@ -81,7 +81,7 @@ def test_only_missing_teacher_logits_start_stage_one(config, tmp_path, monkeypat
 
 
 def stopped(config: Path, after: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", STOPPED.format(after=after), "compare", "--config", str(config), "--jobs", "1"]
+    command = [*PROGRAM, "-c", STOPPED.format(after=after), "compare", "--config", str(config), "--jobs", "1"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import RUN, refused
 from support import LAB_BASE, ROOT, nearly_same_rows, read_all, write_jsonl
+from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE
 from duet.cache.location import Folder
@@ -91,7 +92,7 @@ def test_several_processes_write_what_one_does(config, tmp_path, capfd, monkeypa
     assert main(["teacher-logits", "--config", config, "--set", f"runs_dir={tmp_path / 'alone'}"]) == EXIT_DONE
     capfd.readouterr()
     (here := tmp_path / "here").mkdir()
-    child = (sys.executable, "-c", BEGIN_TOGETHER.format(folder=here) + RUN)
+    child = (*PROGRAM, "-c", BEGIN_TOGETHER.format(folder=here) + RUN)
     monkeypatch.setattr("duet.pipeline.commands.teacher_logits.THIS_PROGRAM", child)
     assert main(["teacher-logits", "--config", config, "--workers", "2"]) == EXIT_DONE
     assert capfd.readouterr().out.count("engine: ") == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from command_line import interrupted
 from safetensors.torch import load_file
 from support import LAB_SMALL, ROOT, nearly_same_rows, read_all, two_sets
+from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from duet.cache.location import Folder
@@ -90,7 +90,7 @@ def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_pat
 
 def test_run_hands_a_signal_to_its_stage(config):
     """`duet run` is told to stop while stage one works: the stage ends with 75 and so does the run."""
-    command = [sys.executable, "-m", "duet", "run", "--config", str(config)]
+    command = [*PROGRAM, "run", "--config", str(config)]
     run = subprocess.Popen(
         command,
         cwd=ROOT,

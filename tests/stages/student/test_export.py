@@ -6,7 +6,6 @@ import json
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from student_jobs import job, train
 from support import LAB_SMALL
 from tiny_models import ARCHITECTURES, tiny_config, tiny_model
+from warm import PROGRAM
 
 from duet.cache.errors import UserError
 from duet.cache.files import DiskFull
@@ -142,7 +142,7 @@ def test_a_kill_around_the_export_ends_in_the_same_weights(tmp_path, store, mome
     def live(folder: Path, moment: str) -> subprocess.CompletedProcess[str]:
         settings = json.dumps({"epochs": 1, "batch_size": 8, "lr": 1e-3})
         return subprocess.run(
-            [sys.executable, "-c", KILLED, str(store[0].location), str(LAB_SMALL), str(folder), settings, moment],
+            [*PROGRAM, "-c", KILLED, str(store[0].location), str(LAB_SMALL), str(folder), settings, moment],
             env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
