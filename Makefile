@@ -2,7 +2,7 @@
 VENV ?= .venv
 CONFIG ?= configs/lab.yaml
 ARGS ?=
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 LAUNCHER ?= local
 CLUSTER ?= /tmp/duet-slurm
 BIN := $(VENV)/bin

@@ -16,12 +16,13 @@ from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.charts import Dot, colours, curves, legend_of_lines, scatter
 from duet.pipeline.pages.page import page
-from duet.pipeline.pages.tables import loss_in_words, noise_in_words
+from duet.pipeline.pages.tables import WIDTH, loss_in_words, noise_in_words, plain_table
 from duet.pipeline.run.named_models import model_name
-from duet.pipeline.run.terminal import say, show
+from duet.pipeline.run.terminal import is_verbose, say, show
 from duet.stages.student.summary import TrainingSummary, read_summary
 
 COLUMNS = ("student", "start", "loss", "trained", "steps", "time", "speed", "memory", "last\nloss")
+DETAILS = ("trained", "speed", "memory")  # on the page, and on the screen with -v
 SHARES = {"agreement": "as the teacher, %", "refusal": "refuses, %"}  # of each subset, in a column each
 
 
@@ -51,7 +52,9 @@ def write_students_page(config: Config) -> None:
     if not students:
         return
     asked = {student.name for student in config.students}
-    show(students_table([student for student in students if student.summary.name in asked]))
+    verbose = is_verbose()
+    table = students_table([student for student in students if student.summary.name in asked], verbose)
+    show(table, width=None if verbose else WIDTH)
     path = config.run.students_page
     found = {"format_version": 1, "run": config.name, "students": [student.as_json() for student in students]}
     publish_json(config.run.students_json, found)
@@ -108,15 +111,27 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def students_table(students: Sequence[FinishedStudent]) -> Table:
-    """One row per student."""
-    title = f"Students; as the teacher: first token of {_probed(students)}"
-    table, subsets = Table(title=title, title_justify="left"), _subsets(students)
-    for number, column in enumerate(columns(subsets)):
+def students_table(students: Sequence[FinishedStudent], verbose: bool = False) -> Table:
+    """One row per student; `verbose` adds DETAILS."""
+    subsets = _subsets(students)
+    titles = columns(subsets)
+    shown = [number for number, title in enumerate(titles) if verbose or title not in DETAILS]
+    caption = (
+        f"as the teacher: first token of {_probed(students)}{'' if verbose else '; -v adds details of the training'}"
+    )
+    table = plain_table(caption)
+    for number in shown:
         is_text = number < 3
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+        table.add_column(
+            titles[number],
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            overflow="fold",
+            vertical="bottom",
+        )
     for student in students:
-        table.add_row(*cells(student, subsets))
+        row = cells(student, subsets)
+        table.add_row(*(row[number] for number in shown))
     return table
 
 

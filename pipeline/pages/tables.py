@@ -47,7 +47,7 @@ def interval(score: Mapping[str, Any]) -> str:
     return f"{100 * score['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _plain_table(caption: str) -> Table:
+def plain_table(caption: str) -> Table:
     """A table without rules, so that a screen of WIDTH columns holds many columns of numbers."""
     return Table(
         box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, caption=caption, caption_justify="left"
@@ -63,7 +63,7 @@ def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
     caption = "ROUGE-L recall in points"
     if any(key.startswith("attack.") for key in keys):
         caption += ", * with the worst reverse prompt per question"
-    table = _plain_table(caption + ("; [95 % interval]" if verbose else "; -v adds intervals"))
+    table = plain_table(caption + ("; [95 % interval]" if verbose else "; -v adds intervals"))
     table.add_column("model", no_wrap=True)
     for title in keys.values():
         table.add_column(title, justify="right")
@@ -122,7 +122,7 @@ def refusal_lines(results: Mapping[str, Any]) -> list[str]:
 
 def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
     """What an evaluation will ask, by attack: prompts, tokens and training steps over all models."""
-    table = _plain_table(f"For all {num_models} models; answers on disk are not asked for again")
+    table = plain_table(f"For all {num_models} models; answers on disk are not asked for again")
     table.add_column("attack", no_wrap=True)
     for title in ("answers", "prompt tokens", "answer tokens, at most", "training steps"):
         table.add_column(title, justify="right")
@@ -137,7 +137,7 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
 
     `verbose` adds 95 % intervals.
     """
-    table = _plain_table(
+    table = plain_table(
         "Recall of the forget set in points, with the worst variant per question; sampling: leak@k\n"
         "of the largest k; logit_lens: mean reciprocal rank; works: shown to work on this model"
     )

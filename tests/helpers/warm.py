@@ -24,6 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PROGRAM = (sys.executable, "-I", "-S", __file__, f"{tempfile.gettempdir()}/duet-tests-{os.getpid()}")
@@ -107,8 +108,7 @@ def _forked_forever(address: str) -> Callable[[], None]:
     use_in_commands((*PROGRAM[:-1], address))
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as door:
-        if os.path.exists(address):
-            os.unlink(address)
+        Path(address).unlink(missing_ok=True)
         door.bind(address)
         door.listen(64)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the tests end, and then we do
@@ -124,7 +124,8 @@ def _forked_forever(address: str) -> Callable[[], None]:
             for number in (signal.SIGINT, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             return _handled(client)
-    os.unlink(address)
+    for suffix in ("", ".lock", ".log"):
+        Path(address + suffix).unlink(missing_ok=True)
     sys.exit()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from duet.pipeline.pages.charts import Dot, colours, scatter
 from duet.pipeline.pages.students import cells, render, students_table
-from duet.pipeline.pages.tables import progress_note
+from duet.pipeline.pages.tables import WIDTH, progress_note
 from duet.stages.student.summary import TeacherShare
 
 
@@ -43,19 +43,20 @@ def test_a_loss_says_against_whom_where_teachers_have_names():
     assert taught("average", mild=1 / 3, strict=2 / 3) == "huber_raw, average of mild 0.333 and strict 0.667"
 
 
-def test_the_table_fits_160_columns_with_long_names():
+@pytest.mark.parametrize(("verbose", "width"), [(False, WIDTH), (True, 160)])
+def test_the_table_fits_the_screen_with_long_names(verbose, width):
     stream = io.StringIO()
-    console = Console(file=stream, width=160)
     name = "llama3.2-3b-lr1e-05-top_k5-lossforward_kl_topk"
-    console.print(
-        students_table([finished_student(name, loss="forward_kl_topk", start="meta-llama/Llama-3.2-3B-Instruct")])
-    )
+    student = finished_student(name, loss="forward_kl_topk", start="meta-llama/Llama-3.2-3B-Instruct")
+    Console(file=stream, width=width).print(students_table([student], verbose))
     lines = stream.getvalue().splitlines()
-    assert max(map(len, lines)) <= 160
-    text = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
-    assert text == name, "folded, not cut"
-    for cell in ("123,457 tok/s", "61.23 GB", "3,723.4 s", "24.3 of 3,213 M", "75.0 / 50.0"):
+    assert max(map(len, lines)) <= width
+    below = [line.split("  ")[0].strip() for line in lines if "as the teacher" not in line]
+    assert name in "".join(below).replace("student", ""), "folded, not cut"
+    for cell in ("3,723.4 s", "75.0 / 50.0"):
         assert f" {cell} " in stream.getvalue()
+    for cell in ("123,457 tok/s", "61.23 GB", "24.3 of 3,213 M"):
+        assert (f" {cell} " in stream.getvalue()) == verbose
 
 
 def test_the_page_is_whole_fetches_nothing_and_shows_hostile_text_as_text():
