@@ -207,9 +207,8 @@ def thinking(settings: PromptSettings) -> str:
     return "no" if wanted else "yes" if wanted is False else "-"
 
 
-def needs(family: str) -> tuple[PromptSettings, list[str]]:
+def needs(family: str, tokenizer: Any) -> tuple[PromptSettings, list[str]]:
     """The settings with which a family's prompts are right, and what of them has to be set."""
-    _, tokenizer = page_tokenizer(family)
     args = NEEDS.get(family, {})
     said = [f"`prompt.template_args: {{{name}: {value}}}`" for name, value in args.items()]
     tried = {
@@ -235,7 +234,7 @@ def page() -> str:
     reasons: dict[str, int] = {}
     for family in templates():
         name, tokenizer = page_tokenizer(family)
-        settings, said = needs(family)
+        settings, said = needs(family, tokenizer)
         cell = examine(tokenizer, settings)
         assert not cell.wrong, (family, cell.wrong)
         cell.found["thinking off"] = thinking(settings)

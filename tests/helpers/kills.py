@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 what each life would import again
 
 from duet.cache.location import Folder
 from duet.cache.reader import Rank

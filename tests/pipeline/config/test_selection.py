@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,12 +132,12 @@ def test_run_hands_the_choice_on_to_all_stages(lab_config, monkeypatch):
 
     class Child:
         def __init__(self, command: list[str]) -> None:
-            started.append(command[3:])
+            started.append(command[len(commands.THIS_PROGRAM) :])
 
         def wait(self) -> int:
             return 0
 
-    monkeypatch.setattr(commands.subprocess, "Popen", Child)
+    monkeypatch.setattr(commands, "subprocess", SimpleNamespace(Popen=Child))  # of this module alone
     monkeypatch.setattr(commands, "StopSignal", NeverStop)
     path = str(lab_config())
     assert main(["run", "--config", path, "--set", "name=x", "--only", "base", "--sweep", "train.lr=1,2"]) == EXIT_DONE
