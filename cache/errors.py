@@ -30,6 +30,11 @@ class UserError(Exception):
         self.hint = hint
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line; its type where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 class IncompleteStore(UserError):
     """Stage one has not written a store yet, or only a part of it."""
 

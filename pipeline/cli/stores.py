@@ -25,6 +25,15 @@ def list_stores(root: str) -> None:
     cache.list_stores(root)
 
 
+@cache_group.command("models")
+@click.option("--remove", is_flag=True, help="Remove them; a run that needs one makes it again.")
+def models(remove: bool) -> None:
+    """List the models that GGUF files were dequantised to, in ~/.cache/duet/models."""
+    from duet.pipeline.commands import cache
+
+    cache.dequantised_models(remove)
+
+
 @cache_group.command()
 @experiment
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, by teacher.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pwd
 import shlex
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -235,3 +236,16 @@ def collect_garbage(root: str, unused_days: float | None, yes: bool) -> None:
         say(f"nothing to remove in {root}")
     elif not yes:
         say("add --yes to remove them")
+
+
+def dequantised_models(remove: bool) -> None:
+    """List, and with `remove` delete, the models that GGUF files were dequantised to."""
+    from duet.stages.models.gguf import list_dequantised, models_dir
+
+    found = list_dequantised()
+    for model in found:
+        if remove:
+            shutil.rmtree(model.folder)
+        say(f"{'removed ' if remove else ''}{model.file}, {model.num_bytes / 1e6:.1f} MB: {model.folder}")
+    if not found:
+        say(f"no dequantised models in {models_dir()}")

@@ -200,6 +200,10 @@ def needed_extras(config: Any) -> dict[str, str]:
         needed["lm-eval"] = "evaluate.lm_eval"
     if (config.store.dir or "").startswith("s3://"):
         needed["s3"] = "store.dir"
+    for key, model in models_of(config).items():
+        parts = (model.model, model.adapter) if hasattr(model, "adapter") else (model,)
+        if any(str(part).endswith(".gguf") for part in parts):
+            needed.setdefault("gguf", key)
     for key, settings in data_of(config).items():
         if settings.path.startswith("hf://"):
             needed.setdefault("datasets", f"{key}.path")

@@ -248,7 +248,7 @@ def _hub_model_check(key: str, model: str) -> Check | None:
 
     from duet.stages.models.locations import is_hub_id
 
-    if Path(model).is_dir() or not is_hub_id(model):
+    if Path(model).exists() or not is_hub_id(model):
         return None
     try:
         snapshot_download(model, local_files_only=True)

@@ -169,11 +169,11 @@ def model_facts(name: str) -> ModelFacts:
     from duet.stages.models.sizes import ModelSizes
     from duet.stages.models.tokenizers import load_tokenizer
 
-    if Path(name).is_dir():
+    if Path(name).exists():
         folder = resolve_model(name, "--model")
     elif not is_hub_id(name):
         raise UserError(
-            f"--model: {name} is neither a directory nor of the form OWNER/NAME",
+            f"--model: {name} is neither a directory, a .gguf file, nor of the form OWNER/NAME",
             f"{nearest_path(name)}check path or id",
         )
     else:

@@ -39,6 +39,6 @@ def model_name(model: Model | Mapping[str, str]) -> str:
 
 
 def is_here(model: Model) -> bool:
-    """Are all its parts local directories?"""
+    """Are all its parts on this machine?"""
     parts = (model.model, model.adapter) if isinstance(model, AdaptedModel) else (model,)
-    return all(Path(part).is_dir() for part in parts)
+    return all(Path(part).exists() for part in parts)

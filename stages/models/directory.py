@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import UserError
+from duet.cache.errors import UserError, first_line
 from duet.stages.models.files import (
     CONFIG_NAME,
     ModelFiles,
@@ -97,10 +97,6 @@ def load_config(model_dir: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{model_dir}: config.json cannot be read: {first_line(error)}", "check the model directory"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def text_config(config: Any) -> Any:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import UserError
-from duet.stages.models.directory import check_quantisation, described, first_line, load_config, text_config
+from duet.cache.errors import UserError, first_line
+from duet.stages.models.directory import check_quantisation, described, load_config, text_config
 from duet.stages.models.files import ModelFiles, count, digest
 
 _HEADS = ("lm_head.weight", "embed_out.weight")  # how output heads are called that may be tied to the embedding

@@ -1,4 +1,4 @@
-"""Where a model is: a directory, the hub's snapshot of one, or an adapter on a base of the user's choice."""
+"""Where a model is: a directory, a GGUF file, the hub's snapshot of one, or an adapter on a base of the user's choice."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from duet.stages.models.files import (
     WEIGHTS_NAME,
     is_adapter,
 )
+from duet.stages.models.gguf import dequantised, gguf_file
 from duet.stages.settings.teacher import AdaptedModel
 
 _SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")  # everything but weights
@@ -34,19 +35,26 @@ def find_model(name: str | AdaptedModel, where: str, weights: bool = True) -> Pa
                 "adapter is a directory as peft's save_pretrained writes it",
             )
         return _with_base(adapter.resolve(), base.resolve())
-    path = Path(name)
-    return path if path.is_dir() else _fetch(name, where, weights)
+    return _here(Path(name), where) or _fetch(name, where, weights)
+
+
+def _here(path: Path, where: str) -> Path | None:
+    """The model directory that lies there, made of a GGUF file where that is what lies there."""
+    if file := gguf_file(path, where):
+        return dequantised(file, where)
+    return path if path.is_dir() else None
 
 
 def find_base(name: str, adapter: Path, weights: bool = True) -> Path:
     """The base that an adapter names: a path relative to the adapter or to the current directory, or a hub id."""
+    of = f"the base of the adapter {adapter}"
     for path in (adapter / name, Path(name)):
-        if path.is_dir():
-            return path
+        if here := _here(path, of):
+            return here
     if is_hub_id(name):
-        return _fetch(name, f"the base of the adapter {adapter}", weights)
+        return _fetch(name, of, weights)
     raise UserError(
-        f"the base of the adapter {adapter} is not here: {name}",
+        f"{of} is not here: {name}",
         f"{nearest_path(name)}correct base_model_name_or_path in its {ADAPTER_CONFIG_NAME}, or name both: "
         "{model: BASE, adapter: DIRECTORY}",
     )
@@ -83,7 +91,9 @@ def _fetch(name: str, where: str, weights: bool) -> Path:
     if not is_hub_id(name):
         is_file = Path(name).is_file()
         raise UserError(
-            f"{where}: {name} is a file, expected a directory" if is_file else f"{where}: no such directory: {name}",
+            f"{where}: {name} is a file, expected a directory or .gguf"
+            if is_file
+            else f"{where}: no such directory: {name}",
             nearest_path(name) + "paths are relative to the current directory; a hub id is OWNER/NAME",
         )
     folder = _snapshot(name, where, _SMALL)

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from duet.cache.errors import UserError
+from duet.cache.errors import UserError, first_line
 from duet.cache.files import sha256_json
-from duet.stages.models.directory import config_folder, first_line, text_config
+from duet.stages.models.directory import config_folder, text_config
 from duet.stages.models.files import TOKENIZER_NAMES, check_whole, has_tokenizer, read_object
 from duet.stages.models.tokenizer_file import as_the_file_says
 
