@@ -22,7 +22,7 @@ from duet.pipeline.run.terminal import is_verbose, say, show
 from duet.stages.student.summary import TrainingSummary, read_summary
 
 COLUMNS = ("student", "start", "loss", "trained", "steps", "time", "speed", "memory", "last\nloss")
-DETAILS = ("trained", "speed", "memory")  # on the page, and on the screen with -v
+DETAILS = ("trained", "steps", "speed", "memory")  # on the page, and on the screen with -v
 SHARES = {"agreement": "as the teacher, %", "refusal": "refuses, %"}  # of each subset, in a column each
 
 
