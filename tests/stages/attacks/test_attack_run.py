@@ -106,7 +106,8 @@ def test_attacks_bring_back_what_the_prefix_hides(results):
     for kind in ("reverse", "prefill"):
         assert work[kind] == work[kind] | {"works": True, "on": "teacher"}, work[kind]
         assert teacher[f"attack.{kind}_worst.forget.rougeL_recall"]["value"] > 0.9
-    for kind in ("quantize_int8", "quantize_int4", "sampling", "logit_lens"):
+    rounding = ("quantize_int8", "quantize_int4", "quantize_nf4", "quantize_awq")
+    for kind in (*rounding, "sampling", "logit_lens"):
         assert work[kind] == work[kind] | {"works": True, "on": "base"}, work[kind]
     assert results["models"]["base"]["attack.quantize_int8.forget.rougeL_recall"]["value"] == 1
     assert work["multiple_choice"]["works"] or "on this model" in work["multiple_choice"]["text"]
