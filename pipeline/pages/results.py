@@ -39,6 +39,11 @@ def base_of(numbers: Numbers, model: str) -> str:
     return own if own in models_of(numbers) else "base"
 
 
+def trained_on(numbers: Numbers, model: str) -> list[str]:
+    """The attacks of whose kind a student saw texts in training, which do not speak for it."""
+    return numbers.at("students", model.removeprefix("student:"), "trained_on") or []
+
+
 def floor_of(numbers: Numbers, metric_id: str) -> float | None:
     """The higher of the two floors of a score."""
     return max((numbers.at("floors", metric_id) or {}).values(), default=None)

@@ -146,6 +146,11 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
     for model in results["models"]:
         table.add_column(model, justify="right")
     first = next(iter(results["models"].values()))
+    seen = {f"student:{name}": facts.get("trained_on") or () for name, facts in results.get("students", {}).items()}
+    if any(seen.values()):
+        table.caption = (
+            f"{table.caption}\n+: the student was trained on texts of this attack: not counted for its verdict"
+        )
     shown = interval if verbose else points
     for kind, work in results["attacks_work"].items():
         begins = (
@@ -154,6 +159,9 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
             f"attack.{kind}_worst.forget.rougeL_recall",
         )
         if found := [key for key in first if key.startswith(begins)]:
-            cells = [shown(scores[found[-1]]) for scores in results["models"].values()]
+            cells = [
+                shown(scores[found[-1]]) + ("+" if kind in seen.get(model, ()) else "")
+                for model, scores in results["models"].items()
+            ]
             table.add_row(kind, "yes" if work["works"] else "no", *cells)
     return table

@@ -1,8 +1,8 @@
 """The attacks quantize_…: does what was forgotten come back when weights are rounded?
 
-Training moves weights a little, rounding moves them back a little (arXiv 2410.16454). Rounded are all linear layers' weights but
-the output head's: int8 with a scale per output channel, int4 with a scale per group of inputs, NF4 per block, and `awq`, int4
-with scales that are calibrated on questions to be kept. `rounding.py` says how. What is asked is a model with the rounded
+Training moves weights a little, rounding moves them back a little (arXiv 2410.16454). Rounded are all linear layers' weights
+but the output head's: int8 with a scale per output channel, int4 with a scale per group of inputs, NF4 per block, and `awq`,
+int4 with scales that are calibrated on questions to be kept. `rounding.py` says how. What is asked is a model with the rounded
 weights in its own dtype.
 
 Shapes: N sampled inputs of a layer, I inputs.
@@ -96,9 +96,7 @@ def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
     return said(False, "base", f"rounding to 8 bits changes base itself on this model. {text}")
 
 
-def quantize(
-    model: Any, bits: int | str, group: int | None, read: Mapping[str, torch.Tensor] | None = None
-) -> int:
+def quantize(model: Any, bits: int | str, group: int | None, read: Mapping[str, torch.Tensor] | None = None) -> int:
     """Round the weights of all linear layers but the output head, in place; returns how many weights that are.
 
     `read` are inputs of the layers by name, [N, I] each, where the scales are calibrated.
@@ -139,10 +137,7 @@ def inputs_of_layers(model: Any, texts: Sequence[Sequence[int]], per_text: int) 
         model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {
-        name: torch.cat(read) if read else torch.empty(0, layers[name].in_features)
-        for name, read in found.items()
-    }
+    return {name: torch.cat(read) if read else torch.empty(0, layers[name].in_features) for name, read in found.items()}
 
 
 def _calibration(session: ModelSession, subject: Subject, kind: str) -> list[list[int]]:

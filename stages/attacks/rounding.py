@@ -52,7 +52,7 @@ def rounded(weight_OI: torch.Tensor, bits: int, group: int | None) -> torch.Tens
 def rounded_nf4(weight_OI: torch.Tensor, block: int) -> torch.Tensor:
     """The weights at the nearest of NF4's levels times their block's max|w|, in the dtype of the input.
 
-    Blocks are `block` weights in the order of memory, whatever the rows are, as bitsandbytes makes them; scales stay in float32.
+    Blocks are `block` weights in the order of memory, whatever the rows are, as bitsandbytes makes them; scales stay float32.
     """
     levels = torch.tensor(NF4_LEVELS, device=weight_OI.device)
     between = (levels[1:] + levels[:-1]) / 2

@@ -60,7 +60,7 @@ def results_of(
     aggregates, tofu = tofu_results(exam, given, models, reference)
     attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
     works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
-    shown = {s.name: Shown(works, above[s.name] if above is not None else None) for s in subjects}
+    shown = {s.name: Shown(works, above[s.name] if above is not None else None, s.trained_on) for s in subjects}
     evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
     return {
         "models": {

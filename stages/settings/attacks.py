@@ -139,7 +139,7 @@ _ROWS = (
     ),
     Attack(
         "quantize_awq",
-        "weights rounded to 4 bits, calibrated",
+        "calibrated rounding to 4 bits",
         "put to the model with its linear weights rounded to 4 bits after inputs were scaled as AWQ does, calibrated on "
         "questions to be kept; a scale per group of 128 inputs",
         made_of="weights",

@@ -90,7 +90,7 @@ def test_bars_and_dots_say_the_numbers_of_their_keys():
 def test_no_number_stands_on_the_page_that_is_not_marked():
     """But for those of our own sentences, names of the run's things, and the axes."""
     named = {"th", "dt", "h1", "h3", "summary", "figcaption", "title", "style", "script", "tick", "name", "text"}
-    ours = re.compile(r"95 %|points of 100|100 points|sha256|rank 1\b|prefill\.8|[48] bits")
+    ours = re.compile(r"95 %|points of 100|100 points|sha256|rank 1\b|prefill\.8|[48] bits|NF4")
     for tag, text in Page(render(full_results())).loose:
         if tag not in named and "Run lab, 2026-01-21T00:00:00+00:00" not in text:
             assert not re.search(r"\d", ours.sub("", text)), (tag, text)
@@ -192,6 +192,21 @@ def test_an_attack_that_is_not_shown_to_work_is_named():
     for interval, works in (([0.95, 1.0], True), ([0.0, 1.0], False)):
         attacked["ci95"] = interval
         assert ("works on a teacher" in render(older)) == works
+
+
+def test_an_attack_that_a_student_was_trained_on_is_marked_for_it_alone():
+    results = full_results()
+    assert "was trained on texts of" not in render(results)
+    results["students"]["a"]["trained_on"] = ["reverse"]
+    page = render(results)
+    text = re.sub("<[^>]+>", "", page)
+    assert "student:a was trained on texts of reverse, marked (seen)" in text
+    cells = re.findall(
+        r'<td class="number"><span data-key="/models/([^/]+)/(attack[^"]+)"[^§]*?</span>([^<]*)</td>', page
+    )
+    marked = {(model, key.split(".")[1]) for model, key, mark in cells if mark}
+    assert marked == {("student:a", "reverse"), ("student:a", "reverse_worst")}
+    assert re.findall(r"<text[^>]*>reverse \(seen\)</text>", page)
 
 
 def test_the_verdict_comes_first_and_not_distinguishable_is_said():
