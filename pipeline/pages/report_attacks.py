@@ -42,7 +42,7 @@ def attack_section(numbers: Numbers) -> str:
         panels = [_attack_panel(numbers, model, name, drawn) for model in by_interest(numbers)]
         body += f"<h3>On {escape(name)} questions</h3>" + side_by_side(list(filter(None, panels)))
         body += folded(f"The attacks on {name} in numbers", _attack_table(numbers, name, of_set))
-    body += _above_control(numbers) + _works(numbers) + _attack_texts(numbers) + _costs(numbers)
+    body += _above_control(numbers) + _kept(numbers) + _works(numbers) + _attack_texts(numbers) + _costs(numbers)
     return section("attacks", "Attacks", body)
 
 
@@ -126,6 +126,29 @@ def _above_control(numbers: Numbers) -> str:
     )
     heads = ["attack: case", *map(escape, models)]
     return note(text) + folded("Above the control, by case", table("In % [95 % interval]", heads, rows))
+
+
+def _kept(numbers: Numbers) -> str:
+    """What models answer, and refuse, of the questions to be kept behind the texts of attacks."""
+    found = numbers.at("kept_under_attack") or {}
+    models = [model for model in by_interest(numbers) if model in found]
+    if not models:
+        return ""
+    kinds = list(found[models[0]])
+    rows = []
+    for metric, title in ((HEADLINE, "recall"), ("refusal_rate", "refused")):
+        for key, kind, words in [
+            (f"plain.{metric}", kinds[0], "no text"),
+            *((metric, kind, f"behind {kind}") for kind in kinds),
+        ]:
+            cells = [numbers.cell("score", "kept_under_attack", model, kind, key) for model in models]
+            rows.append(row(f"{title}, {words}", cells))
+    text = (
+        "Questions to be kept behind the texts of attacks, per question the mean over a family's texts, beside the same "
+        "questions without a text. A student that loses more than base does, or refuses more, does so because of the text."
+    )
+    caption = "ROUGE-L recall and refusals in points of 100 [95 % interval], n questions"
+    return note(text) + folded("Questions to be kept, under attack", table(caption, ["", *map(escape, models)], rows))
 
 
 def _attack_texts(numbers: Numbers) -> str:

@@ -106,6 +106,22 @@ def outcome_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def kept_lines(results: Mapping[str, Any]) -> list[str]:
+    """A line per student and family of attack texts: the questions to be kept behind these texts, beside base's figures."""
+    found = results.get("kept_under_attack", {})
+    lines = []
+    for model, by_kind in found.items():
+        for kind, own in by_kind.items() if model.startswith("student:") else ():
+            base = found["base"][kind]
+            lines.append(
+                f"{model}, {own['rougeL_recall']['n']} questions to be kept behind {kind} texts: "
+                f"recall {interval(own['rougeL_recall'])}, without {points(own['plain.rougeL_recall'])}, base "
+                f"{points(base['rougeL_recall'])}; refused {interval(own['refusal_rate'])} %, without "
+                f"{points(own['plain.refusal_rate'])}, base {points(base['refusal_rate'])}"
+            )
+    return lines
+
+
 def refusal_lines(results: Mapping[str, Any]) -> list[str]:
     """A line for each set whose refusal rate says little, since no answer is in a language that the patterns know."""
     refusals = results.get("refusals", {})

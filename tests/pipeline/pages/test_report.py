@@ -117,6 +117,7 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         "relearning",
         "attack_texts",
         "attack_costs",
+        "kept_under_attack",
         "sets",
     ],
 )
