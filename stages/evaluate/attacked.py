@@ -2,7 +2,8 @@
 
 An attack is judged by the facts that it brings back, in distinctive recall, on sets with choices too: what is asked there is
 the question alone. Bringing something back is evidence in itself; bringing nothing back counts only where the attack is shown
-to work on a model that knows (`attacks/validity.py`) and the model was not trained on texts of its kind.
+to work on a model that knows (`attacks/validity.py`) and the model was not trained on texts of its kind. What is measured on
+too few questions counts in neither direction (`attacks/parts.py: MIN_ANSWERS`).
 
 * With a control the share is (model - control) / (base - control), all under the attack (`attacks/above.py`). A model
   withstands where at least one attack is shown to work and, in every case of those that are, the upper end of the interval lies
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 from duet.stages.attacks.above import Above
 from duet.stages.attacks.names import attacked_of
-from duet.stages.attacks.parts import MEAN, WORST_TEXT
+from duet.stages.attacks.parts import MEAN, WORST_TEXT, says_something
 from duet.stages.evaluate.collapse import ModelAnswers
 from duet.stages.exam.exam import DISTINCTIVE, Exam
 from duet.stages.metrics.uncertainty import Score
@@ -68,7 +69,8 @@ def judged_attacks(
     if seen := [kind for kind in shown.works if kind in shown.seen]:
         found.reservations.append(f"trained on texts of {', '.join(seen)}: to withstand these does not count")
     if shown.above is not None:
-        _above_the_control([case for case in shown.above if case.set in names], found, shown, limits)
+        cases = [case for case in shown.above if case.set in names and says_something(case.share)]
+        _above_the_control(cases, found, shown, limits)
         return found
     for name in names:
         key = f"{name}.{DISTINCTIVE}"
@@ -134,6 +136,6 @@ def _attacked(name: str, scores: Mapping[str, Score], exam: Exam) -> dict[str, d
     found: dict[str, dict[str, float]] = {}
     for metric_id, score in scores.items():
         attacked = attacked_of(metric_id, exam.sets)
-        if attacked and attacked.set == name and attacked.metric == DISTINCTIVE:
+        if attacked and attacked.set == name and attacked.metric == DISTINCTIVE and says_something(score):
             found.setdefault(attacked.kind, {})[WORST_TEXT if attacked.worst else MEAN] = score.value
     return found

@@ -13,6 +13,7 @@ import numpy as np
 
 from duet.stages.attacks import scores as attack_scores
 from duet.stages.attacks.above import above_control
+from duet.stages.attacks.relearn_curves import with_curves
 from duet.stages.evaluate import muse
 from duet.stages.evaluate.answers import refusals_of
 from duet.stages.evaluate.attacked import Shown
@@ -52,7 +53,7 @@ def results_of(
     A model of which some likelihoods are not finite has no scores of them: its verdict says that it is broken. `reference` is
     that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
     """
-    given, not_finite = finite(read.given)
+    answers, (given, not_finite) = with_curves(answers, exam), finite(read.given)
     models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)

@@ -193,7 +193,7 @@ def test_nothing_is_asked_twice_and_a_further_attack_asks_only_its_own(exam, fol
     assert ask(exam, folder) == (answers, [])
     fewer = replace(exam, settings=SETTINGS.model_copy(update={"attacks": ("reverse", "relearn")}))
     assert ask(fewer, folder)[1] == []
-    more = SETTINGS.model_copy(update={"attacks": ("reverse", "sampling"), "seed": 1})
+    more = SETTINGS.model_copy(update={"attacks": ("reverse", "sampling"), "seed": 1, "kept_under_attack": 0})
     names = [*(subject.name for subject in SUBJECTS), "control"]
     assert set(ask(replace(exam, settings=more), folder)[1]) == {f"{name}, sampling" for name in names}
 

@@ -21,7 +21,8 @@ from duet.stages.settings.evaluate import EvaluateSettings
 
 
 def case(share: float, high: float, kind: str = "reverse", case: str = MEAN, of: str = "forget") -> Above:
-    return Above(kind, of, case, Score(share, 40, (share - 0.02, high)), share, 1.0, 0.0)
+    found = Score(share, 40, (share - 0.02, high), clusters=tuple(range(40)))
+    return Above(kind, of, case, found, share, 1.0, 0.0)
 
 
 def found(*cases: Above, works: Sequence[str] = ("reverse",), model=None, exam: Exam = MADE, seen=()) -> dict:
@@ -61,6 +62,23 @@ def test_few_questions_that_agree_leave_something_open(answers, verdict):
     told = found(Above("reverse", "forget", MEAN, agree, 0.0, 1.0, 0.0))
     assert told["verdict"] == verdict
     assert f"{answers} questions that agree leave up to" in " ".join(told["reasons"])
+
+
+@pytest.mark.parametrize(("answers", "counts"), [(4, False), (5, True)])
+def test_a_case_of_too_few_questions_counts_in_neither_direction(answers, counts):
+    """Of 4 that agree 1 - 0.05^(1/4), 53 %, may still differ; of 5 it is 45 %. Questions of one answer count once."""
+    labels = [number // 3 for number in range(3 * answers)]
+    fine, other = case(0.0, 0.0), score(np.ones(3 * answers), clusters=labels)
+    few = Above("relearn", "forget", "forget 20, 1 steps", other, 1.0, 1.0, 0.0)
+    told = found(fine, few, works=("reverse", "relearn"))
+    assert told["verdict"] == ("suppressed until attacked" if counts else "withstands these tests")
+    none = score(np.zeros(3 * answers), clusters=labels)
+    alone = found(Above("reverse", "forget", MEAN, none, 0.0, 1.0, 0.0))
+    assert ("reservation: forget: reverse attack" in " ".join(alone["reasons"])) == counts
+    back = {"attack.any.forget.distinctive_recall": other}
+    model = replace(evidence(), scores=evidence().scores | back)
+    told = outcome(model, BASE, MADE, FLOORS, Shown({"any": True}))
+    assert told["verdict"] == ("suppressed until attacked" if counts else "suppressed under these tests")
 
 
 def test_an_attack_that_is_not_shown_to_work_counts_for_nothing():
