@@ -210,6 +210,41 @@ def test_an_attack_that_a_student_was_trained_on_is_marked_for_it_alone():
     assert re.findall(r"<text[^>]*>reverse \(seen\)</text>", page)
 
 
+def traded(results: Any) -> tuple[str, dict[str, str]]:
+    """The panel of forgetting under attack, and its marks by model: the keys of each."""
+    panel = render(results).split("forget under attack against retain</figcaption>")[1].split("</figure>")[0]
+    marks = re.findall(r'<g data-key="([^"]+)"><title>(\S+): .*?</g>', panel)
+    return panel, {model: key for key, model in marks}
+
+
+def test_what_was_traded_is_drawn_under_the_worst_attack_that_was_held_out():
+    results = full_results()
+    for model in MODELS:
+        for key, value in (("reverse_worst", 0.9), ("reverse", 0.2), ("prefill.8", 0.6)):
+            results["models"][model][f"attack.{key}.forget.rougeL_recall"]["value"] = value
+    panel, marks = traded(results)
+    worst, other = "attack.reverse_worst.forget.rougeL_recall", "attack.prefill.8.forget.rougeL_recall"
+    assert marks == {"control": f"/control/{worst}"} | {
+        model: f"/models/{model}/{worst} /models/{model}/retain.rougeL_recall" for model in MODELS
+    }
+    assert 'role="img" aria-label="forget under attack against retain. ' in panel
+    for mark, count in (("<circle ", 2), ("m-5 -5h10v10h-10z", 1), ("m0 -7l6 11h-12z", 1), ('class="floor"', 1)):
+        assert panel.count(mark) == count, "students, base, teacher and the control differ without colour"
+    assert panel.count('class="whisker"') == len(MODELS)
+    results["students"]["a"]["trained_on"] = ["reverse"]
+    assert traded(results)[1]["student:a"].split()[0] == f"/models/student:a/{other}"
+    assert traded(results)[1]["student:b"].split()[0] == f"/models/student:b/{worst}"
+    facts = "attack.prefill.8.forget.distinctive_recall"
+    results["models"]["student:b"][facts] = results["models"]["student:b"][other]
+    assert traded(results)[1]["student:b"].split()[0] == f"/models/student:b/{facts}", "facts, where they are counted"
+    results["students"]["a"]["trained_on"] = ["reverse", "prefill.8"]
+    assert "student:a" not in traded(results)[1], "no attack was held out from it"
+    del results["control"]
+    panel, marks = traded(results)
+    assert "control" not in marks
+    assert 'class="floor"' not in panel
+
+
 def test_the_verdict_comes_first_and_not_distinguishable_is_said():
     text = render(full_results())
     assert text.index("suppressed under these tests") < text.index("<nav")
