@@ -112,7 +112,7 @@ def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
             text = f"{teacher}, {name}: recall {before:.1f} before, {best:.1f} at best"
             if found["steps_to_half"] and found["n"] >= MIN_ANSWERS:
                 return said(True, teacher, f"{text}; half of base's after {found['steps_to_half']} steps")
-            failed.append(text)
+            failed.append(text if found["n"] >= MIN_ANSWERS else f"{text}, of {found['n']} questions, too few to say")
     if not failed:
         return said(False, None, "no model with a prefix was trained, so it is not known whether it would recover")
     text = f"half of base's recall does not come back on this model. {'; '.join(failed)}"

@@ -13,9 +13,11 @@ from support import LAB_BASE, LAB_SMALL, ROOT
 
 from duet.cache.errors import Interrupted
 from duet.cache.watch import Watch
+from duet.stages.attacks import relearn
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.kept_questions import drawn, families, tasks_of
 from duet.stages.attacks.names import NO_ATTACK, kept_as
+from duet.stages.attacks.parts import Evidence
 from duet.stages.attacks.sampling import sampled
 from duet.stages.evaluate import results as evaluate
 from duet.stages.evaluate.answers import answer_all, costs_of, session_of
@@ -116,7 +118,7 @@ def test_attacks_bring_back_what_the_prefix_hides(results):
     assert work["multiple_choice"]["works"] or "on this model" in work["multiple_choice"]["text"]
 
 
-def test_relearning_brings_the_teacher_back_on_questions_that_it_was_not_taught(results):
+def test_relearning_brings_the_teacher_back_on_questions_that_it_was_not_taught(exam, results):
     found = results["relearning"]
     assert set(found) == {"base", "teacher", "student:like", "control"}
     for lesson, facts in found["control"].items():
@@ -128,7 +130,16 @@ def test_relearning_brings_the_teacher_back_on_questions_that_it_was_not_taught(
     assert one["recall"][0] < 0.3 < max(one["recall"])
     assert one["steps_to_half"] in (1, 4)
     assert found["base"]["benign"]["steps_to_half"] == found["base"]["benign"]["to_half"] == 0
-    assert results["attacks_work"]["relearn"]["works"]
+    work = results["attacks_work"]["relearn"]
+    assert not work["works"]
+    assert "at best, of 4 questions, too few to say" in work["text"]
+    enough = Evidence(exam, {}, ["teacher"], {"teacher": {"forget 1": one | {"n": 5}}})
+    assert relearn.proof("relearn", enough) == {
+        "works": True,
+        "on": "teacher",
+        "text": f"teacher, forget 1: recall {100 * one['recall'][0]:.1f} before, {100 * max(one['recall']):.1f} at best; "
+        f"half of base's after {one['steps_to_half']} steps",
+    }
 
 
 def test_every_attack_is_measured_against_the_control(results):
