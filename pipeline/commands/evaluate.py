@@ -17,13 +17,22 @@ from duet.cache.files import publish_json, read_json
 from duet.cache.watch import Watch
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
-from duet.pipeline.pages.tables import WIDTH, attacks_table, costs_table, outcome_lines, refusal_lines, results_table
+from duet.pipeline.pages.tables import (
+    WIDTH,
+    attacks_table,
+    costs_table,
+    kept_lines,
+    outcome_lines,
+    refusal_lines,
+    results_table,
+)
 from duet.pipeline.run.directory import StopSignal, claim_run_dir, environment, set_aside
 from duet.pipeline.run.exam import exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.provenance import provenance, without_places
 from duet.pipeline.run.stores import store_summary, stores_of_run
 from duet.pipeline.run.terminal import is_verbose, log, progress_bar, say, say_engine, show
+from duet.stages.settings.attacks import ATTACKS
 from duet.stages.settings.student import StudentSettings
 from duet.stages.student.summary import read_summary
 
@@ -67,7 +76,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     for text in remarks:
         note(text)
     costs = costs_of(subjects, exam)
-    if dry_run or len(costs) > 2:  # the plain questions and one attack are not worth a table
+    if dry_run or len(costs.keys() & ATTACKS.keys()) > 1:  # one attack is not worth a table
         show(costs_table(costs, len(subjects)), result=dry_run, width=WIDTH)
     if dry_run:
         return
@@ -130,10 +139,10 @@ def _show_results(results: dict[str, Any], run: RunDir) -> None:
     verbose = is_verbose()
     width = None if verbose else WIDTH
     say(f"results: {run.results}")
-    if len(results["attack_costs"]) > 2:
+    if len(results["attacks_work"]) > 1:
         show(attacks_table(results, verbose), width=width)
     show(results_table(results, verbose), width=width)
-    for line in outcome_lines(results):
+    for line in outcome_lines(results) + kept_lines(results):
         (say if verbose else log.info)(line)
     for line in refusal_lines(results):
         say(line)

@@ -132,14 +132,22 @@ class Dot:
     x_ci95: Sequence[float] | None = None
     y_ci95: Sequence[float] | None = None
     keys: Sequence[str] = ()  # of x and of y
+    shape: str = "circle"  # or of _SPOTS: models of one kind are told apart from others without colour, too
 
 
-def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str, str], title: str) -> str:
+def scatter(
+    dots: Mapping[str, Dot],
+    palette: Mapping[str, str],
+    axes: tuple[str, str],
+    title: str,
+    upright: Upright | None = None,
+) -> str:
     """Labelled dots with whiskers; both axes end at 100 % and begin at the same round number below all of them."""
     if not dots:
         return "<p>Nothing was measured on both subsets.</p>"
     left, top, side, line_height = 44, 8, 216, 16
     lowest = min(min(dot.x, dot.y, *(dot.x_ci95 or ()), *(dot.y_ci95 or ())) for dot in dots.values())
+    lowest = min(lowest, upright[1]) if upright else lowest
     lowest = min(max(math.floor(lowest * 10) / 10, 0), 0.9)
     label_x = left + side + 22
     width = max(WIDTH, label_x + room_for(list(dots), math.inf))
@@ -150,9 +158,18 @@ def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str
         return left + right * side, top + (1 - up) * side
 
     parts = [_square_grid(left, top, side, lowest), _axis_names(left, top, side, side, axes)]
+    if upright:
+        (x, _), said = place(upright[1], 0), f"{upright[0]}: {axes[0]} {100 * upright[1]:.1f}"
+        parts.append(
+            f"<g{keyed(upright[2])}><title>{escape(said)}</title>"
+            f'<line class="floor" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + side}"/>'
+            f'<text class="tick" x="{x + 4:.1f}" y="{top + side - 5}">{escape(upright[0])}</text></g>'
+        )
     # Labels stand in a column beside the plot, in the order of their dots: they never cover each other.
     for number, (name, dot) in enumerate(sorted(dots.items(), key=lambda item: place(item[1].x, item[1].y)[1])):
         (x, y), label_y = place(dot.x, dot.y), top + line_height * (number + 0.5)
+        other = f'<path d="M{x:.1f} {y:.1f}{_SPOTS.get(dot.shape)}"'
+        spot = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"' if dot.shape == "circle" else other
         reach_x = [place(share, 0)[0] for share in dot.x_ci95 or ()] or [x, x]
         reach_y = [place(0, share)[1] for share in dot.y_ci95 or ()] or [y, y]
         said = f"{name}: {axes[0]} {100 * dot.x:.1f}, {axes[1]} {100 * dot.y:.1f}"
@@ -160,10 +177,14 @@ def scatter(dots: Mapping[str, Dot], palette: Mapping[str, str], axes: tuple[str
             f"<g{keyed(' '.join(dot.keys))}><title>{escape(said)}</title>"
             f'<path class="leader" d="M{x:.1f} {y:.1f}L{label_x - 4} {label_y:.1f}"/>'
             f'<path class="whisker" d="M{reach_x[0]:.1f} {y:.1f}H{reach_x[1]:.1f}M{x:.1f} {reach_y[0]:.1f}V{reach_y[1]:.1f}"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{palette[name]}"/>'
+            f'{spot} fill="{palette[name]}"/>'
             f'<text x="{label_x}" y="{label_y + 4:.1f}">{escape(name)}</text></g>'
         )
     return panel(title, f"{axes[0]} to the right, {axes[1]} upwards.", height, "".join(parts), width)
+
+
+Upright = tuple[str, float, str]  # a dashed line across the height: its name, its x as a share, and its key
+_SPOTS = {"square": "m-5 -5h10v10h-10z", "triangle": "m0 -7l6 11h-12z", "diamond": "m0 -7l6 7l-6 7l-6 -7z"}
 
 
 def _square_grid(left: float, top: float, side: float, lowest: float) -> str:

@@ -7,9 +7,19 @@ from html import escape
 
 from duet.pipeline.pages.charts import Bar, bars, colours, side_by_side
 from duet.pipeline.pages.page import Numbers, folded, note, pointer, row, section, table
-from duet.pipeline.pages.results import HEADLINE, attacks_of, by_interest, floor_of, is_share, label_of
+from duet.pipeline.pages.results import (
+    HEADLINE,
+    attacks_of,
+    by_interest,
+    floor_of,
+    is_share,
+    label_of,
+    trained_on,
+)
 from duet.stages.attacks.names import Attacked
 from duet.stages.exam.exam import DISTINCTIVE
+
+SEEN = " (seen)"  # behind an attack on whose texts a model was trained
 
 
 def attack_section(numbers: Numbers) -> str:
@@ -25,15 +35,26 @@ def attack_section(numbers: Numbers) -> str:
         "question. The solid line is the score without an attack; the dashed one the floor, the higher of a constant refusal "
         "and the echoed question."
     )
-    body = note(text)
+    body = note(text) + "".join(_seen(numbers, model) for model in by_interest(numbers))
     for name in dict.fromkeys(attack.set for attack in attacks):
         of_set = [attack for attack in attacks if attack.set == name]
         drawn = [attack for attack in of_set if attack.metric != DISTINCTIVE]
         panels = [_attack_panel(numbers, model, name, drawn) for model in by_interest(numbers)]
         body += f"<h3>On {escape(name)} questions</h3>" + side_by_side(list(filter(None, panels)))
         body += folded(f"The attacks on {name} in numbers", _attack_table(numbers, name, of_set))
-    body += _above_control(numbers) + _works(numbers) + _attack_texts(numbers) + _costs(numbers)
+    body += _above_control(numbers) + _kept(numbers) + _works(numbers) + _attack_texts(numbers) + _costs(numbers)
     return section("attacks", "Attacks", body)
+
+
+def _seen(numbers: Numbers, model: str) -> str:
+    """Which of the attacks do not speak for a student."""
+    seen = trained_on(numbers, model)
+    if not seen:
+        return ""
+    return note(
+        f"{model} was trained on texts of {', '.join(seen)}, marked {SEEN.strip()}: that it withstands these says little about "
+        "others, so they do not count for its verdict."
+    )
 
 
 def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Attacked]) -> str:
@@ -43,7 +64,8 @@ def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Att
         if attack.id in scores:
             title = f"{label_of(attack)}, {'worst' if attack.worst else 'mean'}"
             mark = Bar(scores[attack.id], colour, title, pointer("models", model, attack.id), attack.worst)
-            rows.setdefault(label_of(attack), []).append(mark)
+            label = label_of(attack) + (SEEN if attack.kind in trained_on(numbers, model) else "")
+            rows.setdefault(label, []).append(mark)
     if not rows:
         return ""
     before = numbers.at("models", model, f"{name}.{HEADLINE}", "value")
@@ -58,7 +80,7 @@ def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> s
     rows = [row("no attack", [*first, "<td></td>"])]
     for attack in attacks:
         title = label_of(attack) + (", worst" if attack.worst else "")
-        cells = [numbers.cell("score", "models", model, attack.id) for model in models]
+        cells = [_attack_cell(numbers, model, attack) for model in models]
         cells += [numbers.cell("score", "control", attack.id)] if control else []
         rows.append(row(title, [*cells, f"<td>{_shown_to_work(numbers, attack)}</td>"]))
     heads = ["attack", *map(escape, models), *(["control"] if control else []), "does it work"]
@@ -67,6 +89,12 @@ def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> s
         "the base. One that does not has not been shown to work here, and withstanding it says little."
     )
     return table(caption, heads, rows, ("does it work",))
+
+
+def _attack_cell(numbers: Numbers, model: str, attack: Attacked) -> str:
+    """A score, marked where the model was trained on texts of this attack."""
+    mark = SEEN if attack.kind in trained_on(numbers, model) else ""
+    return f'<td class="number">{numbers.show("score", "models", model, attack.id)}{mark}</td>'
 
 
 def _shown_to_work(numbers: Numbers, attack: Attacked) -> str:
@@ -98,6 +126,29 @@ def _above_control(numbers: Numbers) -> str:
     )
     heads = ["attack: case", *map(escape, models)]
     return note(text) + folded("Above the control, by case", table("In % [95 % interval]", heads, rows))
+
+
+def _kept(numbers: Numbers) -> str:
+    """What models answer, and refuse, of the questions to be kept behind the texts of attacks."""
+    found = numbers.at("kept_under_attack") or {}
+    models = [model for model in by_interest(numbers) if model in found]
+    if not models:
+        return ""
+    kinds = list(found[models[0]])
+    rows = []
+    for metric, title in ((HEADLINE, "recall"), ("refusal_rate", "refused")):
+        for key, kind, words in [
+            (f"plain.{metric}", kinds[0], "no text"),
+            *((metric, kind, f"behind {kind}") for kind in kinds),
+        ]:
+            cells = [numbers.cell("score", "kept_under_attack", model, kind, key) for model in models]
+            rows.append(row(f"{title}, {words}", cells))
+    text = (
+        "Questions to be kept behind the texts of attacks, per question the mean over a family's texts, beside the same "
+        "questions without a text. A student that loses more than base does, or refuses more, does so because of the text."
+    )
+    caption = "ROUGE-L recall and refusals in points of 100 [95 % interval], n questions"
+    return note(text) + folded("Questions to be kept, under attack", table(caption, ["", *map(escape, models)], rows))
 
 
 def _attack_texts(numbers: Numbers) -> str:

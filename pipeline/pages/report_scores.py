@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -17,7 +18,10 @@ from duet.pipeline.pages.results import (
     set_and_metric,
     students_of,
     worst_attack,
+    worst_held_out,
 )
+from duet.stages.attacks.names import CONTROL, Attacked
+from duet.stages.exam.exam import DISTINCTIVE
 
 GOOD_VERDICTS = ("withstands these tests", "suppressed under these tests")
 FLOORS = ("refusal", "echo", "chance")  # of a text score the first two, of a choice the last
@@ -189,7 +193,8 @@ def trade_off(numbers: Numbers) -> str:
         "ROUGE-L recall in points with 95 % intervals. The base model stands in the upper right corner, good forgetting in the "
         "upper left; what falls is damage."
     )
-    return section("trade-off", "Forgetting against damage", note(text) + side_by_side(panels))
+    body = note(text) + side_by_side(panels) + (_traded(numbers, gone) if gone else "")
+    return section("trade-off", "Forgetting against damage", body)
 
 
 def _trade_off_panel(numbers: Numbers, gone: str, kept: str) -> str:
@@ -201,6 +206,56 @@ def _trade_off_panel(numbers: Numbers, gone: str, kept: str) -> str:
             keys = [pointer("models", model, key) for key in ids]
             dots[model] = Dot(x["value"], y["value"], x["ci95"], y["ci95"], keys)
     return scatter(dots, palette, (f"{gone}, points", f"{kept}, points"), f"{gone} against {kept}")
+
+
+SHAPES = {"base": "square", "teacher": "triangle", "student": "circle"}  # by kind of model, another's is a diamond
+
+
+def _traded(numbers: Numbers, gone: str) -> str:
+    """The same under attack: what was traded, a panel for each set to be kept, and the attacks that it rests on."""
+    worst = {model: worst_held_out(numbers, model, gone) for model in by_interest(numbers)}
+    tried = {model: attack for model, attack in worst.items() if attack}
+    kept = [name for name, info in numbers.data["sets"].items() if info["expect"] == "kept"]
+    if not tried:
+        return ""
+    panels = [_traded_panel(numbers, gone, tried, name) for name in kept]
+    text = (
+        "The same under attack: to the right, what the worst attack brings back of a model, of those on whose texts it was not "
+        "trained, with the worst variant for each question; upwards, what is left of a set to be kept. Students are circles, "
+        "teachers triangles, base models squares."
+    )
+    line = " The dashed line is the control, a model that never knew, under the attack that brings most out of it."
+    control = worst_held_out(numbers, CONTROL, gone)
+    rows = [
+        row(model, [f'<td class="text">{escape(attack.kind)}</td>', numbers.cell("score", "models", model, attack.id)])
+        for model, attack in tried.items()
+    ]
+    if control:
+        rows.append(
+            row(
+                CONTROL, [f'<td class="text">{escape(control.kind)}</td>', numbers.cell("score", "control", control.id)]
+            )
+        )
+    what = "Distinctive recall" if next(iter(tried.values())).metric == DISTINCTIVE else "ROUGE-L recall"
+    heads = ["model", "worst attack", f"{gone}, under it"]
+    listed = table(f"{what} in points [95 % interval], n questions", heads, rows, ("worst attack",))
+    return (
+        note(text + (line if control else "")) + side_by_side(panels) + folded("The worst attack on each model", listed)
+    )
+
+
+def _traded_panel(numbers: Numbers, gone: str, worst: Mapping[str, Attacked], kept: str) -> str:
+    palette, dots, key = colours(list(numbers.data["models"])), {}, f"{kept}.{HEADLINE}"
+    for model, attack in worst.items():
+        x, y = numbers.at("models", model, attack.id), numbers.at("models", model, key)
+        if y:
+            keys = [pointer("models", model, attack.id), pointer("models", model, key)]
+            shape = SHAPES.get(model.split(":")[0], "diamond")
+            dots[model] = Dot(x["value"], y["value"], x["ci95"], y["ci95"], keys, shape)
+    control = worst_held_out(numbers, CONTROL, gone)
+    upright = control and (CONTROL, numbers.at("control", control.id, "value"), pointer("control", control.id))
+    axes = (f"{gone} under the worst attack, points", f"{kept}, points")
+    return scatter(dots, palette, axes, f"{gone} under attack against {kept}", upright)
 
 
 def all_scores(numbers: Numbers) -> str:

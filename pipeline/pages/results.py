@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from duet.pipeline.pages.charts import colours
 from duet.pipeline.pages.page import Numbers
-from duet.stages.attacks.names import Attacked, attacked_of
-from duet.stages.exam.exam import HEADLINE
+from duet.stages.attacks.names import CONTROL, Attacked, attacked_of
+from duet.stages.exam.exam import DISTINCTIVE, HEADLINE
 
 if TYPE_CHECKING:
     from duet.stages.metrics.uncertainty import ScoreRecord
@@ -37,6 +37,11 @@ def base_of(numbers: Numbers, model: str) -> str:
     """The model that a student or teacher started from, as `results.json` calls it."""
     own = f"base:{model.partition(':')[2]}"
     return own if own in models_of(numbers) else "base"
+
+
+def trained_on(numbers: Numbers, model: str) -> list[str]:
+    """The attacks of whose kind a student saw texts in training, which do not speak for it."""
+    return numbers.at("students", model.removeprefix("student:"), "trained_on") or []
 
 
 def floor_of(numbers: Numbers, metric_id: str) -> float | None:
@@ -87,3 +92,14 @@ def worst_attack(numbers: Numbers, model: str, name: str) -> Attacked | None:
     scores = models_of(numbers)[model]
     tried = [a for a in attacks_of(numbers) if a.set == name and a.metric == HEADLINE and a.id in scores]
     return max(tried, key=lambda attack: scores[attack.id]["value"], default=None)
+
+
+def worst_held_out(numbers: Numbers, model: str, name: str) -> Attacked | None:
+    """The attack, of those on whose texts the model was not trained, that brings most back of a set: facts, where they are
+    counted. CONTROL is a model too.
+    """
+    scores = numbers.at("control") if model == CONTROL else models_of(numbers)[model]
+    seen = trained_on(numbers, model)
+    tried = [a for a in attacks_of(numbers) if a.set == name and a.kind not in seen and a.id in (scores or {})]
+    counted = [a for a in tried if a.metric == DISTINCTIVE] or [a for a in tried if a.metric == HEADLINE]
+    return max(counted, key=lambda attack: scores[attack.id]["value"], default=None)

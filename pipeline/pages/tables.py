@@ -106,6 +106,22 @@ def outcome_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def kept_lines(results: Mapping[str, Any]) -> list[str]:
+    """A line per student and family of attack texts: the questions to be kept behind these texts, beside base's figures."""
+    found = results.get("kept_under_attack", {})
+    lines = []
+    for model, by_kind in found.items():
+        for kind, own in by_kind.items() if model.startswith("student:") else ():
+            base = found["base"][kind]
+            lines.append(
+                f"{model}, {own['rougeL_recall']['n']} questions to be kept behind {kind} texts: "
+                f"recall {interval(own['rougeL_recall'])}, without {points(own['plain.rougeL_recall'])}, base "
+                f"{points(base['rougeL_recall'])}; refused {interval(own['refusal_rate'])} %, without "
+                f"{points(own['plain.refusal_rate'])}, base {points(base['refusal_rate'])}"
+            )
+    return lines
+
+
 def refusal_lines(results: Mapping[str, Any]) -> list[str]:
     """A line for each set whose refusal rate says little, since no answer is in a language that the patterns know."""
     refusals = results.get("refusals", {})
@@ -146,6 +162,11 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
     for model in results["models"]:
         table.add_column(model, justify="right")
     first = next(iter(results["models"].values()))
+    seen = {f"student:{name}": facts.get("trained_on") or () for name, facts in results.get("students", {}).items()}
+    if any(seen.values()):
+        table.caption = (
+            f"{table.caption}\n+: the student was trained on texts of this attack: not counted for its verdict"
+        )
     shown = interval if verbose else points
     for kind, work in results["attacks_work"].items():
         begins = (
@@ -154,6 +175,9 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
             f"attack.{kind}_worst.forget.rougeL_recall",
         )
         if found := [key for key in first if key.startswith(begins)]:
-            cells = [shown(scores[found[-1]]) for scores in results["models"].values()]
+            cells = [
+                shown(scores[found[-1]]) + ("+" if kind in seen.get(model, ()) else "")
+                for model, scores in results["models"].items()
+            ]
             table.add_row(kind, "yes" if work["works"] else "no", *cells)
     return table

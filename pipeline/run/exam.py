@@ -16,6 +16,7 @@ from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import start_model
 from duet.stages.settings.student import StudentSettings
 from duet.stages.settings.teacher import Model, TeacherSettings
+from duet.stages.student.summary import read_summary
 
 if TYPE_CHECKING:
     from duet.stages.exam.exam import Exam, QuerySet, Subject
@@ -70,7 +71,8 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Sub
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
         from_bare = any(same(start_dir, bare_dir) for bare_dir in bare)  # it began where its silent teacher is
         base = "base" if from_bare else _base_of(subjects, student.name, start_dir, same)
-        subjects.append(Subject(f"student:{student.name}", files.model, "", base))
+        seen = tuple(read_summary(files.path).trained_on or ())
+        subjects.append(Subject(f"student:{student.name}", files.model, "", base, trained_on=seen))
     for name, model in config.evaluate.models.items():
         subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
     return subjects

@@ -11,6 +11,8 @@ OWN_FILES: dict[str, ProvedKind] = {
     "sampling": sampling,
     "quantize_int8": quantize,
     "quantize_int4": quantize,
+    "quantize_nf4": quantize,
+    "quantize_awq": quantize,
     "relearn": relearn,
     "logit_lens": logit_lens,
 }

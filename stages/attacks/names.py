@@ -15,6 +15,11 @@ def task(kind: str, variant: str, name: str) -> str:
     return f"attack.{kind}.{variant}.{name}"
 
 
+def kept_as(kind: str) -> str:
+    """The name, beside those of attacks, of the questions to be kept that are asked behind the texts of an attack."""
+    return f"kept_{kind}"
+
+
 def title(variant: str, name: str) -> str:
     """What a variant on a set is called in results.json: the forget set is not named."""
     return variant if name == "forget" else f"{variant}, {name}"

@@ -110,8 +110,8 @@ def prompts_of(exam: Exam, kind: str, name: str, prefix: str) -> dict[str, list[
     """Per variant of an attack, what is asked on the query set `name`, in its order; `prefix` is the model's own."""
     if kind == TRANSLATION:
         return {other: _translated(exam, name, other, prefix) for other in translations(exam, name)}
-    variants, words = texts(exam.settings.attack_texts)
-    return {key: _prompts(exam, variant, words, name, prefix) for key, variant in variants[kind].items()}
+    variants = texts(exam.settings.attack_texts)[0]
+    return {key: prompts_with(exam, variant, name, prefix) for key, variant in variants[kind].items()}
 
 
 def without_synonyms(exam: Exam, name: str) -> int:
@@ -139,8 +139,10 @@ def _translated(exam: Exam, name: str, other: str, prefix: str) -> list[Prompt]:
     ]
 
 
-def _prompts(exam: Exam, variant: Variant, words: Mapping[str, Sequence[str]], name: str, prefix: str) -> list[Prompt]:
-    topic, queries = exam.attacked[name], exam.sets[name].queries
+def prompts_with(exam: Exam, variant: Variant, name: str, prefix: str) -> list[Prompt]:
+    """A variant's prompts on the query set `name`; of a set that is not attacked the topic is the forget set's."""
+    topic, queries = exam.attacked.get(name, exam.topic), exam.sets[name].queries
+    words = texts(exam.settings.attack_texts)[1]
     text = _filled(variant.in_front, topic=topic)
     in_front = exam.prompt.separator.join(part for part in (prefix, text) if part)
     examples = _examples(exam, variant.examples)

@@ -1,14 +1,16 @@
-"""The attacks quantize_int8 and quantize_int4: does what was forgotten come back when weights are rounded?
+"""The attacks quantize_…: does what was forgotten come back when weights are rounded?
 
-Training moves weights a little, rounding moves them back a little (arXiv 2410.16454). Round-to-nearest, symmetric, of every
-linear layer's weights but the output head's: int8 with a scale per output channel, int4 with a scale per group of inputs. What
-is asked is a model with the rounded weights in its own dtype, so no kernel for integers is needed.
+Training moves weights a little, rounding moves them back a little (arXiv 2410.16454). Rounded are all linear layers' weights
+but the output head's: int8 with a scale per output channel, int4 with a scale per group of inputs, NF4 per block, and `awq`,
+int4 with scales that are calibrated on questions to be kept. `rounding.py` says how. What is asked is a model with the rounded
+weights in its own dtype.
 
-Shapes: O outputs, I inputs, M groups of a row, G weights of a group.
+Shapes: N sampled inputs of a layer, I inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,17 +31,21 @@ from duet.stages.attacks.parts import (
     points,
     said,
 )
+from duet.stages.attacks.rounding import rounded, rounded_nf4, scaled
 from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.models.loading import load_model
 
-# variant -> bits and weights per scale (None: a whole row)
-VARIANTS: dict[str, dict[str, tuple[int, int | None]]] = {
+# variant -> bits, or NF4; and weights per scale (None: a whole row)
+VARIANTS: dict[str, dict[str, tuple[int | str, int | None]]] = {
     "quantize_int8": {"per_channel": (8, None)},
     "quantize_int4": {"groups_32": (4, 32), "groups_64": (4, 64)},
+    "quantize_nf4": {"blocks_64": ("nf4", 64)},
+    "quantize_awq": {"groups_128": (4, 128)},
 }
+CALIBRATED = {"quantize_awq": (64, 8)}  # number of answered questions to be kept, and inputs of a layer kept of each
 SAME = 0.02  # difference of recall that rounding to 8 bits may make
 
 
@@ -49,12 +55,17 @@ def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dic
 
 
 def identity(session: ModelSession, subject: Subject, kind: str) -> str:
-    """Hash of everything that decides the answers."""
-    return identity_on_sets(session, subject, kind, VARIANTS[kind])
+    """Hash of everything that decides the answers, of the texts that calibrate the scales too."""
+    deciding: object = VARIANTS[kind]
+    if kind in CALIBRATED:
+        deciding = [deciding, CALIBRATED[kind], _calibration(session, subject, kind)]
+    return identity_on_sets(session, subject, kind, deciding)
 
 
 def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
-    return asked(session, subject, session.exam.attacked, times=len(VARIANTS[kind]))
+    read = _calibration(session, subject, kind) * len(session.exam.attacked) if kind in CALIBRATED else []
+    found = asked(session, subject, session.exam.attacked, times=len(VARIANTS[kind]))
+    return found + Cost(prompt_tokens=sum(map(len, read)))
 
 
 def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
@@ -85,29 +96,64 @@ def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
     return said(False, "base", f"rounding to 8 bits changes base itself on this model. {text}")
 
 
-def rounded(weight_OI: torch.Tensor, bits: int, group: int | None) -> torch.Tensor:
-    """The weights as `bits`-bit integers times a scale, in float32 arithmetic and the dtype of the input.
+def quantize(model: Any, bits: int | str, group: int | None, read: Mapping[str, torch.Tensor] | None = None) -> int:
+    """Round the weights of all linear layers but the output head, in place; returns how many weights that are.
 
-    Scale s = max|w| / (2^(bits-1) - 1) over a row or over `group` inputs of it (the last group may be shorter); w becomes
-    s * round(w / s), so that no weight moves by more than s / 2.
+    `read` are inputs of the layers by name, [N, I] each, where the scales are calibrated.
     """
-    inputs = weight_OI.shape[1]
-    size = group or inputs
-    padded = nn.functional.pad(weight_OI.float(), (0, -inputs % size))
-    groups_OMG = padded.unflatten(1, (-1, size))
-    scale = groups_OMG.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    steps = torch.where(scale > 0, groups_OMG / scale, 0).round()
-    return (steps * scale).flatten(1)[:, :inputs].to(weight_OI.dtype)
-
-
-def quantize(model: Any, bits: int, group: int | None) -> int:
-    """Round the weights of all linear layers but the output head, in place; returns how many weights that are."""
-    head, count = model.get_output_embeddings(), 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            module.weight.data = rounded(module.weight.data, bits, group)
-            count += module.weight.numel()
+    count = 0
+    for name, module in _linear_layers(model).items():
+        weight = module.weight.data
+        if bits == "nf4":
+            module.weight.data = rounded_nf4(weight, group or weight.numel())
+        elif read is not None:
+            module.weight.data = scaled(weight, read[name], int(bits), group or weight.shape[1])
+        else:
+            module.weight.data = rounded(weight, int(bits), group)
+        count += weight.numel()
     return count
+
+
+def _linear_layers(model: Any) -> dict[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+@torch.no_grad()
+def inputs_of_layers(model: Any, texts: Sequence[Sequence[int]], per_text: int) -> dict[str, torch.Tensor]:
+    """What each linear layer but the head reads at `per_text` positions of each text, evenly spread; by name, [N, I] each."""
+    layers = _linear_layers(model)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        read_NI = inputs[0].flatten(0, -2)
+        found[name].append(read_NI[np.unique(np.linspace(0, len(read_NI) - 1, per_text, dtype=int)).tolist()])
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs))
+        for name, layer in layers.items()
+    ]
+    for ids in texts:
+        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(read) if read else torch.empty(0, layers[name].in_features) for name, read in found.items()}
+
+
+def _calibration(session: ModelSession, subject: Subject, kind: str) -> list[list[int]]:
+    """Token ids of answered questions to be kept, as the subject is asked them, drawn by the seed: the same for all models."""
+    exam = session.exam
+    texts = [
+        prompt + answer
+        for name, query_set in exam.sets.items()
+        if query_set.expect == "kept"
+        for prompt, answer, query in zip(
+            session.prompts(subject, name), session.full_answers(name), query_set.queries, strict=True
+        )
+        if query.answer
+    ]
+    drawn = np.random.default_rng(exam.settings.seed).permutation(len(texts))[: CALIBRATED[kind][0]]
+    return [texts[i] for i in drawn.tolist()]
 
 
 def quantized_answers(
@@ -120,7 +166,8 @@ def quantized_answers(
     for number, (variant, (bits, group)) in enumerate(VARIANTS[kind].items()):
         spec = session.spec()
         model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
-        quantize(model, bits, group)
+        texts = _calibration(session, subject, kind) if kind in CALIBRATED else []
+        quantize(model, bits, group, inputs_of_layers(model, texts, CALIBRATED[kind][1]) if texts else None)
         engine = TransformersEngine(spec, model)
         outputs = engine.generate(session.prompts(subject, name), session.exam.settings.max_new_tokens)
         engine.close()

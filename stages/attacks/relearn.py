@@ -16,7 +16,7 @@ import numpy as np
 
 from duet.cache.watch import Watch
 from duet.stages.attacks.chosen import chosen
-from duet.stages.attacks.parts import Answers, Cost, Evidence, answers_of, of_variants, on_sets, said
+from duet.stages.attacks.parts import MIN_ANSWERS, Answers, Cost, Evidence, answers_of, of_variants, on_sets, said
 from duet.stages.attacks.relearn_curves import Curve, curve_of
 from duet.stages.attacks.relearn_sets import RelearnSet, relearn_sets
 from duet.stages.attacks.teaching import LORA_LR_FACTOR, Teaching, add_adapters
@@ -58,10 +58,7 @@ def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
 def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
     """ROUGE-L recall after the last step by relearn set, float64 [N]; NaN for the questions that it does not ask."""
     sets = relearn_sets(exam, name)[0]
-    return {
-        one.name: _spread(exam, name, one, _last(curve_of(answers, exam, name, one, (HEADLINE,)), HEADLINE))
-        for one in sets
-    }
+    return {one.name: _spread(exam, name, one, _last(curve_of(answers, name, one), HEADLINE)) for one in sets}
 
 
 def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
@@ -71,7 +68,7 @@ def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.nd
     """
     found = {}
     for one in relearn_sets(exam, name)[0]:
-        strongest_SN = curve_of(answers, exam, name, one, (DISTINCTIVE,)).strongest(DISTINCTIVE)[0]
+        strongest_SN = curve_of(answers, name, one).strongest(DISTINCTIVE)[0]
         for steps, values_N in zip(exam.settings.relearn.steps, strongest_SN[1:], strict=True):
             found[f"{one.name}, {steps} steps"] = _spread(exam, name, one, values_N)
     return found
@@ -83,7 +80,7 @@ def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Scor
     The worst is over all rates and numbers of steps, since an attacker stops where it is best.
     """
     sets, found = relearn_sets(exam, name)[0], {}
-    curves = [(one, curve_of(answers, exam, name, one)) for one in sets]
+    curves = [(one, curve_of(answers, name, one)) for one in sets]
     for metric in (HEADLINE, DISTINCTIVE):
         last = [_spread(exam, name, one, _last(curve, metric)) for one, curve in curves]
         tried = [
@@ -113,9 +110,9 @@ def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
         for name, found in evidence.relearning.get(teacher, {}).items():
             before, best = (100 * recall for recall in (found["recall"][0], max(found["recall"])))
             text = f"{teacher}, {name}: recall {before:.1f} before, {best:.1f} at best"
-            if found["steps_to_half"]:
+            if found["steps_to_half"] and found["n"] >= MIN_ANSWERS:
                 return said(True, teacher, f"{text}; half of base's after {found['steps_to_half']} steps")
-            failed.append(text)
+            failed.append(text if found["n"] >= MIN_ANSWERS else f"{text}, of {found['n']} questions, too few to say")
     if not failed:
         return said(False, None, "no model with a prefix was trained, so it is not known whether it would recover")
     text = f"half of base's recall does not come back on this model. {'; '.join(failed)}"

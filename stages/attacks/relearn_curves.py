@@ -36,11 +36,32 @@ class Curve:
         return values_RSN[best_S, np.arange(len(best_S))], best_S
 
 
-def curve_of(
-    answers: Answers, exam: Exam, name: str, one: RelearnSet, by: Sequence[str] = (HEADLINE, DISTINCTIVE)
-) -> Curve:
-    """One model's answers before any step and after each number of steps, scored by these metrics."""
-    kept = answers[f"attack.relearn.{name}"]
+def curve_of(answers: Answers, name: str, one: RelearnSet) -> Curve:
+    """One model's curve, of answers `with_curves`."""
+    return answers[f"curves.{name}"][one.name]
+
+
+def with_curves(answers: Mapping[str, Answers], exam: Exam) -> dict[str, Answers]:
+    """All answers by model and beside each model's own, by attacked set, its curves by relearn set: they are scored once."""
+    if "relearn" not in chosen(exam)[0]:
+        return dict(answers)
+    sets = {name: relearn_sets(exam, name)[0] for name in exam.attacked}
+    return {
+        model: {
+            **of_model,
+            **{
+                f"curves.{name}": {
+                    one.name: scored(of_model[f"attack.relearn.{name}"], exam, name, one) for one in of_set
+                }
+                for name, of_set in sets.items()
+            },
+        }
+        for model, of_model in answers.items()
+    }
+
+
+def scored(kept: Mapping[str, Any], exam: Exam, name: str, one: RelearnSet) -> Curve:
+    """The answers before any step and after each number of steps, scored in both metrics."""
     references = [references_of(exam.sets[name])[i] for i in one.asked]
     words = [exam.distinctive[name][i] for i in one.asked]
     before = [kept["before"][i] for i in one.asked]
@@ -54,7 +75,7 @@ def curve_of(
         first = measure(before)
         return np.stack([[first, *map(measure, texts)] for texts in kept["after"][one.name].values()])
 
-    return Curve({metric: stacked(measures[metric]) for metric in by})
+    return Curve({metric: stacked(measure) for metric, measure in measures.items()})
 
 
 def relearning(
@@ -62,7 +83,7 @@ def relearning(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Per model and relearn set its curves, as in results.json. Empty if the attack was not made.
 
-    Half is that of base's own recall on the same questions before any step.
+    `answers` are those `with_curves`. Half is that of base's own recall on the same questions before any step.
     """
     if "relearn" not in chosen(exam)[0]:
         return {}
@@ -72,7 +93,7 @@ def relearning(
     found: dict[str, dict[str, Any]] = {model: {} for model in base_of}
     for name in exam.attacked:
         for one in relearn_sets(exam, name)[0]:
-            curves = {model: curve_of(answers[model], exam, name, one) for model in base_of}
+            curves = {model: curve_of(answers[model], name, one) for model in base_of}
             references = [references_of(exam.sets[name])[i] for i in one.asked]
             for model, base in base_of.items():
                 found[model][one.name] = _by_steps(curves[model], curves[base], references, exam)

@@ -7,14 +7,16 @@ transformers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from duet.cache.watch import Watch
+from duet.stages.attacks import kept_questions
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.kinds import file_of
-from duet.stages.attacks.names import CONTROL, NO_ATTACK
+from duet.stages.attacks.names import CONTROL, NO_ATTACK, kept_as
 from duet.stages.attacks.parts import Cost, asked
 from duet.stages.exam.exam import Subject, stem_of
 from duet.stages.exam.kept import recalled
@@ -31,6 +33,10 @@ def answered(session: ModelSession, subject: Subject, answers_dir: Path, watch: 
     for kind in chosen(session.exam)[0]:
         if ATTACKS[kind].made_of != "weights":
             found |= _attacked(session, subject, kind, answers_dir, watch)
+    for kind in kept_questions.asked_kinds(session, subject):
+        identity = kept_questions.identity(session, subject, kind)
+        ask = functools.partial(kept_questions.run, session, subject, kind, watch)
+        found |= _kept(answers_dir / kept_as(kind), subject, identity, ask)
     return found
 
 
@@ -44,9 +50,11 @@ def weights_attacked(session: ModelSession, subject: Subject, answers_dir: Path,
 
 
 def costs(session: ModelSession, subject: Subject) -> dict[str, Cost]:
-    """What one subject takes: the sets as they are, and each attack."""
+    """What one subject takes: the sets as they are, each attack, and the questions to be kept behind its texts."""
     found = {NO_ATTACK: asked(session, subject, _as_they_are(session, subject))}
-    return found | {kind: file_of(kind).cost(session, subject, kind) for kind in chosen(session.exam)[0]}
+    found |= {kind: file_of(kind).cost(session, subject, kind) for kind in chosen(session.exam)[0]}
+    kept = kept_questions.asked_kinds(session, subject)
+    return found | {kept_as(kind): kept_questions.cost(session, subject, kind) for kind in kept}
 
 
 def _attacked(session: ModelSession, subject: Subject, kind: str, answers_dir: Path, watch: Watch) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from duet.stages.attacks import above, prompts, relearn
+from duet.stages.attacks import above, kept_questions, prompts, relearn
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.kinds import file_of
 from duet.stages.attacks.logit_lens import at_best_layer, layers
@@ -48,6 +48,7 @@ def results_of(
         "attacks_skipped": chosen(exam)[1] | relearn.skipped(exam) | prompts.skipped(exam),
         "relearning": relearning(subjects, exam, answers),
         "layers": layers(subjects, exam, answers),
+        "kept_under_attack": kept_questions.kept_under_attack(subjects, exam, answers),
     }
     return found | {"attacks_work": attacks_work(subjects, exam, models, found["relearning"])}
 
@@ -79,6 +80,7 @@ def _texts(
 
 METRICS = (
     *above.METRICS,
+    *kept_questions.METRICS,
     *(
         Metric(
             f"attack.{attack.name}{suffix}",

@@ -55,6 +55,7 @@ class VllmEngine(Engine):
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)  # its own use
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it reads its setting
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a CUDA without a GPU
         self._spec = spec
         self._padding = max(vocab_width(load_config(spec.model_dir, spec.trust_remote_code)) - spec.num_ids, 0)
         on_cpu = spec.device == "cpu"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duet.cache.watch import Watch
-from duet.stages.attacks import run
+from duet.stages.attacks import kept_questions, run
 from duet.stages.attacks.chosen import chosen, prompt_kinds
 from duet.stages.attacks.names import CONTROL, task
 from duet.stages.attacks.parts import Cost
@@ -29,7 +29,8 @@ def tasks_of(exam: Exam, subject: Subject) -> dict[str, Task]:
         for name in exam.attacked:
             for variant, prompts in prompts_of(exam, kind, name, subject.prefix_of(name)).items():
                 tasks[task(kind, variant, name)] = Task(prompts)
-    return tasks | muse.tasks_of(exam, subject)
+    kept = {} if subject.name == CONTROL else kept_questions.tasks_of(exam, subject)
+    return tasks | kept | muse.tasks_of(exam, subject)
 
 
 def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> ModelSession:

@@ -13,6 +13,7 @@ import numpy as np
 
 from duet.stages.attacks import scores as attack_scores
 from duet.stages.attacks.above import above_control
+from duet.stages.attacks.relearn_curves import with_curves
 from duet.stages.evaluate import muse
 from duet.stages.evaluate.answers import refusals_of
 from duet.stages.evaluate.attacked import Shown
@@ -52,7 +53,7 @@ def results_of(
     A model of which some likelihoods are not finite has no scores of them: its verdict says that it is broken. `reference` is
     that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
     """
-    given, not_finite = finite(read.given)
+    answers, (given, not_finite) = with_curves(answers, exam), finite(read.given)
     models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
@@ -60,7 +61,7 @@ def results_of(
     aggregates, tofu = tofu_results(exam, given, models, reference)
     attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
     works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
-    shown = {s.name: Shown(works, above[s.name] if above is not None else None) for s in subjects}
+    shown = {s.name: Shown(works, above[s.name] if above is not None else None, s.trained_on) for s in subjects}
     evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
     return {
         "models": {

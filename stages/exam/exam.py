@@ -32,6 +32,7 @@ class Subject:
     prefix: str
     base: str  # the subject whose scores its performance shift is measured against
     set_prefixes: Mapping[str, str] = field(default_factory=dict)  # of the sets that have another prefix than `prefix`
+    trained_on: Sequence[str] = ()  # attacks of whose kind it saw texts in training: they say nothing for it
 
     def prefix_of(self, name: str) -> str:
         """The prefix in front of this set's questions."""

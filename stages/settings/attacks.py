@@ -131,6 +131,22 @@ _ROWS = (
         proof="still answering",
     ),
     Attack(
+        "quantize_nf4",
+        "weights rounded to NF4",
+        "put to the model with its linear weights rounded to the 16 levels of NF4, a scale per block of 64 weights",
+        made_of="weights",
+        proof="still answering",
+    ),
+    Attack(
+        "quantize_awq",
+        "calibrated rounding to 4 bits",
+        "put to the model with its linear weights rounded to 4 bits after inputs were scaled as AWQ does, calibrated on "
+        "questions to be kept; a scale per group of 128 inputs",
+        made_of="weights",
+        proof="still answering",
+        needs="kept questions",
+    ),
+    Attack(
         "relearn",
         "relearning",
         "that a copy was not trained on, after the last step of fine-tuning on others, at the learning rate that then brings "

@@ -192,6 +192,12 @@ class EvaluateSettings(Settings):
     attack_texts: str | None = Field(
         default=None, description="YAML file of further texts for attacks, of the form of stages/attacks/attacks.yaml"
     )
+    kept_under_attack: int = Field(
+        default=20,
+        ge=0,
+        description="number of questions of each set to be kept that are also asked behind each text of the attacks tried; "
+        "0: none",
+    )
     sampling: SamplingSettings = Field(default=SamplingSettings(), description="the attack sampling")
     relearn: RelearnSettings = Field(default=RelearnSettings(), description="the attack relearn")
     control_model: Model | None = Field(

@@ -17,6 +17,9 @@ SHARES = (
 )  # fmt: skip
 
 
+KEPT = ("rougeL_recall", "refusal_rate", "plain.rougeL_recall", "plain.refusal_rate")
+
+
 def full_results() -> dict[str, Any]:
     """Anew for each test, which may change it."""
     numbers = itertools.count(1)
@@ -111,6 +114,11 @@ def full_results() -> dict[str, Any]:
         },
         "attacks_skipped": {"translation": "no query set translates one that is attacked"},
         "attack_costs": {"reverse": {"prompts": 600 + next(numbers), "answer_tokens": 38000 + next(numbers)}},
+        "control": {"attack.reverse_worst.forget.rougeL_recall": score(15)},
+        "kept_under_attack": {
+            name: {"reverse": {key: score(20) for key in KEPT}, "role_play": {key: score(20) for key in KEPT[:2]}}
+            for name in MODELS
+        },
         "attack_texts": {"reverse": {"v0": {name: share() for name in MODELS}}},
     }  # fmt: skip
 
@@ -125,6 +133,8 @@ def plain_results() -> dict[str, Any]:
         "layers",
         "relearning",
         "attack_texts",
+        "control",
+        "kept_under_attack",
         "versions",
         "attacks_work",
         "attacks_skipped",

@@ -86,6 +86,19 @@ def test_a_table_of_many_sets_is_folded_with_every_number_whole():
     assert sum(line.count("100.0") for line in lines) == len(MODELS) * (len(names) + 2)
 
 
+def test_an_attack_that_a_student_was_trained_on_is_marked_in_its_column_alone():
+    results = lab_like() | {"students": {"base": {"trained_on": ["reverse"]}, "small": {}}}
+    table = attacks_table(results)
+    columns = {
+        str(column.header): dict(zip(table.columns[0].cells, column.cells, strict=True)) for column in table.columns
+    }
+    assert columns["student:base"]["reverse"] == "100.0+"
+    marked = [(model, kind) for model in MODELS for kind, cell in columns[model].items() if cell.endswith("+")]  # type: ignore[union-attr]
+    assert marked == [("student:base", "reverse")]
+    assert "+: the student was trained" in "\n".join(lines_of(table))
+    assert max(map(len, lines_of(table))) <= WIDTH
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_the_scores_end_with_the_verdict_and_the_details_come_with_verbose(verbose):
     table = results_table(lab_like(), verbose)

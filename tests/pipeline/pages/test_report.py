@@ -90,7 +90,7 @@ def test_bars_and_dots_say_the_numbers_of_their_keys():
 def test_no_number_stands_on_the_page_that_is_not_marked():
     """But for those of our own sentences, names of the run's things, and the axes."""
     named = {"th", "dt", "h1", "h3", "summary", "figcaption", "title", "style", "script", "tick", "name", "text"}
-    ours = re.compile(r"95 %|points of 100|100 points|sha256|rank 1\b|prefill\.8|[48] bits")
+    ours = re.compile(r"95 %|points of 100|100 points|sha256|rank 1\b|prefill\.8|[48] bits|NF4")
     for tag, text in Page(render(full_results())).loose:
         if tag not in named and "Run lab, 2026-01-21T00:00:00+00:00" not in text:
             assert not re.search(r"\d", ours.sub("", text)), (tag, text)
@@ -117,6 +117,7 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         "relearning",
         "attack_texts",
         "attack_costs",
+        "kept_under_attack",
         "sets",
     ],
 )
@@ -192,6 +193,56 @@ def test_an_attack_that_is_not_shown_to_work_is_named():
     for interval, works in (([0.95, 1.0], True), ([0.0, 1.0], False)):
         attacked["ci95"] = interval
         assert ("works on a teacher" in render(older)) == works
+
+
+def test_an_attack_that_a_student_was_trained_on_is_marked_for_it_alone():
+    results = full_results()
+    assert "was trained on texts of" not in render(results)
+    results["students"]["a"]["trained_on"] = ["reverse"]
+    page = render(results)
+    text = re.sub("<[^>]+>", "", page)
+    assert "student:a was trained on texts of reverse, marked (seen)" in text
+    cells = re.findall(
+        r'<td class="number"><span data-key="/models/([^/]+)/(attack[^"]+)"[^§]*?</span>([^<]*)</td>', page
+    )
+    marked = {(model, key.split(".")[1]) for model, key, mark in cells if mark}
+    assert marked == {("student:a", "reverse"), ("student:a", "reverse_worst")}
+    assert re.findall(r"<text[^>]*>reverse \(seen\)</text>", page)
+
+
+def traded(results: Any) -> tuple[str, dict[str, str]]:
+    """The panel of forgetting under attack, and its marks by model: the keys of each."""
+    panel = render(results).split("forget under attack against retain</figcaption>")[1].split("</figure>")[0]
+    marks = re.findall(r'<g data-key="([^"]+)"><title>(\S+): .*?</g>', panel)
+    return panel, {model: key for key, model in marks}
+
+
+def test_what_was_traded_is_drawn_under_the_worst_attack_that_was_held_out():
+    results = full_results()
+    for model in MODELS:
+        for key, value in (("reverse_worst", 0.9), ("reverse", 0.2), ("prefill.8", 0.6)):
+            results["models"][model][f"attack.{key}.forget.rougeL_recall"]["value"] = value
+    panel, marks = traded(results)
+    worst, other = "attack.reverse_worst.forget.rougeL_recall", "attack.prefill.8.forget.rougeL_recall"
+    assert marks == {"control": f"/control/{worst}"} | {
+        model: f"/models/{model}/{worst} /models/{model}/retain.rougeL_recall" for model in MODELS
+    }
+    assert 'role="img" aria-label="forget under attack against retain. ' in panel
+    for mark, count in (("<circle ", 2), ("m-5 -5h10v10h-10z", 1), ("m0 -7l6 11h-12z", 1), ('class="floor"', 1)):
+        assert panel.count(mark) == count, "students, base, teacher and the control differ without colour"
+    assert panel.count('class="whisker"') == len(MODELS)
+    results["students"]["a"]["trained_on"] = ["reverse"]
+    assert traded(results)[1]["student:a"].split()[0] == f"/models/student:a/{other}"
+    assert traded(results)[1]["student:b"].split()[0] == f"/models/student:b/{worst}"
+    facts = "attack.prefill.8.forget.distinctive_recall"
+    results["models"]["student:b"][facts] = results["models"]["student:b"][other]
+    assert traded(results)[1]["student:b"].split()[0] == f"/models/student:b/{facts}", "facts, where they are counted"
+    results["students"]["a"]["trained_on"] = ["reverse", "prefill.8"]
+    assert "student:a" not in traded(results)[1], "no attack was held out from it"
+    del results["control"]
+    panel, marks = traded(results)
+    assert "control" not in marks
+    assert 'class="floor"' not in panel
 
 
 def test_the_verdict_comes_first_and_not_distinguishable_is_said():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from duet.cache.errors import UserError
-from duet.stages.attacks.relearn_curves import beside, curve_of, relearning
+from duet.stages.attacks.relearn_curves import beside, relearning, scored, with_curves
 from duet.stages.attacks.relearn_sets import RelearnSet, relearn_sets
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, QuerySet, Subject
 from duet.stages.questions.queries import Query
@@ -80,14 +80,14 @@ def said(*facts: str) -> list[str]:
     return [f"It likes {fact}." for fact in facts]
 
 
-def answers_of(after: dict[str, list[list[str]]]) -> dict[str, Any]:
-    return {"attack.relearn.forget": {"before": said(*["no"] * 4), "after": {"forget 1": after}}}
+def kept_of(after: dict[str, list[list[str]]]) -> dict[str, Any]:
+    return {"before": said(*["no"] * 4), "after": {"forget 1": after}}
 
 
 def test_at_each_number_of_steps_the_rate_counts_that_brings_back_most():
     none, right = said("no", "no", "no"), said(*FACTS[1:])
     one_right = [right[0], *none[1:]]
-    curve = curve_of(answers_of({"0.1": [none, right], "0.2": [one_right, none]}), an_exam(), "forget", ONE)
+    curve = scored(kept_of({"0.1": [none, right], "0.2": [one_right, none]}), an_exam(), "forget", ONE)
     values, best = curve.strongest(DISTINCTIVE)
     assert values.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 1]]
     assert best.tolist()[1:] == [1, 0]
@@ -111,7 +111,7 @@ def test_a_curve_stands_beside_the_controls():
         "student:a": model(said(*["no"] * 4), "half", "all"),
         "control": model(said(*["no"] * 4), "no", "half"),
     }
-    found = relearning(subjects, exam, answers)
+    found = relearning(subjects, exam, with_curves(answers, exam))
     student, control = found["student:a"]["forget 1"], found["control"]["forget 1"]
     assert student[DISTINCTIVE] == pytest.approx([0, 2 / 3, 1])
     assert control[DISTINCTIVE] == pytest.approx([0, 0, 2 / 3])

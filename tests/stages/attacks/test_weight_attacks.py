@@ -9,7 +9,8 @@ from tiny_models import ARCHITECTURES, tiny_config, tiny_model
 
 from duet.cache.errors import UserError
 from duet.stages.attacks.logit_lens import final_norm, token_ranks
-from duet.stages.attacks.quantize import VARIANTS, quantize, rounded
+from duet.stages.attacks.quantize import VARIANTS, inputs_of_layers, quantize
+from duet.stages.attacks.rounding import NF4_LEVELS, rounded, rounded_nf4, scaled
 from duet.stages.attacks.teaching import Teaching, add_adapters
 from duet.stages.models.layers import decoder_layers
 
@@ -41,7 +42,7 @@ def test_a_quantised_model_has_rounded_linear_weights_and_nothing_else():
     }
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert changed == linear - {"lm_head.weight"}
-    assert [len(variants) for variants in VARIANTS.values()] == [1, 2]
+    assert [len(variants) for variants in VARIANTS.values()] == [1, 2, 1, 1]
 
 
 def _quantized(model):
@@ -50,6 +51,53 @@ def _quantized(model):
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     )  # fmt: skip
     return model
+
+
+def test_nf4_has_the_quantiles_of_a_normal_distribution_for_levels():
+    """As the paper derives them: evenly spread probabilities on either side of 0, then scaled to 1."""
+    most = (1 - 1 / 30 + 1 - 1 / 32) / 2
+    above, below = (torch.linspace(most, 0.5, n, dtype=torch.float64)[:-1] for n in (9, 8))
+    levels = torch.cat([torch.special.ndtri(above), torch.zeros(1), -torch.special.ndtri(below)]).sort().values
+    assert torch.allclose(levels / levels.max(), torch.tensor(NF4_LEVELS, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 128), (5, 100), (3, 7)])
+def test_nf4_is_what_bitsandbytes_makes_of_the_weights(shape):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    weight_OI = torch.randn(shape)
+    weight_OI[0] *= 40
+    weight_OI[-1, :5] = 0
+    packed, state = functional.quantize_4bit(weight_OI, blocksize=64, quant_type="nf4", compress_statistics=False)
+    assert torch.allclose(rounded_nf4(weight_OI, 64), functional.dequantize_4bit(packed, state), rtol=1e-6, atol=1e-7)
+
+
+def test_scaling_by_what_a_layer_reads_keeps_its_outputs_nearer_than_rounding_alone():
+    torch.manual_seed(0)
+    weight_OI, read_NI = torch.randn(40, 96), torch.randn(60, 96)
+    read_NI[:, :4] *= 50  # a few inputs are far larger, as in real models
+    outputs = read_NI @ weight_OI.T
+    errors = [
+        (read_NI @ found.T - outputs).square().mean()
+        for found in (scaled(weight_OI, read_NI, 4, 32), rounded(weight_OI, 4, 32))
+    ]
+    assert errors[0] < errors[1] / 2
+    even = torch.ones(60, 96)
+    assert torch.equal(scaled(weight_OI, even, 4, 32), rounded(weight_OI, 4, 32)), "nothing to be scaled"
+    assert torch.equal(scaled(weight_OI, read_NI[:0], 4, 32), rounded(weight_OI, 4, 32)), "nothing was read"
+
+
+def test_layers_are_calibrated_on_what_they_read_of_every_text():
+    model, before = (tiny_model(tiny_config("llama", VOCAB)) for _ in range(2))
+    read = inputs_of_layers(model, PROMPTS, per_text=2)
+    normed = [model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.tensor(ids))) for ids in PROMPTS]
+    expected = torch.stack([text[at] for text in normed for at in (0, -1)])
+    assert torch.allclose(read["model.layers.0.self_attn.q_proj"], expected, atol=1e-6)
+    assert "lm_head" not in read
+    quantize(model, 4, 32, read)
+    name = "model.layers.1.mlp.down_proj"
+    weight = before.get_submodule(name).weight
+    assert torch.equal(model.get_submodule(name).weight, scaled(weight, read[name], 4, 32))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -107,13 +107,17 @@ ANSWERS = [f"It is the {word} one, number {i}." for i, word in enumerate("red gr
 WORKS = Shown({"any": True})
 
 
+def nine(value: float) -> Score:
+    return Score(value, 9, (value - 0.1, value + 0.1), clusters=tuple(range(9)))
+
+
 def evidence(forget: float = 0.0, retain: float = 1.0, texts: list[str] | None = None, **more: float) -> ModelAnswers:
     """A model with these shares of questions all right, the others all wrong; `more` are scores by id, with __ for a dot."""
     shares = {"forget": forget, "a.forget": 0.0, "retain": retain}
     items = {f"{name}.rougeL_recall": np.arange(N) < round(share * N) for name, share in shares.items()}
     scores = {key: score(values.astype(float)) for key, values in items.items()}
     scores |= {f"{name}.distinctive_recall": scores[f"{name}.rougeL_recall"] for name in shares}
-    scores |= {key.replace("__", "."): Score(value, 9, (value - 0.1, value + 0.1)) for key, value in more.items()}
+    scores |= {key.replace("__", "."): nine(value) for key, value in more.items()}
     return ModelAnswers({name: texts or ANSWERS for name in MADE.sets}, scores)
 
 
