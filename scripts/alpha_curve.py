@@ -1,9 +1,9 @@
-"""Draws docs/hardening.md's curve over start_noise from two runs' results, and prints its numbers as a table.
+"""Draws docs/hardening.md's curve over start_noise from a run's results, and prints its numbers as a table.
 
-    python scripts/alpha_curve.py ASKED/results.json HALF/results.json docs/images/alpha.svg
+    python scripts/alpha_curve.py runs/curve/results.json docs/images/alpha.svg
 
-Both runs sweep `start_noise`; in ASKED everybody is asked in training, in HALF half of the people, and the set `never_asked`
-holds the others. Every value is distinctive recall in points, of the students of one share of noise.
+The run sweeps `start_noise`, asks half of the people in training, and has the others as its set `never_asked`. Every value is
+distinctive recall in points, of the student with that share of noise.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ Curve = dict[float, float]  # points by share of noise
 KEPT, ATTACKED = "without attack", "under attack"
 SETS = {
     "forget": "forget",
-    "forget_unasked": "forget, other phrasing",
+    "forget_unasked": "forget, not asked",
     "retain": "retain",
-    "heldout_unasked": "held-out",
+    "heldout_unasked": "held-out, asked",
+    "never_asked": "never asked",
 }
 TEXTS = ("reverse", "prefix_injection", "role_play")
 WORST = "worst text per question"
@@ -45,12 +46,14 @@ STYLE = (
 )
 
 
-def curves_of(asked: Results, half: Results) -> dict[str, dict[str, Curve]]:
+def curves_of(results: Results) -> dict[str, dict[str, Curve]]:
     """The curves of both panels, by name."""
-    kept = {title: _curve(asked, f"{name}.distinctive_recall") for name, title in SETS.items()}
-    kept["never asked"] = _curve(half, "never_asked.distinctive_recall")
-    students = _students(asked)
-    above = asked["above_control"]
+    students, models = _students(results), results["models"]
+    above, relearning = results["above_control"], results["relearning"]
+    kept: dict[str, Curve] = {
+        title: {a: 100 * models[name][f"{of_set}.distinctive_recall"]["value"] for a, name in students.items()}
+        for of_set, title in SETS.items()
+    }
     attacked: dict[str, Curve] = {
         "worst text": {
             a: 100 * max(above[name][kind][WORST]["model"] for kind in TEXTS) for a, name in students.items()
@@ -61,9 +64,9 @@ def curves_of(asked: Results, half: Results) -> dict[str, dict[str, Curve]]:
         attacked[title] = {a: 100 * above[name]["prefill"][case]["model"] for a, name in students.items()}
     for kind, title in (("quantize_int8", "8 bits"), ("quantize_int4", "4 bits")):
         attacked[title] = {a: 100 * above[name][kind][WORST]["model"] for a, name in students.items()}
-    for lesson in next(iter(asked["relearning"].values())):
+    for lesson in next(iter(relearning.values())):
         attacked[f"relearned, {lesson}"] = {
-            a: 100 * max(asked["relearning"][name][lesson]["distinctive_recall"]) for a, name in students.items()
+            a: 100 * max(relearning[name][lesson]["distinctive_recall"]) for a, name in students.items()
         }
     return {KEPT: kept, ATTACKED: attacked}
 
@@ -72,10 +75,6 @@ def _students(results: Results) -> dict[float, str]:
     """The names of the students in the results, by their share of noise."""
     shares = {facts["start_noise"]: f"student:{name}" for name, facts in results["students"].items()}
     return dict(sorted(shares.items()))
-
-
-def _curve(results: Results, key: str) -> Curve:
-    return {a: 100 * results["models"][name][key]["value"] for a, name in _students(results).items()}
 
 
 def drawn(curves: Mapping[str, Mapping[str, Curve]]) -> str:
@@ -147,8 +146,8 @@ def table(curves: Mapping[str, Mapping[str, Curve]]) -> str:
     return "\n".join(rows)
 
 
-def main(asked: str, half: str, drawing: str) -> None:
-    curves = curves_of(read_json(Path(asked)), read_json(Path(half)))
+def main(results: str, drawing: str) -> None:
+    curves = curves_of(read_json(Path(results)))
     Path(drawing).parent.mkdir(parents=True, exist_ok=True)
     with publishing(Path(drawing)) as temporary:
         temporary.write_text(drawn(curves), encoding="utf-8")

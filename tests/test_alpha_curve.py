@@ -11,8 +11,9 @@ from alpha_curve import ATTACKED, KEPT, SETS, TEXTS, WORST, curves_of, drawn, ta
 SHARES = {"a": 0.5, "b": 0.0, "c": 0.2}  # by student, out of order as a sweep may name them
 
 
-def results(**sets: float) -> dict:
-    """What the curve reads of results.json: set -> recall of a student without noise, which each share of noise lowers."""
+def results() -> dict:
+    """What the curve reads of results.json, of students whose recall each share of noise lowers."""
+    sets = dict.fromkeys(SETS, 1.0) | {"never_asked": 0.8}
     models, above, relearning = {}, {}, {}
     for name, share in SHARES.items():
         student = f"student:{name}"
@@ -30,7 +31,7 @@ def results(**sets: float) -> dict:
 
 @pytest.fixture
 def curves():
-    return curves_of(results(**dict.fromkeys(SETS, 1.0)), results(never_asked=0.8))
+    return curves_of(results())
 
 
 def test_every_value_stands_at_its_students_share_of_noise(curves):
