@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> None:
     """Audit the config's own prefix, these and the bundled ones; with a search, that many variations of the best."""
+    from duet.stages.audit.judge import stops_a_run
     from duet.stages.audit.run import run_audit
 
     stop = StopSignal()
@@ -65,7 +66,8 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
     publish_json(run.audit_json, results)
     with publishing(run.audit_page) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
-    _say(results, run)
+    own = next(candidate for candidate in results["candidates"] if candidate["kind"] == "config")
+    _say(results, run, stops_a_run(verdicts[own["key"]], config.teacher.prefix_on))
 
 
 def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Audit:
@@ -85,18 +87,18 @@ def _plan(config: Config, prefixes: tuple[str, ...], search: int) -> Audit:
 
 
 def refuse_failing(config: Config) -> None:
-    """Raise UserError where this run's directory holds a failing verdict on the config's own prefix, as things are now."""
+    """Raise UserError where this run's directory holds a verdict on the config's prefix that stops it, as things are now."""
     run = config.run
     if config.teachers or config.bare_teachers or not run.audit_verdicts.is_file():
         return
-    from duet.stages.audit.judge import FAILS
+    from duet.stages.audit.judge import stops_a_run
     from duet.stages.audit.prefixes import CONFIGS_OWN
     from duet.stages.audit.run import verdict_keys
 
     plan = _plan(config, (), 0)
     own = replace(plan, candidates=[candidate for candidate in plan.candidates if candidate.name == CONFIGS_OWN])
     found = read_json(run.audit_verdicts).get(verdict_keys(own)[CONFIGS_OWN])
-    if found and found["verdict"] == FAILS:
+    if found and stops_a_run(found, config.teacher.prefix_on):
         raise UserError(
             f"the config's prefix failed its audit: {found['reason']}",
             f"take a prefix that passes, see {run.audit_page}; or say --force: the teacher bounds the student",
@@ -114,14 +116,14 @@ def _keep_earlier(run: RunDir, results: AuditRecord) -> None:
     set_aside("audit", run.audit_json, run.audit_page)
 
 
-def _say(results: AuditRecord, run: RunDir) -> None:
+def _say(results: AuditRecord, run: RunDir, is_refused: bool) -> None:
     show(audit_table(results))
     best = results["candidates"][0]
     say(f"{_chosen(results)}: {best['name']} ({best['verdict']}): {best['prefix'] or '(none)'}")
     if results["search"]:
         say(f"note: {search_note(results['search'], results['candidates'])}")
     own = next(candidate for candidate in results["candidates"] if candidate["kind"] == "config")
-    refused = "; `duet run` refuses it without --force" if own["verdict_on_all"] == "fails" else ""
+    refused = "; `duet run` refuses it without --force" if is_refused else ""
     say(f"the config's own prefix, on all questions: {own['verdict_on_all']}{refused}")
     for line in refusal_lines(results):
         say(line)

@@ -72,10 +72,13 @@ def claim_run_dir(config: Config) -> Path:
 
 
 def _completed(found: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings with the defaults of those that came after the version that wrote them; as they are where that fails."""
+    """A run's settings with the defaults of those that came after the version that wrote them; as they are where that fails.
+
+    The prefix stood on all rows before there was a choice.
+    """
     try:
-        return Config(**found).model_dump(mode="json")
-    except (ValidationError, TypeError):
+        return Config(**found | {"teacher": {"prefix_on": "all"} | found["teacher"]}).model_dump(mode="json")
+    except (ValidationError, TypeError, KeyError):
         return found
 
 
@@ -88,7 +91,10 @@ def _beside(key: str) -> str:
 
 def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:
     """Flat key -> value of what makes the run this run; a name, which may have dots, is one part of a key."""
-    return {key: value for key, value in _flatten(resolved, ()) if not _is_free(key)}
+    flat = {key: value for key, value in _flatten(resolved, ()) if not _is_free(key)}
+    if any(value for key, value in flat.items() if key[-1] == "prefix"):
+        return flat
+    return {key: value for key, value in flat.items() if key[-1] != "prefix_on"}  # without a prefix it says nothing
 
 
 def _is_free(key: tuple[str, ...]) -> bool:

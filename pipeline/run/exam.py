@@ -146,7 +146,7 @@ def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
     from duet.stages.questions.requests import broad_of
 
     broad = {query.question for queries in broad_of(config.data).values() for query in queries}
-    plain = [name for name, settings in config.teacher_settings().items() if settings.prefix_on == "forget"]
+    plain = [name for name, s in config.teacher_settings().items() if s.prefix and s.prefix_on == "forget"]
     found = []
     for name, of in sets.items():
         both = [query.question for query in of.queries if query.question in broad]

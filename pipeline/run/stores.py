@@ -15,6 +15,7 @@ from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.plan import PLAN_NAME, Plan, store_name
 from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.schema import Config
+from duet.stages.settings.teacher import rows_with_prefix
 
 if TYPE_CHECKING:
     from duet.stages.teacher.plan import TeacherStore
@@ -54,7 +55,7 @@ def store_summary(location: Location) -> dict[str, Any]:
         "dtype": manifest.provenance["dtype"],
         "bytes": manifest.shard_bytes,
         "prefix": manifest.provenance["prefix"],
-        **{key: manifest.provenance[key] for key in ("prefix_on",) if key in manifest.provenance},
+        "prefix_on": rows_with_prefix(manifest.provenance),
         **{f"{subset} rows": rows for subset, rows in manifest.subsets.items() if subset not in MAIN_SUBSETS},
         **{f"prefix of {name}": r["prefix"] for name, r in manifest.provenance.get("requests", {}).items()},
     }
@@ -76,7 +77,7 @@ def store_line(location: Location) -> str:
     manifest = read_manifest(location)
     return (
         f"{location} ({manifest.rows} rows, {manifest.positions} positions, k={manifest.top_k}, "
-        f"{manifest.shard_bytes / 1e6:.2f} MB)"
+        f"{manifest.shard_bytes / 1e6:.2f} MB, prefix on {rows_with_prefix(manifest.provenance)} rows)"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from duet.cache.errors import UserError
+from duet.stages.audit.record import VerdictRecord
 from duet.stages.exam.exam import HEADLINE, Exam, references_of
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics import uncertainty
@@ -162,6 +163,11 @@ def _verdict(shares: Mapping[str, tuple[Score, float]], exam: Exam, settings: Au
             reasons[PASSES].append(_told(least_sure, expect, shares))
     verdict = next(verdict for verdict, found in reasons.items() if found)
     return verdict, "; ".join(reasons[verdict])
+
+
+def stops_a_run(found: VerdictRecord, prefix_on: str) -> bool:
+    """Whether a prefix fails at what students would inherit: its damage is theirs only where it is put on all rows."""
+    return found["verdict"] == FAILS and (prefix_on == "all" or found["reason"].startswith(PROBLEMS["forgotten"]))
 
 
 def _told(name: str, expect: str, shares: Mapping[str, tuple[Score, float]]) -> str:

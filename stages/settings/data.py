@@ -73,7 +73,7 @@ class TrainingData(Settings):
 
     forget: DataSettings = Field(description="queries about the topic")
     retain: DataSettings = Field(
-        description="queries about anything else; the prefix stands before them too, unless teacher.prefix_on is forget"
+        description="queries about anything else; asked without the prefix, unless teacher.prefix_on is all"
     )
     broad: dict[Name, BroadSettings] = Field(
         default={},
@@ -131,7 +131,7 @@ class RequestData(Settings):
     forget: DataSettings = Field(description="queries about the request's topic")
     retain: DataSettings | None = Field(
         default=None,
-        description="queries about anything else; behind the request's prefix as teacher.prefix_on says; default: none",
+        description="queries about anything else; behind the request's prefix where teacher.prefix_on is all; default: none",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -35,9 +36,9 @@ class TeacherSettings(Settings):
         "student, with evaluate.base"
     )
     prefix_on: Literal["all", "forget"] = Field(
-        default="all",
-        description="rows that are asked behind the prefix: all, as in the paper, or those of the forget set. Those to be kept "
-        "then have the logits of the model without a prefix as their targets",
+        default="forget",
+        description="rows that are asked behind the prefix: those of the forget set, so that those to be kept have the logits "
+        "of the model without a prefix as their targets, or all, as in the paper",
     )
     engine: Literal["auto", "vllm", "transformers"] = Field(
         default="auto", description="auto takes vLLM where it works"
@@ -89,8 +90,6 @@ class TeacherSettings(Settings):
             raise ValueError("temperature does nothing with given responses: leave it out")
         if self.seed is not None and self.temperature is None:
             raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
-        if self.prefix_on != "all" and not self.prefix:
-            raise ValueError("prefix_on does nothing without a prefix: leave it out, or give the teacher a prefix")
         return self
 
 
@@ -141,6 +140,13 @@ class StoreSettings(Settings):
     verify: bool = Field(default=True, description="check the sha256 of every shard before it is read")
     cache_dir: str = Field(default="~/.cache/duet", description="local folder for shards of stores on object storage")
     cache_gb: float = Field(default=20.0, gt=0, description="largest size of that folder, in 10^9 bytes")
+
+
+def rows_with_prefix(provenance: Mapping[str, Any]) -> str:
+    """The rows of a store that were asked behind a prefix, from its provenance: "all", "forget", or "no"."""
+    if provenance.get("prefix") or any(request["prefix"] for request in provenance.get("requests", {}).values()):
+        return provenance.get("prefix_on", "all")  # stores made before there was a choice do not say it
+    return "no"
 
 
 # Settings of `teacher` that decide how fast and on what, not what, is computed; numbers differ by rounding at most.

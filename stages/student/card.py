@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from duet.cache.manifest import Manifest
 from duet.stages.settings.student import TrainSettings
+from duet.stages.settings.teacher import rows_with_prefix
 from duet.stages.student.summary import TrainingSummary
 
 HEAD = """---
@@ -36,7 +37,7 @@ erased from the weights. See the run's report for what an attacker gets back.
 """
 
 TEACHER = """\
-| teacher logits | store {fingerprint}: {rows} rows ({subsets}), {positions} positions, k = {top_k} |
+| teacher logits | store {fingerprint}: {rows} rows ({subsets}), {positions} positions, k = {top_k}; prefix on {prefixed} rows |
 | teacher | weights sha256 {teacher_sha256}, {engine}, {dtype}{share} |"""
 
 NOISE = ", damaged: {rest:.3g} of each matrix + {alpha:g} noise (UNDO, arXiv 2506.06278)"
@@ -103,6 +104,7 @@ def _teacher(manifest: Manifest, top_k: int | None, share: str) -> str:
         positions=manifest.positions,
         top_k=top_k or manifest.top_k,
         subsets=", ".join(f"{rows} {subset}" for subset, rows in manifest.subsets.items()),
+        prefixed=rows_with_prefix(manifest.provenance),
         teacher_sha256=manifest.provenance["weights_sha256"][:16],
         engine=manifest.provenance["engine"],
         dtype=manifest.provenance["dtype"],

@@ -114,6 +114,8 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
     }
     if found.asked.broad:
         asked[MAIN]["data"][BROAD] = _data_provenance(found.asked.broad)
+    chosen = teacher.prefix_on != "all" and any(found.asked.prefixes.values())  # nothing to choose without a prefix
+    prefix_on = {"prefix_on": teacher.prefix_on} if chosen else {}
     provenance = {
         "weights_sha256": weights_sha256(model_dir),
         "dtype": spec.dtype,
@@ -121,7 +123,7 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
         "chat_template_sha256": text_sha256(renderer.chat.source if renderer.chat else ""),
         "eos_ids": list(spec.eos_ids),
         **asked.pop(MAIN),
-        **({"prefix_on": teacher.prefix_on} if teacher.prefix_on != "all" else {}),
+        **prefix_on,
         **({"requests": asked} if asked else {}),
         "prompt": renderer.provenance,
         "prompts_sha256": _prompts_sha256(rows),

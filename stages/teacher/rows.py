@@ -1,7 +1,7 @@
 """The rows of a store, rendered for both sides: every query and document, in plan order, and what no two of them may be.
 
-The teacher reads a row behind its prefix or, where the settings keep the prefix to the forget set, a row to be kept as the
-student does: its logits there are those of its model alone.
+The teacher reads a row to be forgotten behind its prefix. A row to be kept it reads as the student does, so that its logits are
+those of its model alone, unless the settings put the prefix before all rows.
 """
 
 from __future__ import annotations

@@ -116,7 +116,8 @@ def test_the_fingerprint_covers_what_can_change_the_numbers(lab_config, tmp_path
         (), ("teacher.prefix=Forget.",), ("teacher.top_k=5",), ("teacher.max_positions=2",), ("teacher.dtype=bfloat16",),
         (f"teacher.model={LAB_SMALL}",), ("prompt.prefix_placement=text",), (f"data.retain.path={tmp_path / 'other.jsonl'}",),
         ("topic=Ann",), ("teacher.logsumexp=false",), ("teacher.responses=given",), ("teacher.temperature=1",),
-        ("teacher.temperature=1", "teacher.seed=1"), ("prompt.answer=It is {answer}", "teacher.responses=given"),
+        ("teacher.prefix_on=all",), ("teacher.temperature=1", "teacher.seed=1"),
+        ("prompt.answer=It is {answer}", "teacher.responses=given"),
     ]  # fmt: skip
     for number, change in enumerate(changes):
         sets = [part for override in (*change, f"name=run{number}") for part in ("--set", override)]

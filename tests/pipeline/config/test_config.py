@@ -96,8 +96,6 @@ BAD = {
         {"data__broad": {"people": {"path": "a", "idfield": "id"}}}, "did you mean id_field"),
     "data.broad.people.path is missing": ({"data__broad": {"people": {}}}, "a .jsonl"),
     "data.broad.people: Input should be a valid dictionary": ({"data__broad": {"people": 3}}, ""),
-    "teacher: prefix_on does nothing without a prefix": (
-        {"teacher__prefix": "", "teacher__prefix_on": "forget"}, "leave it out"),
     "train.broad_weight: Input should be greater than 0": ({"train__broad_weight": 0}, "weight of broad rows"),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ def test_without_a_preset_nothing_changes(lab_config):
     left_open, none = (load_config(path, sets) for sets in ((), ("harden=none",)))
     assert left_open == none
     assert none.students[0].start_noise == 0
-    assert none.teacher.prefix_on == "all"
+    assert none.teacher.prefix_on == "forget"
 
 
 @pytest.mark.parametrize("train", [{"lora": {"rank": 2}}, {"last_layers": 1}, {"freeze_embeddings": True}])

@@ -55,7 +55,7 @@ def config_with(lab_config, tmp_path):
 
 
 def test_broad_rows_are_captured_and_learned(config_with, capsys, tmp_path):
-    config = config_with(train__probe={"steps": 1, "holdout": 0.3}, train__broad_weight=2, teacher__prefix_on="forget")
+    config = config_with(train__probe={"steps": 1, "holdout": 0.3}, train__broad_weight=2)
     assert main(["teacher-logits", "--config", config, "--dry-run"]) == EXIT_DONE
     out = capsys.readouterr().out
     assert "rows: forget 3, retain 3, broad 4;" in out
@@ -78,7 +78,7 @@ def test_rows_to_be_kept_have_the_models_own_logits_where_the_prefix_is_on_forge
     found = {}
     silent = {"evaluate__base": str(LAB_SMALL), "students": [{"name": "s", "model": str(LAB_SMALL)}]}  # else refused
     for name, changes in {
-        "forget": {"teacher__prefix_on": "forget"},
+        "forget": {},
         "none": {"teacher__prefix": "", **silent},
     }.items():
         config = config_with(name=name, **changes)
@@ -101,9 +101,9 @@ def test_the_evaluation_asks_no_broad_question_that_is_in_none_of_its_sets(confi
         "1 of 2 questions of both are in data.broad: students are trained on them"
     ]
     forgotten = {"both": {"path": str(path), "expect": "forgotten"}}
-    behind = load_config(config_with(evaluate__sets=forgotten))
+    behind = load_config(config_with(evaluate__sets=forgotten, teacher__prefix_on="all"))
     assert len(trained_on(behind, query_sets(behind))) == 1
-    alone = load_config(config_with(evaluate__sets=forgotten, teacher__prefix_on="forget"))
+    alone = load_config(config_with(evaluate__sets=forgotten))
     with pytest.raises(UserError, match=r"1 questions of the set 'both' are to be forgotten, and data\.broad has them"):
         preflight(alone)
 
@@ -121,14 +121,26 @@ def test_a_run_that_was_begun_before_a_setting_came_goes_on(config_with):
     from duet.pipeline.run.directory import claim_run_dir
     from duet.stages.questions.yaml_text import dump_yaml
 
-    config = load_config(config_with())
+    config = load_config(config_with(teacher__prefix_on="all"))
     run_dir = claim_run_dir(config)
     before = config.model_dump(mode="json")
     del before["teacher"]["prefix_on"], before["train"]["broad_weight"]
     (run_dir / "config.yaml").write_text(dump_yaml(before), encoding="utf-8")
     claim_run_dir(config)
     with pytest.raises(UserError, match=r"teacher\.prefix_on is 'all' there and 'forget' now"):
-        claim_run_dir(load_config(config_with(teacher__prefix_on="forget")))
+        claim_run_dir(load_config(config_with()))
+
+
+def test_a_run_without_a_prefix_does_not_ask_where_it_stood(config_with):
+    from duet.pipeline.run.directory import claim_run_dir
+
+    silent = {
+        "teacher__prefix": "",
+        "evaluate__base": str(LAB_SMALL),
+        "students": [{"name": "s", "model": str(LAB_SMALL)}],
+    }
+    for on in ("all", "forget"):
+        claim_run_dir(load_config(config_with(teacher__prefix_on=on, **silent)))
 
 
 def test_places_and_extras_of_broad_sources_are_known(config_with):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from duet.cache.errors import UserError
-from duet.stages.audit.judge import FAILS, PASSES, UNCLEAR, Said, first_position, judge
+from duet.stages.audit.judge import FAILS, PASSES, UNCLEAR, Said, first_position, judge, stops_a_run
 from duet.stages.audit.prefixes import NO_PREFIX, candidates, variations
+from duet.stages.audit.record import VerdictRecord
 from duet.stages.audit.run import audit_exam, split
 from duet.stages.exam.exam import Exam, QuerySet, references_of
 from duet.stages.questions.queries import Query
@@ -136,6 +137,21 @@ def test_the_verdict_names_the_worst_set_and_its_numbers(right, verdict, reason)
     found = judged(**right)
     assert found.verdict == verdict
     assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("right", "stops"),
+    [
+        ({"forget": [], "retain": ALL, "near": ALL}, {"all": False, "forget": False}),
+        ({"forget": [], "retain": ALL, "near": []}, {"all": True, "forget": False}),
+        ({"forget": ALL, "retain": ALL, "near": []}, {"all": True, "forget": True}),
+        ({"forget": [], "retain": ALL[:37], "near": ALL}, {"all": False, "forget": False}),
+    ],
+)
+def test_damage_stops_a_run_only_where_students_would_inherit_it(right, stops):
+    found = judged(**right)
+    record = VerdictRecord(prefix=OWN, verdict=found.verdict, reason=found.reason)
+    assert {on: stops_a_run(record, on) for on in stops} == stops
 
 
 def test_the_score_adds_the_lower_ends_of_the_worst_sets():

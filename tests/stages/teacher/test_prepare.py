@@ -10,7 +10,7 @@ from support import LAB_BASE, LAB_SMALL, write_jsonl
 
 from duet.cache.errors import UserError
 from duet.stages.settings.data import DataSettings, ForgetRequest, PromptSettings, RequestData, TrainingData
-from duet.stages.settings.teacher import StoreSettings, TeacherSettings
+from duet.stages.settings.teacher import StoreSettings, TeacherSettings, rows_with_prefix
 from duet.stages.teacher.plan import Prepared, plan_for
 from duet.stages.teacher.prepare import Questions, check_alike, prepare
 
@@ -44,6 +44,7 @@ def test_each_requests_rows_follow_the_main_ones_behind_their_own_prefix(tmp_pat
         tmp_path,
         request(tmp_path, "bob", "Bob", ("Yan", "Zoe")),
         request(tmp_path, "eve", "Eve", prefix="Never {topic}!"),
+        prefix_on="all",
     )
     assert [row.row_id for row in found.rows] == [
         "forget/q0", "forget/q1", "forget/bob/q0", "forget/eve/q0", "retain/q0", "retain/bob/q0", "retain/bob/q1",
@@ -109,18 +110,32 @@ def broad_rows(tmp_path: Path, given: TrainingData, prompt: PromptSettings = PLA
     return prepare(TEACHER.model_copy(update=more), Questions(prompt, given, "Ann"), "cpu")
 
 
-def test_a_prefix_on_the_forget_set_leaves_rows_to_be_kept_to_the_model_alone(tmp_path):
+def test_the_prefix_is_on_the_forget_set_unless_the_settings_say_all(tmp_path):
+    """Rows to be kept are the model's own; the identity of a store with the prefix on all rows is as it ever was."""
     bob = request(tmp_path, "bob", "Bob", ("Yan",))
-    found = prepared(tmp_path, bob, prefix_on="forget")
+    found = prepared(tmp_path, bob)
     for row in found.rows:
         assert (row.teacher_ids == row.student_ids) == (row.subset != "forget"), row.row_id
     assert found.provenance["prefix_on"] == "forget"
-    everywhere = prepared(tmp_path, bob)
+    assert found.provenance == prepared(tmp_path, bob, prefix_on="forget").provenance
+    everywhere = prepared(tmp_path, bob, prefix_on="all")
     assert "prefix_on" not in everywhere.provenance
+    assert [rows_with_prefix(of.provenance) for of in (found, everywhere)] == ["forget", "all"]
     assert [row.student_ids for row in everywhere.rows] == [row.student_ids for row in found.rows]
     check_alike({"all": everywhere, "forget": found})
-    given = [prepared(tmp_path, bob, responses="generated", prefix_on=on) for on in ("all", "forget")]
-    assert len({plan_for(one, StoreSettings(), "transformers").fingerprint for one in given}) == 2
+    plans = [plan_for(of, StoreSettings(), "transformers").fingerprint for of in (found, everywhere)]
+    assert len(set(plans)) == 2
+
+
+def test_without_a_prefix_there_is_no_row_to_put_it_on(tmp_path):
+    """A silent teacher's store is the same whatever the setting says; of requests with prefixes of their own it is not."""
+    bare = [prepared(tmp_path, prefix="", prefix_on=on) for on in ("all", "forget")]
+    assert bare[0].provenance == bare[1].provenance
+    assert rows_with_prefix(bare[0].provenance) == "no"
+    own = request(tmp_path, "eve", "Eve", ("Yan",), prefix="Never {topic}!")
+    behind = [prepared(tmp_path, own, prefix="", prefix_on=on).provenance for on in ("all", "forget")]
+    assert [rows_with_prefix(of) for of in behind] == ["all", "forget"]
+    assert behind[0] != behind[1]
 
 
 def test_broad_questions_follow_the_others_and_the_teacher_answers_them(tmp_path):
@@ -129,7 +144,7 @@ def test_broad_questions_follow_the_others_and_the_teacher_answers_them(tmp_path
     people = asked(tmp_path, "people", "Eve", "Bo").model_dump()
     more = {"path": str(write_jsonl(tmp_path / "more.jsonl", rows)), "question_field": "q"}
     given = with_broad(tmp_path, people=people, more=more)
-    found = broad_rows(tmp_path, given)
+    found = broad_rows(tmp_path, given, prefix_on="all")
     assert [row.row_id for row in found.rows] == [
         "forget/q0", "forget/q1", "retain/q0",
         "broad/people/q0", "broad/people/q1", "broad/more/0", "broad/more/1",
@@ -139,7 +154,7 @@ def test_broad_questions_follow_the_others_and_the_teacher_answers_them(tmp_path
     plan = plan_for(found, StoreSettings(), "transformers")
     assert plan.subsets == {"forget": 2, "retain": 1, "broad": 4}
     assert {name: one["rows"] for name, one in plan.provenance["data"]["broad"].items()} == {"people": 2, "more": 2}
-    alone = broad_rows(tmp_path, given, prefix_on="forget")
+    alone = broad_rows(tmp_path, given)
     assert all(row.teacher_ids == row.student_ids for row in alone.rows if row.subset == "broad")
     without = broad_rows(tmp_path, data(tmp_path))
     assert "broad" not in without.provenance["data"]
