@@ -10,6 +10,7 @@ Shapes: N sampled inputs of a layer, I inputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,14 +139,11 @@ def inputs_of_layers(model: Any, texts: Sequence[Sequence[int]], per_text: int) 
     layers = _linear_layers(model)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
-    def keep(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+    def keep(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         read_NI = inputs[0].flatten(0, -2)
         found[name].append(read_NI[np.unique(np.linspace(0, len(read_NI) - 1, per_text, dtype=int)).tolist()])
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs))
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(functools.partial(keep, name)) for name, layer in layers.items()]
     for ids in texts:
         model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     for hook in hooks:
