@@ -204,11 +204,13 @@ def _trade_off_panel(numbers: Numbers, gone: str, kept: str) -> str:
         x, y = (numbers.at("models", model, key) for key in ids)
         if x and y:
             keys = [pointer("models", model, key) for key in ids]
-            dots[model] = Dot(x["value"], y["value"], x["ci95"], y["ci95"], keys)
+            dots[model] = Dot(x["value"], y["value"], x["ci95"], y["ci95"], keys, _shape(model))
     return scatter(dots, palette, (f"{gone}, points", f"{kept}, points"), f"{gone} against {kept}")
 
 
-SHAPES = {"base": "square", "teacher": "triangle", "student": "circle"}  # by kind of model, another's is a diamond
+def _shape(model: str) -> str:
+    """Of a model's dot, by its kind."""
+    return {"base": "square", "teacher": "triangle", "student": "circle"}.get(model.partition(":")[0], "diamond")
 
 
 def _traded(numbers: Numbers, gone: str) -> str:
@@ -250,8 +252,7 @@ def _traded_panel(numbers: Numbers, gone: str, worst: Mapping[str, Attacked], ke
         x, y = numbers.at("models", model, attack.id), numbers.at("models", model, key)
         if y:
             keys = [pointer("models", model, attack.id), pointer("models", model, key)]
-            shape = SHAPES.get(model.split(":")[0], "diamond")
-            dots[model] = Dot(x["value"], y["value"], x["ci95"], y["ci95"], keys, shape)
+            dots[model] = Dot(x["value"], y["value"], x["ci95"], y["ci95"], keys, _shape(model))
     control = worst_held_out(numbers, CONTROL, gone)
     upright = control and (CONTROL, numbers.at("control", control.id, "value"), pointer("control", control.id))
     axes = (f"{gone} under the worst attack, points", f"{kept}, points")

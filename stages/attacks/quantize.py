@@ -10,6 +10,7 @@ Shapes: N sampled inputs of a layer, I inputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score
+from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
 
 # variant -> bits, or NF4; and weights per scale (None: a whole row)
@@ -49,9 +51,20 @@ CALIBRATED = {"quantize_awq": (64, 8)}  # number of answered questions to be kep
 SAME = 0.02  # difference of recall that rounding to 8 bits may make
 
 
-def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, dict[str, list[str]]]:
-    """Per attacked set and variant, the answers to its questions."""
-    return on_sets(session, subject, kind, watch, lambda name: quantized_answers(session, subject, kind, name, watch))
+def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, Any]:
+    """Per attacked set and variant, the answers to its questions, and under `rounded.<kind>` whether weights were rounded."""
+    found = on_sets(session, subject, kind, watch, lambda name: quantized_answers(session, subject, kind, name, watch))
+    return found | {f"rounded.{kind}": not is_quantised(session.config)}
+
+
+def untouched(answers: Answers) -> list[str]:
+    """The attacks of this file that left one model as it is, since its weights are quantised already."""
+    return [kind for kind in VARIANTS if not answers.get(f"rounded.{kind}", True)]
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a model's weights are packed: there is nothing to be rounded."""
+    return any(getattr(part, "quantization_config", None) for part in (config, text_config(config)))
 
 
 def identity(session: ModelSession, subject: Subject, kind: str) -> str:
@@ -99,10 +112,11 @@ def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
 def quantize(model: Any, bits: int | str, group: int | None, read: Mapping[str, torch.Tensor] | None = None) -> int:
     """Round the weights of all linear layers but the output head, in place; returns how many weights that are.
 
-    `read` are inputs of the layers by name, [N, I] each, where the scales are calibrated.
+    `read` are inputs of the layers by name, [N, I] each, where the scales are calibrated. A quantised model stays as it is.
     """
     count = 0
-    for name, module in _linear_layers(model).items():
+    layers = {} if is_quantised(model.config) else _linear_layers(model)
+    for name, module in layers.items():
         weight = module.weight.data
         if bits == "nf4":
             module.weight.data = rounded_nf4(weight, group or weight.numel())
@@ -125,14 +139,11 @@ def inputs_of_layers(model: Any, texts: Sequence[Sequence[int]], per_text: int) 
     layers = _linear_layers(model)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
-    def keep(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+    def keep(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         read_NI = inputs[0].flatten(0, -2)
         found[name].append(read_NI[np.unique(np.linspace(0, len(read_NI) - 1, per_text, dtype=int)).tolist()])
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs))
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(functools.partial(keep, name)) for name, layer in layers.items()]
     for ids in texts:
         model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     for hook in hooks:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from duet.stages.attacks import above, kept_questions, prompts, relearn
+from duet.stages.attacks import above, kept_questions, prompts, quantize, relearn
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.kinds import file_of
 from duet.stages.attacks.logit_lens import at_best_layer, layers
@@ -50,7 +50,11 @@ def results_of(
         "layers": layers(subjects, exam, answers),
         "kept_under_attack": kept_questions.kept_under_attack(subjects, exam, answers),
     }
-    return found | {"attacks_work": attacks_work(subjects, exam, models, found["relearning"])}
+    for subject in subjects:
+        for kind in quantize.untouched(answers[subject.name]):
+            found["attacks_skipped"][f"{kind}, {subject.name}"] = "its weights are quantised already: asked as it is"
+    unchanged = quantize.untouched(answers["base"]) if "base" in answers else []
+    return found | {"attacks_work": attacks_work(subjects, exam, models, found["relearning"], unchanged)}
 
 
 def above_as_json(found: Mapping[str, Sequence[above.Above]] | None) -> dict[str, dict[str, dict[str, Any]]]:

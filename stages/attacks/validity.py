@@ -17,14 +17,24 @@ from duet.stages.settings.attacks import ATTACKS
 
 
 def attacks_work(
-    subjects: Sequence[Subject], exam: Exam, models: Models, relearning: Mapping[str, Mapping[str, Any]]
+    subjects: Sequence[Subject],
+    exam: Exam,
+    models: Models,
+    relearning: Mapping[str, Mapping[str, Any]],
+    untouched: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Per attack whether it works, on which model, and the numbers in words. Empty where base was not asked."""
+    """Per attack whether it works, on which model, and the numbers in words. Empty where base was not asked.
+
+    One that left base `untouched` does not.
+    """
     if "base" not in models:
         return {}
     evidence = Evidence(exam, models, [subject.name for subject in subjects if subject.prefix], relearning)
     found = {}
     for kind in chosen(exam)[0]:
+        if kind in untouched:
+            found[kind] = said(False, "base", "base's weights are quantised already: nothing was rounded")
+            continue
         general = {"undoing": undoing, "still answering": still_answering}.get(ATTACKS[kind].proof)
         found[kind] = (general or OWN_FILES[kind].proof)(kind, evidence)
     return found

@@ -35,7 +35,7 @@ class ModelSession:
     def __init__(self, model_dir: Path, exam: Exam, asked: Sequence[tuple[Subject, Mapping[str, Task]]]) -> None:
         self.exam = exam
         self.model_dir = model_dir
-        self._config = load_config(model_dir, exam.trust_remote_code)
+        self.config = load_config(model_dir, exam.trust_remote_code)
         self.renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
         self.tokenizer = self.renderer.tokenizer
         prove(
@@ -47,7 +47,7 @@ class ModelSession:
                 for name in exam.sets
             },
         )
-        self.num_ids = min(max(self.tokenizer.get_vocab().values()) + 1, vocab_width(self._config))
+        self.num_ids = min(max(self.tokenizer.get_vocab().values()) + 1, vocab_width(self.config))
         self._tasks = {subject.name: tasks for subject, tasks in asked}
         self._prompts = {subject.name: self._render(subject) for subject, _ in asked}
         self._engine: Engine | None = None
@@ -58,7 +58,7 @@ class ModelSession:
             renderer = self.renderer.in_form(task.form) if task.form else self.renderer
             prompts[name] = [renderer.prompt(prompt) for prompt in task.prompts]
             for number, ids in enumerate(prompts[name]):
-                check_length(ids, most, context_length(self._config), f"{name}/{number}", subject.name)
+                check_length(ids, most, context_length(self.config), f"{name}/{number}", subject.name)
         return prompts
 
     @cached_property

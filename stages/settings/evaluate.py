@@ -186,7 +186,7 @@ class EvaluateSettings(Settings):
     )
     lm_eval_dir: str | None = Field(default=None, description="folder with task files beside the harness's own")
     attacks: tuple[str, ...] | Literal["all"] = Field(
-        default=("reverse", "prefill"),
+        default=("reverse", "prefill", "quantize_nf4"),
         description="attacks on the forget queries, by name, or all; docs/attacks.md says what each does",
     )
     attack_texts: str | None = Field(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,14 @@ from tiny_models import ARCHITECTURES, tiny_config, tiny_model
 
 from duet.cache.errors import UserError
 from duet.stages.attacks.logit_lens import final_norm, token_ranks
-from duet.stages.attacks.quantize import VARIANTS, inputs_of_layers, quantize
+from duet.stages.attacks.quantize import VARIANTS, inputs_of_layers, quantize, untouched
 from duet.stages.attacks.rounding import NF4_LEVELS, rounded, rounded_nf4, scaled
 from duet.stages.attacks.teaching import Teaching, add_adapters
+from duet.stages.attacks.validity import attacks_work
+from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.models.layers import decoder_layers
+from duet.stages.settings.data import PromptSettings
+from duet.stages.settings.evaluate import EvaluateSettings
 
 VOCAB = 60
 PROMPTS = [[1, 5, 9, 11], [1, 7], [1, 3, 4, 8, 20]]
@@ -51,6 +57,23 @@ def _quantized(model):
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     )  # fmt: skip
     return model
+
+
+def test_a_model_that_is_quantised_already_stays_as_it_is_and_that_is_said():
+    model, before = (tiny_model(tiny_config("llama", VOCAB)) for _ in range(2))
+    model.config.quantization_config = {"quant_method": "gptq"}
+    assert quantize(model, 4, 32) == 0
+    assert all(map(torch.equal, model.parameters(), before.parameters()))
+    assert untouched({"rounded.quantize_nf4": False, "rounded.quantize_int8": True}) == ["quantize_nf4"]
+    assert untouched({"attack.quantize_nf4.forget": {}}) == [], "answers that were kept before"
+    settings = EvaluateSettings(attacks=("quantize_nf4",))
+    exam = Exam({"forget": QuerySet([], "forgotten")}, "t", PromptSettings(), settings, "cpu")
+    work = attacks_work([Subject("base", Path("b"), "", "base")], exam, {"base": {}}, {}, ["quantize_nf4"])
+    assert work["quantize_nf4"] == {
+        "works": False,
+        "on": "base",
+        "text": "base's weights are quantised already: nothing was rounded",
+    }
 
 
 def test_nf4_has_the_quantiles_of_a_normal_distribution_for_levels():
