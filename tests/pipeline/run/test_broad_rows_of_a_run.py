@@ -61,6 +61,7 @@ def test_broad_rows_are_captured_and_learned(config_with, capsys, tmp_path):
     assert "rows: forget 3, retain 3, broad 4;" in out
     assert "responses and documents: at most 22 positions" in out  # 8 of one token, 2 of 8, their first only read
     assert main(["teacher-logits", "--config", config]) == EXIT_DONE
+    assert "prefix on forget rows" in capsys.readouterr().out
     [location] = stores_of_run(load_config(config)).values()
     manifest = read_manifest(location)
     assert manifest.subsets == {"forget": 3, "retain": 3, "broad": 4}
@@ -68,6 +69,7 @@ def test_broad_rows_are_captured_and_learned(config_with, capsys, tmp_path):
     summary = store_summary(location)
     assert (summary["prefix_on"], summary["broad rows"]) == ("forget", 4)
     assert main(["distill", "--config", config]) == EXIT_DONE
+    assert "prefix on forget rows" in (tmp_path / "runs/lab/small/model/README.md").read_text(encoding="utf-8")
     lines = (tmp_path / "runs/lab/small/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["probe"]["agreement.broad"] is not None
     assert main(["estimate", "--config", config]) == EXIT_DONE

@@ -159,7 +159,7 @@ def test_the_model_card_tells_where_it_came_from_and_not_what_was_forgotten(tmp_
         "huber_centred",
         store[0].manifest.fingerprint[:16],
         "20 rows (10 forget, 10 retain)",
-        "k = 5",
+        "k = 5; prefix on no rows",
         "small",
     ):
         assert expected in card, expected
