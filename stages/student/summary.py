@@ -26,6 +26,7 @@ class TrainingSummary:
 
     name: str
     start_noise: float | None = None  # share of noise in the matrices that it started from
+    trained_on: Sequence[str] | None = None  # families of attacks whose texts stood around its questions
     loss: str
     loss_reason: str
     teachers: Mapping[str, TeacherShare]
@@ -55,7 +56,7 @@ class TrainingSummary:
 
     def as_json(self) -> dict[str, Any]:
         """As it lies in training.json."""
-        optional = ("start_noise", "position_share", "ids_per_position")
+        optional = ("start_noise", "trained_on", "position_share", "ids_per_position")
         return {key: value for key, value in asdict(self).items() if value is not None or key not in optional}
 
 
