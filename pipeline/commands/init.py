@@ -120,7 +120,7 @@ def _text(text: str) -> str:
 
 def _preset(text: str) -> str:
     if text not in PRESETS_IN_WORDS:
-        raise UserError(f"--harden: {text!r} is no preset", f"they are {', '.join(PRESETS_IN_WORDS)}")
+        raise UserError(f"--harden: {text!r} is not a preset", f"they are {', '.join(PRESETS_IN_WORDS)}")
     return text
 
 

@@ -55,7 +55,7 @@ class Config(Settings):
     harden: Literal["none", "wide", "deep"] = Field(
         default="none",
         description="settings for students that are hard to bring back, where the config does not say them itself: "
-        f"{_in_words('wide')}; {_in_words('deep')}. Deep wants broad queries, see docs/hardening.md",
+        f"{_in_words('wide')}; {_in_words('deep')}. Both want broad queries, see docs/hardening.md",
     )
     data: TrainingData = Field(description="the queries of all subsets")
     prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")

@@ -20,7 +20,7 @@ from duet.stages.questions.yaml_text import parse_yaml
 
 CONTEXTS_PATH = Path(__file__).with_name("contexts.yaml")
 QUESTION = "{question}"
-SHARE = 0.25  # of the rows of a step, for each kind of text independently: more makes rows longer, and training slower
+SHARE = 1 / 3  # of the rows of a step, for each kind of text independently: more makes rows longer, and training slower
 
 
 @cache

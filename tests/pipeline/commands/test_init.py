@@ -101,7 +101,7 @@ FAULTY = {
     "has no config.json": lambda tmp: {"model": str(tmp)},
     "neither a directory nor of the form OWNER/NAME": lambda tmp: {"model": "./nowhere"},
     "are also to be forgotten": lambda tmp: {"retain": str(tmp / "forget.jsonl")},
-    "is no preset": lambda tmp: {"harden": "deeper"},
+    "is not a preset": lambda tmp: {"harden": "deeper"},
     "is not a name for a run": lambda tmp: {"name": "../up"},
 }  # fmt: skip
 
@@ -159,7 +159,7 @@ def test_who_is_asked_is_asked_again_after_a_faulty_answer(given, capsys):
     assert sum("about the topic" in question for question in asked) == 2
     printed = capsys.readouterr()
     assert "no such file: nowhere.jsonl" in printed.err
-    assert "'widest' is no preset" in printed.err
+    assert "'widest' is not a preset" in printed.err
     for preset, sentence in PRESETS_IN_WORDS.items():
         assert f"{preset}: {sentence}" in printed.out
 
