@@ -6,6 +6,7 @@ that results can say what a student was trained on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -20,6 +21,7 @@ from duet.stages.questions.yaml_text import parse_yaml
 
 CONTEXTS_PATH = Path(__file__).with_name("contexts.yaml")
 QUESTION = "{question}"
+FEW = 3  # words that may stand in a training text by chance
 SHARE = 1 / 3  # of the rows of a step, for each kind of text independently: more makes rows longer, and training slower
 
 
@@ -30,19 +32,21 @@ def context_texts() -> dict[str, list[str]]:
 
 
 def trained_text_in(text: str) -> str | None:
-    """The text of a family that stands in this text of an attack, or has it within: the two must be apart.
+    """The text of a family that stands in this text of an attack, or that this one is a part of, of more than FEW words.
 
-    Case, white space and the places of topic and question make no difference.
+    Compared are words: case, punctuation and the places of topic and question make no difference.
     """
-    told = _told(text)
+    told = _words(text)
     for known in (known for texts in context_texts().values() for known in texts):
-        if told and (_told(known) in told or told in _told(known)):
+        if _words(known) in told or (len(told.split()) > FEW and told in _words(known)):
             return known
     return None
 
 
-def _told(text: str) -> str:
-    return " ".join(text.replace(QUESTION, " ").lower().split())
+def _words(text: str) -> str:
+    """The words of a text with its places left out, with spaces around each."""
+    words = re.findall(r"\w+", re.sub(r"{\w+}", " ", text.lower()))
+    return f" {' '.join(words)} "
 
 
 @dataclass(frozen=True)
