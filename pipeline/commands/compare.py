@@ -202,7 +202,6 @@ def _plan(config: Config, student: StudentSettings) -> Comparison:
     from duet.stages.compare.grid import Comparison
     from duet.stages.exam.exam import QuerySet, part_of, split_by_answer
     from duet.stages.models.directory import resolve_model
-    from duet.stages.questions.requests import asked_about
     from duet.stages.student.train import open_stores
 
     settings = config.compare
@@ -232,7 +231,6 @@ def _plan(config: Config, student: StudentSettings) -> Comparison:
         reported=part_of(exam, reported),
         references=subjects_of(config, ()),
         trust_remote_code=config.teacher.trust_remote_code,
-        asked=asked_about(config.data, config.topic, config.requests),
     )
 
 

@@ -27,7 +27,6 @@ from duet.stages.exam.exam import Exam, Subject, references_of
 from duet.stages.metrics.text import performance_shift, rouge_l
 from duet.stages.metrics.uncertainty import compare_sums, weighted_sum
 from duet.stages.models.identity import weights_sha256
-from duet.stages.questions.requests import AskedAbout
 from duet.stages.settings.compare import CompareSettings
 from duet.stages.settings.student import TrainSettings, deciding_settings
 from duet.stages.student.job import StudentJob
@@ -57,7 +56,6 @@ class Comparison:
     reported: Exam
     references: Sequence[Subject]  # base first, and the teachers
     trust_remote_code: bool
-    asked: Mapping[str, AskedAbout]  # the queries of DUET's rows, by row id
 
 
 @dataclass(frozen=True)
@@ -125,9 +123,7 @@ def _train_duet(plan: Comparison, trial: Trial, settings: TrainSettings, watch: 
     def show(report: StepReport) -> None:
         watch.on_progress(trial.label, report.step, report.total_steps, f"loss {report.loss:.3g}")
 
-    job = StudentJob(
-        trial.method, plan.model_dir, plan.start_name, trial.folder, settings, plan.trust_remote_code, asked=plan.asked
-    )
+    job = StudentJob(trial.method, plan.model_dir, plan.start_name, trial.folder, settings, plan.trust_remote_code)
     alone = Processes(Rank(), torch.device(plan.reported.device))
     summary = train_student(job, plan.stores, plan.tokenizer, alone, replace(watch, on_progress=show))
     return {"steps": summary.steps, "train_s": summary.train_s, "diverged_at": None, "curve": summary.curve}
