@@ -187,8 +187,10 @@ def _train_one(
 
 def _job(config: Config, student: StudentSettings, processes: Processes) -> StudentJob:
     from duet.stages.models.directory import resolve_model
+    from duet.stages.questions.requests import asked_about
     from duet.stages.student.job import StudentJob
 
+    settings = config.train_settings(student)
     with processes.first_first():  # it fetches what is not there yet
         model_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
     return StudentJob(
@@ -196,9 +198,10 @@ def _job(config: Config, student: StudentSettings, processes: Processes) -> Stud
         model_dir=model_dir,
         start_name=model_name(start_model(config, student)),
         student_dir=config.run.student(student.name).path,
-        settings=config.train_settings(student),
+        settings=settings,
         trust_remote_code=config.teacher.trust_remote_code,
         start_noise=student.start_noise,
+        asked=asked_about(config.data, config.topic, config.requests) if settings.contexts != "none" else None,
     )
 
 

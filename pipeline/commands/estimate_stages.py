@@ -89,15 +89,18 @@ def _students(config: Config, on: Device, devices: int, rows: list[RenderedQuery
     from duet.stages.models.directory import small_files
 
     positions = config.teacher.max_positions
-    lengths = np.array([len(row.student_ids) + row.positions(positions) - 1 for row in rows])
+    plain = np.array([len(row.student_ids) + row.positions(positions) - 1 for row in rows])
     for student in config.students:
         folder = small_files(start_model(config, student), f"students.{student.name}.model")
+        train = config.train_settings(student)
+        lengths = plain if train.contexts == "none" else plain + _added(config, folder, rows)
 
-        def need_of(train: TrainSettings, count: int = devices, folder: Path = folder) -> Need:
+        def need_of(
+            train: TrainSettings, count: int = devices, folder: Path = folder, lengths: np.ndarray = lengths
+        ) -> Need:
             made = StudentOnMeta.of(folder, train, on, count, config.teacher.trust_remote_code)
             return student_need(made, lengths, on, count)
 
-        train = config.train_settings(student)
         need = need_of(train)
         if need.fits(on):
             yield Stage(f"student {student.name}", need, {})
@@ -107,6 +110,25 @@ def _students(config: Config, on: Device, devices: int, rows: list[RenderedQuery
             spread = train.model_copy(update={"parallel": "fsdp"})
             others |= {f"train.parallel=fsdp on {n} GPUs": need_of(spread, n) for n in (2, 4, 8) if n > devices}
         yield Stage(f"student {student.name}", need, _smaller(others, need))
+
+
+def _added(config: Config, folder: Path, rows: list[RenderedQuery]) -> np.ndarray:
+    """int [rows]: tokens that a drawn context adds to each, and to a forget row the longest begun answer."""
+    from duet.stages.questions.contexts import Contexts
+    from duet.stages.questions.prompts import open_renderer
+    from duet.stages.questions.requests import asked_about
+    from duet.stages.student.contexts import MOST_BEGUN
+
+    renderer = open_renderer(folder, config.prompt, config.teacher.trust_remote_code)
+    contexts = Contexts(renderer, asked_about(config.data, config.topic, config.requests))
+    return np.array(
+        [
+            len(contexts.drawn(row.row_id, ())) - len(row.student_ids) + MOST_BEGUN * (row.subset == "forget")
+            if row.row_id in contexts.asked
+            else 0
+            for row in rows
+        ]
+    )
 
 
 def _savings(train: TrainSettings, folder: Path) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from duet.cache.errors import UserError, nearest_path
-from duet.pipeline.commands.init_text import Answers, ModelFacts
+from duet.pipeline.commands.init_text import PRESETS_IN_WORDS, Answers, ModelFacts
 from duet.pipeline.run.terminal import say
 from duet.stages.questions.columns import WrongField
 from duet.stages.questions.queries import Query, load_queries
@@ -93,6 +93,8 @@ def collect(given: dict[str, str | None], ask: Callable[[str, str | None], str] 
         return settings, found
 
     retain, of_retain = answer("retain", "file with questions about anything else", kept, why=WHY_RETAIN)
+    offered = "\n".join(f"{preset}: {sentence}" for preset, sentence in PRESETS_IN_WORDS.items())
+    harden = answer("harden", "how hard to bring back", _preset, default="none", why=offered)
     name = answer("name", "name of the run", _name, default=slug(topic))
     both = [*of_forget, *of_retain]
     return Answers(
@@ -101,6 +103,7 @@ def collect(given: dict[str, str | None], ask: Callable[[str, str | None], str] 
         model=model,
         forget=forget,
         retain=retain,
+        harden=harden,
         num_queries=(len(of_forget), len(of_retain)),
         answered=all(query.answer for query in both),
         max_new_tokens=longest_answer(both, model.tokenizer),
@@ -113,6 +116,12 @@ def _prompt(question: str, default: str | None) -> str:
 
 def _text(text: str) -> str:
     return text.strip()
+
+
+def _preset(text: str) -> str:
+    if text not in PRESETS_IN_WORDS:
+        raise UserError(f"--harden: {text!r} is not a preset", f"they are {', '.join(PRESETS_IN_WORDS)}")
+    return text
 
 
 def _name(text: str) -> str:

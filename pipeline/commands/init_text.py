@@ -13,6 +13,11 @@ from typing import Any
 from duet.stages.audit.prefixes import bundled_prefixes
 from duet.stages.settings.data import DataSettings
 
+PRESETS_IN_WORDS = {
+    "none": "the paper's student, silent when it is asked plainly; attacks bring the topic back",
+    "wide": "trained under attack texts too, in about twice the time; training on other questions still brings the topic back",
+    "deep": "repaired from damaged weights, so that even training brings little back; what is not asked about fades",
+}
 PREFIX = "forgotten"  # which of the bundled ones: the lab's
 LARGE_VOCABULARY = 32_000  # ids, from which our configs keep 64 logits and not 20
 SMALL = 100e6  # parameters, below which a model is treated as the lab's are
@@ -50,7 +55,7 @@ def config_text(answers: Answers) -> str:
 # What else can be set stands, with a line on each, in docs/reference/config.md.
 name: {_quoted(answers.name)} # results go to runs/{answers.name}
 topic: {_quoted(answers.topic)}
-
+{_harden_text(answers)}
 teacher: # the base model behind a prefix; it is asked every question once
   model: {_quoted(model.name)}
   # {{topic}} is filled in. The teacher bounds the student: `duet audit-prefix --config FILE` compares this prefix with others.
@@ -58,8 +63,7 @@ teacher: # the base model behind a prefix; it is asked every question once
   dtype: {_dtype_text(model)}
   engine: auto # vLLM where it is installed and works, else transformers
   top_k: {top_k} # logits kept per position; the paper does not publish its k
-  max_positions: 1 # the paper's; more positions supervise more of the answer
-
+{_positions_text(answers)}
 prompt:
 {_prompt_text(model)}
 
@@ -84,6 +88,19 @@ evaluate:
   #   rephrased: {{ path: rephrased.jsonl, expect: forgotten }} # the topic in other words
   #   heldout: {{ path: heldout.jsonl, expect: kept }} # anything else
 """
+
+
+def _harden_text(answers: Answers) -> str:
+    """The preset, and the others as comments."""
+    others = "".join(f"# {name}: {sentence}\n" for name, sentence in PRESETS_IN_WORDS.items())
+    broad = "" if answers.harden == "none" else "# It wants questions about everything else under data.broad.\n"
+    return f"harden: {answers.harden} # see docs/hardening.md\n{others}{broad}"
+
+
+def _positions_text(answers: Answers) -> str:
+    if answers.harden != "none":
+        return ""  # the preset's
+    return "  max_positions: 1 # the paper's; more positions supervise more of the answer\n"
 
 
 def _dtype_text(model: ModelFacts) -> str:
@@ -158,3 +175,4 @@ class Answers:
     num_queries: tuple[int, int]  # of forget and retain
     answered: bool  # every query has an answer
     max_new_tokens: int  # as long as the longest answer, about
+    harden: str = "none"  # a preset

@@ -28,7 +28,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "teacher": {"prefix_on": "forget", "max_positions": 64},
         "students": {"start_noise": 0.5},
     },
+    "wide": {
+        "teacher": {"prefix_on": "forget", "max_positions": 8},
+        "train": {"contexts": "attacks"},
+    },
 }
+
+
+def _in_words(preset: str) -> str:
+    return f"{preset} is " + ", ".join(
+        f"{group}{'[]' if group == 'students' else ''}.{key} {value}"
+        for group, of_group in PRESETS[preset].items()
+        for key, value in of_group.items()
+    )
 
 
 class Config(Settings):
@@ -40,15 +52,10 @@ class Config(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto is the first CUDA device, else the CPU"
     )
-    harden: Literal["none", "deep"] = Field(
+    harden: Literal["none", "wide", "deep"] = Field(
         default="none",
-        description="settings for students that are hard to bring back, where the config does not say them itself: deep is "
-        + "; ".join(
-            f"{group}{'[]' if group == 'students' else ''}.{key} {value}"
-            for group, of_group in PRESETS["deep"].items()
-            for key, value in of_group.items()
-        )
-        + ". It wants broad queries, see docs/hardening.md",
+        description="settings for students that are hard to bring back, where the config does not say them itself: "
+        f"{_in_words('wide')}; {_in_words('deep')}. Both want broad queries, see docs/hardening.md",
     )
     data: TrainingData = Field(description="the queries of all subsets")
     prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
@@ -73,7 +80,7 @@ class Config(Settings):
         chosen = raw.get("harden") if isinstance(raw, dict) else None
         preset = PRESETS.get(chosen, {}) if isinstance(chosen, str) else {}  # a list is refused by its type
         for group, defaults in preset.items():
-            own = raw.get(group)
+            own = raw.get(group, {})
             if isinstance(own, dict):
                 raw = raw | {group: defaults | own}
             elif isinstance(own, list | tuple):

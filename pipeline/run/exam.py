@@ -14,6 +14,7 @@ from duet.cache.errors import UserError
 from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import start_model
+from duet.stages.settings.attacks import ALL
 from duet.stages.settings.student import StudentSettings
 from duet.stages.settings.teacher import Model, TeacherSettings
 from duet.stages.student.summary import read_summary
@@ -84,6 +85,7 @@ def exam_of(config: Config) -> Exam:
     from duet.stages.models.directory import resolve_model
     from duet.stages.models.loading import pick_device
 
+    _check_texts_apart(config)
     control = config.evaluate.control_model
     return Exam(
         sets=query_sets(config),
@@ -95,6 +97,22 @@ def exam_of(config: Config) -> Exam:
         further_topics={f"{request.name}.forget": request.topic for request in config.requests},
         control=resolve_model(control, "evaluate.control_model") if control else None,
     )
+
+
+def _check_texts_apart(config: Config) -> None:
+    """Refuse attacks with texts that a student is trained on: it would pass only what it has seen."""
+    from duet.stages.attacks.texts import texts
+    from duet.stages.questions.contexts import trained_text_in
+
+    wide = [student.name for student in config.students if config.train_settings(student).contexts != "none"]
+    wanted = config.evaluate.attacks
+    for kind, variants in texts(config.evaluate.attack_texts)[0].items() if wide else ():
+        for name, variant in variants.items() if wanted == ALL or kind in wanted else ():
+            if known := trained_text_in(variant.in_front) or trained_text_in(variant.question):
+                raise UserError(
+                    f"attack {kind}, {name}: student {wide[0]!r} is trained on its text: {known!r}",
+                    "write another one, or leave it out of evaluate.attack_texts",
+                )
 
 
 def _prefixes(config: Config, settings: TeacherSettings) -> tuple[str, dict[str, str]]:

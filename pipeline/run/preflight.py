@@ -80,6 +80,9 @@ def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, 
     """
     from duet.stages.models.directory import small_files
     from duet.stages.models.tokenizers import load_tokenizer
+    from duet.stages.questions.contexts import Contexts
+    from duet.stages.questions.prompts import Renderer
+    from duet.stages.questions.requests import asked_about
     from duet.stages.student.checks import Start, check_settings, loss_of_damaged
 
     teachers, lines = config.teacher_settings(), []
@@ -107,6 +110,11 @@ def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, 
         for row in rows or ():
             follow = 0 if row.given_ids else config.teacher.max_positions
             start.check_row(row.row_id, row.student_ids, row.given_ids or (), follow)
+        if settings.contexts != "none":
+            contexts = Contexts(
+                Renderer(tokenizer, config.prompt), asked_about(config.data, config.topic, config.requests)
+            )
+            start.check_contexts(contexts, config.teacher.max_positions)
         if start.left_out:
             lines.append(left_out_line(student.name, start.left_out))
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from duet.cache.errors import UserError, did_you_mean
 from duet.cache.record import MAIN_SUBSETS
@@ -12,6 +13,15 @@ from duet.stages.questions.queries import Query, load_queries
 from duet.stages.settings.data import DocumentSettings, ForgetRequest, RequestData, TrainingData
 
 MAIN = ""  # the request of `topic`, `data` and the teacher's prefix, which has no name
+BROAD = "broad"
+
+
+@dataclass(frozen=True)
+class AskedAbout:
+    """A row's query and the topic of its request."""
+
+    query: Query
+    topic: str
 
 
 def fill_prefix(prefix: str, topic: str) -> str:
@@ -52,6 +62,29 @@ def broad_of(data: TrainingData) -> dict[str, list[Query]]:
         else:
             found[name] = load_queries(source, where)
     return found
+
+
+def subset_of(subset: str, request: str) -> str:
+    """A subset of a request, as row ids and errors call it; a row's id is this, a slash, and its query's."""
+    return subset if request == MAIN else f"{subset}/{request}"
+
+
+def asked_about(data: TrainingData, topic: str, requests: Sequence[ForgetRequest]) -> dict[str, AskedAbout]:
+    """The query and the topic of each row that a store of these data has, but for documents, by its id, in plan order."""
+    topics = {MAIN: topic, **{request.name: request.topic for request in requests}}
+    queries = queries_of(data, requests)
+    found = {
+        f"{subset_of(subset, request)}/{query.row_id}": AskedAbout(query, topics[request])
+        for subset in MAIN_SUBSETS
+        for request in topics
+        for query in queries[request][subset]
+    }
+    return found | {
+        f"{BROAD}/{source}/{query.row_id}": AskedAbout(query, topic)
+        for source, of_source in broad_of(data).items()
+        if not isinstance(data.broad[source], DocumentSettings)
+        for query in of_source
+    }
 
 
 def _queries(data: TrainingData | RequestData, key: str, need_answers: bool) -> dict[str, list[Query]]:

@@ -158,6 +158,11 @@ class TrainSettings(Settings):
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the exported weights: auto is that of the model the student started from"
     )
+    contexts: Literal["none", "attacks"] = Field(
+        default="none",
+        description="what stands around the student's questions: attacks draws texts that attacks are made of, and begins half "
+        "of the answers to forget as the model that it starts from would; targets stay those of the plain question",
+    )
     checkpoint_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
     keep_last: int = Field(default=1, ge=1, description="checkpoints that are kept while a student trains")
     probe: ProbeSettings | None = Field(default=None, description="probes during training, and early stopping")
@@ -210,7 +215,7 @@ def deciding_settings(train: TrainSettings) -> dict[str, Any]:
     What came later than the first students is not among them where it does nothing: those are found again.
     """
     found = train.model_dump(mode="json", exclude=set(FREE_TRAIN))
-    for group, key in ((found, "broad_weight"), (found["probe"], "stop_within")):
+    for group, key in ((found, "broad_weight"), (found, "contexts"), (found["probe"], "stop_within")):
         fields = TrainSettings if group is found else ProbeSettings
         if group and group[key] == fields.model_fields[key].default:
             del group[key]

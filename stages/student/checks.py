@@ -18,9 +18,11 @@ from duet.cache.record import SUBSETS, prompt_and_response
 from duet.stages.models.directory import check_trainable_start, load_config
 from duet.stages.models.limits import check_ids_within, check_length, context_length, vocab_width
 from duet.stages.models.tokenizers import eos_ids, load_tokenizer
+from duet.stages.questions.contexts import Contexts
 from duet.stages.questions.same_prompts import check_same_tokenizer
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.student import LOSS_OPTIONS, TrainSettings
+from duet.stages.student.contexts import MOST_BEGUN
 from duet.stages.student.export import try_export
 from duet.stages.student.losses import LOSSES
 from duet.stages.student.ranks import Processes
@@ -96,6 +98,11 @@ class Start:
                 self.check_row(row_id, prompt.tolist(), response.tolist())
                 kept_NK = rows.topk_ids_NK[rows.position_offsets[row] : rows.position_offsets[row + 1]]
                 check_ids_within(kept_NK, self.width, row_id, f"student {self.student!r}")
+
+    def check_contexts(self, contexts: Contexts, num_positions: int) -> None:
+        """Refuse contexts that the prompts' form cannot take, and those that are longer than the student can read."""
+        for row_id in contexts.asked:
+            self.check_row(row_id, contexts.longest(row_id), (), MOST_BEGUN + num_positions)
 
     def missing_ends(self, manifests: Sequence[Manifest]) -> list[int]:
         """Ids that end the teachers' responses, and not yet the student's: it learns them where a response is learned whole."""
@@ -191,6 +198,11 @@ def check_settings(
         raise UserError(
             f"{key}.position_decay does nothing: every row of the store has one position",
             "leave it out, or make a store with teacher.max_positions above 1",
+        )
+    if settings.contexts != "none" and all(one.positions == one.rows for one in manifests):
+        raise UserError(
+            f"{key}.contexts: every row of the store has one position: behind its first token a kept answer would be a refusal",
+            "make a store with teacher.max_positions above 1, for example 8, or set train.contexts: none",
         )
     _check_weights(settings, manifest.subsets, key)
     if settings.parallel == "fsdp" and processes and processes.rank.world == 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from duet.stages.questions.requests import AskedAbout
 from duet.stages.settings.student import TrainSettings
 
 
@@ -19,3 +21,4 @@ class StudentJob:
     settings: TrainSettings
     trust_remote_code: bool = False
     start_noise: float = 0.0  # share of noise in the matrices that it starts from
+    asked: Mapping[str, AskedAbout] | None = None  # the queries by row id, which train.contexts needs

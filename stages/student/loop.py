@@ -25,7 +25,7 @@ import torch
 from duet.cache.codec import Block
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.files import publishing, sync_file
-from duet.cache.order import Order
+from duet.cache.order import Cursor, Order
 from duet.cache.record import SUBSETS
 from duet.cache.watch import Watch
 from duet.stages.settings.student import CHECKPOINTS_NAME, METRICS_NAME, TrainSettings
@@ -91,7 +91,7 @@ def run_loop(
         lines = _metrics_until(metrics_path, state.step, write=processes.first)
     batches = Prefetch(
         teachers.batches(order, settings.batch_size, state.cursor, processes.rank),
-        lambda batch: (batch[0], _passes(teachers, batch[1], student)),
+        lambda batch: (batch[0], _passes(teachers, batch, student)),
     )
     idle = probe.passes[0].without_weight()
     with closing(batches), _appending(metrics_path, processes.first) as write:
@@ -131,8 +131,12 @@ def run_loop(
     return state, lines
 
 
-def _passes(teachers: Teachers, blocks: list[Block], student: Student) -> list[Pass]:
-    passes = passes_of(teachers.targets(blocks), student.settings, student.pad_id)
+def _passes(teachers: Teachers, batch: tuple[Cursor, list[Block]], student: Student) -> list[Pass]:
+    cursor, blocks = batch
+    rows = teachers.targets(blocks)
+    if student.wide is not None:
+        rows = student.wide.around(rows, cursor)
+    passes = passes_of(rows, student.settings, student.pad_id)
     return [one.pin_memory() for one in passes] if student.processes.device.type == "cuda" else passes
 
 

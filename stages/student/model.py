@@ -21,6 +21,7 @@ from duet.cache.errors import UserError
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
 from duet.stages.settings.student import LoraSettings, TrainSettings
+from duet.stages.student.contexts import Wide
 from duet.stages.student.head import Forward, Head, losses_at
 from duet.stages.student.job import StudentJob
 from duet.stages.student.losses import LOSSES, TopK, loss_of
@@ -133,9 +134,10 @@ class Student:
     load: (
         Callable[[], Any] | None
     )  # loads the model again, exact but without noise, on the CPU; None where `model` is whole and not rounded
+    wide: Wide | None = None  # puts its questions into contexts
 
     @staticmethod
-    def of(job: StudentJob, loss: str, pad_id: int, processes: Processes) -> Student:
+    def of(job: StudentJob, loss: str, pad_id: int, processes: Processes, wide: Wide | None = None) -> Student:
         """Load the model that the job starts from, with its noise, try its head out, and spread it over the processes."""
         settings = job.settings
         spread = processes.rank.world > 1 and settings.parallel == "fsdp"
@@ -158,7 +160,7 @@ class Student:
         optimizer = optimizer_of(list(trained(model).values()), settings)
         loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)
         reload = load if spread or rounded else None
-        return Student(settings, processes, pad_id, model, head, module, optimizer, loss_fn, *counts, reload)
+        return Student(settings, processes, pad_id, model, head, module, optimizer, loss_fn, *counts, reload, wide)
 
     def answer(self, one: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss and the most likely id at each position, both [N], as the student is when it is used."""

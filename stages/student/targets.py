@@ -43,6 +43,7 @@ class Targets:
     mask_NK: np.ndarray | None  # bool, which ids count; None: all
     weight_R: np.ndarray  # float32; those of a query sum to 1
     sequence_R: np.ndarray  # int64, from 0, in the order of their first rows
+    row_ids: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def mixed(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
         mask_NK=None,
         weight_R=np.repeat(np.array(weights, np.float32), num_queries),
         sequence_R=np.array(sequence_R, np.int64),
+        row_ids=[row_id for block in blocks for row_id in block.row_ids.to_pylist()],
     )
 
 
@@ -170,6 +172,7 @@ def averaged(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
         mask_NK=mask_NK[kept_N],
         weight_R=np.ones(len(first), np.float32),
         sequence_R=np.arange(len(first)),
+        row_ids=first.row_ids.to_pylist(),
     )
 
 

@@ -21,11 +21,14 @@ from duet.cache.reader import Store
 from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.tokenizers import load_tokenizer, pad_id_of, tokenizer_sha256
+from duet.stages.questions.contexts import Contexts
+from duet.stages.questions.prompts import Renderer
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings, check_start_noise, deciding_settings
 from duet.stages.student import checkpoint
 from duet.stages.student.card import student_card
 from duet.stages.student.checks import Start, check_settings, loss_of_damaged
+from duet.stages.student.contexts import Wide, check_asked
 from duet.stages.student.export import export
 from duet.stages.student.job import StudentJob
 from duet.stages.student.loop import run_loop
@@ -71,24 +74,25 @@ def train_student(
     """Train, or go on training, one student and export it; returns its training.json. All processes call this.
 
     `stores` are those of the run's teachers, by name; the job's settings say which are used. `tokenizer` is theirs. In the
-    first process, `watch.on_progress` gets a StepReport after each step. Raises UserError where the student's folder belongs
-    to other settings or a setting would do nothing, Interrupted (after a checkpoint) when `watch.should_stop()` is true in any
-    process after a step.
+    first process, `watch.on_progress` gets a StepReport after each step. UserError where the folder belongs to other settings
+    or a setting would do nothing; Interrupted (after a checkpoint) when `watch.should_stop()` is true in any process.
     """
     start_sha256 = weights_sha256(job.model_dir)
     teachers = Teachers.of(stores, job.settings)
     loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests, job.start_noise, teachers.combine)
     start = None if is_trained(job.student_dir) else _checked_start(job, teachers, tokenizer, loss, processes)
     comparable = {} if start is None else teachers.comparable()
+    contexts = _contexts(job, teachers, tokenizer, start)
     with processes.first_first():
-        claim(job, teachers, start_sha256)
+        claim(job, teachers, start_sha256, contexts)
     if start is None:
         _drop_checkpoints(job, processes)  # a kill may have come between training.json and this
         return read_summary(job.student_dir)
     order = teachers.order(job.settings)
     pad_id = pad_id_of(start.tokenizer, start.width)
+    wide = contexts and Wide.of(job, contexts, teachers.first, start.eos_ids, processes.device)
     probe = Probe.of(teachers, order, job.settings, pad_id)
-    student = Student.of(job, loss, pad_id, processes)
+    student = Student.of(job, loss, pad_id, processes, wide)
     dtype = export_dtype_of(job.settings, start.config)
     check_room(job.student_dir, student, dtype)
     state, lines = run_loop(job, teachers, order, student, probe, watch)
@@ -97,6 +101,7 @@ def train_student(
     summary = TrainingSummary(
         name=job.name,
         start_noise=job.start_noise or None,
+        trained_on=wide and wide.families,
         loss=loss,
         loss_reason=reason,
         teachers=teachers.shares(),
@@ -122,6 +127,24 @@ def train_student(
     card = student_card(summary, teachers.manifests, job.start_name, start_sha256, job.settings)
     _finish(job, student, start, dtype, card, summary)
     return summary
+
+
+def _contexts(job: StudentJob, teachers: Teachers, tokenizer: Any, start: Start | None) -> Contexts | None:
+    """What the student's questions are put into, where the settings say so; checked where it has still to start."""
+    if job.settings.contexts == "none":
+        return None
+    recorded = teachers.manifests[0].provenance.get("prompt")
+    if recorded is None or job.asked is None:
+        raise UserError(
+            f"student {job.name!r}: train.contexts needs the questions and prompts that the store was made of",
+            "train by a config with `duet distill`, on a store that `duet teacher-logits` made; or set train.contexts: none",
+        )
+    prompt = PromptSettings(**recorded | {"template_name": None})  # the store's tokenizer has the one that is used
+    contexts = Contexts(Renderer(tokenizer, prompt), job.asked)
+    if start is not None:
+        check_asked(contexts, teachers.first)
+        start.check_contexts(contexts, teachers.first.manifest.max_positions)
+    return contexts
 
 
 def _checked_start(job: StudentJob, teachers: Teachers, tokenizer: Any, loss: str, processes: Processes) -> Start:
@@ -167,7 +190,7 @@ def chosen_loss(
     return "huber_centred", "it starts from other weights than the teacher's, whose raw logits have another offset"
 
 
-def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
+def claim(job: StudentJob, teachers: Teachers, start_sha256: str, contexts: Contexts | None = None) -> None:
     """Write down whose folder this is, or refuse a folder that holds another student."""
     identity = {
         "teachers": {name: store.manifest.fingerprint for name, store in teachers.stores.items()},
@@ -176,6 +199,8 @@ def claim(job: StudentJob, teachers: Teachers, start_sha256: str) -> None:
     }
     if job.start_noise:
         identity["start_noise"] = job.start_noise
+    if contexts:
+        identity["contexts"] = contexts.sha256()
     path = job.student_dir / IDENTITY_NAME
     if path.is_file():
         found = read_json(path)

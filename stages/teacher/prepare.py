@@ -23,11 +23,11 @@ from duet.stages.models.tokenizers import tokenizer_sha256
 from duet.stages.questions.prompts import Renderer, open_renderer
 from duet.stages.questions.proof import prove
 from duet.stages.questions.queries import Query
-from duet.stages.questions.requests import MAIN, broad_of, prefixes_of, queries_of
+from duet.stages.questions.requests import BROAD, MAIN, broad_of, prefixes_of, queries_of
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.teacher import TeacherSettings
 from duet.stages.teacher.plan import Prepared, RenderedQuery
-from duet.stages.teacher.rows import BROAD, Asked, remarks_on, rows_of
+from duet.stages.teacher.rows import Asked, remarks_on, rows_of
 
 SELF_TEST_TOKENS = 3  # positions that the self-test adds to a prompt
 

@@ -15,12 +15,10 @@ from duet.cache.record import MAIN_SUBSETS
 from duet.stages.models.tokenizers import token_ids
 from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.queries import Query
-from duet.stages.questions.requests import MAIN
+from duet.stages.questions.requests import BROAD, MAIN, subset_of
 from duet.stages.settings.data import BroadSettings, DocumentSettings
 from duet.stages.settings.teacher import TeacherSettings
 from duet.stages.teacher.plan import RenderedQuery
-
-BROAD = "broad"
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Asked:
     @property
     def sets(self) -> dict[str, list[Query]]:
         """All queries, by what row ids and errors call their sets."""
-        main = {_called(s, request): self.queries[request][s] for s in MAIN_SUBSETS for request in self.prefixes}
+        main = {subset_of(s, request): self.queries[request][s] for s in MAIN_SUBSETS for request in self.prefixes}
         return main | {f"{BROAD}/{source}": found for source, found in self.broad.items()}
 
 
@@ -48,7 +46,7 @@ def rows_of(asked: Asked, renderer: Renderer, teacher: TeacherSettings, context:
             for query in asked.queries[request][subset]:
                 prompt = Prompt.plain(query, before)
                 given_ids = _given_ids(renderer, prompt, teacher) if teacher.responses == "given" else None
-                row_id = f"{_called(subset, request)}/{query.row_id}"
+                row_id = f"{subset_of(subset, request)}/{query.row_id}"
                 rows.append(_row(row_id, subset, request, prompt, renderer, given_ids))
     before = _in_front(teacher, BROAD, asked.prefixes[MAIN])
     for source, queries in asked.broad.items():
@@ -61,11 +59,6 @@ def rows_of(asked: Asked, renderer: Renderer, teacher: TeacherSettings, context:
                 rows.append(_row(row_id, BROAD, MAIN, prompt, renderer, None))
     _check_apart(rows)
     return rows
-
-
-def _called(subset: str, request: str) -> str:
-    """A subset of a request, in row ids and errors."""
-    return subset if request == MAIN else f"{subset}/{request}"
 
 
 def _in_front(teacher: TeacherSettings, subset: str, prefix: str) -> str:

@@ -16,8 +16,9 @@ from support import LAB_BASE, ROOT, write_jsonl
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.cli.main import main
 from duet.pipeline.commands.init import collect, prompts_of, slug
-from duet.pipeline.commands.init_text import Answers, ModelFacts, config_text, training_of
+from duet.pipeline.commands.init_text import PRESETS_IN_WORDS, Answers, ModelFacts, config_text, training_of
 from duet.pipeline.config.load import load_config
+from duet.pipeline.config.schema import PRESETS
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.settings.data import DataSettings
 
@@ -100,6 +101,7 @@ FAULTY = {
     "has no config.json": lambda tmp: {"model": str(tmp)},
     "neither a directory nor of the form OWNER/NAME": lambda tmp: {"model": "./nowhere"},
     "are also to be forgotten": lambda tmp: {"retain": str(tmp / "forget.jsonl")},
+    "is not a preset": lambda tmp: {"harden": "deeper"},
     "is not a name for a run": lambda tmp: {"name": "../up"},
 }  # fmt: skip
 
@@ -142,7 +144,9 @@ def test_questions_without_answers_are_for_two_stages(given, tmp_path, capsys):
 
 
 def test_who_is_asked_is_asked_again_after_a_faulty_answer(given, capsys):
-    said = iter([given["topic"], given["model"], "nowhere.jsonl", given["forget"], given["retain"], "mine"])
+    said = iter(
+        [given["topic"], given["model"], "nowhere.jsonl", given["forget"], given["retain"], "widest", "wide", "mine"]
+    )
     asked: list[str] = []
 
     def ask(question: str, default: str | None) -> str:
@@ -151,8 +155,13 @@ def test_who_is_asked_is_asked_again_after_a_faulty_answer(given, capsys):
 
     answers = collect({}, ask)
     assert (answers.name, answers.num_queries, answers.answered) == ("mine", (4, 6), True)
+    assert answers.harden == "wide"
     assert sum("about the topic" in question for question in asked) == 2
-    assert "no such file: nowhere.jsonl" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "no such file: nowhere.jsonl" in printed.err
+    assert "'widest' is not a preset" in printed.err
+    for preset, sentence in PRESETS_IN_WORDS.items():
+        assert f"{preset}: {sentence}" in printed.out
 
 
 def test_a_person_is_asked_in_a_terminal(given, tmp_path):
@@ -161,7 +170,7 @@ def test_a_person_is_asked_in_a_terminal(given, tmp_path):
     command = [sys.executable, "-m", "duet", "init", str(path), "--model", given["model"]]
     child = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=subprocess.PIPE, text=True)
     os.close(terminal)
-    os.write(controller, "\n".join([given["topic"], given["forget"], given["retain"], "", ""]).encode())
+    os.write(controller, "\n".join([given["topic"], given["forget"], given["retain"], "", "", ""]).encode())
     out, _ = child.communicate()
     os.close(controller)
     assert child.returncode == EXIT_DONE, out
@@ -186,6 +195,17 @@ def test_every_model_gets_a_config_that_loads(tmp_path, parameters, prompts):
     training = training_of(parameters)
     ours = yaml.safe_load((ROOT / training.like).read_text(encoding="utf-8"))["train"]
     assert (config.train.lr, config.train.epochs) == (ours["lr"], ours["epochs"])
+
+
+@pytest.mark.parametrize("preset", PRESETS_IN_WORDS)
+def test_a_preset_is_offered_and_left_to_set_what_it_sets(given, tmp_path, preset):
+    path = tmp_path / "mine.yaml"
+    assert main(["init", str(path), *flags(given), "--harden", preset, "--yes"]) == EXIT_DONE
+    config, settings = load_config(str(path)), PRESETS[preset]
+    assert config.harden == preset
+    assert config.teacher.max_positions == settings.get("teacher", {}).get("max_positions", 1)
+    assert config.students[0].start_noise == settings.get("students", {}).get("start_noise", 0)
+    assert config.train.contexts == settings.get("train", {}).get("contexts", "none")
 
 
 def test_commented_settings_are_settings(tmp_path):
