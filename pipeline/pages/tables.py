@@ -112,7 +112,7 @@ def kept_lines(results: Mapping[str, Any]) -> list[str]:
     lines = []
     for model, by_kind in found.items():
         for kind, own in by_kind.items() if model.startswith("student:") else ():
-            base = found["base"][kind]
+            base = found.get(model.replace("student:", "base:", 1), found["base"])[kind]  # its own, where it has one
             lines.append(
                 f"{model}, {own['rougeL_recall']['n']} questions to be kept behind {kind} texts: "
                 f"recall {interval(own['rougeL_recall'])}, without {points(own['plain.rougeL_recall'])}, base "

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from duet.cache.errors import EXIT_DONE
 from duet.pipeline.cli.main import main
-from duet.pipeline.pages.tables import WIDTH, attacks_table, costs_table, results_table
+from duet.pipeline.pages.tables import WIDTH, attacks_table, costs_table, kept_lines, results_table
 from duet.stages.attacks.run import Cost
 from duet.stages.settings.attacks import ATTACKS
 
@@ -97,6 +97,22 @@ def test_an_attack_that_a_student_was_trained_on_is_marked_in_its_column_alone()
     assert marked == [("student:base", "reverse")]
     assert "+: the student was trained" in "\n".join(lines_of(table))
     assert max(map(len, lines_of(table))) <= WIDTH
+
+
+def test_questions_to_be_kept_behind_texts_stand_beside_the_students_own_base():
+    def kept(recall: float, refused: float) -> dict:
+        plain = {"plain.rougeL_recall": score(0.99), "plain.refusal_rate": score(0.01)}
+        return {"reverse": {"rougeL_recall": score(recall), "refusal_rate": score(refused)} | plain}
+
+    found = {"base": kept(0.9, 0.0), "student:base": kept(0.8, 0.2), "base:small": kept(0.7, 0.05)}
+    found |= {"student:small": kept(0.6, 0.3)}
+    lines = kept_lines({"kept_under_attack": found})
+    assert lines == [
+        "student:base, 3 questions to be kept behind reverse texts: recall 80.0 [80.0, 80.0], without 99.0, base 90.0; "
+        "refused 20.0 [20.0, 20.0] %, without 1.0, base 0.0",
+        "student:small, 3 questions to be kept behind reverse texts: recall 60.0 [60.0, 60.0], without 99.0, base 70.0; "
+        "refused 30.0 [30.0, 30.0] %, without 1.0, base 5.0",
+    ]
 
 
 @pytest.mark.parametrize("verbose", [False, True])
