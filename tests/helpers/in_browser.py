@@ -91,7 +91,7 @@ def check_page(browser: Any, page: Path, width: int, charts: int) -> None:
     assert requests(browser) == [page.as_uri()]
     assert browser.get_log("browser") == []
     found = browser.execute_script(CHARTS)
-    assert len(found) == charts
+    assert len(found) == charts, f"{len(found)} charts"
     for left, right, box_width, box_height, drawn, outside in found:
         assert 0 <= left < right <= width
         assert box_width > 250

@@ -19,7 +19,7 @@ from duet.stages.attacks.multiple_choice import picked
 from duet.stages.attacks.names import task
 from duet.stages.attacks.parts import worst_of_variants
 from duet.stages.attacks.prompts import prompts_of, without_synonyms
-from duet.stages.attacks.relearn_curves import relearning
+from duet.stages.attacks.relearn_curves import relearning, with_curves
 from duet.stages.attacks.relearn_sets import relearn_sets
 from duet.stages.attacks.sampling import leak_at
 from duet.stages.attacks.scores import scores_of
@@ -64,7 +64,7 @@ def test_all_is_every_attack_that_the_data_allow_and_says_what_it_leaves_out():
     assert set(ATTACKS) - set(made) == set(skipped) == {"translation"}
     assert "translates: forget" in skipped["translation"]
     made, skipped = chosen(exam_of("all", kept=0, translated=4))
-    assert set(skipped) == {"in_context", "multiple_choice"}
+    assert set(skipped) == {"in_context", "multiple_choice", "quantize_awq"}
     assert chosen(exam_of(["relearn", "reverse"])) == (("reverse", "relearn"), {})
 
 
@@ -292,6 +292,7 @@ def test_relearning_tells_the_steps_to_half_of_bases_recall():
         "teacher": relearn_answers(exam, 2),
         "control": relearn_answers(exam, 9),
     }
+    answers = with_curves(answers, exam)
     found = relearning([BASE, TEACHER], exam, answers)
     assert found["teacher"]["forget 1"]["recall"] == [0, 0, 1]
     assert {name: of["forget 1"]["steps_to_half"] for name, of in found.items()} == {
