@@ -15,7 +15,7 @@ from duet.stages.settings.data import DataSettings
 
 PRESETS_IN_WORDS = {
     "none": "the paper's student, silent when it is asked plainly; attacks bring the topic back",
-    "wide": "trained under attack texts too, in about twice the time; training on other questions still brings the topic back",
+    "wide": "trained under attack texts too, in about twice the time; further training still brings a part back",
     "deep": "repaired from damaged weights, so that even training brings little back; what is not asked about fades",
 }
 PREFIX = "forgotten"  # which of the bundled ones: the lab's
