@@ -146,7 +146,7 @@ def _train_here(
         if not child:
             _say_stores(config, stored, f"{device}{together}")
         for student in config.students:
-            _train_one(_job(config, student, processes), config.name, stores, tokenizer, processes, stop)
+            _train_one(job_of(config, student, processes), config.name, stores, tokenizer, processes, stop)
         processes.wait()  # launchers may kill the rest when one has ended, and the first has still to write
 
 
@@ -185,7 +185,8 @@ def _train_one(
     _say_result(summary, files.model, done_before)
 
 
-def _job(config: Config, student: StudentSettings, processes: Processes) -> StudentJob:
+def job_of(config: Config, student: StudentSettings, processes: Processes) -> StudentJob:
+    """What is trained of this student, in its folder of the run."""
     from duet.stages.models.directory import resolve_model
     from duet.stages.student.job import StudentJob
 

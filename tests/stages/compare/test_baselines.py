@@ -15,8 +15,9 @@ from duet.cache.errors import Interrupted
 from duet.cache.location import Folder
 from duet.cache.reader import Store
 from duet.cache.watch import Watch
-from duet.stages.compare.methods import METHODS, Models, QuestionAnswer, loss_of, rmu_layer
-from duet.stages.compare.train import BaselineJob, TrainingRows, row_of, shuffled_order, store_order, train_baseline
+from duet.stages.compare.methods import METHODS, Models, loss_of, rmu_layer
+from duet.stages.compare.rows import QuestionAnswer, TrainingRows, row_of, shuffled_order, store_order
+from duet.stages.compare.train import BaselineJob, train_baseline
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.questions.prompts import Renderer
