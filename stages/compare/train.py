@@ -84,7 +84,7 @@ def train_baseline(job: BaselineJob, watch: Watch) -> dict[str, Any]:
         batch = job.rows.batch(job.steps.numbers(step), job.seed, step, job.method.in_context)
         with autocast(settings, device):
             seed_everything(settings.seed, step, 0)
-            loss = _backward(job, models, batch)
+            loss = gradient_of(job, models, batch)
         if loss is not None and not _stepped(model, optimizer, loss, settings, lr_at(step, total, settings)):
             diverged_at = step + 1
         value = math.nan if loss is None else loss.item()
@@ -128,7 +128,7 @@ def _with_reference(job: BaselineJob, model: Any, tokenizer: Any) -> Models:
     return Models(model.to(job.device), reference, pad_id, job.device, job.seed)
 
 
-def _backward(job: BaselineJob, models: Models, batch: Batch) -> torch.Tensor | None:
+def gradient_of(job: BaselineJob, models: Models, batch: Batch) -> torch.Tensor | None:
     """Leave the gradient of the method's loss in the model and return the loss; None where the step has no rows for it."""
     if job.method.smooth and batch.forget:
         with _at_worst(job, models, batch):
