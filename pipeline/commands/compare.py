@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from duet.cache.errors import IncompleteStore, Interrupted
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.watch import Watch
 from duet.pipeline.commands.compare_plan import plan_of, student_of, with_preset
+from duet.pipeline.commands.distill import unasked_line
 from duet.pipeline.commands.run import run_stage
 from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection
@@ -64,6 +65,10 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
     run, started = config.run, time.perf_counter()
     claim_run_dir(config)
     plan = plan_of(config, {preset: (one.load(), students[preset]) for preset, one in requests.items()})
+    if part is None:
+        for row, mode in plan.modes.items():
+            if warning := unasked_line(replace(mode.job, name=row), mode.stores):
+                say(warning)
     parts = _parts(config)
     if part is None and (code := _in_children(request, config, parts, num_jobs, plan, stop)):
         return code

@@ -150,6 +150,13 @@ def _train_here(
         processes.wait()  # launchers may kill the rest when one has ended, and the first has still to write
 
 
+def unasked_line(job: StudentJob, stores: Mapping[str, Store]) -> str:
+    """The warning before weights are damaged that no broad rows will repair; else empty."""
+    if not job.start_noise or any(store.manifest.subsets.get("broad") for store in stores.values()):
+        return ""
+    return UNASKED.format(name=job.name, alpha=job.start_noise)
+
+
 def _train_one(
     job: StudentJob, run: str, stores: Mapping[str, Store], tokenizer: Any, processes: Processes, stop: StopSignal
 ) -> None:
@@ -160,8 +167,8 @@ def _train_one(
 
     files = StudentDir(job.student_dir)
     done_before = files.is_done
-    if job.start_noise and not done_before and not any(s.manifest.subsets.get("broad") for s in stores.values()):
-        say(UNASKED.format(name=job.name, alpha=job.start_noise))
+    if not done_before and (warning := unasked_line(job, stores)):
+        say(warning)
     facts = {
         "run": run,
         "student": job.name,

@@ -68,7 +68,7 @@ def _matrices(model: nn.Module) -> Iterator[nn.Linear]:
 
 
 def train_repselect(job: BaselineJob, watch: Watch) -> dict[str, Any]:
-    """As `train_baseline`, but that a training that was stopped begins anew; its curve is the KL after each step.
+    """As `train_baseline`, but that a training that was stopped begins again; its curve is the KL after each step.
 
     The steps are at most as many as the other methods', and end before the mean KL at the retain rows' answer tokens passes the
     job's constant, nats. The learning rate is the length of a step as a share of the matrices'.
@@ -99,7 +99,7 @@ def train_repselect(job: BaselineJob, watch: Watch) -> dict[str, Any]:
 
 def _stop(job: BaselineJob, watch: Watch) -> None:
     if watch.should_stop():
-        raise Interrupted(f"{job.name}: begins anew when it is called again")
+        raise Interrupted(f"{job.name}: begins again at the next call")
 
 
 def _directions(job: BaselineJob, tokenizer: Any, watch: Watch) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """Twelve questions of each set, DUET without and with hardening, two methods, one learning rate, two seeds, three epochs."""
+    """Twelve questions of each set, DUET without and with hardening, two methods, one rate, two seeds, three epochs."""
     import yaml
 
     folder = tmp_path_factory.mktemp("compare")
@@ -104,7 +104,9 @@ def test_a_stopped_comparison_goes_on_and_does_nothing_twice(done):
     assert [second.returncode, third.returncode] == [EXIT_DONE, EXIT_DONE], second.stderr + third.stderr
     assert "wrote 24 rows" in first.stdout  # stage one is part of it
     scored = [line for call in (first, second, third) for line in call.stdout.splitlines() if "validation part" in line]
-    assert len(scored) == len(set(scored)) == 5, scored  # one of DUET each, two of gradient ascent, one of refusal training
+    assert len(scored) == len(set(scored)) == 5, (
+        scored
+    )  # one of DUET each, two of gradient ascent, one of refusal training
     assert "duet, lr 9e-05" in first.stdout
     assert "duet, lr" not in second.stdout
     assert "engine:" not in third.stdout, "nobody was asked again"
@@ -133,7 +135,11 @@ def test_the_comparison_holds_every_model_on_the_questions_that_nothing_was_chos
 
 def test_a_row_is_the_mean_over_its_seeds_models(done):
     results = json.loads((done[1] / "compare.json").read_text(encoding="utf-8"))
-    for name, models in (("ga", ["ga", "ga:seed1"]), ("duet:deep", ["duet:deep", "duet:deep:seed1"]), ("base", ["base"])):
+    for name, models in (
+        ("ga", ["ga", "ga:seed1"]),
+        ("duet:deep", ["duet:deep", "duet:deep:seed1"]),
+        ("base", ["base"]),
+    ):
         for key, score in results["models"][name].items():
             of_models = [results["of_models"]["models"][model][key]["value"] for model in models]
             assert score["seeds"] == pytest.approx(of_models), (name, key)

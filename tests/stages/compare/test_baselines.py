@@ -79,7 +79,8 @@ def test_a_few_steps_lower_the_methods_loss_and_move_what_they_should(name, trai
         with torch.no_grad():
             gold[when] = models(everything.forget).logprob_N.mean().item()
             refusal[when] = models(everything.refused).logprob_N.mean().item()
-    assert loss["after"] < loss["before"]
+    if name != "jensun":  # whose forget loss is scaled by another number in each step
+        assert loss["after"] < loss["before"]
     if name not in ("refusal", "idk_ap"):  # which say nothing of the gold answer
         assert gold["after"] < gold["before"]
     if name in ("refusal", "dpo", "flat", "idk_ap", "jensun"):
@@ -157,7 +158,8 @@ def test_a_step_without_rows_for_a_method_has_no_loss(training_rows):
 
 
 def test_refusals_are_drawn_by_seed_step_and_row(training_rows):
-    refusals = [[replace(row, answer_ids=[number]) for number in range(9)] for row in training_rows.forget]
+    rows = (*training_rows.forget, *training_rows.retain)
+    refusals = [[replace(row, answer_ids=[number]) for number in range(9)] for row in rows]
     several = replace(training_rows, refusals=refusals)
     drawn = {
         (seed, step): [row.answer_ids for row in several.batch(np.arange(8), seed, step).refused]
@@ -184,7 +186,9 @@ def test_idk_ap_keeps_the_retain_answers_ahead_of_the_refusal(training_rows, tmp
     for when, folder in (("before", LAB_SMALL), ("after", tmp_path / "model")):
         models = models_of(folder)
         with torch.no_grad():
-            ahead[when] = (models(everything.retain).sums()[0] - models(everything.retain_refused).sums()[0]).mean().item()
+            ahead[when] = (
+                (models(everything.retain).sums()[0] - models(everything.retain_refused).sums()[0]).mean().item()
+            )
     assert ahead["after"] > 0
     refused_only = replace(METHODS["idk_ap"], retain=None)
     trained(replace(job_of(tmp_path / "alone", training_rows, "refusal"), method=refused_only))
@@ -210,7 +214,7 @@ def test_sam_takes_the_forget_gradient_at_the_worst_point_nearby(training_rows, 
     length = sum(float((gradient**2).sum()) for gradient in first) ** 0.5
     with torch.no_grad():
         for weight, gradient in zip(weights, first, strict=True):
-            weight += 0.05 * gradient / length
+            weight.add_(0.05 * gradient / length)
     at_worst = torch.autograd.grad(job.method.forget(by_hand, batch, 0.0), weights)
     for weight, forget, retain in zip(models.model.parameters(), at_worst, of_retain, strict=True):
         assert weight.grad is not None
@@ -235,7 +239,9 @@ def test_jensun_scales_the_forget_loss_to_the_retain_losss_gradient_at_the_logit
 def test_a_begun_answer_is_broken_off_by_the_refusal_from_each_of_its_tokens(training_rows):
     """In half of the rows; each of the answer's own tokens is asked to be followed by the refusal's first."""
     assert training_rows.contexts is not None
-    drawn = [training_rows.contexts.row(number, np.random.default_rng(seed)) for number in range(4) for seed in range(40)]
+    drawn = [
+        training_rows.contexts.row(number, np.random.default_rng(seed)) for number in range(4) for seed in range(40)
+    ]
     begun = [row for row in drawn if row.begun]
     assert 0.35 < len(begun) / len(drawn) < 0.65
     own, refusal = training_rows.forget, training_rows.refusals[0][0].answer_ids
@@ -252,8 +258,8 @@ def test_examples_in_front_are_never_the_question_itself_and_forgotten_ones_are_
     for number in range(8):
         for seed in range(20):
             for example in contexts._examples(number, np.random.default_rng(seed)):
-                assert example.row_id != (*contexts.forget, *contexts.retain)[number].row_id
-                if example.row_id in {query.row_id for query in contexts.forget}:
+                assert example.question != (*contexts.forget, *contexts.retain)[number].question
+                if example.question in {query.question for query in contexts.forget}:
                     assert example.answer == "I know nothing about that person."
 
 
@@ -270,9 +276,9 @@ def test_repselect_forgets_within_the_change_that_retain_rows_allow(training_row
     assert all(name.split(".")[-2] in ("gate_proj", "up_proj", "down_proj") for name in moved)
 
 
-def test_repselect_that_is_stopped_begins_anew(training_rows, tmp_path):
+def test_repselect_that_is_stopped_begins_again(training_rows, tmp_path):
     job = job_of(tmp_path, training_rows, "repselect")
-    with pytest.raises(Interrupted, match="begins anew"):
+    with pytest.raises(Interrupted, match="begins again"):
         train_repselect(job, Watch(should_stop=lambda: True))
     assert not (tmp_path / "model").exists()
 
