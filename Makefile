@@ -69,7 +69,7 @@ distill: $(STAMP) ## stage two
 evaluate: $(STAMP) ## stage three
 	@$(stage) --config $(CONFIG) $(ARGS)
 
-compare: $(STAMP) ## DUET against other unlearning methods; minutes on the lab, under half an hour on TOFU
+compare: $(STAMP) ## DUET against other unlearning methods; minutes on the lab, longer on TOFU
 	@$(BIN)/duet compare --config $(CONFIG) $(ARGS)
 
 run: $(STAMP) ## all three stages

@@ -146,8 +146,15 @@ def _train_here(
         if not child:
             _say_stores(config, stored, f"{device}{together}")
         for student in config.students:
-            _train_one(_job(config, student, processes), config.name, stores, tokenizer, processes, stop)
+            _train_one(job_of(config, student, processes), config.name, stores, tokenizer, processes, stop)
         processes.wait()  # launchers may kill the rest when one has ended, and the first has still to write
+
+
+def unasked_line(job: StudentJob, stores: Mapping[str, Store]) -> str:
+    """The warning before weights are damaged that no broad rows will repair; else empty."""
+    if not job.start_noise or any(store.manifest.subsets.get("broad") for store in stores.values()):
+        return ""
+    return UNASKED.format(name=job.name, alpha=job.start_noise)
 
 
 def _train_one(
@@ -160,8 +167,8 @@ def _train_one(
 
     files = StudentDir(job.student_dir)
     done_before = files.is_done
-    if job.start_noise and not done_before and not any(s.manifest.subsets.get("broad") for s in stores.values()):
-        say(UNASKED.format(name=job.name, alpha=job.start_noise))
+    if not done_before and (warning := unasked_line(job, stores)):
+        say(warning)
     facts = {
         "run": run,
         "student": job.name,
@@ -185,7 +192,8 @@ def _train_one(
     _say_result(summary, files.model, done_before)
 
 
-def _job(config: Config, student: StudentSettings, processes: Processes) -> StudentJob:
+def job_of(config: Config, student: StudentSettings, processes: Processes) -> StudentJob:
+    """What is trained of this student, in its folder of the run."""
     from duet.stages.models.directory import resolve_model
     from duet.stages.questions.requests import asked_about
     from duet.stages.student.job import StudentJob

@@ -10,9 +10,10 @@ from rich.table import Table
 
 from duet.pipeline.pages.charts import Dot, scatter
 from duet.pipeline.pages.page import definition_list, legend, page
+from duet.stages.settings.attacks import ATTACKS
 
 KIND_COLOURS = {"DUET": "#0072b2", "other methods": "#e69f00", "base, teacher, oracle": "#8a8f98"}
-WORST = "attack.reverse_worst.forget.rougeL_recall"
+WORST = "attack.{}_worst.forget.distinctive_recall"
 AXES = ("not recalled of what is to be forgotten, %", "recalled of what is to be kept, %")
 ROW_HEAD = 'th scope="row" class="wide"'
 Results = Mapping[str, Any]
@@ -25,17 +26,25 @@ def row_title(name: str, results: Results) -> str:
     return f"{name} (prompt only)" if name.split(":", maxsplit=1)[0] == "teacher" else name
 
 
+def attack_keys(results: Results) -> dict[str, str]:
+    """The key of what each attack brings back at worst, by the attack's title, of the attacks that have such a score."""
+    keys = {attack.title: WORST.format(name) for name, attack in ATTACKS.items()}
+    return {title: key for title, key in keys.items() if any(key in scores for scores in results["models"].values())}
+
+
 def heads(results: Results) -> list[str]:
     """The columns of the table."""
     sets = [f"{name}\n{info['expect']}\nn={info['n']}" for name, info in results["sets"].items()]
-    last = ["forget, worst\nreverse\nprompt", "performance\nshift", "shift less\nDUET's"]
-    return ["method, setting, budget\nverdict", *sets, *last]
+    n = {key: score["n"] for scores in results["models"].values() for key, score in scores.items()}
+    attacks = [f"{title}\nworst, facts\nn={n[key]}" for title, key in attack_keys(results).items()]
+    last = ["performance\nshift", f"shift less\n{row_title(results['against'], results)}'s"]
+    return ["method, setting, budget\nverdict", *sets, *attacks, *last]
 
 
 def cells(name: str, results: Results, digits: int = 1) -> list[str]:
     """One row under `heads`, in lines: a method's title, setting, budget and verdict; a number and its interval."""
     scores, shift = results["models"][name], results["performance_shift"].get(name)
-    keys = [f"{set_name}.rougeL_recall" for set_name in results["sets"]] + [WORST]
+    keys = [f"{set_name}.rougeL_recall" for set_name in results["sets"]] + list(attack_keys(results).values())
     less = results["comparisons"].get(name, {}).get("performance_shift")
     verdict = results["outcomes"].get(name, {}).get("verdict")
     return [
@@ -47,13 +56,16 @@ def cells(name: str, results: Results, digits: int = 1) -> list[str]:
 
 
 def _budget(name: str, results: Results) -> list[str]:
-    """`lr 0.0003; of 6` and `150 steps, 87 s`; nothing of a model that was not trained here."""
+    """`lr 0.0003; of 6` and `3 x 150 steps, 87 s`; nothing of a model that was not trained here."""
     method = results["methods"].get(name)
     if method is None:
         oracle = results["oracle"] or {}
         return [f"{oracle['steps']} steps, {oracle['train_s']:.0f} s"] if name == "oracle" and "steps" in oracle else []
     chosen = next(row for row in method["grid"] if row["chosen"])
-    return [f"{method['setting']}; of {len(method['grid'])}", f"{chosen['steps']} steps, {chosen['train_s']:.1f} s"]
+    return [
+        f"{method['setting']}; of {len(method['grid'])}",
+        f"{method['seeds']} x {chosen['steps']} steps, {chosen['train_s']:.1f} s",
+    ]
 
 
 def _score(score: Results, digits: int) -> str:
@@ -83,23 +95,41 @@ def compare_table(results: Results) -> Table:
 
 def _title(results: Results) -> str:
     return (
-        "ROUGE-L recall in points [95 % interval] on the questions that nothing was chosen on; "
+        "ROUGE-L recall in points [95 % interval] on the questions that nothing was chosen on, and under each attack, per "
+        "question at worst, distinctive recall; means and intervals over questions and training seeds together; "
         f"all start from {results['start']}, {results['train']['epochs']} epochs in batches of {results['train']['batch_size']}"
     )
 
 
 def sentences(results: Results) -> list[str]:
-    """Sentences on which methods can be distinguished from DUET."""
+    """Sentences on which methods can be distinguished from DUET, and which say fewer facts under an attack."""
     groups: dict[str, list[str]] = {}
     for name in results["methods"]:
         if less := results["comparisons"].get(name, {}).get("performance_shift"):
             groups.setdefault(_in_words(less), []).append(row_title(name, results))
+    duet = row_title(results["against"], results)
     words = {
-        "worse": "a lower performance shift than DUET's",
-        "better": "a higher performance shift than DUET's",
-        "not distinguishable": "not distinguishable from DUET by performance shift",
+        "worse": f"a lower performance shift than {duet}'s",
+        "better": f"a higher performance shift than {duet}'s",
+        "not distinguishable": f"not distinguishable from {duet} by performance shift",
     }
-    return [f"{text}: {', '.join(groups[verdict])}" for verdict, text in words.items() if verdict in groups]
+    shifts = [f"{text}: {', '.join(groups[verdict])}" for verdict, text in words.items() if verdict in groups]
+    attacks = [
+        f"{title}: at worst fewer facts than from {duet}: {', '.join(fewer)}"
+        for title, key in attack_keys(results).items()
+        if (fewer := _with_less(key, results))
+    ]
+    return [*shifts, *attacks]
+
+
+def _with_less(key: str, results: Results) -> list[str]:
+    """The methods of which an attack brings back less than of DUET, distinguishably."""
+    found = {name: results["comparisons"].get(name, {}).get(key) for name in results["methods"]}
+    return [
+        row_title(name, results)
+        for name, less in found.items()
+        if less and less["distinguishable"] and less["difference"] < 0
+    ]
 
 
 def render(results: Results) -> str:
@@ -134,7 +164,7 @@ def _html_table(results: Results) -> str:
     )
     return (
         f'<h2>Side by side</h2><div class="scroll"><table><caption>{escape(_title(results))}. Each method has the setting '
-        "with the largest performance shift on the other questions.</caption>"
+        "with the largest performance shift on the other questions, trained with several seeds.</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -145,7 +175,13 @@ def _plot(results: Results) -> str:
         title = row_title(name, results)
         gone, kept = found["forgotten"], found["kept"]
         dots[title] = Dot(gone["value"], kept["value"], tuple(gone["ci95"]), tuple(kept["ci95"]))
-        kind = "DUET" if name == "duet" else "other methods" if name in results["methods"] else "base, teacher, oracle"
+        kind = (
+            "DUET"
+            if name.split(":")[0] == "duet"
+            else "other methods"
+            if name in results["methods"]
+            else "base, teacher, oracle"
+        )
         palette[title] = KIND_COLOURS[kind]
     return (
         '<h2>Forgetting against keeping</h2><p class="note">To the right, what is missing to full recall on the sets to be '
@@ -157,24 +193,29 @@ def _plot(results: Results) -> str:
 
 
 def _differences(results: Results) -> str:
-    keys = [f"{name}.rougeL_recall" for name in results["sets"]]
+    attacks, duet = attack_keys(results), row_title(results["against"], results)
+    keys = [f"{name}.rougeL_recall" for name in results["sets"]] + list(attacks.values())
 
-    def shown(found: Results, scale: float) -> str:
+    def shown(found: Results | None, scale: float) -> str:
+        if found is None:
+            return '<td class="number">-</td>'
         ci95 = [scale * end for end in found["ci95"]]
         words = "" if found["distinguishable"] else "<br>not distinguishable"
         return f'<td class="number">{scale * found["difference"]:+.1f}<small>{_ends(ci95)}{words}</small></td>'
 
     head = "".join(
-        f'<th class="number" scope="col">{escape(name)}</th>' for name in (*results["sets"], "performance shift")
+        f'<th class="number" scope="col">{escape(name)}</th>'
+        for name in (*results["sets"], *attacks, "performance shift")
     )
     rows = "".join(
-        f'<tr><th scope="row">{escape(row_title(name, results))}</th>{"".join(shown(of[key], 100) for key in keys)}'
+        f'<tr><th scope="row">{escape(row_title(name, results))}</th>{"".join(shown(of.get(key), 100) for key in keys)}'
         f"{shown(of['performance_shift'], 1)}</tr>"
         for name, of in results["comparisons"].items()
     )
     return (
-        '<h2>Less DUET, on the same questions</h2><div class="scroll"><table><caption>Each model\'s recall, in points, less '
-        "DUET's on the same questions, with a paired 95 % bootstrap interval; questions with one answer are drawn together."
+        f'<h2>Less {duet}, on the same questions</h2><div class="scroll"><table><caption>Each model\'s recall, in points, less '
+        f"{duet}'s on the same questions, of attacks per question at worst and in distinctive recall, with a paired 95 % "
+        "bootstrap interval over seeds and questions; questions with one answer are drawn together."
         f'</caption><thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 

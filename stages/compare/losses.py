@@ -115,3 +115,41 @@ def rmu_forget(hidden_ND: torch.Tensor, target_D: torch.Tensor) -> torch.Tensor:
 def rmu_retain(hidden_ND: torch.Tensor, frozen_ND: torch.Tensor) -> torch.Tensor:
     """E over tokens of |h(t) - h_frozen(t)|^2, to be weighed by alpha (same paper)."""
     return (hidden_ND - frozen_ND).square().sum(-1).mean()
+
+
+def answer_preservation(answer_B: torch.Tensor, refusal_B: torch.Tensor, beta: float) -> torch.Tensor:
+    """-(1 / beta) E[log sigmoid(beta (log p(y|q) - log p(refusal|q)))] on sums over whole answers, of questions to be kept.
+
+    The AP term of IDK+AP (Yuan et al., arXiv 2410.08109): the answer is to stay likelier than the refusal, so that refusing
+    does not spread. No reference model.
+    """
+    return -logsigmoid(beta * (answer_B - refusal_B)).mean() / beta
+
+
+SMALLEST = 1e-10  # probabilities below it count as it: the slope of p log p has no end at 0
+
+
+def jensen_shannon(logits_NV: torch.Tensor, other_NV: torch.Tensor) -> torch.Tensor:
+    """JSD(p || q) = H((p + q)/2) - (H(p) + H(q))/2 in nats, [N]; p = softmax(logits), q probabilities, H the entropy.
+
+    The same as KL(p || m)/2 + KL(q || m)/2 with m their mean (JensUn, arXiv 2509.02820). Between 0 and log 2, so that a loss of
+    it is bounded in both directions.
+    """
+    p_NV = logits_NV.softmax(-1)
+    mixed_N, own_N, other_N = (
+        torch.special.entr(probabilities_NV.clamp(min=SMALLEST)).sum(-1)
+        for probabilities_NV in ((p_NV + other_NV) / 2, p_NV, other_NV)
+    )
+    return mixed_N - (own_N + other_N) / 2
+
+
+def first_weighted(values_N: torch.Tensor, row_N: torch.Tensor, num_rows: int, first: float) -> torch.Tensor:
+    """Mean over rows of first x (the row's first value) + (1 - first) x (the mean of its others); of one value, that value.
+
+    JensUn++ (arXiv 2607.09236), w_1 = `first`. A row's values stand together, rows in ascending order.
+    """
+    new_N = torch.ones_like(row_N, dtype=torch.bool)
+    new_N[1:] = row_N[1:] != row_N[:-1]
+    length_N = torch.bincount(row_N, minlength=num_rows)[row_N].to(values_N.dtype)
+    weight_N = torch.where(new_N, first, (1 - first) / (length_N - 1).clamp(min=1))
+    return (values_N * torch.where(length_N == 1, 1.0, weight_N)).sum() / num_rows

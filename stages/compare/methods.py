@@ -1,7 +1,8 @@
 """The unlearning methods that DUET is compared with, and the loss of each in a step: `METHODS`.
 
 A method's loss is the sum of a term on the forget rows and, where it has one, a term on the retain rows. The terms bring a
-model's numbers at answer tokens to the formulas of `losses.py`; `train.py` takes the steps.
+model's numbers at answer tokens to the formulas of `losses.py`; `train.py` takes the steps. RepSelect takes none:
+`repselect.py`.
 
 Shapes: B rows, N answer tokens of all rows together, V vocabulary, D width.
 """
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 
 from duet.stages.compare import losses
+from duet.stages.compare.rows import Batch, QuestionAnswer
 from duet.stages.models.alignment import AlignedBatch, align
 from duet.stages.models.layers import decoder_layers
 from duet.stages.settings.compare import CONSTANTS
@@ -23,25 +26,11 @@ from duet.stages.student.head import logits_at
 # Constants of the papers that are not tried out here; the one that is tried out stands in METHODS.
 NPO_BETA, DPO_BETA = 0.1, 0.1  # arXiv 2404.05868
 SIMNPO_GAMMA = 0.0  # the margin of arXiv 2410.07163's own best settings
+AP_BETA = 0.1  # arXiv 2410.08109
+JENSUN_FIRST, JENSUN_FORGET = 0.5, 0.33  # weights of an answer's first token and of the forget loss (arXiv 2607.09236)
+JENSUN_EPSILON = 1e-5  # below it a loss or a gradient counts as none (its public code)
 RMU_ALPHA = 1.0  # weight of RMU's retain term; Duet's own, as the paper's 1200 is for directions of another length
 RMU_DEPTH = 7 / 32  # the paper's layer 7 of 32
-
-
-@dataclass(frozen=True)
-class QuestionAnswer:
-    """One question with one answer, as token ids."""
-
-    prompt_ids: Sequence[int]
-    answer_ids: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The rows of a step."""
-
-    forget: list[QuestionAnswer]  # with their own answers
-    refused: list[QuestionAnswer]  # the same questions with a refusal each
-    retain: list[QuestionAnswer]
 
 
 @dataclass(frozen=True)
@@ -154,6 +143,47 @@ def _dpo(models: Models, batch: Batch, _: float) -> torch.Tensor:
     return losses.dpo(*sides, beta=DPO_BETA)
 
 
+def _preservation(models: Models, batch: Batch, _: float) -> torch.Tensor:
+    return losses.answer_preservation(models(batch.retain).sums()[0], models(batch.retain_refused).sums()[0], AP_BETA)
+
+
+def _jensun(models: Models, batch: Batch, _: float) -> torch.Tensor:
+    """JENSUN_FORGET s L_f + L_r, s = |dL_r/dlogits| / |dL_f/dlogits| where neither loss nor gradient is 0 (arXiv 2607.09236).
+
+    The gradients' norms are taken at the logits, as in its public code, and s is a constant of the step.
+    """
+    forget = _jensun_forget(models, batch.refused_in_context) if batch.refused_in_context else None
+    retain = _jensun_retain(models, batch.retain_in_context) if batch.retain_in_context else None
+    if forget is None or retain is None:
+        found = [JENSUN_FORGET * forget[0]] if forget else [retain[0]] if retain else []
+        return torch.stack(found).sum()
+    scale = 1.0
+    if min(loss.item() for loss, _ in (forget, retain)) > JENSUN_EPSILON:
+        of_forget, of_retain = (
+            torch.autograd.grad(loss, logits_NV, retain_graph=True)[0].norm().item()
+            for loss, logits_NV in (forget, retain)
+        )
+        scale = of_retain / (of_forget + JENSUN_EPSILON)
+    return JENSUN_FORGET * scale * forget[0] + retain[0]
+
+
+def _jensun_forget(models: Models, rows: Sequence[QuestionAnswer]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss towards the refusal, at each token of a begun answer towards its first token; and the logits, [N, V]."""
+    now = models(rows)
+    wanted = [[row.answer_ids[row.begun]] * row.begun + list(row.answer_ids[row.begun :]) for row in rows]
+    ids_N = torch.tensor([token for ids in wanted for token in ids], device=now.ids_N.device)
+    target_NV = one_hot(ids_N, now.logits_NV.shape[1]).to(now.logits_NV.dtype)
+    distance_N = losses.jensen_shannon(now.logits_NV, target_NV)
+    return losses.first_weighted(distance_N, now.row_N, now.num_rows, JENSUN_FIRST), now.logits_NV
+
+
+def _jensun_retain(models: Models, rows: Sequence[QuestionAnswer]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distance from the frozen model at the answer's tokens; and the logits, [N, V]."""
+    now = models(rows)
+    distance_N = losses.jensen_shannon(now.logits_NV, models.reference(rows).logits_NV.softmax(-1))
+    return losses.first_weighted(distance_N, now.row_N, now.num_rows, JENSUN_FIRST), now.logits_NV
+
+
 def _rmu_forget(models: Models, batch: Batch, steering: float) -> torch.Tensor:
     hidden_ND = models.hidden(batch.forget)
     size = models.reference_hidden(batch.forget).norm(dim=-1).mean()
@@ -185,6 +215,9 @@ class Method:
     constant: str | None = None  # the name of the constant that is tried out beside the learning rate
     constants: tuple[float, ...] = ()  # values to try
     layers_only: bool = False  # trains RMU's layers only
+    joint: Term | None = None  # one loss of both kinds of rows in the place of the two terms
+    in_context: bool = False  # wants rows in context
+    smooth: bool = False  # takes the forget gradient where the forget loss is worst within the constant, SAM
 
 
 METHODS: dict[str, Method] = {
@@ -208,11 +241,33 @@ METHODS: dict[str, Method] = {
         "UNDIAL", "2402.10052", _undial, reference=True, constant=CONSTANTS["undial"], constants=(3.0, 10.0)
     ),
     "flat": Method("FLAT", "2410.11143", _flat),
+    "idk_ap": Method("IDK+AP", "2410.08109", _refusal, _preservation),
+    "npo_sam": Method(
+        "NPO+SAM",
+        "2502.05374",
+        _npo,
+        retain_nll,
+        reference=True,
+        constant=CONSTANTS["npo_sam"],
+        constants=(0.01, 0.1),
+        smooth=True,
+    ),
+    "jensun": Method("JensUn++", "2607.09236", _refusal, reference=True, joint=_jensun, in_context=True),
+    "repselect": Method(
+        "RepSelect",
+        "2606.17168",
+        _ga,
+        reference=True,
+        constant=CONSTANTS["repselect"],
+        constants=(0.01, 0.1, 1.0),
+    ),
 }
 
 
 def loss_of(method: Method, models: Models, batch: Batch, constant: float) -> torch.Tensor | None:
     """The method's loss on a step's rows, each term where there are rows for it; None where the step has none at all."""
+    if method.joint is not None:
+        return method.joint(models, batch, constant) if batch.forget or batch.retain else None
     terms = [(method.forget, batch.forget), (method.retain, batch.retain)]
     found = [term(models, batch, constant) for term, rows in terms if term is not None and rows]
     return torch.stack(found).sum() if found else None

@@ -17,7 +17,8 @@ from duet.cache.files import publish_json, publishing_dir, read_json, sha256_jso
 from duet.cache.watch import Watch
 from duet.stages.compare.grid import DONE_NAME, Comparison
 from duet.stages.compare.methods import Method, retain_nll
-from duet.stages.compare.train import BaselineJob, TrainingRows, row_of, shuffled_order, train_baseline
+from duet.stages.compare.rows import TrainingRows, row_of, shuffled_order
+from duet.stages.compare.train import BaselineJob, train_baseline
 from duet.stages.models.directory import load_config
 from duet.stages.models.identity import weights_sha256
 from duet.stages.questions.prompts import open_renderer

@@ -54,7 +54,7 @@ def results_of(
     that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
     """
     answers, (given, not_finite) = with_curves(answers, exam), finite(read.given)
-    models = {s.name: _scores(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
+    models = {s.name: scores_of(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
     floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam)
@@ -83,7 +83,7 @@ def results_of(
     }
 
 
-def _scores(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
+def scores_of(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
     """Scores of one model: `<set>.<metric>`, then those of the attacks."""
     seed, extra = exam.settings.seed, exam.settings.refusal_patterns
     scores: dict[str, Score] = {}

@@ -148,7 +148,7 @@ def weighted_sum(
     Clusters are drawn with replacement among those that lie in the same sets, so that no resample loses a whole set; a set's
     mean is over its items in the resample.
     """
-    sums_CS, counts_CS = _per_cluster(values, clusters, list(weights))
+    sums_CS, counts_CS = per_cluster(values, clusters, list(weights))
     weights_S = np.array(list(weights.values()))
     _, stratum_C = np.unique(counts_CS > 0, axis=0, return_inverse=True)
     strata = [np.flatnonzero(stratum_C.ravel() == number) for number in range(stratum_C.max() + 1)]
@@ -176,7 +176,7 @@ def compare_sums(
     return difference_as_json(value, ci95, len(labels), sign_flip_p(np.concatenate(shares), labels, seed))
 
 
-def _per_cluster(
+def per_cluster(
     values: Mapping[str, np.ndarray], clusters: Mapping[str, Sequence[object]], names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of values and number of items of each cluster in each set, [C, S] both."""

@@ -6,11 +6,31 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from duet.stages.settings.base import Settings
+from duet.stages.settings.base import Name, Settings
 from duet.stages.settings.data import DataSettings
 
-CONSTANTS = {"simnpo": "beta", "rmu": "steering", "undial": "gamma"}  # of the methods that have one to try
-Method = Literal["ga", "grad_diff", "npo", "simnpo", "refusal", "dpo", "rmu", "undial", "flat"]
+CONSTANTS = {
+    "simnpo": "beta",
+    "rmu": "steering",
+    "undial": "gamma",
+    "npo_sam": "rho",
+    "repselect": "largest KL",
+}  # of the methods that have one to try
+Method = Literal[
+    "ga",
+    "grad_diff",
+    "npo",
+    "simnpo",
+    "refusal",
+    "dpo",
+    "rmu",
+    "undial",
+    "flat",
+    "idk_ap",
+    "npo_sam",
+    "jensun",
+    "repselect",
+]
 
 
 class GridSettings(Settings):
@@ -62,7 +82,19 @@ class CompareSettings(Settings):
     oracle: str | OracleSettings | None = Field(
         default=None, description="a model that never saw the forget set: its directory or hub id, or how to train it"
     )
-    seed: int = Field(default=0, ge=0, description="seed of the split, of drawn refusals and of RMU's direction")
+    harden: tuple[Name, ...] = Field(
+        default=("none",),
+        min_length=1,
+        description="presets of `harden` that DUET is trained with, a row each; all are compared with the first",
+    )
+    seeds: int = Field(
+        default=3,
+        ge=1,
+        description="trainings of each method's chosen setting: with train.seed, which chooses, and the numbers after it",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="seed of the split and, with each training's own added, of what a method draws"
+    )
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> CompareSettings:
@@ -71,6 +103,7 @@ class CompareSettings(Settings):
                 raise ValueError(f"{name} has no constant: leave it out; {', '.join(CONSTANTS)} have one")
             if name not in ("duet", *self.methods):
                 raise ValueError(f"grid.{name} does nothing: add {name} to compare.methods, or leave it out")
-        if len(set(self.methods)) < len(self.methods):
-            raise ValueError("methods names one twice: leave one out")
+        for name, values in (("methods", self.methods), ("harden", self.harden)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: leave one out")
         return self

@@ -38,7 +38,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """Twelve questions of each set, two methods, one learning rate, three epochs."""
+    """Twelve questions of each set, DUET without and with hardening, two methods, one rate, two seeds, three epochs."""
     import yaml
 
     folder = tmp_path_factory.mktemp("compare")
@@ -48,11 +48,12 @@ def config(tmp_path_factory) -> Path:
         raw["data"][subset]["path"] = str(write_jsonl(folder / f"{subset}.jsonl", [json.loads(line) for line in lines]))
     raw |= {"runs_dir": str(folder / "runs"), "device": "cpu", "students": [{"name": "base"}]}
     raw["teacher"] |= {"model": str(ROOT / "lab/models/base"), "engine": "transformers"}
+    del raw["teacher"]["max_positions"]  # which a preset sets
     raw["train"] |= {"epochs": 3, "batch_size": 8}
     raw["evaluate"]["sets"] = {}
     raw["compare"] = {
         "methods": ["ga", "refusal"], "lr_factors": [0.3], "grid": {"ga": {"lr": [1e-6, 1e-4]}},
-        "oracle": str(ROOT / "lab/models/small"),
+        "oracle": str(ROOT / "lab/models/small"), "harden": ["none", "deep"], "seeds": 2,
     }  # fmt: skip
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
@@ -103,17 +104,20 @@ def test_a_stopped_comparison_goes_on_and_does_nothing_twice(done):
     assert [second.returncode, third.returncode] == [EXIT_DONE, EXIT_DONE], second.stderr + third.stderr
     assert "wrote 24 rows" in first.stdout  # stage one is part of it
     scored = [line for call in (first, second, third) for line in call.stdout.splitlines() if "validation part" in line]
-    assert len(scored) == len(set(scored)) == 4, scored  # one of DUET, two of gradient ascent, one of refusal training
+    assert len(scored) == len(set(scored)) == 5, (
+        scored
+    )  # one of DUET each, two of gradient ascent, one of refusal training
     assert "duet, lr 9e-05" in first.stdout
     assert "duet, lr" not in second.stdout
     assert "engine:" not in third.stdout, "nobody was asked again"
     kept = sorted(str(path.parent.relative_to(run_dir / "compare")) for path in run_dir.glob("compare/*/*/model"))
-    assert [name.split("/")[0] for name in kept] == ["duet", "ga", "refusal"], "only the best of each is kept"
+    expected = [name for name in ("duet", "duet-deep", "ga", "refusal") for _ in range(2)]
+    assert sorted(name.split("/")[0] for name in kept) == expected, "only the best of each is kept, with each seed"
 
 
 def test_the_comparison_holds_every_model_on_the_questions_that_nothing_was_chosen_on(done):
     results = json.loads((done[1] / "compare.json").read_text(encoding="utf-8"))
-    assert list(results["models"]) == ["base", "teacher", "duet", "ga", "refusal", "oracle"]
+    assert list(results["models"]) == ["base", "teacher", "duet", "duet:deep", "ga", "refusal", "oracle"]
     for name in ("forget", "retain"):
         assert results["split"]["validation"][name] + results["split"]["reported"][name] == 12
         assert results["models"]["ga"][f"{name}.rougeL_recall"]["n"] == results["split"]["reported"][name]
@@ -127,6 +131,31 @@ def test_the_comparison_holds_every_model_on_the_questions_that_nothing_was_chos
         duet = results["performance_shift"]["duet"]["value"]
         assert less["difference"] == pytest.approx(of_model["value"] - duet), model
     assert "attack.reverse_worst.forget.rougeL_recall" in results["comparisons"]["refusal"]
+
+
+def test_a_row_is_the_mean_over_its_seeds_models(done):
+    results = json.loads((done[1] / "compare.json").read_text(encoding="utf-8"))
+    for name, models in (
+        ("ga", ["ga", "ga:seed1"]),
+        ("duet:deep", ["duet:deep", "duet:deep:seed1"]),
+        ("base", ["base"]),
+    ):
+        for key, score in results["models"][name].items():
+            of_models = [results["of_models"]["models"][model][key]["value"] for model in models]
+            assert score["seeds"] == pytest.approx(of_models), (name, key)
+            assert score["value"] == pytest.approx(sum(of_models) / len(models)), (name, key)
+            assert score["ci95"][0] <= score["value"] <= score["ci95"][1], (name, key)
+        assert sum(results["outcomes"][name]["models"].values()) == len(models)
+
+
+def test_each_preset_has_its_own_teacher_logits_and_damage(done):
+    results = json.loads((done[1] / "compare.json").read_text(encoding="utf-8"))
+    stores = {row: of_row["teacher"] for row, of_row in results["teacher_stores"].items()}
+    assert stores["duet"]["prefix_on"] == stores["duet:deep"]["prefix_on"] == "forget"
+    assert stores["duet:deep"]["positions"] > stores["duet"]["positions"]
+    (training, _) = sorted((done[1] / "compare" / "duet-deep").glob("*/training.json"))
+    assert json.loads(training.read_text(encoding="utf-8"))["start_noise"] == 0.5
+    assert results["methods"]["duet:deep"]["title"] == "DUET, harden: deep"
 
 
 def test_table_and_page_show_what_is_in_the_json(done):
@@ -146,8 +175,11 @@ def test_table_and_page_show_what_is_in_the_json(done):
             assert text.split("\n")[0] in html
     for sentence in sentences(results):
         assert sentence in calls[-1].stdout
-    results["comparisons"]["ga"]["performance_shift"]["distinguishable"] = False
-    assert "not distinguishable from DUET by performance shift: gradient ascent" in "; ".join(sentences(results))
+    for row, is_told in (("ga", True), ("duet:deep", False)):
+        results["comparisons"][row]["performance_shift"]["distinguishable"] = not is_told
+    told = next(sentence for sentence in sentences(results) if sentence.startswith("not distinguishable from DUET"))
+    assert "gradient ascent" in told
+    assert "harden: deep" not in told
 
 
 @pytest.mark.parametrize(
@@ -157,6 +189,10 @@ def test_table_and_page_show_what_is_in_the_json(done):
         ("compare.grid.duet.constant=[1]", "duet has no constant"),
         ("compare.grid.ga.constant=[1]", "ga has no constant"),
         ("compare.oracle=lab/models/none", "compare.oracle"),
+        ("compare.harden=[hard]", "there is no preset 'hard'"),
+        ("compare.harden=[deep, deep]", "harden names one twice"),
+        ("teacher.max_positions=3", "deep sets teacher.max_positions to 64, and the config says 3"),
+        ("students=[{name: s, start_noise: 0.1}]", "no student starts from the teacher's own weights"),
         ("students=[{name: s, model: lab/models/small}]", "no student starts from the teacher's own weights"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from torch import tensor
 
 from duet.stages.compare import losses
+from duet.stages.compare.repselect import selected
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -100,3 +101,65 @@ def test_rmu_is_squared_distances():
     hidden_ND = tensor([[1.0, 2.0], [0.0, 0.0]])
     assert losses.rmu_forget(hidden_ND, tensor([1.0, 0.0])).item() == pytest.approx((4 + 1) / 2)
     assert losses.rmu_retain(hidden_ND, torch.ones(2, 2)).item() == pytest.approx((1 + 2) / 2)
+
+
+def test_answer_preservation_prefers_the_answer_to_the_refusal():
+    found = losses.answer_preservation(tensor([LN3 - 7]), tensor([-7.0]), beta=1)
+    assert found.item() == pytest.approx(math.log(4 / 3))  # sigmoid(ln 3) = 3/4
+    assert losses.answer_preservation(tensor([-2.0]), tensor([-2.0]), beta=0.1).item() == pytest.approx(10 * LN2)
+
+
+def test_answer_preservation_pulls_the_answer_up_and_the_refusal_down():
+    answer_B, refusal_B = tensor([-3.0], requires_grad=True), tensor([-3.0], requires_grad=True)
+    losses.answer_preservation(answer_B, refusal_B, beta=0.1).backward()
+    assert answer_B.grad is not None
+    assert refusal_B.grad is not None
+    assert answer_B.grad.item() == pytest.approx(-0.5)  # -(1/beta) beta (1 - sigmoid(0))
+    assert refusal_B.grad.item() == pytest.approx(0.5)
+
+
+def test_jensen_shannon():
+    """p = (1/4, 3/4), q = (1, 0), m = (5/8, 3/8): by the two divergences from m."""
+    found = losses.jensen_shannon(tensor([[0.0, LN3]]), tensor([[1.0, 0.0]])).item()
+    of_p = 1 / 4 * math.log(2 / 5) + 3 / 4 * math.log(2)
+    of_q = math.log(8 / 5)
+    assert found == pytest.approx((of_p + of_q) / 2, abs=1e-6)
+    assert losses.jensen_shannon(tensor([[0.0, LN3]]), tensor([[0.25, 0.75]])).item() == pytest.approx(0, abs=1e-6)
+    apart = losses.jensen_shannon(tensor([[200.0, 0.0]]), tensor([[0.0, 1.0]])).item()
+    assert apart == pytest.approx(LN2, abs=1e-6), "never more, however far apart"
+
+
+def test_jensen_shannon_has_a_finite_slope_where_a_probability_is_0():
+    logits_NV = tensor([[0.0, 300.0, -300.0]], requires_grad=True)
+    losses.jensen_shannon(logits_NV, tensor([[1.0, 0.0, 0.0]])).sum().backward()
+    assert logits_NV.grad is not None
+    assert torch.isfinite(logits_NV.grad).all()
+    near_NV = tensor([[0.0, 1.0, -1.0]], requires_grad=True)
+    losses.jensen_shannon(near_NV, tensor([[1.0, 0.0, 0.0]])).sum().backward()
+    assert near_NV.grad is not None
+    assert near_NV.grad[0, 0] < 0, "a step down raises the wanted token's logit"
+    assert near_NV.grad[0, 1] > 0
+
+
+def test_a_rows_first_token_has_its_share_and_rows_count_alike():
+    values_N, row_N = tensor([8.0, 1.0, 3.0, 5.0]), tensor([0, 0, 0, 1])
+    assert losses.first_weighted(values_N, row_N, 2, 0.5).item() == pytest.approx((8 / 2 + 2 / 2 + 5) / 2)
+    assert losses.first_weighted(values_N, row_N, 2, 0.75).item() == pytest.approx((6 + 0.5 + 5) / 2)
+
+
+def test_repselect_shrinks_the_leading_components_below_the_others():
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+    found = selected(turn @ torch.diag(tensor([4.0, 2.0, 1.0])), 2)
+    assert torch.allclose(found, turn @ torch.diag(tensor([1.0, 2.0, 1.0])), atol=1e-5)  # 2^2 / 4 and 2^2 / 2
+
+
+def test_repselect_divides_on_both_sides_as_its_paper_says():
+    gradient = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+    u, s, v = u[:, :3], s[:3], vh[:3].T
+    shrunk = gradient
+    for _ in range(2):  # right side, then left side by transposition
+        along = shrunk @ v
+        shrunk = (shrunk - (along - along / (s / s.min())) @ v.T).T
+        u, v = v, u
+    assert torch.allclose(selected(gradient, 3), shrunk, atol=1e-10)

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 from support import LAB_SMALL, ROOT, make_plan, make_rows, write_store
 
-from duet.cache.errors import Interrupted
+from duet.cache.errors import Interrupted, UserError
 from duet.cache.location import Folder
 from duet.cache.reader import Store
 from duet.cache.watch import Watch
-from duet.stages.compare.methods import METHODS, Models, QuestionAnswer, loss_of, rmu_layer
-from duet.stages.compare.train import BaselineJob, TrainingRows, row_of, shuffled_order, store_order, train_baseline
+from duet.stages.compare import methods
+from duet.stages.compare.methods import METHODS, Models, loss_of, rmu_layer
+from duet.stages.compare.repselect import check_matrices, train_repselect
+from duet.stages.compare.rows import Contexts, QuestionAnswer, TrainingRows, row_of, shuffled_order, store_order
+from duet.stages.compare.train import BaselineJob, gradient_of, train_baseline
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.questions.prompts import Renderer
@@ -36,9 +39,11 @@ def training_rows() -> TrainingRows:
         subset: load_queries(DataSettings(path=str(ROOT / f"lab/data/{subset}.jsonl")), subset)[:4]
         for subset in ("forget", "retain")
     }
-    refused = [[row_of(renderer, query, "I know nothing about that person.")] for query in queries["forget"]]
+    refusal = "I know nothing about that person."
+    refused = [[row_of(renderer, query, refusal)] for found in queries.values() for query in found]
     rows = {subset: [row_of(renderer, query) for query in found] for subset, found in queries.items()}
-    return TrainingRows(**rows, refusals=refused)
+    contexts = Contexts(renderer, queries["forget"], queries["retain"], (refusal,))
+    return TrainingRows(**rows, refusals=refused, contexts=contexts)
 
 
 def job_of(folder: Path, training_rows: TrainingRows, method: str = "npo") -> BaselineJob:
@@ -50,7 +55,8 @@ def job_of(folder: Path, training_rows: TrainingRows, method: str = "npo") -> Ba
 
 
 def trained(job: BaselineJob) -> dict:
-    return train_baseline(job, Watch())
+    train = train_repselect if job.method is METHODS["repselect"] else train_baseline
+    return train(job, Watch())
 
 
 def models_of(model_dir: Path, pad_id: int = 0) -> Models:
@@ -60,21 +66,24 @@ def models_of(model_dir: Path, pad_id: int = 0) -> Models:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_few_steps_lower_the_methods_loss_and_move_what_they_should(name, training_rows, tmp_path):
     job = job_of(tmp_path, training_rows, name)
+    if name == "repselect":  # whose rate is a share of the weights
+        job = replace(job, settings=SETTINGS.model_copy(update={"lr": 1e-3}), constant=1.0)
     assert trained(job)["steps"] == 6
-    everything = training_rows.batch(np.arange(8), 0, 0)
+    everything = training_rows.batch(np.arange(8), 0, 0, in_context=True)
     loss, gold, refusal = {}, {}, {}
     for when, folder in (("before", LAB_SMALL), ("after", tmp_path / "model")):
         models = models_of(folder)
+        found = loss_of(job.method, models, everything, job.constant)
+        assert found is not None
+        loss[when] = found.item()
         with torch.no_grad():
-            found = loss_of(job.method, models, everything, job.constant)
-            assert found is not None
-            loss[when] = found.item()
             gold[when] = models(everything.forget).logprob_N.mean().item()
             refusal[when] = models(everything.refused).logprob_N.mean().item()
-    assert loss["after"] < loss["before"]
-    if name != "refusal":  # which says nothing of the gold answer
+    if name != "jensun":  # whose forget loss is scaled by another number in each step
+        assert loss["after"] < loss["before"]
+    if name not in ("refusal", "idk_ap"):  # which say nothing of the gold answer
         assert gold["after"] < gold["before"]
-    if name in ("refusal", "dpo", "flat"):
+    if name in ("refusal", "dpo", "flat", "idk_ap", "jensun"):
         assert refusal["after"] > refusal["before"]
 
 
@@ -149,7 +158,8 @@ def test_a_step_without_rows_for_a_method_has_no_loss(training_rows):
 
 
 def test_refusals_are_drawn_by_seed_step_and_row(training_rows):
-    refusals = [[replace(row, answer_ids=[number]) for number in range(9)] for row in training_rows.forget]
+    rows = (*training_rows.forget, *training_rows.retain)
+    refusals = [[replace(row, answer_ids=[number]) for number in range(9)] for row in rows]
     several = replace(training_rows, refusals=refusals)
     drawn = {
         (seed, step): [row.answer_ids for row in several.batch(np.arange(8), seed, step).refused]
@@ -166,3 +176,117 @@ def test_broad_rows_of_a_step_are_left_out(training_rows):
     assert batch.forget == [training_rows.forget[1]]
     assert batch.retain == [training_rows.retain[0], training_rows.retain[3]]
     assert not training_rows.batch(np.array([9, 10]), 0, 0).retain
+
+
+def test_idk_ap_keeps_the_retain_answers_ahead_of_the_refusal(training_rows, tmp_path):
+    trained(job_of(tmp_path, training_rows, "idk_ap"))
+    everything = training_rows.batch(np.arange(8), 0, 0)
+    assert len(everything.retain_refused) == 4
+    ahead = {}
+    for when, folder in (("before", LAB_SMALL), ("after", tmp_path / "model")):
+        models = models_of(folder)
+        with torch.no_grad():
+            ahead[when] = (
+                (models(everything.retain).sums()[0] - models(everything.retain_refused).sums()[0]).mean().item()
+            )
+    assert ahead["after"] > 0
+    refused_only = replace(METHODS["idk_ap"], retain=None)
+    trained(replace(job_of(tmp_path / "alone", training_rows, "refusal"), method=refused_only))
+    models = models_of(tmp_path / "alone" / "model")
+    with torch.no_grad():
+        alone = (models(everything.retain).sums()[0] - models(everything.retain_refused).sums()[0]).mean().item()
+    assert ahead["after"] > alone, "the preservation term does something"
+
+
+def test_sam_takes_the_forget_gradient_at_the_worst_point_nearby(training_rows, tmp_path):
+    """By hand: theta + rho g / |g|, its gradient, plus the retain gradient at theta; the weights are as before."""
+    job = job_of(tmp_path, training_rows, "npo_sam")
+    job = replace(job, constant=0.05)
+    batch = training_rows.batch(np.arange(8), 0, 0)
+    models, by_hand = models_of(LAB_SMALL), models_of(LAB_SMALL)
+    before = {name: weight.clone() for name, weight in models.model.state_dict().items()}
+    gradient_of(job, models, batch)
+    assert all(torch.equal(before[name], weight) for name, weight in models.model.state_dict().items())
+    weights = list(by_hand.model.parameters())
+    assert job.method.retain is not None
+    of_retain = torch.autograd.grad(job.method.retain(by_hand, batch, 0.0), weights)
+    first = torch.autograd.grad(job.method.forget(by_hand, batch, 0.0), weights)
+    length = sum(float((gradient**2).sum()) for gradient in first) ** 0.5
+    with torch.no_grad():
+        for weight, gradient in zip(weights, first, strict=True):
+            weight.add_(0.05 * gradient / length)
+    at_worst = torch.autograd.grad(job.method.forget(by_hand, batch, 0.0), weights)
+    for weight, forget, retain in zip(models.model.parameters(), at_worst, of_retain, strict=True):
+        assert weight.grad is not None
+        assert torch.allclose(weight.grad, forget + retain, atol=1e-4, rtol=1e-3)
+    assert any(not torch.allclose(a, b, atol=1e-4, rtol=1e-3) for a, b in zip(first, at_worst, strict=True))
+
+
+def test_jensun_scales_the_forget_loss_to_the_retain_losss_gradient_at_the_logits(training_rows):
+    batch = training_rows.batch(np.arange(8), 0, 0, in_context=True)
+    models = models_of(LAB_SMALL)
+    with torch.no_grad():
+        next(models.model.parameters()).mul_(1.05)  # away from the frozen model, so that the retain loss is not 0
+    forget, forget_NV = methods._jensun_forget(models, batch.refused_in_context)
+    retain, retain_NV = methods._jensun_retain(models, batch.retain_in_context)
+    sizes = [torch.autograd.grad(loss, at)[0].norm().item() for loss, at in ((forget, forget_NV), (retain, retain_NV))]
+    expected = 0.33 * sizes[1] / (sizes[0] + 1e-5) * forget.item() + retain.item()
+    found = loss_of(METHODS["jensun"], models, batch, 0.0)
+    assert found is not None
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_begun_answer_is_broken_off_by_the_refusal_from_each_of_its_tokens(training_rows):
+    """In half of the rows; each of the answer's own tokens is asked to be followed by the refusal's first."""
+    assert training_rows.contexts is not None
+    drawn = [
+        training_rows.contexts.row(number, np.random.default_rng(seed)) for number in range(4) for seed in range(40)
+    ]
+    begun = [row for row in drawn if row.begun]
+    assert 0.35 < len(begun) / len(drawn) < 0.65
+    own, refusal = training_rows.forget, training_rows.refusals[0][0].answer_ids
+    for number, row in [(at // 40, row) for at, row in enumerate(drawn)]:
+        assert list(row.answer_ids[: row.begun]) == list(own[number].answer_ids[: row.begun])
+        assert list(row.answer_ids[row.begun :]) == list(refusal)
+    shortest = sum(row.begun == 1 for row in begun)
+    assert shortest > sum(row.begun == 2 for row in begun), "k is drawn with a weight of 1/k"
+
+
+def test_examples_in_front_are_never_the_question_itself_and_forgotten_ones_are_refused(training_rows):
+    contexts = training_rows.contexts
+    assert contexts is not None
+    for number in range(8):
+        for seed in range(20):
+            for example in contexts._examples(number, np.random.default_rng(seed)):
+                assert example.question != (*contexts.forget, *contexts.retain)[number].question
+                if example.question in {query.question for query in contexts.forget}:
+                    assert example.answer == "I know nothing about that person."
+
+
+def test_repselect_forgets_within_the_change_that_retain_rows_allow(training_rows, tmp_path):
+    job = replace(
+        job_of(tmp_path, training_rows, "repselect"), settings=SETTINGS.model_copy(update={"lr": 2e-2}), constant=0.05
+    )
+    done = trained(job)
+    assert done["curve"]
+    assert all(kl <= 0.05 for _, kl in done["curve"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (LAB_SMALL, tmp_path / "model"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.split(".")[-2] in ("gate_proj", "up_proj", "down_proj") for name in moved)
+
+
+def test_repselect_that_is_stopped_begins_again(training_rows, tmp_path):
+    job = job_of(tmp_path, training_rows, "repselect")
+    with pytest.raises(Interrupted, match="begins again"):
+        train_repselect(job, Watch(should_stop=lambda: True))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_without_repselects_matrices_is_refused_before_its_weights_are_read(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="GPT2LMHeadModel has none"):
+        check_matrices(tmp_path, False)
+    check_matrices(LAB_SMALL, False)
