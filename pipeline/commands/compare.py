@@ -86,7 +86,9 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
     show(compare_table(results))
     for sentence in sentences(results):
         say(sentence)
-    say(f"this call took {time.perf_counter() - started:.0f} s; of each method the models of the chosen setting are kept")
+    say(
+        f"this call took {time.perf_counter() - started:.0f} s; of each method the models of the chosen setting are kept"
+    )
     say(f"comparison: {run.compare_json}")
     say(f"report: {run.compare_page}")
     return 0
