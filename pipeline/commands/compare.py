@@ -87,7 +87,7 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
     for sentence in sentences(results):
         say(sentence)
     say(
-        f"this call took {time.perf_counter() - started:.0f} s; of each method the models of the chosen setting are kept, no other"
+        f"this call took {time.perf_counter() - started:.0f} s; of each method the models of the chosen setting are kept"
     )
     say(f"comparison: {run.compare_json}")
     say(f"report: {run.compare_page}")
