@@ -161,6 +161,9 @@ COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare
 # How measurements begin, of minutes each; test_harden.py, test_noise.py and test_second_generation.py make the same in small.
 LONG = (
     "duet run --config configs/lab_deep.yaml --sweep train.seed=0,1,2",
+    "duet run --config configs/lab_deep.yaml --sweep start_noise",
+    "duet run --config configs/tofu_deep.yaml",
+    "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "duet run --config configs/lab.yaml --only base",
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",
 )
