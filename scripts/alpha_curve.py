@@ -73,7 +73,7 @@ def curves_of(results: Results) -> dict[str, dict[str, Curve]]:
 
 def _students(results: Results) -> dict[float, str]:
     """The names of the students in the results, by their share of noise."""
-    shares = {facts["start_noise"]: f"student:{name}" for name, facts in results["students"].items()}
+    shares = {facts.get("start_noise", 0.0): f"student:{name}" for name, facts in results["students"].items()}
     return dict(sorted(shares.items()))
 
 

@@ -24,7 +24,7 @@ def results() -> dict:
         }
         above[student] = texts | {"prefill": {"tokens_1": {"model": 1 - share}, "tokens_2": {"model": 0.5}}}
         relearning[student] = {"forget 1": {"distinctive_recall": [0.0, 1 - share, 0.3]}}
-    students = {name: {"start_noise": share} for name, share in SHARES.items()}
+    students = {name: {"start_noise": share} if share else {} for name, share in SHARES.items()}
     control = {"control": {"forget 1": {"distinctive_recall": [0.0, 0.1, 0.1]}}}
     return {"models": models, "above_control": above, "relearning": relearning | control, "students": students}
 

@@ -162,6 +162,9 @@ COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare
 LONG = (
     "duet run --config configs/lab_deep.yaml --sweep train.seed=0,1,2",
     "duet run --config configs/lab_wide.yaml",
+    "duet run --config configs/lab_deep.yaml --sweep start_noise",
+    "duet run --config configs/tofu_deep.yaml",
+    "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "duet run --config configs/lab.yaml --only base",
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",
 )
