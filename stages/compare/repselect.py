@@ -12,7 +12,7 @@ answers, and the retain rows take the place of the paper's WikiText.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,10 +83,10 @@ def train_repselect(job: BaselineJob, watch: Watch) -> dict[str, Any]:
     weights = [module.weight for module in _matrices(models.model)]
     with torch.no_grad():
         while step < job.steps.total:
-            torch._foreach_add_(weights, directions, alpha=-job.settings.lr)
+            _move(weights, directions, -job.settings.lr)
             kl = _kl(models, retain)
             if not kl <= job.constant:  # not a number: not within
-                torch._foreach_add_(weights, directions, alpha=job.settings.lr)
+                _move(weights, directions, job.settings.lr)
                 break
             step += 1
             curve.append([step, kl])
@@ -116,7 +116,7 @@ def _directions(job: BaselineJob, tokenizer: Any, watch: Watch) -> list[torch.Te
         loss = -models(rows).logprob_N.mean()
         gradients = torch.autograd.grad(loss, adapters)
         with torch.no_grad():
-            torch._foreach_add_(adapters, gradients, alpha=-ADVERSARY_LR)
+            _move(adapters, gradients, -ADVERSARY_LR)
     length = torch.stack([module.weight.norm() for module in matrices]).norm()
     sums = [torch.zeros_like(module.weight) for module in matrices]
     for module in matrices:
@@ -124,10 +124,16 @@ def _directions(job: BaselineJob, tokenizer: Any, watch: Watch) -> list[torch.Te
     for rows in batches:
         _stop(job, watch)
         loss = models(rows).logprob_N.mean()
-        torch._foreach_add_(sums, torch.autograd.grad(loss, [module.weight for module in matrices]))
+        _move(sums, torch.autograd.grad(loss, [module.weight for module in matrices]), 1)
     found = [selected(total, max(1, int(min(total.shape) * COMPONENT_SHARE))) for total in sums]
     whole = torch.stack([direction.norm() for direction in found]).norm()
     return [direction * (length / whole).detach() for direction in found]
+
+
+def _move(weights: Sequence[torch.Tensor], directions: Sequence[torch.Tensor], length: float) -> None:
+    """Each weight in place, by its direction times `length`."""
+    for weight, direction in zip(weights, directions, strict=True):
+        weight.add_(direction, alpha=length)
 
 
 def _batches(job: BaselineJob) -> Iterator[list[QuestionAnswer]]:
