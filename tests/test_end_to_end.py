@@ -9,11 +9,20 @@ import importlib.util
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from support import ROOT, read_all, run_duet
 from test_docs import DOCUMENTS, README, blocks, commands
+
+from duet.stages.models.loading import load_model
+from duet.stages.models.tokenizers import load_tokenizer
+from duet.stages.questions.prompts import Prompt, Renderer
+from duet.stages.questions.queries import Query
+from duet.stages.settings.data import PromptSettings
 
 VLLM = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: `make setup` says why"
@@ -149,9 +158,32 @@ def test_vllm_loads_the_exported_student_and_answers_as_transformers_does(demo, 
         name = f"answers/{model.replace(':', '-')}.json"
         ours, theirs = (json.loads((run / name).read_text())["answers"] for run in (demo.run_dir, tmp_path / "lab"))
         for asked in ("forget", "retain"):
-            assert theirs[asked] == ours[asked], (model, asked)  # greedy decoding, word for word
+            # Greedy decoding, word for word, but for what the engines' rounding decides.
+            parted = [number for number, said in enumerate(ours[asked]) if theirs[asked][number] != said]
+            assert len(parted) <= 1, (model, asked, parted)
+            for number in parted:
+                both = (ours[asked][number], theirs[asked][number])
+                assert model == "student:base", model
+                assert margin_where_they_part(demo.run_dir, asked, number, *both) < FOUR_STEPS_OF_BFLOAT16
             metric = f"{asked}.exact_match"
-            assert value(again, model, metric) == value(results, model, metric), model
+            assert parted or value(again, model, metric) == value(results, model, metric), model
+
+
+FOUR_STEPS_OF_BFLOAT16 = 0.25  # of logits from 8 to 16
+
+
+def margin_where_they_part(run_dir: Path, asked: str, number: int, *answers: str) -> float:
+    """By how much the student's logit of one answer's token exceeds the other's, at the first token in which they differ."""
+    rows = (ROOT / f"lab/data/{asked}.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer, model = load_tokenizer(run_dir / "base/model"), load_model(run_dir / "base/model", "float32")
+    settings = PromptSettings(**yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["prompt"])
+    query = Query("asked", json.loads(rows[number])["question"], None)
+    prompt = Renderer(tokenizer, settings).prompt(Prompt.plain(query))
+    a, b = (tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers)
+    at = next(place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + a[:at]])).logits[0, -1]
+    return float((logits[a[at]] - logits[b[at]]).abs())
 
 
 # What takes longer than a test may, or needs what is not here; everything else runs as it stands. A full run is the demo's;
@@ -166,6 +198,7 @@ LONG = (
     "duet run --config configs/tofu_deep.yaml",
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "duet run --config configs/lab.yaml --only base",
+    "duet compare --config configs/lab.yaml --jobs 1 --set name=lab_small",  # test_compare.py makes a small one
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",
 )
 IN_SHORT = {

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from duet.stages.attacks.relearn_curves import with_curves
 from duet.stages.evaluate import results as evaluation
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, Subject, references_of
 from duet.stages.metrics import seeds
@@ -59,7 +58,7 @@ def results_of(
     """
     subjects = [subject for row in rows for subject in row.subjects]
     found = evaluation.results_of(subjects, exam, answers)
-    curves = with_curves(answers, exam)
+    curves = evaluation.with_curves(answers, exam)
     scores = {row.name: _scores(row, exam, curves) for row in rows}
     recall = {row.name: _stacked([recalls(exam, answers[s.name]) for s in row.subjects]) for row in rows}
     clusters, seed = {name: references_of(s) for name, s in exam.judged.items()}, exam.settings.seed

@@ -99,7 +99,7 @@ FAULTY = {
     "no such file": lambda tmp: {"forget": str(tmp / "nowhere.jsonl")},
     "has no field 'question'": lambda tmp: {"forget": other_fields(tmp)},
     "has no config.json": lambda tmp: {"model": str(tmp)},
-    "neither a directory nor of the form OWNER/NAME": lambda tmp: {"model": "./nowhere"},
+    "neither a directory, a .gguf file, nor of the form OWNER/NAME": lambda tmp: {"model": "./nowhere"},
     "are also to be forgotten": lambda tmp: {"retain": str(tmp / "forget.jsonl")},
     "is not a preset": lambda tmp: {"harden": "deeper"},
     "is not a name for a run": lambda tmp: {"name": "../up"},
