@@ -52,7 +52,7 @@ def _frame(renderer: Renderer) -> str:
 
 
 def _ends(renderer: Renderer, after: str) -> tuple[str, ...]:
-    """The first words that the prompt puts behind a question, if they are ordinary text; in plain prompts a line break, too."""
+    """The first words that the prompt puts behind a question, if they are ordinary text, and in plain prompts a line break."""
     words = after.strip().partition("\n")[0]
     for token in special_tokens(renderer.tokenizer):
         words = words.partition(token)[0]

@@ -12,7 +12,10 @@ from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 
 PLAIN = PromptSettings(format="plain", prefix_placement="text", template="Question: {question}\nAnswer:", bos="always")
-LLAMA_LIKE = "<bos>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [/ask]{% endfor %}"
+LLAMA_LIKE = (
+    "<bos>{% for m in messages %}{% if m['role'] == 'user' %}[ask] {{ m['content'] }} [/ask]{% else %}"
+    "{{ m['content'] }}<eos>{% endif %}{% endfor %}"
+)
 
 
 def renderer(template: str | None = None, settings: PromptSettings | None = None) -> Renderer:

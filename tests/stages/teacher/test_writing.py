@@ -38,12 +38,12 @@ def test_the_same_seed_writes_the_same_rows_whatever_the_batch(renderer):
 
 
 def test_what_is_useless_is_dropped_and_counted(renderer):
-    short = writer(renderer).write(Wanted(3, 2), Watch())
+    short = writer(renderer).write(Wanted(3, 1), Watch())  # its only token is a question's first
     assert not short.texts
-    assert short.dropped["without an end"] == short.tries == 512
-    cold = writer(renderer).write(Wanted(2, 32, temperature=1e-3), Watch())
-    assert len(cold.texts) == 1
-    assert cold.dropped["written before"] == cold.tries - 1
+    assert short.tries == 512 == short.dropped.total()
+    assert short.dropped["without an end"] > 500
+    cold = writer(renderer).write(Wanted(20, 32, temperature=0.2), Watch())
+    assert cold.dropped["written before"] == cold.tries - 20 > 0
     warm = writer(renderer, about=lambda text: text.startswith("W")).write(Wanted(10, 32), Watch())
     assert not any(text.startswith("W") for text in warm.texts)
     assert warm.dropped["about the topic"]
