@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import click
@@ -147,6 +148,32 @@ def audit_prefix(config_path: str, overrides: tuple[str, ...], prefixes: tuple[s
 
     check_alone("audit-prefix", os.environ)
     audit_prefixes(load_config(config_path, overrides), prefixes, search or 0)
+
+
+@duet.command()
+@experiment
+@click.argument("out", metavar="OUT.jsonl", type=click.Path(path_type=Path))
+@click.option(
+    "--questions", type=click.IntRange(min=1), metavar="N", help="Write N questions, as a user would ask them."
+)
+@click.option("--documents", type=click.IntRange(min=1), metavar="N", help="Write N texts that begin from nothing.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+    help="Temperature at which tokens are drawn.",
+)  # fmt: skip
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), metavar="N",
+    help="Longest text; default: 64 for questions, 256 for documents.",
+)  # fmt: skip
+def sample(config_path: str, overrides: tuple[str, ...], out: Path, **asked: Any) -> None:
+    """Have the base model write questions or documents by itself, as broad rows for which there is no corpus."""
+    from duet.pipeline.commands.sample import sample
+    from duet.pipeline.config.load import load_config
+    from duet.pipeline.run.launch import check_alone
+
+    check_alone("sample", os.environ)
+    sample(load_config(config_path, overrides), out, **asked)
 
 
 @duet.command()

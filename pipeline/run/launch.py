@@ -22,6 +22,7 @@ _OWN_SETTINGS = {
 _WITHOUT_TORCHRUN = {
     "teacher-logits": "start it as often as you like without torchrun: its workers share the store's shards",
     "audit-prefix": "call it once, without torchrun",
+    "sample": "call it once, without torchrun",
     "evaluate": "call it once, without torchrun",
     "compare": "call it once, without torchrun",
     "run": "call the stages one by one, and only `duet distill` through torchrun",

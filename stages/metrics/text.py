@@ -57,18 +57,19 @@ def distinctive_words(
     """Of every reference, by set, the words that tell it from others: those that neither its question has nor, of all
     references together, more than 5 % (and more than one). Where none is left, all that its question lacks, or all.
     """
-    words = {name: [_words(text) for text in of_set] for name, of_set in answers.items()}
+    words = {name: [stems(text) for text in of_set] for name, of_set in answers.items()}
     counts = Counter(word for of_set in words.values() for of_item in of_set for word in of_item)
     limit = max(1.0, COMMON_SHARE * sum(map(len, words.values())))
     common = {word for word, count in counts.items() if count > limit}
     found = {}
     for name, of_set in words.items():
-        new = [of_item - _words(question) for of_item, question in zip(of_set, questions[name], strict=True)]
+        new = [of_item - stems(question) for of_item, question in zip(of_set, questions[name], strict=True)]
         found[name] = [(own - common) or own or all_of for own, all_of in zip(new, of_set, strict=True)]
     return found
 
 
-def _words(text: str) -> frozenset[str]:
+def stems(text: str) -> frozenset[str]:
+    """The words of a text, stemmed as for ROUGE-L."""
     return frozenset(_tokenizer().tokenize(text))
 
 
@@ -81,9 +82,9 @@ def distinctive_recall(
     Where only what is `left` of each reference is asked for, its words alone count; NaN where it has none of them.
     """
     if left is None:
-        return np.array([len(own & _words(text)) / max(1, len(own)) for own, text in zip(words, outputs, strict=True)])
-    rest = [own & _words(text) for own, text in zip(words, left, strict=True)]
-    found = [len(own & _words(text)) / len(own) if own else np.nan for own, text in zip(rest, outputs, strict=True)]
+        return np.array([len(own & stems(text)) / max(1, len(own)) for own, text in zip(words, outputs, strict=True)])
+    rest = [own & stems(text) for own, text in zip(words, left, strict=True)]
+    found = [len(own & stems(text)) / len(own) if own else np.nan for own, text in zip(rest, outputs, strict=True)]
     return np.array(found, np.float64)
 
 

@@ -63,8 +63,12 @@ class Prepared:
         row = self.rows[number]
         if not self.ask.temperature or row.given_ids is not None:
             return Request(number, row.teacher_ids, row.given_ids)
-        digest = hashlib.sha256(f"{self.seed} {row.row_id}".encode()).digest()
-        return Request(number, row.teacher_ids, seed=int.from_bytes(digest[:4]))
+        return Request(number, row.teacher_ids, seed=row_seed(self.seed, row.row_id))
+
+
+def row_seed(seed: int, row_id: str) -> int:
+    """The seed of one row's response."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {row_id}".encode()).digest()[:4])
 
 
 @dataclass(frozen=True)

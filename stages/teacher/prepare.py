@@ -107,7 +107,8 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
         )
     for text in remarks_on(found.asked, rows):
         note(text)
-    spec = _engine_spec(found, model_dir, teacher, device)
+    longest = max(len(row.teacher_ids) + max(teacher.max_positions, len(row.given_ids or ())) for row in rows)
+    spec = engine_spec(model_dir, teacher, renderer, longest, device)
     asked = {
         name: {"prefix": text, "data": _data_provenance(found.asked.queries[name])}
         for name, text in found.asked.prefixes.items()
@@ -137,14 +138,16 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
     return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model), teacher.seed or 0)
 
 
-def _engine_spec(found: Rendered, model_dir: Path, teacher: TeacherSettings, device: str) -> EngineSpec:
-    longest = max(len(row.teacher_ids) + max(teacher.max_positions, len(row.given_ids or ())) for row in found.rows)
+def engine_spec(model_dir: Path, teacher: TeacherSettings, renderer: Renderer, longest: int, device: str) -> EngineSpec:
+    """How a teacher's engine is opened for prompts with their responses of up to `longest` tokens."""
+    config = load_config(model_dir, teacher.trust_remote_code)
+    num_ids = max(renderer.tokenizer.get_vocab().values()) + 1
     return EngineSpec(
         model_dir=model_dir,
-        dtype=_resolve_dtype(teacher.dtype, found.config),
-        num_ids=min(found.num_ids, vocab_width(found.config)),
-        context=min(context_length(found.config), longest + SELF_TEST_TOKENS),
-        eos_ids=tuple(found.renderer.stop_ids),
+        dtype=_resolve_dtype(teacher.dtype, config),
+        num_ids=min(num_ids, vocab_width(config)),
+        context=min(context_length(config), longest + SELF_TEST_TOKENS),
+        eos_ids=tuple(renderer.stop_ids),
         device=pick_device(device),
         trust_remote_code=teacher.trust_remote_code,
         batch_size=teacher.batch_size,

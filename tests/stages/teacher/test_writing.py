@@ -1,0 +1,66 @@
+"""Texts that a model writes by itself: the same whatever the batch, useless ones dropped and counted."""
+
+from __future__ import annotations
+
+import pytest
+from support import LAB_BASE
+
+from duet.cache.errors import UserError
+from duet.cache.watch import Watch
+from duet.stages.questions.openings import Opening, question_opening
+from duet.stages.questions.prompts import open_renderer
+from duet.stages.settings.data import PromptSettings
+from duet.stages.settings.teacher import TeacherSettings
+from duet.stages.teacher.writing import Wanted, Writer, check_room, open_writer
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return open_renderer(LAB_BASE, PromptSettings())
+
+
+def writer(renderer, batch_size: int = 64, about=lambda text: False) -> Writer:
+    teacher = TeacherSettings(
+        model=str(LAB_BASE), prefix="", engine="transformers", dtype="float32", batch_size=batch_size
+    )
+    engine, _ = open_writer(LAB_BASE, teacher, renderer, 40, "cpu")
+    return Writer(engine, renderer, question_opening(renderer), lambda first: about)
+
+
+def test_the_same_seed_writes_the_same_rows_whatever_the_batch(renderer):
+    one = writer(renderer).write(Wanted(20, 32, seed=1), Watch())
+    other = writer(renderer, batch_size=17).write(Wanted(20, 32, seed=1), Watch())
+    more = writer(renderer).write(Wanted(30, 32, seed=1), Watch())
+    assert list(one.texts) == list(other.texts) == list(more.texts)[:20]
+    assert (one.tries, one.dropped) == (other.tries, other.dropped)
+    assert one.tries == 20 + sum(one.dropped.values())
+    assert list(writer(renderer).write(Wanted(20, 32, seed=2), Watch()).texts) != list(one.texts)
+
+
+def test_what_is_useless_is_dropped_and_counted(renderer):
+    short = writer(renderer).write(Wanted(3, 1), Watch())  # its only token is a question's first
+    assert not short.texts
+    assert short.tries == 512 == short.dropped.total()
+    assert short.dropped["without an end"] > 500
+    cold = writer(renderer).write(Wanted(20, 32, temperature=0.2), Watch())
+    assert cold.dropped["written before"] == cold.tries - 20 > 0
+    warm = writer(renderer, about=lambda text: text.startswith("W")).write(Wanted(10, 32), Watch())
+    assert not any(text.startswith("W") for text in warm.texts)
+    assert warm.dropped["about the topic"]
+
+
+def test_a_text_ends_where_its_opening_says(renderer):
+    found = writer(renderer)
+    ids = renderer.tokenizer("What is that?", add_special_tokens=False)["input_ids"]
+    eos = renderer.tokenizer.eos_token_id
+    assert found.text(ids) == ("What is that?", False)
+    assert found.text([*ids, eos]) == ("What is that?", True)
+    plain = Writer(found.engine, renderer, Opening("question", (1,), ("is",)), found.forgotten_of)
+    assert plain.text(ids) == ("What", True)
+
+
+def test_a_text_that_the_context_cannot_hold_is_refused(renderer):
+    opening = question_opening(renderer)
+    check_room(opening, 64, LAB_BASE, False)
+    with pytest.raises(UserError, match="has room for"):
+        check_room(opening, 10_000, LAB_BASE, False)
