@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from duet.cache.errors import UserError
 from duet.cache.files import is_writable, publishing
@@ -29,7 +29,7 @@ LONGEST = {"question": 64, "text": 256}  # tokens, where --max-tokens is not giv
 
 
 def sample(
-    config: Config, out: Path, questions: int | None, documents: int | None, max_tokens: int | None, **how: float
+    config: Config, out: Path, questions: int | None, documents: int | None, max_tokens: int | None, **how: Any
 ) -> None:
     """Write `out`. `how` has the seed and the temperature."""
     from duet.stages.models.directory import resolve_model
