@@ -195,6 +195,8 @@ LONG = (
     "duet run --config configs/lab_deep.yaml --sweep train.seed=0,1,2",
     "duet run --config configs/lab_wide.yaml",
     "duet run --config configs/lab_deep.yaml --sweep start_noise",
+    "duet run --config configs/lab_deep.yaml --set name=sampled",
+    "duet sample --config configs/lab_deep.yaml sampled.jsonl --questions 880",  # test_sample.py draws fewer
     "duet run --config configs/tofu_deep.yaml",
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "duet run --config configs/lab.yaml --only base",
