@@ -57,9 +57,9 @@ def test_an_attack_with_a_text_that_a_student_is_trained_on_is_refused_at_the_st
 
 def test_the_estimate_of_a_wide_student_knows_its_longer_rows(lab_config, capsys):
     seconds = {}
-    for contexts in ("none", "attacks"):
+    for contexts in ("none", "attacks"):  # on a named GPU: this machine's own rate is measured, and another each time
         path = str(lab_config(harden="wide", teacher__max_positions=8, train__contexts=contexts))
-        assert main(["estimate", "--json", "--config", path]) == EXIT_DONE
+        assert main(["estimate", "--json", "--gpu", "A100-80", "--config", path]) == EXIT_DONE
         seconds[contexts] = next(
             stage["seconds"]
             for stage in json.loads(capsys.readouterr().out)["stages"]
