@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import LAB_SMALL, LAB_VOCAB_SIZE, make_plan, make_rows, write_store
 
+from duet.cache.errors import Interrupted
 from duet.cache.location import Folder
 from duet.cache.reader import Rank, Store
 from duet.cache.watch import Watch
@@ -38,6 +41,22 @@ def train(a_job: StudentJob, store, stop_after: int | None = None) -> list[float
     losses: list[float] = []
     train_student(a_job, {"teacher": store[0]}, store[1], ONE, noting(losses, stop_after))
     return losses
+
+
+def assert_resumes_exactly(make: Callable[[Path], StudentJob], tmp_path: Path, store) -> list[float]:
+    """Cut after the first and after the fourth step and resumed, the losses and weights are the unbroken training's.
+
+    Returns those losses.
+    """
+    whole = train(make(tmp_path / "whole"), store)
+    for cut in (1, 4):
+        broken = make(tmp_path / f"cut-{cut}")
+        with pytest.raises(Interrupted):
+            train(broken, store, stop_after=cut)
+        assert train(broken, store) == whole[cut:]
+        a, b = (load_file(tmp_path / d / "model/model.safetensors") for d in ("whole", f"cut-{cut}"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    return whole
 
 
 def noting(losses: list[float], stop_after: int | None = None) -> Watch:

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from student_jobs import job, train
+from student_jobs import assert_resumes_exactly, job, train
 from support import LAB_SMALL, LAB_VOCAB_SIZE, make_plan, make_rows, write_store
 
-from duet.cache.errors import Interrupted, UserError
+from duet.cache.errors import UserError
 from duet.cache.location import Folder
 from duet.cache.order import Cursor
 from duet.cache.record import counts_of, offsets_of, prompt_and_response
@@ -143,14 +142,7 @@ def test_a_model_begins_its_answers_as_it_generates_them():
 
 
 def test_interrupted_and_resumed_is_the_unbroken_run_bit_for_bit(tmp_path, asked_store):
-    whole = train(wide_job(tmp_path / "whole"), asked_store)
-    for cut in (1, 4):
-        broken = wide_job(tmp_path / f"cut-{cut}")
-        with pytest.raises(Interrupted):
-            train(broken, asked_store, stop_after=cut)
-        assert train(broken, asked_store) == whole[cut:]
-        a, b = (load_file(tmp_path / d / "model/model.safetensors") for d in ("whole", f"cut-{cut}"))
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    whole = assert_resumes_exactly(wide_job, tmp_path, asked_store)
     assert whole != train(job(tmp_path / "plain"), asked_store)
     assert whole != train(wide_job(tmp_path / "seeded", seed=1), asked_store)
 
