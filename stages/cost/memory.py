@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from duet.stages.cost.gpus import Device
+from duet.stages.engines.batches import rows_that_fit
 from duet.stages.models.batching import cut_by_length
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.sizes import DTYPE_BYTES, ModelSizes, meta_model
@@ -64,7 +65,7 @@ class Reading:
     longest: int  # tokens, with the response
     prompt_tokens: int  # to be computed
     new_tokens: int  # of all responses, at most
-    batch: int  # prompts at a time
+    batch: int  # prompts at a time, at most
 
 
 def kv_bytes(sizes: ModelSizes, tokens: int, dtype: str) -> int:
@@ -81,17 +82,18 @@ def reading_need(
     makes one token per prompt in it. `weight_bytes` per parameter, where weights are quantised.
     """
     weights = sizes.parameters * (weight_bytes or DTYPE_BYTES[dtype])
-    tokens = reading.batch * reading.longest
+    batch = rows_that_fit(reading.longest, reading.batch)
+    tokens = batch * reading.longest
     rate = device.flops(dtype) * READ_SHARE * devices
     decoded = max(
         2 * sizes.parameters * reading.new_tokens / rate,
-        weights / devices / (device.bytes_per_s * BANDWIDTH_SHARE) * reading.new_tokens / reading.batch,
+        weights / devices / (device.bytes_per_s * BANDWIDTH_SHARE) * reading.new_tokens / batch,
     )
     parts = {
         "weights": weights / devices,
         "KV cache": kv_bytes(sizes, tokens, dtype) / devices,
         "activations": tokens * (4 * sizes.hidden + 3 * sizes.inner) * DTYPE_BYTES[dtype],  # of one layer
-        "logits": reading.batch * sizes.vocabulary * (DTYPE_BYTES[dtype] + 4),  # as they come, and in float32
+        "logits": batch * sizes.vocabulary * (DTYPE_BYTES[dtype] + 4),  # as they come, and in float32
     }
     return Need(parts, 2 * sizes.parameters * reading.prompt_tokens / rate + decoded, device.kind)
 

@@ -56,7 +56,7 @@ class EngineSpec:
     eos_ids: tuple[int, ...]
     device: str  # "cpu" or "cuda"
     trust_remote_code: bool = False
-    batch_size: int = 64  # prompts per forward pass of transformers; vLLM makes its own batches
+    batch_size: int = 256  # most prompts that transformers decodes together; vLLM makes its own batches
     gpu_memory_utilization: float = 0.85
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -95,12 +95,17 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy responses, without the end-of-sequence id, in the order of the prompts."""
+    def answers(self, prompts: Sequence[list[int]], max_new_tokens: int) -> Generator[tuple[int, list[int]], None, None]:
+        """(number of the prompt, greedy response without the end-of-sequence id), in the order in which they are finished."""
 
     @abstractmethod
     def close(self) -> None:
         """Give the model's memory back."""
+
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """`answers`, in the order of the prompts."""
+        found = dict(self.answers(prompts, max_new_tokens))
+        return [found[number] for number in range(len(prompts))]
 
     def score(self, prompts: Sequence[list[int]], top_k: int, max_positions: int) -> list[Scored]:
         """Greedy responses of up to `max_positions` tokens with their top-k, in the order of the prompts."""

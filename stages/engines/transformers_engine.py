@@ -1,7 +1,7 @@
 """Teacher engine on plain transformers: the reference, and what runs where vLLM does not.
 
-Prompts that begin alike share one computation of what they begin with: its keys and values are computed for one row and
-repeated for each batch. Batches are of like length, so that little is padding.
+Where prompts share what they begin with (`batches.py`), its keys and values are computed for one row and repeated for each
+batch.
 
 Shapes: B batch, T time, P positions, K kept ids, V rows of the head.
 """
@@ -12,7 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,13 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from duet.cache.errors import UserError
+from duet.stages.engines.batches import PASS_TOKENS, by_beginning, filled, of_one_length
 from duet.stages.engines.interface import Ask, Engine, EngineSpec, Request, Scored, Usage
 from duet.stages.engines.topk import drawn, top_k
-from duet.stages.models.batching import cut_by_length
 from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
 
 WINDOW_BATCHES = 16  # batches of requests that are sorted at a time
-MAX_PADDING = 0.05  # share of a window's tokens
-ALIKE = 16  # prompts whose first tokens agree up to here share the computation of their common beginning
 
 
 @dataclass(frozen=True)
@@ -95,45 +93,38 @@ class TransformersEngine(Engine):
             self._decode(batch, most[batch.rows], choose, ends, collected)
             yield from ((window[row].key, scored) for row, scored in collected.results())
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        found: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
-
-        def collect(rows: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
-            for row, token in zip(rows.tolist(), tokens_B.tolist(), strict=True):
-                if token not in self._spec.eos_ids:
-                    found[row].append(token)
-
+    def answers(self, prompts: Sequence[list[int]], max_new_tokens: int) -> Generator[tuple[int, list[int]], None, None]:
         greedy = _chooser([], Ask(1, max_new_tokens), self._spec.num_ids)
-        most = np.full(len(prompts), max_new_tokens)
         for batch in self._batches(prompts, max_new_tokens):
-            self._decode(batch, most[batch.rows], greedy, self._spec.eos_ids, collect)
-        return list(found.values())
+            found: dict[int, list[int]] = {row: [] for row in batch.rows.tolist()}
+
+            def collect(
+                rows: np.ndarray, tokens_B: torch.Tensor, _: torch.Tensor, found: dict[int, list[int]] = found
+            ) -> None:
+                for row, token in zip(rows.tolist(), tokens_B.tolist(), strict=True):
+                    if token not in self._spec.eos_ids:
+                        found[row].append(token)
+
+            self._decode(batch, np.full(len(found), max_new_tokens), greedy, self._spec.eos_ids, collect)
+            yield from found.items()
 
     def close(self) -> None:
         del self._model, self._beginning
         if self._spec.device == "cuda":
             torch.cuda.empty_cache()
 
-    def _batches(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[_Batch]:
-        """Batches that cover all prompts."""
-        by_ids = sorted(range(len(prompts)), key=lambda row: list(prompts[row]))
-        for _, members in groupby(by_ids, key=lambda row: tuple(prompts[row][:ALIKE])):
-            group = np.array(list(members))
-            begins_with = self._in_common([prompts[row] for row in group])
-            lengths = np.array([len(prompts[row]) - begins_with for row in group])
-            padding = MAX_PADDING if self._can_pad(begins_with + int(lengths.max()) + new_tokens) else 0.0
-            budget = self._spec.batch_size * int(lengths.max())
-            for part in cut_by_length(lengths, padding, budget):
-                for rows in np.array_split(part, -(-len(part) // self._spec.batch_size)):
-                    yield _Batch(group[rows], [prompts[row] for row in group[rows]], begins_with)
-
-    def _in_common(self, ascending: Sequence[Sequence[int]]) -> int:
-        """Tokens that all prompts begin with, but for each one's last; 0 where sharing them saves nothing."""
-        first, last = ascending[0], ascending[-1]
-        if len(ascending) == 1 or not (self._spec.share_prefix and self._only_attention):
-            return 0
-        most = min(map(len, ascending)) - 1
-        return next((i for i in range(most) if first[i] != last[i]), most)
+    def _batches(self, prompts: Sequence[Sequence[int]], steps: int) -> Iterator[_Batch]:
+        """Batches that cover all prompts, each for up to that number of forward passes."""
+        price, most_rows = steps * PASS_TOKENS, self._spec.batch_size
+        share = self._spec.share_prefix and self._only_attention
+        for shared, group in by_beginning(prompts, price) if share else [(0, np.arange(len(prompts)))]:
+            lengths = np.array([len(prompts[row]) for row in group]) - shared
+            if self._can_pad(shared + int(lengths.max()) + steps):
+                batches = filled(lengths, shared + steps, most_rows, price)
+            else:
+                batches = of_one_length(lengths, shared + steps, most_rows)
+            for rows in batches:
+                yield _Batch(group[rows], [prompts[row] for row in group[rows]], shared)
 
     def _can_pad(self, longest: int) -> bool:
         """Padding stands between what is shared and the rest, so a model must take each token's position as it is told.

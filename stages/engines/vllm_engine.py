@@ -135,12 +135,11 @@ class VllmEngine(Engine):
     def _margin(self) -> int:
         return min(self._padding, PADDING_MARGIN)
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        params = self._sampling(max_tokens=max_new_tokens)
-        eos_ids, found = self._spec.eos_ids, {}
+    def answers(self, prompts: Sequence[list[int]], max_new_tokens: int) -> Generator[tuple[int, list[int]], None, None]:
+        params, eos_ids = self._sampling(max_tokens=max_new_tokens), self._spec.eos_ids
         for finished in self._run((number, ids, params) for number, ids in enumerate(prompts)):
-            found |= {number: [i for i in output.token_ids if i not in eos_ids] for number, output in finished}
-        return [found[number] for number in range(len(prompts))]
+            for number, output in finished:
+                yield number, [i for i in output.token_ids if i not in eos_ids]
 
     def close(self) -> None:
         del self._engine, self.llm

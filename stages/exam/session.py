@@ -21,8 +21,6 @@ from duet.stages.models.tokenizers import tokenizer_sha256
 from duet.stages.questions.prompts import Prompt, open_renderer
 from duet.stages.questions.proof import prove
 
-CALL_BATCHES = 4  # per call of an engine, which makes its own batches: between calls a signal is heard
-
 
 def left_of(task: str) -> str:
     """Where the references of a task are kept of whose answers a beginning was given: what is left of each."""
@@ -114,15 +112,11 @@ class ModelSession:
         prompts = prompts if tasks is None else {task: prompts[task] for task in tasks}
         flat = [ids for rows in prompts.values() for ids in rows]
         engine = self.engine(watch)
-        order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
         by_index: dict[int, str] = {}
-        size = CALL_BATCHES * self.exam.settings.batch_size
-        for first in range(0, len(order), size):
+        watch.pause(subject.name)
+        for number, ids in engine.answers(flat, self.exam.settings.max_new_tokens):
             watch.pause(subject.name)
-            chosen = order[first : first + size]
-            outputs = engine.generate([flat[i] for i in chosen], self.exam.settings.max_new_tokens)
-            for i, ids in zip(chosen, outputs, strict=True):
-                by_index[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
+            by_index[number] = self.tokenizer.decode(ids, skip_special_tokens=True)
             watch.on_progress(subject.name, len(by_index), len(flat))
         texts = [by_index[i] for i in range(len(flat))]
         result, start = {}, 0

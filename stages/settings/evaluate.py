@@ -206,7 +206,9 @@ class EvaluateSettings(Settings):
         "is measured against it; default: none",
     )
     max_new_tokens: int = Field(default=64, ge=1, description="longest answer, in tokens")
-    batch_size: int = Field(default=64, ge=1, description="queries per engine call")
+    batch_size: int = Field(
+        default=256, ge=1, description="most queries that are decoded together, fewer where they are long"
+    )
     engine: Literal["auto", "vllm", "transformers"] = Field(
         default="auto", description="auto takes vLLM on a GPU where it works, else transformers"
     )

@@ -60,7 +60,10 @@ class TeacherSettings(Settings):
         default=True, description="keep each position's log-sum-exp too, which KL losses over the whole vocabulary need"
     )
     batch_size: int = Field(
-        default=64, ge=1, description="queries per forward pass of the engine transformers; vLLM makes its own batches"
+        default=256,
+        ge=1,
+        description="most queries that the engine transformers decodes together, fewer where they are long; "
+        "vLLM makes its own batches",
     )
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share each layer of the teacher (vLLM)")
     pipeline_parallel: int = Field(default=1, ge=1, description="groups of layers, each on GPUs of its own (vLLM)")
