@@ -136,6 +136,14 @@ class Store:
         with self._parsing(shard):
             return [self.block(shard, index) for index in range(self._shard(shard).num_blocks)]
 
+    def each_block(self, shard: int) -> Iterator[Block]:
+        """The blocks of a shard one at a time; the memory of one is given back when the next is asked for."""
+        with self._parsing(shard):
+            count = self._shard(shard).num_blocks
+        for index in range(count):
+            yield self.block(shard, index)
+            self._release()
+
     def block(self, shard: int, index: int) -> Block:
         """Block `index` of a shard, of an uncompressed Arrow store as views into the memory map."""
         with self._parsing(shard):

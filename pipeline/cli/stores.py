@@ -90,6 +90,44 @@ def convert(source: str, target: str, store_format: str, compression: str) -> No
 
 
 @cache_group.command()
+@_store_argument
+@click.argument("target", metavar="FOLDER")
+@click.option(
+    "--format",
+    "exchange_format",
+    type=click.Choice(["parquet", "hf", "distillkit"]),
+    required=True,
+    help="Parquet files, a data set that Hugging Face's datasets loads from disk, or what DistillKit trains on.",
+)
+def export(store: str, target: str, exchange_format: str) -> None:
+    """Write a store's rows to a new folder, for other programs."""
+    from duet.pipeline.commands import exchange
+
+    exchange.export(store, target, exchange_format)
+
+
+@cache_group.command("import")
+@click.argument("source", metavar="EXPORT")
+@_root_argument
+@click.option(
+    "--format",
+    "store_format",
+    type=click.Choice(["arrow", "zarr"]),
+    default="arrow",
+    show_default=True,
+    help="Of the store.",
+)
+@click.option(
+    "--compression", type=click.Choice(["none", "lz4", "zstd"]), default="none", show_default=True, help="Of the store."
+)
+def import_(source: str, root: str, store_format: str, compression: str) -> None:
+    """Write an export back as a store in a folder of stores."""
+    from duet.pipeline.commands import exchange
+
+    exchange.import_(source, root, store_format, compression)
+
+
+@cache_group.command()
 @_root_argument
 @click.option(
     "--unused-days", type=float, metavar="DAYS", help="Also complete stores that were not read for this number of days."
