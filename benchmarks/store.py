@@ -66,15 +66,15 @@ BOUNDS = {
 }
 
 
-def make_rows(num_positions: int, per_row: int, vocab_size: int) -> Rows:
+def make_rows(num_positions: int, per_row: int, vocab_size: int, top_k: int = K) -> Rows:
     """Rows as a bf16 head gives them; the same for the same arguments."""
     rng = np.random.default_rng(0)
     count = num_positions // per_row
-    ranks = np.exp(rng.uniform(0, np.log(vocab_size - K), (num_positions, K))).astype(np.int32)
-    ids = np.sort(ranks, axis=1) + np.arange(K, dtype=np.int32)  # distinct
-    ids = np.take_along_axis(ids, rng.random((num_positions, K), np.float32).argsort(axis=1), axis=1)
+    ranks = np.exp(rng.uniform(0, np.log(vocab_size - top_k), (num_positions, top_k))).astype(np.int32)
+    ids = np.sort(ranks, axis=1) + np.arange(top_k, dtype=np.int32)  # distinct
+    ids = np.take_along_axis(ids, rng.random((num_positions, top_k), np.float32).argsort(axis=1), axis=1)
     top = rng.normal(24, 4, (num_positions, 1)).astype(np.float32)
-    falls = rng.exponential(4 / np.arange(1, K + 1), (num_positions, K)).astype(np.float32)
+    falls = rng.exponential(4 / np.arange(1, top_k + 1), (num_positions, top_k)).astype(np.float32)
     logits = top - falls.cumsum(axis=1)
     bf16 = (logits.view(np.uint32) & 0xFFFF0000).view(np.float32)
     num_tokens = count * (QUESTION + per_row)

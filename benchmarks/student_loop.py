@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench import seconds
-from store import make_rows
+from store import K, make_rows
 from student_sides import BATCH, LR, ONE, OWN, SIDES, Meter, measured, run_side, step_settings
 
 from duet.cache.location import Folder
@@ -87,7 +87,7 @@ def write_store(folder: Path, tokenizer_of: Path, num_rows: int, shape: Shape) -
 
 
 def random_rows(count: int, shape: Shape) -> Rows:
-    rows = make_rows(count * shape.positions, shape.positions, shape.vocab_size)
+    rows = make_rows(count * shape.positions, shape.positions, shape.vocab_size, max(K, shape.top_k))
     rng = np.random.default_rng(1)
     lengths = rng.integers(shape.question[0], shape.question[1] + 1, count) + shape.positions
     return replace(
