@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from duet.pipeline.config.load import load_config
     from duet.pipeline.config.schema import Config
     from duet.stages.models.alignment import AlignedBatch, align, input_ids, supervised_positions
-    from duet.stages.student.losses import LOSSES, TopK
+    from duet.stages.student.head import Head, student_at
+    from duet.stages.student.losses import LOSSES, TopK, loss_of
 
 _HOMES = {
     "Interrupted": "duet.cache.errors",
@@ -34,13 +35,17 @@ _HOMES = {
     "align": "duet.stages.models.alignment",
     "input_ids": "duet.stages.models.alignment",
     "supervised_positions": "duet.stages.models.alignment",
+    "Head": "duet.stages.student.head",
+    "student_at": "duet.stages.student.head",
     "LOSSES": "duet.stages.student.losses",
     "TopK": "duet.stages.student.losses",
+    "loss_of": "duet.stages.student.losses",
 }
 __all__ = [
     "LOSSES",
     "AlignedBatch",
     "Config",
+    "Head",
     "Interrupted",
     "Rows",
     "Store",
@@ -50,8 +55,10 @@ __all__ = [
     "evaluate",
     "input_ids",
     "load_config",
+    "loss_of",
     "open_store",
     "run",
+    "student_at",
     "supervised_positions",
     "topk_loss",
 ]

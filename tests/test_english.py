@@ -30,7 +30,7 @@ PAGES = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "lab/README.md", "notebooks/lab.ipynb")
 ]
 PAGES += sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "configs").glob("*.yaml"))
-FOLDERS = ("api", "cache", "pipeline", "stages", "scripts", "lab", "benchmarks")
+FOLDERS = ("api", "cache", "pipeline", "stages", "scripts", "lab", "benchmarks", "examples")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -1,0 +1,53 @@
+"""Train a student on exported teacher logits with TRL's SFTTrainer: a subclass with another loss.
+
+pip install trl
+duet cache export runs/lab/teacher/*/ lab-hf --format hf
+python examples/sft_trainer.py lab-hf lab/models/base student
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from plain_loop import collate, loss_of_batch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import duet
+
+
+class StoreTrainer(SFTTrainer):
+    """Its rows are those of an export, its loss is the paper's, at the teacher's ids only."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        self.head = getattr(self, "head", None) or duet.Head.of(model)
+        return loss_of_batch(model, self.head, inputs)
+
+
+def settings(target: str | Path, **more: Any) -> SFTConfig:
+    """Rows come as they are: nothing is tokenized, dropped or packed again."""
+    kept = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}, "report_to": "none"}
+    return SFTConfig(str(target), **kept, **more)
+
+
+def trainer_of(model: Any, tokenizer: Any, rows: datasets.Dataset, config: SFTConfig) -> StoreTrainer:
+    return StoreTrainer(model, config, data_collator=collate, train_dataset=rows, processing_class=tokenizer)
+
+
+def main(export: str, start: str, target: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(Path(export, "duet", "tokenizer"))
+    config = settings(
+        target, num_train_epochs=30, per_device_train_batch_size=16, learning_rate=3e-4, save_strategy="no"
+    )
+    trainer = trainer_of(model, tokenizer, datasets.load_from_disk(export), config)
+    trainer.train()
+    trainer.save_model(target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
