@@ -10,7 +10,7 @@ STAMP := $(VENV)/.duet-setup
 DEV := $(VENV)/.duet-setup-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher docs docs-metrics docs-families docs-reference clean-venv
+.PHONY: help setup demo test test-quick test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher bench-exchange gpu-check dist docs docs-metrics docs-families docs-reference clean-venv
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -106,6 +106,16 @@ bench-store: $(DEV) ## what a store costs: bytes, rates, memory; ARGS=--json
 
 bench-student: $(DEV) ## what a training step costs: head, whole step, waiting; ARGS=--json
 	@$(BIN)/python benchmarks/student.py $(ARGS)
+
+bench-exchange: $(DEV) ## what it costs to export and import a store; ARGS=--json
+	@$(BIN)/python benchmarks/exchange.py $(ARGS)
+
+gpu-check: $(STAMP) ## what only a GPU can show, in nine minutes; ARGS="--device cpu --tiny" runs anywhere
+	@PYTHON=$(BIN)/python sh scripts/gpu_check.sh $(ARGS)
+
+dist: $(DEV) ## wheel and source archive in dist/, checked as an index would
+	@rm -rf dist && mkdir -p build && $(BIN)/python -m build --no-isolation . >build/dist.log || { tail build/dist.log; exit 1; }
+	@$(BIN)/python -m twine check --strict dist/*
 
 bench-teacher: $(DEV) ## what stage one costs beside plain generation; ARGS=--json
 	@$(BIN)/python benchmarks/teacher.py $(ARGS)
