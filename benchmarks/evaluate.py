@@ -3,9 +3,9 @@
 `make bench-evaluate` prints the tables; `--json` prints one object; `--quick` takes little data and says nothing of value. All
 ratios are of things measured in turns in one run on the cores of this process; each time is the least of its rounds.
 
-Models and prompts: tofu-lab (2.8M parameters, ../shared/models) on TOFU's questions in plain form, 40 new tokens; a random Llama
-of SmolLM2-135M's shape on the same number of prompts that begin with a chat's head of 37 tokens and end in 6 to 40 of their
-own, 16 new tokens.
+Models and prompts: tofu-lab (2.8M parameters, ../shared/models) on TOFU's questions in plain form, 40 new tokens; a random
+Llama of SmolLM2-135M's shape on the same number of prompts that begin with a chat's head of 37 tokens and end in 6 to 40 of
+their own, 16 new tokens.
 
 Definitions
 * `evaluate.rate_vs_generate.plain`, `.chat`: answers per second of the transformers engine over those of
@@ -15,8 +15,8 @@ Definitions
   decoded at most 64 together.
 * `evaluate.overhead`: seconds of all of stage three on TOFU (two models, the sets of configs/tofu.yaml in generated answers,
   prompt attacks, scores, intervals, report) over those of the engine alone that makes the same answers, model loaded.
-* In the tables only: vLLM and lm-evaluation-harness on the same prompts, where they are installed, and the share of answers that
-  are the same.
+* In the tables only: vLLM and lm-evaluation-harness on the same prompts, where they are installed, and the share of answers
+  that are the same.
 """
 
 from __future__ import annotations
@@ -118,7 +118,12 @@ def generated(model: Any, case: Case, size: int) -> list[list[int]]:
         ids = torch.tensor([[0] * (width - len(case.prompts[row])) + case.prompts[row] for row in rows])
         mask = torch.tensor([[int(at >= width - len(case.prompts[row])) for at in range(width)] for row in rows])
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=case.new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+            ids,
+            attention_mask=mask,
+            max_new_tokens=case.new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
         )
         for row, answer in zip(rows, out[:, width:].tolist(), strict=True):
             found[row] = answer[: answer.index(end)] if end in answer else answer
@@ -155,7 +160,8 @@ def harness(model: Any, case: Case) -> Callable[[], list[list[int]]]:
     end = tokenizer.eos_token
     how = {"until": [end], "max_gen_toks": case.new_tokens, "do_sample": False}
     asked = [
-        Instance("generate_until", {}, (tokenizer.decode(ids), dict(how)), number) for number, ids in enumerate(case.prompts)
+        Instance("generate_until", {}, (tokenizer.decode(ids), dict(how)), number)
+        for number, ids in enumerate(case.prompts)
     ]
 
     def work() -> list[list[int]]:
@@ -179,7 +185,8 @@ def rates(form: str, case: Case, with_others: bool, count: int) -> tuple[dict[st
             "side": name,
             "answers per s": len(case.prompts) / took,
             "seconds over ours": took / ours,
-            "same answers, %": 100 * np.mean([a == b for a, b in zip(answers[name], answers["this engine"], strict=True)]),
+            "same answers, %": 100
+            * np.mean([a == b for a, b in zip(answers[name], answers["this engine"], strict=True)]),
         }
         for name, took in times.items()
     ]
@@ -226,7 +233,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for form, case, count in (
             ("plain", plain_case(24 if quick else 1500, 4 if quick else 40), 1 if quick else 3),
-            ("chat", chat_case(Path(folder, "model"), 4 if quick else 1500, 2 if quick else 16), 1),  # minutes for a side
+            (
+                "chat",
+                chat_case(Path(folder, "model"), 4 if quick else 1500, 2 if quick else 16),
+                1,
+            ),  # minutes for a side
         ):
             with_others = form == "plain" and not quick
             found, details[f"{form}, {len(case.prompts)} prompts"] = rates(form, case, with_others, count)

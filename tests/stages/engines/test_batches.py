@@ -74,7 +74,8 @@ def test_rows_that_cannot_be_padded_are_with_their_like(lengths, most_rows):
     batches = of_one_length(np.array(lengths), 5, most_rows)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for rows in batches:
-        assert len(rows) <= most_rows and len({lengths[row] for row in rows}) == 1
+        assert len(rows) <= most_rows
+        assert len({lengths[row] for row in rows}) == 1
 
 
 def test_long_prompts_make_small_batches():
