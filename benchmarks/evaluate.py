@@ -224,28 +224,30 @@ def overhead(folder: Path, quick: bool) -> tuple[dict[str, float], list[dict[str
     return {"evaluate.overhead": times["stage three"] / times["engine alone"]}, table
 
 
+def plain(folder: Path, quick: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    return rates("plain", plain_case(24 if quick else 1500, 4 if quick else 40), not quick, 1 if quick else 3)
+
+
+def chat(folder: Path, quick: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One round: a side takes minutes."""
+    return rates("chat", chat_case(folder / "model", 4 if quick else 1500, 2 if quick else 16), False, 1)
+
+
+PARTS = {"plain": plain, "chat": chat, "overhead": overhead}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="little data; the figures say nothing")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; repeatable")
     options = parser.parse_args()
-    quick, claims, details = options.quick, {}, {}
+    claims, details = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for form, case, count in (
-            ("plain", plain_case(24 if quick else 1500, 4 if quick else 40), 1 if quick else 3),
-            (
-                "chat",
-                chat_case(Path(folder, "model"), 4 if quick else 1500, 2 if quick else 16),
-                1,
-            ),  # minutes for a side
-        ):
-            with_others = form == "plain" and not quick
-            found, details[f"{form}, {len(case.prompts)} prompts"] = rates(form, case, with_others, count)
+        for name in options.part or PARTS:
+            found, details[name] = PARTS[name](Path(folder), options.quick)
             claims |= found
-        found, details["stage three on TOFU"] = overhead(Path(folder), quick)
-        claims |= found
-    report = {"machine": machine("torch", "transformers"), "claims": claims, "details": details}
-    show(report, BOUNDS, options.json)
+    show({"machine": machine("torch", "transformers"), "claims": claims, "details": details}, BOUNDS, options.json)
 
 
 if __name__ == "__main__":
