@@ -29,6 +29,7 @@ from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
 
 WINDOW_BATCHES = 16  # batches of requests that are sorted at a time
+KEEP_ALL = 0.9  # share of rows that go on: with more, those that have ended cost less than to copy the cache of the others
 BLOCK_LOGITS = 2**26  # of given responses that are read in one pass: 256 MiB in float32
 
 
@@ -169,7 +170,7 @@ class TransformersEngine(Engine):
     def _decode(self, batch: _Batch, most: int, choose: Choose, collect: Collect) -> None:
         """Decode until each row has `most` tokens or an end; every step is handed to `collect`.
 
-        Rows that have ended are left out of the steps that follow, if the cache allows it.
+        Rows that have ended are left out of the steps that follow, if the cache allows it and there are many.
         """
         rows, live = batch.rows, np.ones(len(batch.rows), bool)
         logits_BV, so_far = self._begin(batch)
@@ -180,7 +181,7 @@ class TransformersEngine(Engine):
             live &= ~np.isin(tokens_B.cpu().numpy(), self._spec.eos_ids)
             if not live.any() or step + 1 == most:
                 return
-            if not live.all() and self._only_attention:
+            if live.mean() < KEEP_ALL and self._only_attention:
                 left = so_far.keep(live)
                 rows, tokens_B, live = rows[live], tokens_B[left], live[live]
             logits_BV = self._go_on(so_far, tokens_B[:, None])[:, -1]
