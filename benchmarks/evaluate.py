@@ -48,7 +48,7 @@ SIZES = (64, 256)  # of generate's batches; 16 was measured to be slower on both
 BOUNDS = {
     **{f"evaluate.rate_vs_generate.{form}": (">=", 0.9) for form in ("plain", "chat")},
     "evaluate.rate_vs_before.plain": (">=", 4.0),
-    "evaluate.rate_vs_before.chat": (">=", 1.0),
+    "evaluate.rate_vs_before.chat": (">=", 0.85),  # these shared their head, and so were decoded together, before
     "evaluate.overhead": ("<=", 1.3),
 }
 SMOLLM2 = {
