@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from duet.stages.models.batching import rows_that_fit
+
 # What a forward pass costs beside its tokens, in tokens. Measured on two CPU cores, a step of one row beside a token among
 # many: 42 for a model of Llama's kind with 135 million parameters, 84 with 3 million, 120 with 1 million.
 PASS_TOKENS = 64
-BATCH_TOKENS = 2**15  # of one batch, with all its answers: keys and values of 4 GiB for Llama-3-8B in bfloat16
 
 
 def by_beginning(prompts: Sequence[Sequence[int]], batch_price: float) -> list[tuple[int, np.ndarray]]:
@@ -50,11 +51,6 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> int:
     """Tokens that both begin with."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)
-
-
-def rows_that_fit(tokens: int, most_rows: int) -> int:
-    """Rows of a batch in which each has that many tokens, its answer with it: at most `most_rows`, at least one."""
-    return max(1, min(most_rows, BATCH_TOKENS // tokens))
 
 
 def filled(lengths: np.ndarray, more: int, most_rows: int, batch_price: float) -> list[np.ndarray]:

@@ -29,7 +29,9 @@ from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
 
 WINDOW_BATCHES = 16  # batches of requests that are sorted at a time
-KEEP_ALL = 0.9  # share of rows that go on: with more, those that have ended cost less than to copy the cache of the others
+KEEP_ALL = (
+    0.9  # share of rows that go on: with more, those that have ended cost less than to copy the cache of the others
+)
 BLOCK_LOGITS = 2**26  # of given responses that are read in one pass: 256 MiB in float32
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duet.stages.engines.batches import BATCH_TOKENS, by_beginning, filled, of_one_length, rows_that_fit
+from duet.stages.engines.batches import by_beginning, filled, of_one_length
+from duet.stages.models.batching import BATCH_TOKENS, rows_that_fit
 
 PROMPTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=20)
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=9)
