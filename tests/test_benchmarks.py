@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import evaluate as bench_evaluate
 import exchange as bench_exchange
 import pytest
 import store as bench_store
@@ -43,6 +44,11 @@ def test_the_benchmark_of_exchange_makes_its_claims(tmp_path):
 
 def test_the_students_benchmark_makes_its_claims():
     claims_of("student.py", bench_student.BOUNDS)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_the_evaluations_benchmark_makes_its_claims():
+    claims_of("evaluate.py", bench_evaluate.BOUNDS)
 
 
 @pytest.mark.skipif(

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from duet.stages.cost.gpus import Device
-from duet.stages.engines.batches import rows_that_fit
-from duet.stages.models.batching import cut_by_length
+from duet.stages.models.batching import cut_by_length, rows_that_fit
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.sizes import DTYPE_BYTES, ModelSizes, meta_model
 from duet.stages.settings.student import TrainSettings

@@ -8,13 +8,15 @@ what their passes cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
-# What a forward pass costs beside its tokens, in tokens. Measured on two CPU cores, a step of one row beside a token among many:
-# 42 for a model of Llama's kind with 135 million parameters, 84 with 3 million, 120 with 1 million.
+from duet.stages.models.batching import rows_that_fit
+
+# What a forward pass costs beside its tokens, in tokens. Measured on two CPU cores, a step of one row beside a token among
+# many: 42 for a model of Llama's kind with 135 million parameters, 84 with 3 million, 120 with 1 million.
 PASS_TOKENS = 64
-BATCH_TOKENS = 2**15  # of one batch, with all its answers: keys and values of 4 GiB for Llama-3-8B in bfloat16
 
 
 def by_beginning(prompts: Sequence[Sequence[int]], batch_price: float) -> list[tuple[int, np.ndarray]]:
@@ -26,7 +28,7 @@ def by_beginning(prompts: Sequence[Sequence[int]], batch_price: float) -> list[t
     order = np.array(sorted(range(len(prompts)), key=lambda row: list(prompts[row])), np.int64)
     ascending = [prompts[row] for row in order]
     lengths = np.array([len(prompt) for prompt in ascending])
-    alike = np.array([_alike(a, b) for a, b in zip(ascending, ascending[1:], strict=False)], np.int64)
+    alike = np.array([_alike(a, b) for a, b in pairwise(ascending)], np.int64)
     groups: list[tuple[int, list[np.ndarray]]] = [(0, [])]
     waiting = [(0, len(order), 0)]  # neighbours in that order, and the group that they join unless they share more
     while waiting:
@@ -41,7 +43,7 @@ def by_beginning(prompts: Sequence[Sequence[int]], batch_price: float) -> list[t
             groups.append((shared, []))
             group = len(groups) - 1
         cuts = [first, *(first + 1 + np.flatnonzero(between == between.min())).tolist(), end]
-        waiting += [(a, b, group) for a, b in zip(cuts, cuts[1:], strict=False)]
+        waiting += [(a, b, group) for a, b in pairwise(cuts)]
     return [(shared, np.concatenate(rows)) for shared, rows in groups if rows]
 
 
@@ -49,11 +51,6 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> int:
     """Tokens that both begin with."""
     most = min(len(a), len(b))
     return next((i for i in range(most) if a[i] != b[i]), most)
-
-
-def rows_that_fit(tokens: int, most_rows: int) -> int:
-    """Rows of a batch in which each has that many tokens, its answer with it: at most `most_rows`, at least one."""
-    return max(1, min(most_rows, BATCH_TOKENS // tokens))
 
 
 def filled(lengths: np.ndarray, more: int, most_rows: int, batch_price: float) -> list[np.ndarray]:

@@ -95,7 +95,9 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def answers(self, prompts: Sequence[list[int]], max_new_tokens: int) -> Generator[tuple[int, list[int]], None, None]:
+    def answers(
+        self, prompts: Sequence[list[int]], max_new_tokens: int
+    ) -> Generator[tuple[int, list[int]], None, None]:
         """(number of the prompt, greedy response without the end-of-sequence id), in the order in which they are finished."""
 
     @abstractmethod

@@ -135,7 +135,9 @@ class VllmEngine(Engine):
     def _margin(self) -> int:
         return min(self._padding, PADDING_MARGIN)
 
-    def answers(self, prompts: Sequence[list[int]], max_new_tokens: int) -> Generator[tuple[int, list[int]], None, None]:
+    def answers(
+        self, prompts: Sequence[list[int]], max_new_tokens: int
+    ) -> Generator[tuple[int, list[int]], None, None]:
         params, eos_ids = self._sampling(max_tokens=max_new_tokens), self._spec.eos_ids
         for finished in self._run((number, ids, params) for number, ids in enumerate(prompts)):
             for number, output in finished:

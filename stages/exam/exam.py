@@ -1,6 +1,6 @@
 """What every model of a run is asked: query sets, and for each subject the texts in front of their questions.
 
-Data only: `session.py` puts the questions to a model, `evaluate/results.py` scores what comes back.
+`session.py` puts the questions to a model, `evaluate/results.py` scores what comes back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from duet.cache.errors import UserError
 from duet.stages.metrics.text import distinctive_words
-from duet.stages.questions.prompts import Prompt
+from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.evaluate import EvaluateSettings
@@ -82,6 +82,16 @@ class Exam:
         """The distinctive words of every reference, by set; which words are common is counted over all sets."""
         questions = {name: [query.question for query in s.queries] for name, s in self.sets.items()}
         return distinctive_words(questions, {name: references_of(s) for name, s in self.sets.items()})
+
+    @cached_property
+    def _renderers(self) -> dict[Path, Renderer]:
+        return {}
+
+    def renderer(self, model_dir: Path) -> Renderer:
+        """The one that renders this exam's prompts for a model; it remembers them, so everything that asks shares it."""
+        if model_dir not in self._renderers:
+            self._renderers[model_dir] = open_renderer(model_dir, self.prompt, self.trust_remote_code)
+        return self._renderers[model_dir]
 
     @property
     def judged(self) -> dict[str, QuerySet]:

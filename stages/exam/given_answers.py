@@ -16,7 +16,7 @@ from duet.stages.exam.exam import Exam, Subject, by_directory, sets_as_tasks
 from duet.stages.metrics import tofu
 from duet.stages.metrics.memorisation import exact_memorisation, extraction_strength
 from duet.stages.models.token_scores import TokenScores
-from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
+from duet.stages.questions.prompts import Prompt, Renderer
 
 BySet = Mapping[str, "Given"]
 
@@ -122,7 +122,7 @@ class Pairs:
 def check(subjects: Sequence[Subject], exam: Exam) -> None:
     """Refuse answers that a subject cannot be given, before anything is asked."""
     for model_dir, of_directory in by_directory(subjects).items():
-        renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
+        renderer = exam.renderer(model_dir)
         for subject in of_directory:
             pairs_of(renderer, exam, subject)
 

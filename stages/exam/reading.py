@@ -29,7 +29,7 @@ from duet.stages.models.limits import check_length, context_length
 from duet.stages.models.loading import load_model
 from duet.stages.models.token_scores import token_logprobs, token_scores
 from duet.stages.models.tokenizers import tokenizer_sha256
-from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
+from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.settings.evaluate import MembershipSettings
 
 # Most tokens of one forward pass, padding included: assumptions that fit 16 GB, not measured on a GPU. On a CPU the numbers are
@@ -48,7 +48,7 @@ class Reader:
 
     def __init__(self, model_dir: Path, exam: Exam) -> None:
         self.exam, self.model_dir = exam, model_dir
-        self.renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
+        self.renderer = exam.renderer(model_dir)
 
     @functools.cached_property
     def model(self) -> Any:

@@ -18,7 +18,7 @@ from duet.stages.models.directory import load_config
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.limits import check_length, context_length, vocab_width
 from duet.stages.models.tokenizers import tokenizer_sha256
-from duet.stages.questions.prompts import Prompt, open_renderer
+from duet.stages.questions.prompts import Prompt
 from duet.stages.questions.proof import prove
 
 
@@ -34,7 +34,7 @@ class ModelSession:
         self.exam = exam
         self.model_dir = model_dir
         self.config = load_config(model_dir, exam.trust_remote_code)
-        self.renderer = open_renderer(model_dir, exam.prompt, exam.trust_remote_code)
+        self.renderer = exam.renderer(model_dir)
         self.tokenizer = self.renderer.tokenizer
         prove(
             self.renderer,

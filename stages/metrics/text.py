@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ class _WordTokenizer:
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
 
-        self._stemmer = PorterStemmer()
+        self._stem = lru_cache(maxsize=2**16)(PorterStemmer().stem)
 
     def tokenize(self, text: str) -> list[str]:
-        return [self._stemmer.stem(word) if len(word) > 3 else word for word in split_words(text)]
+        return [self._stem(word) if len(word) > 3 else word for word in split_words(text)]
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+BATCH_TOKENS = 2**15  # of one batch, with all its answers: keys and values of 4 GiB for Llama-3-8B in bfloat16
+
 
 def cut_by_length(lengths: np.ndarray, max_padding: float, pass_tokens: int) -> list[np.ndarray]:
     """Rows by length, ascending, cut into the fewest groups in which at most `max_padding` of all tokens is padding.
@@ -36,3 +38,8 @@ def _fewest_cuts(ascending: np.ndarray, max_padding: float) -> list[int]:
         last = int(choice[last])
         cuts.append(int(ends[last]))
     return cuts[::-1]
+
+
+def rows_that_fit(tokens: int, most_rows: int) -> int:
+    """Rows of a batch in which each has that many tokens, its answer with it: at most `most_rows`, at least one."""
+    return max(1, min(most_rows, BATCH_TOKENS // tokens))

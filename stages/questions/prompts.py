@@ -27,7 +27,7 @@ from duet.stages.questions.prompt_checks import ANOTHER_TEMPLATE, check_kept, ch
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 
-KEPT_PROMPTS = 256  # rendered prompts that are remembered: a question's answers come one after the other
+KEPT_PROMPTS = 2**14  # rendered prompts that are remembered: an evaluation asks for each several times
 
 
 @dataclass(frozen=True)

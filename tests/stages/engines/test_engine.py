@@ -13,6 +13,7 @@ from support import LAB_SMALL
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from duet.cache.errors import UserError
+from duet.stages.engines import transformers_engine
 from duet.stages.engines.choose import open_engine
 from duet.stages.engines.interface import Ask, EngineSpec, Request, Scored
 from duet.stages.engines.self_test import self_test
@@ -95,7 +96,10 @@ def test_scores_are_the_logits_of_a_plain_forward_pass(engine, model, prompts):
         assert np.array_equal(scored.response_ids, scored.topk_ids_PK[:, 0])
 
 
-def test_a_given_response_is_scored_and_not_changed(engine, spec, model, prompts):
+@pytest.mark.parametrize("tokens", [1, 2, 99])
+def test_a_given_response_is_scored_and_not_changed(engine, spec, model, prompts, tokens, monkeypatch):
+    """However many tokens of each are read in one pass."""
+    monkeypatch.setattr(transformers_engine, "BLOCK_LOGITS", tokens * len(prompts) * model.config.vocab_size)
     responses = [[7, 900, 3], [12], [5, 5, 5, 5, 5]]
     asked = [Request(n, p, given_ids=r) for n, (p, r) in enumerate(zip(prompts, responses, strict=True))]
     for prompt, response, scored in zip(
@@ -193,7 +197,7 @@ def test_models_that_remember_more_than_keys_and_values(tmp_path, architecture):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     engine = TransformersEngine(EngineSpec(tmp_path, "float32", 300, 64, (2,), "cpu", batch_size=4))
     prefix = list(range(10, 40))
-    asked = [Request(n, [*prefix, 50 + n, 60], given_ids=[70, 71, 72][: 1 + n % 3]) for n in range(4)]
+    asked = [Request(n, [*prefix, 50 + n, 60][n % 3 :], given_ids=[70, 71, 72][: 1 + n % 3]) for n in range(4)]
     ask = Ask(TOP_K, 3)
     for request, scored in zip(asked, engine.score_all(asked, ask), strict=True):
         [alone] = engine.score_all([request], ask)
