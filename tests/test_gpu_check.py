@@ -21,7 +21,7 @@ def test_every_step_runs_and_writes_its_file(tmp_path):
     assert found.keys() == gpu_check.LIMITS_S.keys()
     assert done.returncode == 0, found
     skipped = {name: result["why"] for name, result in found.items() if result["state"] == "skipped"}
-    assert skipped == {"tests": "tests marked gpu need a GPU", "batches": "pinned memory needs a GPU"}
+    assert skipped == gpu_check.NEEDS_GPU
     figures = {name: result["figures"] for name, result in found.items() if result["state"] == "done"}
     assert figures["head"]["gathered"]["seconds"] > 0
     assert figures["head"]["whole_compiled"]["why"]
