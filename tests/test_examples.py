@@ -52,7 +52,9 @@ def test_the_plain_loop_has_the_losses_of_duet_distill(trained):
     found = plain_loop.train(load_model(LAB_BASE, "float32"), plain_loop.read_rows(folder / "parquet"), steps, LR)
     assert len(found) == len(losses) >= EPOCHS
     assert losses[-1] < losses[0] / 2
-    assert found == pytest.approx(losses, rel=1e-5)
+    assert found[0] == pytest.approx(losses[0], rel=1e-6)
+    # Duet sums its passes in another order: rounding, which AdamW's steps pass on (2e-5 after 18 steps on two threads).
+    assert found == pytest.approx(losses, rel=1e-4)
 
 
 def test_every_epoch_of_the_plain_loop_has_every_row(trained):
