@@ -37,9 +37,8 @@ from duet.stages.settings.student import StudentSettings
 from duet.stages.student.summary import read_summary
 
 if TYPE_CHECKING:
+    from duet.stages.evaluate.results import Read
     from duet.stages.exam.exam import Exam, Subject
-    from duet.stages.exam.given_answers import Given
-    from duet.stages.exam.given_texts import Readings
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Found:
     """All that the models answered, by model."""
 
     answers: Mapping[str, Mapping[str, Any]]
-    given: Mapping[str, Mapping[str, Given]]  # empty where likelihoods are not asked for
-    readings: Mapping[str, Readings]
+    read: Read
     harness: Mapping[str, Mapping[str, Any]]
 
 
@@ -59,7 +57,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     base, teachers and `evaluate.models` are asked.
     """
     from duet.stages.evaluate.answers import costs_of
-    from duet.stages.evaluate.results import Read, results_of
+    from duet.stages.evaluate.results import results_of
     from duet.stages.evaluate.tofu import read_reference
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
@@ -87,7 +85,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
-        **results_of(subjects, exam, found.answers, Read(found.given, found.readings), reference),
+        **results_of(subjects, exam, found.answers, found.read, reference),
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: store_summary(location) for name, location in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},
@@ -104,19 +102,26 @@ def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal)
     """Ask every model all that the settings ask for; what is on disk already is not asked again."""
     from duet.stages.evaluate.answers import answer_all
     from duet.stages.evaluate.harness import ask_harness
+    from duet.stages.evaluate.results import Read
+    from duet.stages.exam.depth import check as check_depth
+    from duet.stages.exam.depth import read_depth
     from duet.stages.exam.given_answers import check
+    from duet.stages.exam.given_beside import read_beside
     from duet.stages.exam.reading import read_all
 
     if exam.settings.likelihood:
         check(subjects, exam)
+    if exam.settings.depth:
+        check_depth(subjects, exam)
     with progress_bar("answers") as bar:
         watch = Watch(bar.update, functools.cache(say_engine), stop)
         answers = answer_all(subjects, exam, run.answers, watch)
         given, readings = read_all(subjects, exam, run.likelihoods, run.answers, watch)
+        beside = read_beside(subjects[0], exam, run.likelihoods, watch) if given else ({}, {})
+        depth = read_depth(subjects, exam, run.likelihoods, watch) if exam.settings.depth else None
         return Found(
             answers=answers,
-            given=given,
-            readings=readings,
+            read=Read(given, readings, *beside, depth),
             harness=ask_harness(subjects, exam, run.lm_eval, watch) if exam.settings.lm_eval else {},
         )
 
@@ -155,7 +160,7 @@ def _write_tofu_logs(folder: Path, exam: Exam, found: Found, results: Mapping[st
     from duet.stages.exam.exam import stem_of
     from duet.stages.exam.given_answers import finite
 
-    for model, of_sets in finite(found.given)[0].items():
+    for model, of_sets in finite(found.read.given)[0].items():
         logs = tofu_logs(exam, of_sets, found.answers[model], results["models"][model])
         of_model = folder / stem_of(model)
         of_model.mkdir(parents=True, exist_ok=True)
