@@ -56,8 +56,9 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
     base, teachers and `evaluate.models` are asked.
     """
+    from duet.stages.evaluate import items
     from duet.stages.evaluate.answers import costs_of
-    from duet.stages.evaluate.results import results_of
+    from duet.stages.evaluate.results import results_and_scores
     from duet.stages.evaluate.tofu import read_reference
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
@@ -79,13 +80,14 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if dry_run:
         return
     found = _ask(config.run, subjects, exam, stop)
+    scored, scores = results_and_scores(subjects, exam, found.answers, found.read, reference)
     results = {
         "format_version": 1,
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
-        **results_of(subjects, exam, found.answers, found.read, reference),
+        **scored,
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: store_summary(location) for name, location in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},
@@ -93,9 +95,10 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         "environment": environment(),
         "provenance": provenance(config, subjects, exam),
     }
-    for name, scores in found.harness.items():
-        results["models"][name] |= scores
+    for name, of_harness in found.harness.items():
+        results["models"][name] |= of_harness
     _publish(config.run, results, exam, found)
+    publish_json(config.run.items, items.as_json(scores))
 
 
 def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal) -> Found:
@@ -176,7 +179,7 @@ def _keep_earlier(run: RunDir, results: dict[str, Any]) -> None:
     earlier = read_json(run.results)
     if earlier["evaluate"] == results["evaluate"] and set(earlier["models"]) <= set(results["models"]):
         return
-    set_aside("evaluation", run.results, run.report, run.pdf)
+    set_aside("evaluation", run.results, run.items, run.report, run.pdf)
 
 
 def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]:

@@ -53,8 +53,20 @@ def results_of(
     reference: Reference | None = None,
     against: str | None = None,
 ) -> dict[str, Any]:
+    """The first part of `results_and_scores`."""
+    return results_and_scores(subjects, exam, answers, read, reference, against)[0]
+
+
+def results_and_scores(
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, Any]],
+    read: Read = Read(),
+    reference: Reference | None = None,
+    against: str | None = None,
+) -> tuple[dict[str, Any], dict[str, dict[str, Score]]]:
     """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
-    samples, and what the numbers mean.
+    samples, and what the numbers mean; and the scores by model, with their items.
 
     A model of which some likelihoods are not finite has no scores of them: its verdict says that it is broken. `reference` is
     that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
@@ -71,7 +83,7 @@ def results_of(
     works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
     shown = {s.name: Shown(works, above[s.name] if above is not None else None, s.trained_on) for s in subjects}
     evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
-    return {
+    results = {
         "models": {
             name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
             for name, scores in models.items()
@@ -91,6 +103,7 @@ def results_of(
         "control": attacked["control"] | _control(read.control, exam),
         "depth": depth.as_json(read.depth, exam),
     }
+    return results, models
 
 
 def scores_of(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
