@@ -56,7 +56,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
     base, teachers and `evaluate.models` are asked.
     """
-    from duet.stages.evaluate import items
+    from duet.stages.evaluate import items, over_seeds
     from duet.stages.evaluate.answers import costs_of
     from duet.stages.evaluate.results import results_and_scores
     from duet.stages.evaluate.tofu import read_reference
@@ -88,6 +88,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
         **scored,
+        "over_seeds": over_seeds.rows_of(_seed_rows(config, students), scores, scored["outcomes"], exam.settings.seed),
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: store_summary(location) for name, location in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},
@@ -99,6 +100,12 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         results["models"][name] |= of_harness
     _publish(config.run, results, exam, found)
     publish_json(config.run.items, items.as_json(scores))
+
+
+def _seed_rows(config: Config, students: Sequence[StudentSettings]) -> dict[str, list[str]]:
+    """The models of each row over seeds."""
+    rows = config.seed_rows(students)
+    return {f"student:{row}": [f"student:{name}" for name in names] for row, names in rows.items()}
 
 
 def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal) -> Found:

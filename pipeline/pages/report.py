@@ -20,10 +20,12 @@ from duet.pipeline.pages.report_facts import definitions_section, limits_section
 from duet.pipeline.pages.report_inside import inside_section
 from duet.pipeline.pages.report_relearning import relearning_section
 from duet.pipeline.pages.report_scores import all_scores, main_table, summary, trade_off, verdict_section
+from duet.pipeline.pages.report_seeds import seeds_section
 
 SECTIONS = (
     verdict_section,
     main_table,
+    seeds_section,
     trade_off,
     attack_section,
     layers_section,

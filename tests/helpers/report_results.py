@@ -110,6 +110,13 @@ def full_results() -> dict[str, Any]:
             },
             "left_out": {"model:other": "has 16 layers of width 64, base has 2 of width 32"},
         },
+        "over_seeds": {
+            "student:both": {
+                "models": list(students),
+                "scores": {key: score(15) | {"seeds": [share(), share()]} for key in SHARES},
+                "verdicts": {"damaged": 1, "unclear": 2},
+            }
+        },
         "relearning": {
             name: {
                 "forget 5": {
@@ -145,6 +152,7 @@ def plain_results() -> dict[str, Any]:
         "comparisons",
         "layers",
         "depth",
+        "over_seeds",
         "relearning",
         "attack_texts",
         "control",

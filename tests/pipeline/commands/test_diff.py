@@ -1,5 +1,5 @@
-"""`duet diff`: each kind of difference is named, numbers are paired where the questions are the same, and only what moved is said
-to have moved."""
+"""`duet diff`: each kind of difference is named, numbers are paired where the questions are the same, and only what moved is
+said to have moved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from report_results import full_results
 from duet.cache.errors import UserError
 from duet.cache.files import json_bytes
 from duet.pipeline.cli.main import main
-from duet.pipeline.commands.diff import PAIRED, UNPAIRED, differences
+from duet.pipeline.commands.diff import PAIRED, UNPAIRED, diff, differences
 from duet.pipeline.config.run_dir import RunDir
 from duet.stages.evaluate.items import as_json, score_of
 from duet.stages.metrics.uncertainty import Score, score
@@ -123,6 +123,4 @@ def test_as_text_and_as_json(tmp_path, values, capsys):
 def test_a_folder_without_results_is_refused(tmp_path, values):
     run_of(tmp_path / "a", values)
     with pytest.raises(UserError, match="has no results.json"):
-        from duet.pipeline.commands.diff import diff
-
         diff(str(tmp_path / "a"), str(tmp_path), as_json=True)
