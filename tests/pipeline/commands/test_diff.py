@@ -122,5 +122,5 @@ def test_as_text_and_as_json(tmp_path, values, capsys):
 
 def test_a_folder_without_results_is_refused(tmp_path, values):
     run_of(tmp_path / "a", values)
-    with pytest.raises(UserError, match="has no results.json"):
+    with pytest.raises(UserError, match=r"has no results\.json"):
         diff(str(tmp_path / "a"), str(tmp_path), as_json=True)
