@@ -50,8 +50,9 @@ def seeded_name(student: str, seed: int) -> str:
 
 def _per_seed(raw: Any) -> Any:
     """Each student once per seed of train.seeds, in whose place they stand. What is faulty stays, to be refused."""
-    train, students = (raw.get(key) for key in ("train", "students")) if isinstance(raw, dict) else (None, None)
-    seeds = train.get("seeds") if isinstance(train, dict) else None
+    if not isinstance(raw, dict) or not isinstance(train := raw.get("train"), dict):
+        return raw
+    seeds, students = train.get("seeds"), raw.get("students")
     if not isinstance(seeds, list | tuple) or not isinstance(students, list | tuple):
         return raw
     named = all(isinstance(student, dict) and isinstance(student.get("name"), str) for student in students)

@@ -75,8 +75,9 @@ def results_and_scores(
     models = {s.name: scores_of(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
-    for subject in subjects if read.depth else ():
-        models[subject.name] |= depth.scores_of(read.depth, subject, exam)
+    if read.depth:
+        for subject in subjects:
+            models[subject.name] |= depth.scores_of(read.depth, subject, exam)
     floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam) | given_beside.floors_of(read.exchanged)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
