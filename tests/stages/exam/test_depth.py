@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import LAB_SMALL, ROOT, write_jsonl
+from support import LAB_SMALL, ROOT, SHARED, write_jsonl
 
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.watch import Watch
@@ -20,6 +21,7 @@ from duet.stages.questions.spans import touched
 from duet.stages.settings.data import DataSettings, PromptSettings
 from duet.stages.settings.evaluate import EvaluateSettings
 
+SPANS = SHARED / "data" / "tofu_entity_spans" / "forget10_entities.jsonl"
 BASE, ORACLE = ROOT / "lab/models/base", ROOT / "lab/models/oracle"
 SUBJECTS = [
     Subject("base", BASE, "", "base"),
@@ -100,6 +102,16 @@ def test_a_file_says_which_words_are_the_fact(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             facts_of(exam(str(write_jsonl(path, rows))))
+
+
+@pytest.mark.skipif(not SPANS.is_file(), reason="the entity spans of TOFU are not on this machine")
+def test_tofus_entity_spans_are_read_as_they_are():
+    queries = load_queries(DataSettings(path=str(SPANS), id_field="id"), "forget")
+    asked = replace(exam(str(SPANS)), sets={"forget": QuerySet(queries, "forgotten")})
+    spans = facts_of(asked)["forget"]
+    assert list(spans) == list(range(367))
+    entities = [row["entity"] for row in map(json.loads, SPANS.read_text(encoding="utf-8").splitlines())]
+    assert [(queries[number].answer or "")[a:b] for number, ((a, b),) in spans.items()] == entities
 
 
 def test_a_control_of_another_shape_is_refused_before_anything_is_asked():
