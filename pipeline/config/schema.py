@@ -55,16 +55,17 @@ def _per_seed(raw: Any) -> Any:
     seeds, students = train.get("seeds"), raw.get("students")
     if not isinstance(seeds, list | tuple) or not isinstance(students, list | tuple):
         return raw
-    named = all(isinstance(student, dict) and isinstance(student.get("name"), str) for student in students)
-    own = [student.get("train", {}) for student in students] if named else [None]
+    named = [one for one in students if isinstance(one, dict) and isinstance(one.get("name"), str)]
+    own = [settings for one in named if isinstance(settings := one.get("train", {}), dict)]
     whole = all(type(seed) is int and seed >= 0 for seed in seeds) and 1 < len(seeds) == len(set(seeds))
-    if not whole or "seed" in train or any(not isinstance(one, dict) or {"seed", "seeds"} & set(one) for one in own):
+    taken = "seed" in train or any({"seed", "seeds"} & set(settings) for settings in own)
+    if not whole or taken or len(own) < len(students):
         return raw
     return raw | {
         "train": {key: value for key, value in train.items() if key != "seeds"},
         "students": [
             student | {"name": seeded_name(student["name"], seed), "train": settings | {"seed": seed}}
-            for student, settings in zip(students, own, strict=True)
+            for student, settings in zip(named, own, strict=True)
             for seed in seeds
         ],
     }
