@@ -67,6 +67,17 @@ _run_argument = click.argument(
 
 
 @click.command(cls=Command)
+@click.argument("run_a", metavar="RUN_A")
+@click.argument("run_b", metavar="RUN_B")
+@click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
+def diff(run_a: str, run_b: str, as_json: bool) -> None:
+    """Compare two evaluated runs: what differs in them, and which numbers moved beyond their intervals."""
+    from duet.pipeline.commands.diff import diff
+
+    diff(run_a, run_b, as_json)
+
+
+@click.command(cls=Command)
 @_run_argument
 @click.option("--watch", is_flag=True, help="Refresh every few seconds, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as one JSON object.")
@@ -103,4 +114,4 @@ def cancel(run_dir: Path) -> None:
     cancel(run_dir)
 
 
-RUN_COMMANDS = (report, evidence_group, status, logs, cancel, attempt)
+RUN_COMMANDS = (report, diff, evidence_group, status, logs, cancel, attempt)

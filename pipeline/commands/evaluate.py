@@ -37,9 +37,8 @@ from duet.stages.settings.student import StudentSettings
 from duet.stages.student.summary import read_summary
 
 if TYPE_CHECKING:
+    from duet.stages.evaluate.results import Read
     from duet.stages.exam.exam import Exam, Subject
-    from duet.stages.exam.given_answers import Given
-    from duet.stages.exam.given_texts import Readings
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Found:
     """All that the models answered, by model."""
 
     answers: Mapping[str, Mapping[str, Any]]
-    given: Mapping[str, Mapping[str, Given]]  # empty where likelihoods are not asked for
-    readings: Mapping[str, Readings]
+    read: Read
     harness: Mapping[str, Mapping[str, Any]]
 
 
@@ -58,8 +56,9 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
     base, teachers and `evaluate.models` are asked.
     """
+    from duet.stages.evaluate import items, over_seeds
     from duet.stages.evaluate.answers import costs_of
-    from duet.stages.evaluate.results import Read, results_of
+    from duet.stages.evaluate.results import results_and_scores
     from duet.stages.evaluate.tofu import read_reference
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
@@ -81,13 +80,15 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if dry_run:
         return
     found = _ask(config.run, subjects, exam, stop)
+    scored, scores = results_and_scores(subjects, exam, found.answers, found.read, reference)
     results = {
         "format_version": 1,
         "run": config.name,
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "evaluate": without_places(config.evaluate.model_dump(mode="json")),
-        **results_of(subjects, exam, found.answers, Read(found.given, found.readings), reference),
+        **scored,
+        "over_seeds": over_seeds.rows_of(_seed_rows(config, students), scores, scored["outcomes"], exam.settings.seed),
         "attack_costs": {kind: asdict(cost) for kind, cost in costs.items()},
         "teacher_stores": {name: store_summary(location) for name, location in stores.items()},
         "students": {student.name: _student_summary(config, student) for student in students},
@@ -95,28 +96,42 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         "environment": environment(),
         "provenance": provenance(config, subjects, exam),
     }
-    for name, scores in found.harness.items():
-        results["models"][name] |= scores
+    for name, of_harness in found.harness.items():
+        results["models"][name] |= of_harness
     _publish(config.run, results, exam, found)
+    publish_json(config.run.items, items.as_json(scores))
+
+
+def _seed_rows(config: Config, students: Sequence[StudentSettings]) -> dict[str, list[str]]:
+    """The models of each row over seeds."""
+    rows = config.seed_rows(students)
+    return {f"student:{row}": [f"student:{name}" for name in names] for row, names in rows.items()}
 
 
 def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal) -> Found:
     """Ask every model all that the settings ask for; what is on disk already is not asked again."""
     from duet.stages.evaluate.answers import answer_all
     from duet.stages.evaluate.harness import ask_harness
+    from duet.stages.evaluate.results import Read
+    from duet.stages.exam.depth import check as check_depth
+    from duet.stages.exam.depth import read_depth
     from duet.stages.exam.given_answers import check
+    from duet.stages.exam.given_beside import read_beside
     from duet.stages.exam.reading import read_all
 
     if exam.settings.likelihood:
         check(subjects, exam)
+    if exam.settings.depth:
+        check_depth(subjects, exam)
     with progress_bar("answers") as bar:
         watch = Watch(bar.update, functools.cache(say_engine), stop)
         answers = answer_all(subjects, exam, run.answers, watch)
         given, readings = read_all(subjects, exam, run.likelihoods, run.answers, watch)
+        beside = read_beside(subjects[0], exam, run.likelihoods, watch) if given else ({}, {})
+        depth = read_depth(subjects, exam, run.likelihoods, watch) if exam.settings.depth else None
         return Found(
             answers=answers,
-            given=given,
-            readings=readings,
+            read=Read(given, readings, *beside, depth),
             harness=ask_harness(subjects, exam, run.lm_eval, watch) if exam.settings.lm_eval else {},
         )
 
@@ -155,7 +170,7 @@ def _write_tofu_logs(folder: Path, exam: Exam, found: Found, results: Mapping[st
     from duet.stages.exam.exam import stem_of
     from duet.stages.exam.given_answers import finite
 
-    for model, of_sets in finite(found.given)[0].items():
+    for model, of_sets in finite(found.read.given)[0].items():
         logs = tofu_logs(exam, of_sets, found.answers[model], results["models"][model])
         of_model = folder / stem_of(model)
         of_model.mkdir(parents=True, exist_ok=True)
@@ -171,7 +186,7 @@ def _keep_earlier(run: RunDir, results: dict[str, Any]) -> None:
     earlier = read_json(run.results)
     if earlier["evaluate"] == results["evaluate"] and set(earlier["models"]) <= set(results["models"]):
         return
-    set_aside("evaluation", run.results, run.report, run.pdf)
+    set_aside("evaluation", run.results, run.items, run.report, run.pdf)
 
 
 def _student_summary(config: Config, student: StudentSettings) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class RunDir:
         self.environment = path / "environment.json"
         self.log = path / "log.txt"
         self.results = path / "results.json"
+        self.items = path / "items.json"  # the scores of each question
         self.report = path / "report.html"
         self.pdf = path / "report.pdf"
         self.students_page = path / "students.html"

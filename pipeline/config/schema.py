@@ -43,6 +43,34 @@ def _in_words(preset: str) -> str:
     )
 
 
+def seeded_name(student: str, seed: int) -> str:
+    """What a student is called that is trained with one of several seeds."""
+    return f"{student}-seed{seed}"
+
+
+def _per_seed(raw: Any) -> Any:
+    """Each student once per seed of train.seeds, in whose place they stand. What is faulty stays, to be refused."""
+    if not isinstance(raw, dict) or not isinstance(train := raw.get("train"), dict):
+        return raw
+    seeds, students = train.get("seeds"), raw.get("students")
+    if not isinstance(seeds, list | tuple) or not isinstance(students, list | tuple):
+        return raw
+    named = [one for one in students if isinstance(one, dict) and isinstance(one.get("name"), str)]
+    own = [settings for one in named if isinstance(settings := one.get("train", {}), dict)]
+    whole = all(type(seed) is int and seed >= 0 for seed in seeds) and 1 < len(seeds) == len(set(seeds))
+    taken = "seed" in train or any({"seed", "seeds"} & set(settings) for settings in own)
+    if not whole or taken or len(own) < len(students):
+        return raw
+    return raw | {
+        "train": {key: value for key, value in train.items() if key != "seeds"},
+        "students": [
+            student | {"name": seeded_name(student["name"], seed), "train": settings | {"seed": seed}}
+            for student, settings in zip(named, own, strict=True)
+            for seed in seeds
+        ],
+    }
+
+
 class Config(Settings):
     """A whole experiment."""
 
@@ -85,7 +113,16 @@ class Config(Settings):
                 raw = raw | {group: defaults | own}
             elif isinstance(own, list | tuple):
                 raw = raw | {group: [defaults | one if isinstance(one, dict) else one for one in own]}
-        return raw
+        return _per_seed(raw)
+
+    @model_validator(mode="after")
+    def _seeds_are_students(self) -> Config:
+        if self.train.seeds is not None:
+            raise ValueError(
+                f"train.seeds {list(self.train.seeds)}: name each seed once, and set no seed beside them, neither in train nor "
+                "in a student's train"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:
@@ -118,6 +155,17 @@ class Config(Settings):
     def base_model(self) -> Model:
         """The model that knows the topic, which all others are measured against."""
         return self.evaluate.base or self.teacher.model
+
+    def seed_rows(self, students: Sequence[StudentSettings]) -> dict[str, list[str]]:
+        """Those of these students that differ in their seed alone, by the name without it: two or more of a name."""
+        found: dict[str, list[StudentSettings]] = {}
+        for student in students:
+            origin = student.name.rpartition("-seed")[0]
+            if origin and student.name == seeded_name(origin, self.train_settings(student).seed):
+                same = {"name": origin, "push_to_hub": None, "train": student.train | {"seed": 0}}
+                found.setdefault(student.model_copy(update=same).model_dump_json(), []).append(student)
+        several = [members for members in found.values() if len(members) > 1]
+        return {members[0].name.rpartition("-seed")[0]: [one.name for one in members] for members in several}
 
     def train_settings(self, student: StudentSettings) -> TrainSettings:
         """The common training settings with the student's own on top."""
@@ -152,6 +200,8 @@ def check_students(config: Config, where: str) -> None:
     for number, student in enumerate(config.students):
         key = f"{where}: students.{number}.train"
         settings = validated(TrainSettings, merged(config.train.model_dump(), student.train), key)
+        if settings.seeds is not None:
+            raise UserError(f"{key}.seeds: the seeds are those of all students", "set train.seeds")
         weights = teacher_weights(settings, list(config.teacher_settings()), key)
         check_start_noise(student.start_noise, settings, key.removesuffix(".train"))
         start = student.model or config.teacher.model

@@ -1,7 +1,7 @@
 """report.html: one self-contained page, a pure function of results.json. Nothing is fetched; without its script it is whole.
 
-The parts are in `report_scores.py`, `report_attacks.py`, `report_depth.py`, `report_relearning.py` and `report_facts.py`, what
-they are made of in `page.py` and `charts.py`. What results.json lacks, the page says in a line.
+The parts are in the files `report_*.py`, what they are made of in `page.py` and `charts.py`. What results.json lacks, the page
+says in a line.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from duet.pipeline.pages.page import Numbers, page
 from duet.pipeline.pages.report_attacks import attack_section
 from duet.pipeline.pages.report_depth import SCRIPT, comparisons_section, layers_section, samples_section
 from duet.pipeline.pages.report_facts import definitions_section, limits_section, run_section, training_section
+from duet.pipeline.pages.report_inside import inside_section
 from duet.pipeline.pages.report_relearning import relearning_section
 from duet.pipeline.pages.report_scores import all_scores, main_table, summary, trade_off, verdict_section
+from duet.pipeline.pages.report_seeds import seeds_section
 
 SECTIONS = (
     verdict_section,
     main_table,
+    seeds_section,
     trade_off,
     attack_section,
     layers_section,
+    inside_section,
     relearning_section,
     comparisons_section,
     samples_section,

@@ -22,9 +22,11 @@ from duet.pipeline.pages.results import (
 )
 from duet.stages.attacks.names import CONTROL, Attacked
 from duet.stages.exam.exam import DISTINCTIVE
+from duet.stages.metrics.memorisation import EXCHANGED
 
 GOOD_VERDICTS = ("withstands these tests", "suppressed under these tests")
-FLOORS = ("refusal", "echo", "chance")  # of a text score the first two, of a choice the last
+# Of a text score the first two, of a choice the third, of memorisation the last.
+FLOORS = ("refusal", "echo", "chance", EXCHANGED)
 BAD_VERDICTS = ("not unlearned", "damaged", "suppressed until attacked", "broken")
 
 

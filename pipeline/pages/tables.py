@@ -77,6 +77,10 @@ def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
             shift = results["performance_shift"].get(model)
             cells.append(f"{shift['value']:+.1f}" if shift else "-")
         table.add_row(model, *cells, results["outcomes"][model]["verdict"])
+    for row, found in results.get("over_seeds", {}).items():
+        cells = [shown(found["scores"][key]) if key in found["scores"] else "-" for key in keys]
+        verdicts = ", ".join(f"{verdict} {count}" for verdict, count in found["verdicts"].items())
+        table.add_row(f"{row}, {len(found['models'])} seeds", *cells, *(["-"] if verbose else []), verdicts)
     for floor in ("refusal", "echo") if verbose else ():
         values = [results["floors"].get(key, {}).get(floor) for key in keys]
         cells = [f"{100 * value:.1f}" if value is not None else "" for value in values]

@@ -25,6 +25,7 @@ PLACES = (
     "reference",
     "retrained",
     "neutral_text",
+    "depth",
     "attack_texts",
     "adapter",
 )

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from duet.stages.attacks import scores
 from duet.stages.evaluate import collapse, harness, muse, verdict
-from duet.stages.metrics import choices, membership, memorisation, perplexity, text, tofu, uncertainty
+from duet.stages.exam import given_beside
+from duet.stages.metrics import choices, depth, membership, memorisation, perplexity, text, tofu, uncertainty
 from duet.stages.metrics.metric import Metric
 
 
@@ -20,6 +21,8 @@ def all_metrics() -> tuple[Metric, ...]:
     found = (
         *text.METRICS,
         *memorisation.METRICS,
+        *given_beside.METRICS,
+        *depth.METRICS,
         *tofu.METRICS,
         *choices.METRICS,
         *muse.METRICS,

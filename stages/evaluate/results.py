@@ -14,14 +14,15 @@ import numpy as np
 from duet.stages.attacks import scores as attack_scores
 from duet.stages.attacks.above import above_control
 from duet.stages.attacks.relearn_curves import with_curves
-from duet.stages.evaluate import muse
+from duet.stages.evaluate import depth, muse
 from duet.stages.evaluate.answers import refusals_of
 from duet.stages.evaluate.attacked import Shown
 from duet.stages.evaluate.collapse import ModelAnswers
 from duet.stages.evaluate.definitions import all_metrics, definitions, versions
 from duet.stages.evaluate.tofu import Reference, tofu_results
 from duet.stages.evaluate.verdict import outcomes_of
-from duet.stages.exam import given_texts
+from duet.stages.exam import given_beside, given_texts
+from duet.stages.exam.depth import Depth
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, QuerySet, Subject, references_of
 from duet.stages.exam.given_answers import Given, finite, score_given
 from duet.stages.metrics import text as metrics
@@ -37,6 +38,11 @@ class Read:
 
     given: Mapping[str, Mapping[str, Given]] = field(default_factory=dict)  # by subject and set; empty: no likelihoods
     readings: Mapping[str, given_texts.Readings] = field(default_factory=dict)  # by subject
+    control: Mapping[str, Given] = field(default_factory=dict)  # by attacked set; empty: no control, or no likelihoods
+    exchanged: Mapping[str, Given] = field(
+        default_factory=dict
+    )  # base on answers behind other questions, by attacked set
+    depth: Depth | None = None
 
 
 def results_of(
@@ -47,8 +53,20 @@ def results_of(
     reference: Reference | None = None,
     against: str | None = None,
 ) -> dict[str, Any]:
+    """The first part of `results_and_scores`."""
+    return results_and_scores(subjects, exam, answers, read, reference, against)[0]
+
+
+def results_and_scores(
+    subjects: Sequence[Subject],
+    exam: Exam,
+    answers: Mapping[str, Mapping[str, Any]],
+    read: Read = Read(),
+    reference: Reference | None = None,
+    against: str | None = None,
+) -> tuple[dict[str, Any], dict[str, dict[str, Score]]]:
     """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
-    samples, and what the numbers mean.
+    samples, and what the numbers mean; and the scores by model, with their items.
 
     A model of which some likelihoods are not finite has no scores of them: its verdict says that it is broken. `reference` is
     that of TOFU's forget quality. Every subject is compared with its own base, or all with the one that `against` names.
@@ -57,13 +75,16 @@ def results_of(
     models = {s.name: scores_of(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
         models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
-    floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam)
+    if read.depth:
+        for subject in subjects:
+            models[subject.name] |= depth.scores_of(read.depth, subject, exam)
+    floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam) | given_beside.floors_of(read.exchanged)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
     works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
     shown = {s.name: Shown(works, above[s.name] if above is not None else None, s.trained_on) for s in subjects}
     evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
-    return {
+    results = {
         "models": {
             name: {key: score.as_json() for key, score in scores.items()} | aggregates.get(name, {})
             for name, scores in models.items()
@@ -80,7 +101,10 @@ def results_of(
         "versions": versions(all_metrics()),
         "above_control": attack_scores.above_as_json(above),
         **attacked,
+        "control": attacked["control"] | _control(read.control, exam),
+        "depth": depth.as_json(read.depth, exam),
     }
+    return results, models
 
 
 def scores_of(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam) -> dict[str, Score]:
@@ -97,6 +121,15 @@ def scores_of(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam
             scores[f"{name}.{metric}"] = uncertainty.score(values, clusters=references, seed=seed)
     scores |= attack_scores.scores_of(answers, exam)
     return scores
+
+
+def _control(given: Mapping[str, Given], exam: Exam) -> dict[str, Any]:
+    """The control's scores of memorisation, as JSON."""
+    return {
+        f"{name}.{metric}": uncertainty.score(values, references_of(exam.sets[name]), exam.settings.seed).as_json()
+        for name, of_set in given.items()
+        for metric, values in given_beside.memorised(of_set).items()
+    }
 
 
 def _questions_of(query_set: QuerySet) -> list[str]:

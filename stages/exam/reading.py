@@ -98,12 +98,15 @@ def read_all(
                 done = sum(map(bool, readings.values()))
                 watch.on_progress("read texts", done, len(subjects))
             if exam.settings.likelihood:
-                given[subject.name] = _given(reader, subject, answers_dir, watch)
+                pairs = pairs_of(reader.renderer, exam, subject)
+                given[subject.name] = given_by(reader, subject, pairs, answers_dir, watch)
     return {subject.name: given[subject.name] for subject in subjects if subject.name in given}, readings
 
 
-def _given(reader: Reader, subject: Subject, folder: Path, watch: Watch) -> dict[str, Given]:
-    pairs = pairs_of(reader.renderer, reader.exam, subject)
+def given_by(
+    reader: Reader, subject: Subject, pairs: Mapping[str, Pairs], folder: Path, watch: Watch
+) -> dict[str, Given]:
+    """What a subject makes of these answers, by set; kept in `folder` under the subject's name."""
     for name, of_set in pairs.items():
         longest = [max(answers, key=len) for answers in of_set.answers]
         reader.check(list(zip(of_set.prompts, longest, strict=True)), name, subject)

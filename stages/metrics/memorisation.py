@@ -10,6 +10,8 @@ import numpy as np
 
 from duet.stages.metrics.metric import Metric
 
+EXCHANGED = "exchanged"  # the floor's name in results.json: base on the answers behind other questions
+
 
 def exact_memorisation(flags: np.ndarray) -> float:
     """Share of the tokens that are the most likely ones. `flags`: bool, one per token, at least one."""

@@ -72,6 +72,11 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(whole) or ([whole] if whole else [])
 
 
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text stand in it as it is, each (start, end); of a text without letters and digits, the whole."""
+    return [found.span() for found in _WORD.finditer(text)] or [(0, len(text))]
+
+
 def has_word(text: str) -> bool:
     """Whether the text has a letter or a digit."""
     return _WORD.search(one_form(text)) is not None

@@ -69,11 +69,16 @@ def token_scores(
     for rows in cut_by_length(lengths, MAX_PADDING, max_tokens) if len(lengths) else []:
         chosen = [answers[row] for row in rows]
         batch = align([prompts[row] for row in rows], chosen, pad_id).to(model.device)
-        columns = _scores(*_logits_at(model, batch), np.concatenate([np.asarray(answer) for answer in chosen]))
+        columns = batch_scores(model, batch, chosen)
         ends = np.cumsum([len(answer) for answer in chosen])[:-1]
         parts = zip(*(np.split(column, ends) for column in columns), strict=True)
         found |= {int(row): TokenScores(*part) for row, part in zip(rows, parts, strict=True)}
     return [found[row] for row in range(len(lengths))]
+
+
+def batch_scores(model: Any, batch: AlignedBatch, answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """The columns of TokenScores for all answer tokens of a batch on the model's device, [N] each, in its order."""
+    return _scores(*_logits_at(model, batch), np.concatenate([np.asarray(answer) for answer in answers]))
 
 
 def _logits_at(model: Any, batch: AlignedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

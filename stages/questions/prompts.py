@@ -84,8 +84,7 @@ class Renderer:
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt and of the answer's opening, which are those that the answer would begin with."""
-        ids = list(self._rendered(prompt)[1])
-        return ids + self.opening(prompt)
+        return [*self._rendered(prompt)[1], *self.opening(prompt)]
 
     def opening(self, prompt: Prompt) -> list[int]:
         """Token ids of the answer's opening."""
@@ -93,15 +92,18 @@ class Renderer:
 
     def answer(self, prompt: Prompt, answer: str) -> GivenAnswer:
         """The ids of an answer after this prompt (without its opening). White space around the answer is not part of it."""
-        text, prompt_ids = self._rendered(prompt)
-        before, end_text, end_id = self._seam(prompt)
-        whole = text + before + self._answer_text(answer, prompt)
+        prompt_ids, whole = self._rendered(prompt)[1], self.answer_text(prompt, answer)
+        _, end_text, end_id = self._seam(prompt)
         if self._in_chat(prompt):
             self._check_turn(prompt, answer, whole)
         own = self._after(prompt, prompt_ids, whole)
         if end_text:
             return GivenAnswer(own, self._after(prompt, prompt_ids, whole + end_text))
         return GivenAnswer(own, own if end_id is None else [*own, end_id])
+
+    def answer_text(self, prompt: Prompt, answer: str) -> str:
+        """The text whose last ids are the answer's own."""
+        return self._rendered(prompt)[0] + self._seam(prompt)[0] + self._answer_text(answer, prompt)
 
     def in_form(self, settings: PromptSettings) -> Renderer:
         """The same tokenizer and model with other settings."""
@@ -200,9 +202,8 @@ class Renderer:
 
     def _messages(self, question: str, prefix: str, shown: Sequence[tuple[str, str]]) -> list[Message]:
         """The conversation up to the question."""
-        settings, system = self.settings, self.settings.system or ""
-        if settings.prefix_placement == "system":
-            system = self.system(prefix)
+        settings = self.settings
+        system = self.system(prefix) if settings.prefix_placement == "system" else settings.system or ""
         asked = [settings.template.replace("{question}", text) for text in (*(q for q, _ in shown), question)]
         if prefix and settings.prefix_placement == "text":
             asked[0] = prefix + settings.separator + asked[0]
@@ -293,8 +294,7 @@ def open_renderer(model_dir: Path, settings: PromptSettings, trust_remote_code: 
             "prompt.template ends in a space, which tokenizers join with the first word of an answer",
             "end it without; the space belongs to prompt.answer, which has one by default",
         )
-    config = load_config(model_dir, trust_remote_code)
-    tokenizer = load_tokenizer(model_dir, trust_remote_code)
+    config, tokenizer = load_config(model_dir, trust_remote_code), load_tokenizer(model_dir, trust_remote_code)
     named = text_config(config).eos_token_id
     ends = set(named) if isinstance(named, list) else {named} - {None}
     return Renderer(tokenizer, settings, (ends, eos_ids(model_dir, config, tokenizer)))

@@ -222,6 +222,12 @@ class EvaluateSettings(Settings):
         default=None, description="TOFU's model utility and forget quality; default: none"
     )
     membership: MembershipSettings | None = Field(default=None, description="membership inference; null leaves it out")
+    depth: str | None = Field(
+        default=None,
+        description="measure the unlearning depth score on the attacked sets, which needs control_model. It says which part of "
+        "an answer is the fact: words, the distinctive words; or a file of rows with question and entity, which stands in the "
+        "answer as it is; default: not measured",
+    )
     neutral_text: str | None = Field(
         default=None,
         description=".txt (a document ends at a blank line) or JSON (field text) whose perplexity is taken",
@@ -257,6 +263,14 @@ class EvaluateSettings(Settings):
     def _harness_has_tasks(self) -> EvaluateSettings:
         if self.lm_eval_dir is not None and not self.lm_eval:
             raise ValueError("lm_eval_dir does nothing without tasks: name some in lm_eval, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _depth_is_measured_against_a_control(self) -> EvaluateSettings:
+        if self.depth is not None and self.control_model is None:
+            raise ValueError(
+                "depth is a share of what a model that never knew lacks: name one as evaluate.control_model"
+            )
         return self
 
     @model_validator(mode="after")

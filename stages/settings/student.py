@@ -170,6 +170,12 @@ class TrainSettings(Settings):
         default=(), description="where metrics go beside metrics.jsonl"
     )
     seed: int = Field(default=0, ge=0, description="seed of the row order, of new adapters and of dropout")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=2,
+        description="train each student once with each of these seeds, as NAME-seed0 and so on, and report them as one row "
+        "too; default: once, with seed",
+    )
 
     @model_validator(mode="after")
     def _every_setting_does_something(self) -> TrainSettings:
@@ -215,7 +221,7 @@ def deciding_settings(train: TrainSettings) -> dict[str, Any]:
     What came later than the first students is not among them where it does nothing: those are found again.
     """
     found = train.model_dump(mode="json", exclude=set(FREE_TRAIN))
-    for group, key in ((found, "broad_weight"), (found, "contexts"), (found["probe"], "stop_within")):
+    for group, key in ((found, "broad_weight"), (found, "contexts"), (found, "seeds"), (found["probe"], "stop_within")):
         fields = TrainSettings if group is found else ProbeSettings
         if group and group[key] == fields.model_fields[key].default:
             del group[key]

@@ -34,6 +34,7 @@ def full_results() -> dict[str, Any]:
     def model(n: int) -> dict[str, Any]:
         scores = {key: score(n) for key in SHARES}
         value = 5 + share()
+        scores |= {f"forget.{metric}": score(n) for metric in ("extraction_strength", "unlearning_depth")}
         return scores | {"retain.perplexity": {"value": value, "n": n, "ci95": [value - 1, value + 2]}}
 
     models = {name: model(15 + i) for i, name in enumerate(MODELS)}
@@ -44,7 +45,10 @@ def full_results() -> dict[str, Any]:
         "created": "2026-01-21T00:00:00+00:00",
         "models": models,
         "sets": {"forget": {"expect": "forgotten", "n": 15}, "retain": {"expect": "kept", "n": 45}},
-        "floors": {key: {"refusal": share(), "echo": share()} for key in ("forget.rougeL_recall", "retain.rougeL_recall")},
+        "floors": {
+            **{key: {"refusal": share(), "echo": share()} for key in ("forget.rougeL_recall", "retain.rougeL_recall")},
+            "forget.extraction_strength": {"exchanged": share()},
+        },
         "performance_shift": {
             name: {"value": 100 * share(), "terms": {"forget.rougeL_recall": 100 * share()}} for name in MODELS[1:]
         },
@@ -97,6 +101,22 @@ def full_results() -> dict[str, Any]:
                    "ci95": [[200, 400], [30, 50], [1, 3]]}
             for name in MODELS
         },
+        "depth": {
+            "fact": "words",
+            "sets": {"forget": {"n": 14, "of": 15}},
+            "layers": {
+                name: {"layers": [1, 2], "lost": [share(), 3 + share()], "ci95": [[-0.1, 0.2], [2.1, 4.2]], "n": 14}
+                for name in (*MODELS, "control")
+            },
+            "left_out": {"model:other": "has 16 layers of width 64, base has 2 of width 32"},
+        },
+        "over_seeds": {
+            "student:both": {
+                "models": list(students),
+                "scores": {key: score(15) | {"seeds": [share(), share()]} for key in SHARES},
+                "verdicts": {"damaged": 1, "unclear": 2},
+            }
+        },
         "relearning": {
             name: {
                 "forget 5": {
@@ -114,7 +134,7 @@ def full_results() -> dict[str, Any]:
         },
         "attacks_skipped": {"translation": "no query set translates one that is attacked"},
         "attack_costs": {"reverse": {"prompts": 600 + next(numbers), "answer_tokens": 38000 + next(numbers)}},
-        "control": {"attack.reverse_worst.forget.rougeL_recall": score(15)},
+        "control": {key: score(15) for key in ("attack.reverse_worst.forget.rougeL_recall", "forget.extraction_strength")},
         "kept_under_attack": {
             name: {"reverse": {key: score(20) for key in KEPT}, "role_play": {key: score(20) for key in KEPT[:2]}}
             for name in MODELS
@@ -131,6 +151,8 @@ def plain_results() -> dict[str, Any]:
         "outcomes",
         "comparisons",
         "layers",
+        "depth",
+        "over_seeds",
         "relearning",
         "attack_texts",
         "control",

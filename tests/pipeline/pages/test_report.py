@@ -114,6 +114,8 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         "outcomes",
         "comparisons",
         "layers",
+        "depth",
+        "over_seeds",
         "relearning",
         "attack_texts",
         "attack_costs",
@@ -145,7 +147,7 @@ def test_the_page_is_whole_and_fetches_nothing():
     assert not {"src", "onload", "onclick", "style"} & set(page.attributes)
     assert all(target.startswith("#") for target in page.attributes["href"])
     anchors = {target.removeprefix("#") for target in page.attributes["href"]}
-    assert len(anchors) == 12
+    assert len(anchors) == 14
     assert anchors <= set(page.attributes["id"])
     assert not re.search(r"url\(|@import|https?://", text)
     policy = page.attributes["content"][0]
@@ -258,6 +260,7 @@ def test_the_verdict_comes_first_and_not_distinguishable_is_said():
     [
         ("outcomes", "These results hold no verdict"),
         ("layers", "The inner layers were not looked at"),
+        ("depth", "Depth was not measured."),
         ("relearning", "Relearning was not tried in this run"),
         ("comparisons", "These results hold no paired comparisons"),
         ("provenance", "These results hold no hashes of the data"),

@@ -54,7 +54,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-@pytest.mark.parametrize(("name", "charts"), [("full", 9), ("plain", 7), ("students", 2)])
+@pytest.mark.parametrize(("name", "charts"), [("full", 10), ("plain", 7), ("students", 2)])
 def test_charts_are_seen_nothing_is_asked_for_and_nothing_sticks_out(browser, pages, name, charts, width):
     check_page(browser, pages[name], width, charts)
 

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from duet.stages.metrics.uncertainty import MAX_EXACT, bootstrap_ci95, compare, score, sign_flip_p
+from duet.stages.metrics.uncertainty import MAX_EXACT, bootstrap_ci95, compare, score, sign_flip_p, unpaired_ci95
 
 
 def test_bootstrap_by_brute_force():
@@ -87,3 +87,21 @@ def test_models_that_do_not_differ_are_rarely_told_apart():
     rng = np.random.default_rng(1)
     pairs = [(score(rng.random(30), seed=k), score(rng.random(30), seed=k)) for k in range(60)]
     assert np.mean([compare(a, b, seed=k)["distinguishable"] for k, (a, b) in enumerate(pairs)]) <= 0.1
+
+
+def test_two_intervals_give_that_of_the_difference():
+    one, other = ({"value": v, "ci95": ci95, "n": 9} for v, ci95 in ((0.5, [0.2, 0.9]), (0.6, [0.3, 0.7])))
+    low, high = unpaired_ci95(one, other)  # by hand: each end from the two ends that lie that way
+    assert low == pytest.approx(0.1 - (0.3**2 + 0.4**2) ** 0.5)
+    assert high == pytest.approx(0.1 + (0.1**2 + 0.3**2) ** 0.5)
+    assert unpaired_ci95(one, one)[0] < 0 < unpaired_ci95(one, one)[1]
+
+
+def test_two_intervals_hold_the_difference_of_independent_scores():
+    """Of 200 pairs of independent samples with true means .3 and .5, at least 90 % of the intervals hold .2."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        one, other = (score(rng.random(40) < share).as_json() for share in (0.3, 0.5))
+        low, high = unpaired_ci95(one, other)
+        held += low <= 0.2 <= high
+    assert held >= 180

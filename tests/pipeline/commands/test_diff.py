@@ -1,0 +1,126 @@
+"""`duet diff`: each kind of difference is named, numbers are paired where the questions are the same, and only what moved is
+said to have moved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report_results import full_results
+
+from duet.cache.errors import UserError
+from duet.cache.files import json_bytes
+from duet.pipeline.cli.main import main
+from duet.pipeline.commands.diff import PAIRED, UNPAIRED, diff, differences
+from duet.pipeline.config.run_dir import RunDir
+from duet.stages.evaluate.items import as_json, score_of
+from duet.stages.metrics.uncertainty import Score, score
+
+REFERENCES = [f"answer {number // 2}" for number in range(40)]
+KEY = "forget.rougeL_recall"
+
+
+def run_of(folder: Path, values: np.ndarray, with_items: bool = True, **changed: Any) -> RunDir:
+    """An evaluated run in which student a has these values per question."""
+    found: Score = score(values, REFERENCES)
+    results = full_results() | changed
+    results["models"]["student:a"] = {KEY: found.as_json()}
+    folder.mkdir()
+    (folder / "results.json").write_bytes(json_bytes(results))
+    if with_items:
+        (folder / "items.json").write_bytes(json_bytes(as_json({"student:a": {KEY: found}})))
+    return RunDir(folder)
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    return np.random.default_rng(0).random(40)
+
+
+def test_the_same_run_differs_in_nothing(tmp_path, values):
+    run = run_of(tmp_path / "a", values)
+    found = differences(run, run)
+    assert not any(found[part] for part in ("settings", "data", "weights", "stores", "versions", "changed_definitions"))
+    assert found["only_in"] == [[], []]
+    assert {of["difference"] for scores in found["numbers"].values() for of in scores.values()} == {0.0}
+    assert not any(of["moved"] for scores in found["numbers"].values() for of in scores.values())
+
+
+def test_what_differs_is_named_by_its_key(tmp_path, values):
+    other = full_results()
+    other["provenance"]["config"]["train"] = {"lr": 0.001, "later": None}
+    other["provenance"]["config"]["students"][1]["model"] = "small"
+    other["provenance"]["data"]["forget"]["sha256"] = "0" * 64
+    other["provenance"]["models"]["student:a"]["weights_sha256"] = "9" * 64
+    other["environment"] = {"torch": "2.14.0", "time": "now"}
+    other["teacher_stores"]["teacher"]["fingerprint"] = "e" * 64
+    found = differences(run_of(tmp_path / "a", values), run_of(tmp_path / "b", values, **other))
+    assert found["settings"] == {
+        "train.lr": [0.0003, 0.001],
+        "train.tags": [[], None],
+        "students.b.model": [None, "small"],
+    }
+    assert found["data"] == {"forget": [f"15 rows, {'d' * 64}", f"15 rows, {'0' * 64}"]}
+    assert found["weights"] == {"student:a.weights_sha256": ["2" * 64, "9" * 64]}
+    assert found["versions"] == {"torch": ["2.13.0", "2.14.0"]}
+    assert found["stores"] == {"teacher": ["f" * 64, "e" * 64]}
+    assert found["numbers"]["student:a"][KEY]["how"] == UNPAIRED  # the questions are others
+    assert found["numbers"]["student:a"]["forget.rougeL_recall"]["moved"] is False
+
+
+def test_the_same_questions_show_a_small_move_that_two_intervals_do_not(tmp_path, values):
+    lower = values - 0.1 - 0.01 * np.random.default_rng(1).random(40)
+    before, after = run_of(tmp_path / "a", values), run_of(tmp_path / "b", lower)
+    paired = differences(before, after)["numbers"]["student:a"][KEY]
+    assert (paired["how"], paired["moved"]) == (PAIRED, True)
+    assert paired["difference"] == pytest.approx(float((lower - values).mean()))
+    assert paired["ci95"][0] < paired["difference"] < paired["ci95"][1] < 0
+    unpaired = differences(before, run_of(tmp_path / "c", lower, with_items=False))["numbers"]["student:a"][KEY]
+    assert (unpaired["how"], unpaired["moved"]) == (UNPAIRED, False)
+    assert unpaired["difference"] == pytest.approx(paired["difference"])
+
+
+def test_a_changed_definition_is_not_compared(tmp_path, values):
+    other = full_results()
+    other["versions"]["rougeL_recall"] = 4
+    found = differences(run_of(tmp_path / "a", values), run_of(tmp_path / "b", values, **other))
+    assert KEY in found["changed_definitions"]
+    assert KEY not in found["numbers"].get("student:a", {})
+    assert (
+        found["numbers"]["base"]["forget.refusal_rate"]["values"][0]
+        == other["models"]["base"]["forget.refusal_rate"]["value"]
+    )
+
+
+def test_items_of_another_result_are_not_taken(values):
+    found = score(values, REFERENCES)
+    kept = json.loads(json_bytes(as_json({"m": {KEY: found, "aggregate": Score(0.5, 3, (0.4, 0.6))}})))
+    again = score_of(kept, "m", KEY, found.as_json())
+    assert again is not None
+    assert again.items.tolist() == found.items.tolist()
+    assert again.clusters == found.clusters
+    assert score_of(kept, "m", KEY, {**found.as_json(), "value": found.value + 1e-6}) is None
+    assert score_of(kept, "m", "aggregate", {"value": 0.5, "n": 3, "ci95": [0.4, 0.6]}) is None
+
+
+def test_as_text_and_as_json(tmp_path, values, capsys):
+    run_of(tmp_path / "a", values)
+    other = full_results()
+    other["provenance"]["config"]["train"]["lr"] = 0.001
+    run_of(tmp_path / "b", values - 0.5, **other)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    text = capsys.readouterr().out
+    assert "train.lr" in text
+    assert "1 of" in text
+    assert PAIRED in text
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == {"train.lr": [0.0003, 0.001]}
+
+
+def test_a_folder_without_results_is_refused(tmp_path, values):
+    run_of(tmp_path / "a", values)
+    with pytest.raises(UserError, match=r"has no results\.json"):
+        diff(str(tmp_path / "a"), str(tmp_path), as_json=True)
