@@ -82,11 +82,13 @@ def _mode(config: Config, student: StudentSettings, preset: str) -> Mode:
 
     from duet.cache.reader import Rank
     from duet.stages.compare.grid import Mode
+    from duet.stages.student.noise import noise_identity
     from duet.stages.student.ranks import Processes
     from duet.stages.student.train import open_stores
 
     alone = Processes(Rank(), torch.device("cpu"))
     own = student.model_dump(mode="json", exclude={"name", "model", "train", "push_to_hub"}, exclude_defaults=True)
+    own |= noise_identity(student.start_noise)
     return Mode(preset, job_of(config, student, alone), own, *open_stores(stores_of_run(config), config.store.verify))
 
 
