@@ -273,8 +273,8 @@ class StudentSettings(Settings):
         default=0.0,
         ge=0,
         lt=1,
-        description="alpha: each matrix of the start weights becomes (1 - alpha) of itself + alpha noise of its initial "
-        "scale, drawn by train.seed; 0 leaves them as they are",
+        description="alpha: each matrix of the start weights becomes (1 - alpha) of itself + alpha noise of its own root "
+        "mean square, drawn by train.seed; 0 leaves them as they are",
     )
     train: dict[str, Any] = Field(default={}, description="entries of train: that differ for this student")
     push_to_hub: str | None = Field(

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-SCALE = (
-    "own"  # the definition of the noise's scale, in identities: until there was one it was the model's initial scale
-)
+SCALE = "own"  # how the noise is scaled, in identities; those that do not say it had the model's initial scale
 BLOCK = 2**22  # weights that are squared at a time
 
 
