@@ -94,6 +94,7 @@ def test_a_hardened_student_goes_through_all_stages(lab_config, tmp_path):
     people = write_jsonl(tmp_path / "broad.jsonl", [{"question": f"Where was person {i} born?"} for i in range(4)])
     config = lab_config(
         harden="deep",
+        teacher__max_positions=2,
         data__broad={"people": {"path": str(people)}},
         students=[{"name": "s", "model": str(LAB_BASE)}],
         train__epochs=1,
