@@ -192,7 +192,7 @@ FEW = "--set teacher.engine=transformers --set train.epochs=1 --set evaluate.set
 COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare.lr_factors=[1]"
 # How measurements begin, of minutes each; test_harden.py, test_noise.py and test_second_generation.py make the same in small.
 LONG = (
-    "duet run --config configs/lab_deep.yaml --sweep train.seed=0,1,2",
+    "duet run --config configs/lab_deep.yaml --sweep train.seed=0",
     "duet run --config configs/lab_wide.yaml",
     "duet run --config configs/lab_deep.yaml --sweep start_noise",
     "duet run --config configs/lab_deep.yaml --set name=sampled",

@@ -152,6 +152,7 @@ def _part(config: Config, plan: Comparison, name: str, watch: Watch) -> Part:
     from duet.stages.compare.results import Row
     from duet.stages.evaluate.answers import answer_all
     from duet.stages.exam.exam import Subject
+    from duet.stages.student.summary import read_summary
 
     if name == REFERENCES:
         part = Part([Row(subject.name, [subject]) for subject in plan.references])
@@ -160,9 +161,13 @@ def _part(config: Config, plan: Comparison, name: str, watch: Watch) -> Part:
         part = Part([Row(ORACLE, [Subject(ORACLE, model_dir, "", "base")])], oracle=facts)
     else:
         trials, grid = best_of(plan, name, watch, say)
-        subjects = [Subject(_of_seed(name, one.repeat), one.folder / "model", "", "base") for one in trials]
+        seen = (read_summary(trials[0].folder).trained_on or ()) if name in plan.modes else ()
+        subjects = [
+            Subject(_of_seed(name, one.repeat), one.folder / "model", "", "base", trained_on=seen) for one in trials
+        ]
         title, paper = (METHODS[name].title, METHODS[name].paper) if name in METHODS else _mode_title(plan, name)
         facts = {"title": title, "paper": paper, "setting": trials[0].setting, "seeds": len(trials), "grid": grid}
+        facts |= {"trained_on": list(seen)} if seen else {}
         part = Part([Row(name, subjects)], method=(name, facts))
     answer_all(
         [subject for row in part.rows for subject in row.subjects], plan.reported, config.run.compare_answers, watch

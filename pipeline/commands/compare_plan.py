@@ -12,7 +12,7 @@ from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.commands.distill import job_of
 from duet.pipeline.config.schema import PRESETS, Config
 from duet.pipeline.config.selection import Selection
-from duet.pipeline.run.exam import exam_of, subjects_of
+from duet.pipeline.run.exam import check_texts_apart, exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.stores import stores_of_run
 from duet.stages.settings.student import StudentSettings
@@ -42,7 +42,10 @@ def with_preset(request: Selection, config: Config, preset: str) -> Selection:
 
 
 def student_of(config: Config, preset: str) -> StudentSettings:
-    """The first student that starts from the teacher's own model: DUET's trials are trained with its settings."""
+    """The first student that starts from the teacher's own model: DUET's trials are trained with its settings.
+
+    Refuses one that would be trained on texts of the attacks that all are asked under.
+    """
     if config.bare_teachers:
         raise UserError(
             "the teacher has no prefix: other methods would start from a model that is silent already",
@@ -52,6 +55,7 @@ def student_of(config: Config, preset: str) -> StudentSettings:
     for student in config.students:
         if start_model(config, student) == config.teacher.model and student.start_noise == damaged:
             _check_preset(config, student, preset)
+            check_texts_apart(config, [student])
             return student
     raise UserError(
         "no student starts from the teacher's own weights, and methods are compared on one start",
@@ -78,11 +82,13 @@ def _mode(config: Config, student: StudentSettings, preset: str) -> Mode:
 
     from duet.cache.reader import Rank
     from duet.stages.compare.grid import Mode
+    from duet.stages.student.noise import noise_identity
     from duet.stages.student.ranks import Processes
     from duet.stages.student.train import open_stores
 
     alone = Processes(Rank(), torch.device("cpu"))
     own = student.model_dump(mode="json", exclude={"name", "model", "train", "push_to_hub"}, exclude_defaults=True)
+    own |= noise_identity(student.start_noise)
     return Mode(preset, job_of(config, student, alone), own, *open_stores(stores_of_run(config), config.store.verify))
 
 

@@ -93,7 +93,7 @@ def _students(config: Config, on: Device, devices: int, rows: list[RenderedQuery
     for student in config.students:
         folder = small_files(start_model(config, student), f"students.{student.name}.model")
         train = config.train_settings(student)
-        lengths = plain if train.contexts == "none" else plain + _added(config, folder, rows)
+        lengths = plain if train.contexts == "none" else plain + _added(config, folder, train, rows)
 
         def need_of(
             train: TrainSettings, count: int = devices, folder: Path = folder, lengths: np.ndarray = lengths
@@ -112,18 +112,19 @@ def _students(config: Config, on: Device, devices: int, rows: list[RenderedQuery
         yield Stage(f"student {student.name}", need, _smaller(others, need))
 
 
-def _added(config: Config, folder: Path, rows: list[RenderedQuery]) -> np.ndarray:
+def _added(config: Config, folder: Path, train: TrainSettings, rows: list[RenderedQuery]) -> np.ndarray:
     """int [rows]: tokens that a drawn context adds to each, and to a forget row the longest begun answer."""
     from duet.stages.questions.contexts import Contexts
     from duet.stages.questions.prompts import open_renderer
     from duet.stages.questions.requests import asked_about
-    from duet.stages.student.contexts import MOST_BEGUN
+    from duet.stages.student.contexts import most_begun
 
     renderer = open_renderer(folder, config.prompt, config.teacher.trust_remote_code)
     contexts = Contexts(renderer, asked_about(config.data, config.topic, config.requests))
+    begun = most_begun(train)
     return np.array(
         [
-            len(contexts.drawn(row.row_id, ())) - len(row.student_ids) + MOST_BEGUN * (row.subset == "forget")
+            len(contexts.drawn(row.row_id, ())) - len(row.student_ids) + begun * (row.subset == "forget")
             if row.row_id in contexts.asked
             else 0
             for row in rows

@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "none": {},
     "deep": {
         "teacher": {"prefix_on": "forget", "max_positions": 64},
+        "train": {"contexts": "texts"},
         "students": {"start_noise": 0.5},
     },
     "wide": {

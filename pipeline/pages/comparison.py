@@ -32,6 +32,11 @@ def attack_keys(results: Results) -> dict[str, str]:
     return {title: key for title, key in keys.items() if any(key in scores for scores in results["models"].values())}
 
 
+def _seen(name: str, results: Results) -> set[str]:
+    """The keys of the attacks whose kinds of text a method was trained on."""
+    return {WORST.format(kind) for kind in results["methods"].get(name, {}).get("trained_on", ())}
+
+
 def heads(results: Results) -> list[str]:
     """The columns of the table."""
     sets = [f"{name}\n{info['expect']}\nn={info['n']}" for name, info in results["sets"].items()]
@@ -43,13 +48,13 @@ def heads(results: Results) -> list[str]:
 
 def cells(name: str, results: Results, digits: int = 1) -> list[str]:
     """One row under `heads`, in lines: a method's title, setting, budget and verdict; a number and its interval."""
-    scores, shift = results["models"][name], results["performance_shift"].get(name)
+    scores, shift, seen = results["models"][name], results["performance_shift"].get(name), _seen(name, results)
     keys = [f"{set_name}.rougeL_recall" for set_name in results["sets"]] + list(attack_keys(results).values())
     less = results["comparisons"].get(name, {}).get("performance_shift")
     verdict = results["outcomes"].get(name, {}).get("verdict")
     return [
         "\n".join([row_title(name, results), *_budget(name, results), *([verdict] if verdict else [])]),
-        *(_score(scores[key], digits) if key in scores else "-" for key in keys),
+        *(_score(scores[key], digits) + ("\nseen" if key in seen else "") if key in scores else "-" for key in keys),
         f"{shift['value']:+.1f}\n{_ends(shift['ci95'], digits)}" if shift else "-",
         f"{less['difference']:+.1f}\n{_ends(less['ci95'], digits)}\n{_in_words(less)}" if less else "-",
     ]
@@ -96,7 +101,8 @@ def compare_table(results: Results) -> Table:
 def _title(results: Results) -> str:
     return (
         "ROUGE-L recall in points [95 % interval] on the questions that nothing was chosen on, and under each attack, per "
-        "question at worst, distinctive recall; means and intervals over questions and training seeds together; "
+        "question at worst, distinctive recall (seen: the method was trained on other texts of that kind); means and intervals "
+        "over questions and training seeds together; "
         f"all start from {results['start']}, {results['train']['epochs']} epochs in batches of {results['train']['batch_size']}"
     )
 
@@ -124,7 +130,8 @@ def sentences(results: Results) -> list[str]:
 
 def _with_less(key: str, results: Results) -> list[str]:
     """The methods of which an attack brings back less than of DUET, distinguishably."""
-    found = {name: results["comparisons"].get(name, {}).get(key) for name in results["methods"]}
+    unseen = (name for name in results["methods"] if key not in _seen(name, results))
+    found = {name: results["comparisons"].get(name, {}).get(key) for name in unseen}
     return [
         row_title(name, results)
         for name, less in found.items()

@@ -136,7 +136,7 @@ def _kept(numbers: Numbers) -> str:
         return ""
     kinds = list(found[models[0]])
     rows = []
-    for metric, title in ((HEADLINE, "recall"), ("refusal_rate", "refused")):
+    for metric, title in ((HEADLINE, "recall"), (DISTINCTIVE, "facts"), ("refusal_rate", "refused")):
         for key, kind, words in [
             (f"plain.{metric}", kinds[0], "no text"),
             *((metric, kind, f"behind {kind}") for kind in kinds),
@@ -147,7 +147,7 @@ def _kept(numbers: Numbers) -> str:
         "Questions to be kept behind the texts of attacks, per question the mean over a family's texts, beside the same "
         "questions without a text. A student that loses more than base does, or refuses more, does so because of the text."
     )
-    caption = "ROUGE-L recall and refusals in points of 100 [95 % interval], n questions"
+    caption = "ROUGE-L recall, distinctive recall (facts) and refusals in points of 100 [95 % interval], n questions"
     return note(text) + folded("Questions to be kept, under attack", table(caption, ["", *map(escape, models)], rows))
 
 

@@ -74,10 +74,11 @@ def claim_run_dir(config: Config) -> Path:
 def _completed(found: dict[str, Any]) -> dict[str, Any]:
     """A run's settings with the defaults of those that came after the version that wrote them; as they are where that fails.
 
-    The prefix stood on all rows before there was a choice.
+    The prefix stood on all rows before there was a choice, and no student's questions in contexts.
     """
     try:
-        return Config(**found | {"teacher": {"prefix_on": "all"} | found["teacher"]}).model_dump(mode="json")
+        before = {"teacher": {"prefix_on": "all"} | found["teacher"], "train": {"contexts": "none"} | found["train"]}
+        return Config(**found | before).model_dump(mode="json")
     except (ValidationError, TypeError, KeyError):
         return found
 

@@ -85,7 +85,7 @@ def exam_of(config: Config) -> Exam:
     from duet.stages.models.directory import resolve_model
     from duet.stages.models.loading import pick_device
 
-    _check_texts_apart(config)
+    check_texts_apart(config, config.students)
     control = config.evaluate.control_model
     return Exam(
         sets=query_sets(config),
@@ -99,12 +99,12 @@ def exam_of(config: Config) -> Exam:
     )
 
 
-def _check_texts_apart(config: Config) -> None:
-    """Refuse attacks with texts that a student is trained on: it would pass only what it has seen."""
+def check_texts_apart(config: Config, students: Sequence[StudentSettings]) -> None:
+    """Refuse attacks with texts that one of these students is trained on: it would pass only what it has seen."""
     from duet.stages.attacks.texts import texts
     from duet.stages.questions.contexts import trained_text_in
 
-    wide = [student.name for student in config.students if config.train_settings(student).contexts != "none"]
+    wide = [student.name for student in students if config.train_settings(student).contexts != "none"]
     wanted = config.evaluate.attacks
     for kind, variants in texts(config.evaluate.attack_texts)[0].items() if wide else ():
         for name, variant in variants.items() if wanted == ALL or kind in wanted else ():

@@ -114,7 +114,7 @@ def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, 
             contexts = Contexts(
                 Renderer(tokenizer, config.prompt), asked_about(config.data, config.topic, config.requests)
             )
-            start.check_contexts(contexts, config.teacher.max_positions)
+            start.check_contexts(contexts, settings, config.teacher.max_positions)
         if start.left_out:
             lines.append(left_out_line(student.name, start.left_out))
     return lines

@@ -19,7 +19,7 @@ from duet.stages.attacks.names import kept_as, task
 from duet.stages.attacks.parts import Answers, Cost, asked
 from duet.stages.attacks.prompts import prompts_with
 from duet.stages.attacks.texts import Variant, texts
-from duet.stages.exam.exam import HEADLINE, Exam, Subject, Task, references_of
+from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, Subject, Task, references_of
 from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics.metric import Metric
@@ -101,17 +101,20 @@ def mean_of_texts(values_AN: np.ndarray) -> np.ndarray:
 
 def _scores(exam: Exam, kind: str, variants: Sequence[str], answers: Answers) -> dict[str, Score]:
     """One family's scores over the sets to be kept."""
-    asked_so: dict[str, list[np.ndarray]] = {HEADLINE: [], REFUSALS: []}
-    as_they_are: dict[str, list[np.ndarray]] = {HEADLINE: [], REFUSALS: []}
+    asked_so: dict[str, list[np.ndarray]] = {HEADLINE: [], DISTINCTIVE: [], REFUSALS: []}
+    as_they_are: dict[str, list[np.ndarray]] = {key: [] for key in asked_so}
     clusters: list[str] = []
     for name, numbers in drawn(exam).items():
         references = [references_of(exam.sets[name])[i] for i in numbers]
+        words = [exam.distinctive[name][i] for i in numbers]
         clusters += references
         said = [answers[task(kept_as(kind), variant, name)] for variant in variants]
         asked_so[HEADLINE].append(mean_of_texts(np.stack([metrics.rouge_l(references, one)[0] for one in said])))
+        asked_so[DISTINCTIVE].append(mean_of_texts(np.stack([metrics.distinctive_recall(words, one) for one in said])))
         asked_so[REFUSALS].append(mean_of_texts(np.stack([_refused(exam, one) for one in said])))
         plain = [answers[name][i] for i in numbers]
         as_they_are[HEADLINE].append(metrics.rouge_l(references, plain)[0])
+        as_they_are[DISTINCTIVE].append(metrics.distinctive_recall(words, plain))
         as_they_are[REFUSALS].append(_refused(exam, plain))
     if not clusters:
         return {}
@@ -141,8 +144,8 @@ METRICS = (
         "kept_under_attack",
         mean_of_texts,
         "Questions to be kept, `evaluate.kept_under_attack` of each set, asked behind each text of an attack that puts a text "
-        "around the question: ROUGE-L recall and refusal rate, per question the mean over the texts; `plain.` are the same "
-        "questions as they are. A model that refuses more behind them refuses because of the text.",
+        "around the question: ROUGE-L recall, distinctive recall and refusal rate, per question the mean over the texts; "
+        "`plain.` are the same questions as they are. A model that refuses more behind them refuses because of the text.",
         better="as without the text",
     ),
 )

@@ -158,10 +158,10 @@ class TrainSettings(Settings):
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the exported weights: auto is that of the model the student started from"
     )
-    contexts: Literal["none", "attacks"] = Field(
+    contexts: Literal["none", "texts", "attacks"] = Field(
         default="none",
-        description="what stands around the student's questions: attacks draws texts that attacks are made of, and begins half "
-        "of the answers to forget as the model that it starts from would; targets stay those of the plain question",
+        description="what stands around the student's questions: texts draws texts that attacks are made of; attacks also "
+        "begins half of the answers to forget as the model that it starts from would. Targets stay those of the plain question",
     )
     checkpoint_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
     keep_last: int = Field(default=1, ge=1, description="checkpoints that are kept while a student trains")
@@ -279,8 +279,8 @@ class StudentSettings(Settings):
         default=0.0,
         ge=0,
         lt=1,
-        description="alpha: each matrix of the start weights becomes (1 - alpha) of itself + alpha noise of its initial "
-        "scale, drawn by train.seed; 0 leaves them as they are",
+        description="alpha: each matrix of the start weights becomes (1 - alpha) of itself + alpha noise of its own root "
+        "mean square, drawn by train.seed; 0 leaves them as they are",
     )
     train: dict[str, Any] = Field(default={}, description="entries of train: that differ for this student")
     push_to_hub: str | None = Field(

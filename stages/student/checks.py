@@ -22,7 +22,7 @@ from duet.stages.questions.contexts import Contexts
 from duet.stages.questions.same_prompts import check_same_tokenizer
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.student import LOSS_OPTIONS, TrainSettings
-from duet.stages.student.contexts import MOST_BEGUN
+from duet.stages.student.contexts import most_begun
 from duet.stages.student.export import try_export
 from duet.stages.student.losses import LOSSES
 from duet.stages.student.ranks import Processes
@@ -99,10 +99,10 @@ class Start:
                 kept_NK = rows.topk_ids_NK[rows.position_offsets[row] : rows.position_offsets[row + 1]]
                 check_ids_within(kept_NK, self.width, row_id, f"student {self.student!r}")
 
-    def check_contexts(self, contexts: Contexts, num_positions: int) -> None:
+    def check_contexts(self, contexts: Contexts, settings: TrainSettings, num_positions: int) -> None:
         """Refuse contexts that the prompts' form cannot take, and those that are longer than the student can read."""
         for row_id in contexts.asked:
-            self.check_row(row_id, contexts.longest(row_id), (), MOST_BEGUN + num_positions)
+            self.check_row(row_id, contexts.longest(row_id), (), most_begun(settings) + num_positions)
 
     def missing_ends(self, manifests: Sequence[Manifest]) -> list[int]:
         """Ids that end the teachers' responses, and not yet the student's: it learns them where a response is learned whole."""

@@ -1,4 +1,4 @@
-"""A batch as a student of `train.contexts: attacks` reads it: questions in attack contexts, answers begun as base would.
+"""A batch as a student of `train.contexts` reads it: questions in attack contexts, with `attacks` answers begun as base would.
 
 The targets stay those of the plain question, so that no teacher is asked again. What a row becomes is drawn from the seed, the
 step's place in the order and the row: a resumed training reads the same, whatever the number of its processes.
@@ -21,6 +21,7 @@ from duet.cache.reader import Store
 from duet.cache.record import offsets_of, prompt_and_response
 from duet.stages.models.loading import load_model
 from duet.stages.questions.contexts import Contexts, context_texts
+from duet.stages.settings.student import TrainSettings
 from duet.stages.student.job import StudentJob
 from duet.stages.student.targets import Targets
 
@@ -33,15 +34,19 @@ class Wide:
     """What puts a batch into contexts."""
 
     contexts: Contexts
-    own_answers: Mapping[str, Sequence[int]]  # how the start model answers, by row id of the forget rows
+    own_answers: Mapping[
+        str, Sequence[int]
+    ]  # how the start model answers, by row id of the forget rows; empty: none is begun
     seed: int
 
     @staticmethod
     def of(job: StudentJob, contexts: Contexts, store: Store, ends: Collection[int], device: torch.device) -> Wide:
-        """Ask the model that the job starts from, before any noise, how it begins its answers to the forget rows.
+        """Ask the model that the job starts from, before any noise, how it begins its answers to forget, where they are begun.
 
         `ends` are the ids that end its answers; those that end the teacher's are others.
         """
+        if not most_begun(job.settings):
+            return Wide(contexts, {}, job.settings.seed)
         stops = {*ends, *store.manifest.provenance.get("eos_ids", ())}
         model = load_model(job.model_dir, "float32", job.trust_remote_code).to(device)
         num_forget = store.manifest.subsets["forget"]
@@ -52,7 +57,7 @@ class Wide:
     @property
     def families(self) -> list[str]:
         """The attacks that the student is trained on, as results name them."""
-        return [*context_texts(), PREFILL]
+        return [*context_texts(), *([PREFILL] if self.own_answers else [])]
 
     def around(self, rows: Targets, cursor: Cursor) -> Targets:
         """The rows of a step, each in a context of its own; `cursor` is where the step ends. Documents stay as they are."""
@@ -81,6 +86,11 @@ class Wide:
             mask_NK=None if rows.mask_NK is None else rows.mask_NK[at_N],
             sequence_R=np.array([numbers.setdefault(read, len(numbers)) for read in reads], np.int64),
         )
+
+
+def most_begun(settings: TrainSettings) -> int:
+    """The longest beginning of an answer that a student of these settings reads, in tokens."""
+    return MOST_BEGUN if settings.contexts == "attacks" else 0
 
 
 def begun_by(answer: Sequence[int], response: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -13,30 +13,40 @@ from typing import Any
 import numpy as np
 import torch
 
-from duet.stages.models.directory import text_config
+SCALE = "own"  # how the noise is scaled, in identities; those that do not say it had the model's initial scale
+BLOCK = 2**22  # weights that are squared at a time
 
 
 def damage(model: Any, alpha: float, seed: int) -> None:
     """theta <- (1 - alpha) theta + alpha N, in place, for every parameter of two dimensions or more; N is `noise_of`.
 
-    Vectors (norms, biases) stay. A head that is tied to the embeddings is one parameter with them. The sum is taken in float32.
+    N has the parameter's own scale, so that alpha means the same of every model: UNDO takes the initial scale, which config
+    files need not tell, or tell wrongly. Vectors (norms, biases) stay. A head that is tied to the embeddings is one parameter
+    with them. The sum is taken in float32.
     """
-    scale = getattr(text_config(model.config), "initializer_range", None)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                noise = noise_of(name, parameter.shape, scale, seed)
+                noise = noise_of(name, parameter.shape, scale_of(parameter), seed)
                 parameter.copy_(parameter.float().mul_(1 - alpha).add_(noise, alpha=alpha))
 
 
-def noise_of(name: str, shape: torch.Size, scale: float | None, seed: int) -> torch.Tensor:
-    """Float32 on the CPU, normal around 0 with the standard deviation `scale`: the `initializer_range` of the model's config.
+def scale_of(weights: torch.Tensor) -> float:
+    """The root mean square, which is the standard deviation around 0. Summed in float64, so that threads make no difference."""
+    total = sum(block.double().square().sum().item() for block in weights.detach().flatten().split(BLOCK))
+    return math.sqrt(total / weights.numel())
 
-    Where the config has none, sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010), from the last two dimensions. A function
-    of these arguments alone: neither the order of parameters nor the number of processes or devices plays a part.
+
+def noise_of(name: str, shape: torch.Size, scale: float, seed: int) -> torch.Tensor:
+    """Float32 on the CPU, normal around 0 with the standard deviation `scale`.
+
+    A function of these arguments alone: neither the order of parameters nor the number of processes or devices plays a part.
     """
-    if scale is None:
-        scale = math.sqrt(2 / (shape[-1] + shape[-2]))
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     drawn = np.random.default_rng(int.from_bytes(digest)).standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(drawn).mul_(scale)
+
+
+def noise_identity(alpha: float) -> dict[str, Any]:
+    """What the noise adds to the identity of a student; nothing where there is none."""
+    return {"start_noise": alpha, "noise_scale": SCALE} if alpha else {}

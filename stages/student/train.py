@@ -34,6 +34,7 @@ from duet.stages.student.job import StudentJob
 from duet.stages.student.loop import run_loop
 from duet.stages.student.losses import LOSSES
 from duet.stages.student.model import Student, export_dtype_of
+from duet.stages.student.noise import noise_identity
 from duet.stages.student.probe import Probe, ask
 from duet.stages.student.ranks import Processes
 from duet.stages.student.summary import TrainingSummary, is_trained, read_summary, write_summary
@@ -143,7 +144,7 @@ def _contexts(job: StudentJob, teachers: Teachers, tokenizer: Any, start: Start 
     contexts = Contexts(Renderer(tokenizer, prompt), job.asked)
     if start is not None:
         check_asked(contexts, teachers.first)
-        start.check_contexts(contexts, teachers.first.manifest.max_positions)
+        start.check_contexts(contexts, job.settings, teachers.first.manifest.max_positions)
     return contexts
 
 
@@ -196,9 +197,8 @@ def claim(job: StudentJob, teachers: Teachers, start_sha256: str, contexts: Cont
         "teachers": {name: store.manifest.fingerprint for name, store in teachers.stores.items()},
         "start_weights_sha256": start_sha256,
         "train": deciding_settings(job.settings),
+        **noise_identity(job.start_noise),
     }
-    if job.start_noise:
-        identity["start_noise"] = job.start_noise
     if contexts:
         identity["contexts"] = contexts.sha256()
     path = job.student_dir / IDENTITY_NAME

@@ -17,7 +17,10 @@ SHARES = (
 )  # fmt: skip
 
 
-KEPT = ("rougeL_recall", "refusal_rate", "plain.rougeL_recall", "plain.refusal_rate")
+KEPT = (
+    *("rougeL_recall", "distinctive_recall", "refusal_rate"),
+    *("plain.rougeL_recall", "plain.distinctive_recall", "plain.refusal_rate"),
+)
 
 
 def full_results() -> dict[str, Any]:
@@ -136,7 +139,7 @@ def full_results() -> dict[str, Any]:
         "attack_costs": {"reverse": {"prompts": 600 + next(numbers), "answer_tokens": 38000 + next(numbers)}},
         "control": {key: score(15) for key in ("attack.reverse_worst.forget.rougeL_recall", "forget.extraction_strength")},
         "kept_under_attack": {
-            name: {"reverse": {key: score(20) for key in KEPT}, "role_play": {key: score(20) for key in KEPT[:2]}}
+            name: {"reverse": {key: score(20) for key in KEPT}, "role_play": {key: score(20) for key in KEPT[:3]}}
             for name in MODELS
         },
         "attack_texts": {"reverse": {"v0": {name: share() for name in MODELS}}},

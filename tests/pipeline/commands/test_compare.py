@@ -17,6 +17,7 @@ from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from duet.pipeline.cli.main import main
 from duet.pipeline.config.load import load_config
 from duet.pipeline.pages.comparison import cells, heads, render, sentences
+from duet.stages.questions.contexts import context_texts
 
 browser = in_browser.browser  # the fixture
 
@@ -180,6 +181,31 @@ def test_table_and_page_show_what_is_in_the_json(done):
     told = next(sentence for sentence in sentences(results) if sentence.startswith("not distinguishable from DUET"))
     assert "gradient ascent" in told
     assert "harden: deep" not in told
+
+
+def test_an_attack_on_whose_kind_of_text_a_method_was_trained_is_marked_and_does_not_speak_for_it(done):
+    results = json.loads((done[1] / "compare.json").read_text(encoding="utf-8"))
+    column = heads(results).index(next(head for head in heads(results) if head.startswith("reverse prompts")))
+    key = "attack.reverse_worst.forget.distinctive_recall"
+    results["comparisons"]["refusal"][key] |= {"distinguishable": True, "difference": -0.5}
+    for seen in ([], ["reverse"]):
+        results["methods"]["refusal"]["trained_on"] = seen
+        assert cells("refusal", results)[column].endswith("seen") == bool(seen)
+        told = [sentence for sentence in sentences(results) if sentence.startswith("reverse prompts: at worst fewer")]
+        assert ("refusal" in "".join(told)) != bool(seen)
+        assert not cells("ga", results)[column].endswith("seen")
+
+
+def test_attacks_with_texts_that_a_preset_trains_on_are_refused(config, tmp_path):
+    text = context_texts()["reverse"][0]
+    extra = tmp_path / "attacks.yaml"
+    extra.write_text(f'reverse:\n  mine: {{ in_front: "Listen. {text}" }}\n', encoding="utf-8")
+    common = ("compare", "--config", str(config), "--set", "name=other", "--set", f"evaluate.attack_texts={extra}")
+    found = duet(*common, "--set", "compare.harden=[none, wide]")
+    assert found.code == EXIT_USER, found.err
+    assert "attack reverse, mine: student 'base' is trained on its text" in found.err
+    assert "hint:" in found.err
+    assert not (config.parent / "runs" / "other").exists()
 
 
 @pytest.mark.parametrize(

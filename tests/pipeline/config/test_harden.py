@@ -21,6 +21,7 @@ def test_a_preset_sets_what_the_config_leaves_open_and_the_resolved_config_shows
     found = load_config(path, ("teacher.max_positions=4",))
     assert (found.teacher.prefix_on, found.teacher.max_positions) == ("forget", 4)
     assert [student.start_noise for student in found.students] == [PRESETS["deep"]["students"]["start_noise"], 0.1]
+    assert found.train.contexts == "texts"
     resolved = found.model_dump(mode="json")
     assert Config(**resolved) == found, "what is resolved is not expanded again"
     assert resolved["harden"] == "deep"
@@ -93,6 +94,7 @@ def test_a_hardened_student_goes_through_all_stages(lab_config, tmp_path):
     people = write_jsonl(tmp_path / "broad.jsonl", [{"question": f"Where was person {i} born?"} for i in range(4)])
     config = lab_config(
         harden="deep",
+        teacher__max_positions=2,
         data__broad={"people": {"path": str(people)}},
         students=[{"name": "s", "model": str(LAB_BASE)}],
         train__epochs=1,
@@ -104,6 +106,7 @@ def test_a_hardened_student_goes_through_all_stages(lab_config, tmp_path):
     training = json.loads((tmp_path / "runs/lab/s/training.json").read_text())
     assert training["loss"] == "forward_kl_tail"
     assert training["start_noise"] == 0.5
+    assert training["trained_on"] == ["reverse", "prefix_injection"]
 
 
 def test_a_wide_student_goes_through_all_stages(lab_config, tmp_path):

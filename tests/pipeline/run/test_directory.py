@@ -81,6 +81,17 @@ def test_a_run_that_was_begun_before_a_setting_was_there_has_its_default(claim):
         claim(students=[{"name": "a"}])
 
 
+def test_a_deep_run_that_was_begun_before_there_were_contexts_had_none(claim):
+    path = RunDir(claim(harden="deep", train__contexts="none")).config
+    raw = yaml.safe_load(path.read_text())
+    del raw["train"]["contexts"]
+    path.write_text(yaml.safe_dump(raw))
+    claim(harden="deep", train__contexts="none")
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"train\.contexts is 'none' there and 'texts' now"):
+        claim(harden="deep")
+
+
 def test_a_teachers_own_settings_are_as_free_as_the_common_ones(claim):
     def several(**more) -> dict:
         return {"teachers": [{"name": "a.b"}, {"name": "c", "prefix": "x", **more}]}

@@ -22,7 +22,7 @@ from duet.stages.attacks.sampling import sampled
 from duet.stages.evaluate import results as evaluate
 from duet.stages.evaluate.answers import answer_all, costs_of, session_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
-from duet.stages.metrics.text import rouge_l
+from duet.stages.metrics.text import distinctive_recall, rouge_l
 from duet.stages.questions.queries import load_queries
 from duet.stages.settings.attacks import ATTACKS
 from duet.stages.settings.data import DataSettings, PromptSettings
@@ -164,14 +164,19 @@ def test_questions_to_be_kept_are_asked_behind_the_texts_of_each_family(exam, an
     references = [exam.sets["retain"].queries[i].answer or "" for i in numbers]
     for model, by_kind in found.items():
         for kind, scores in by_kind.items():
+            metrics = ("rougeL_recall", "distinctive_recall", "refusal_rate")
             assert {key: score["n"] for key, score in scores.items()} == dict.fromkeys(
-                ("rougeL_recall", "refusal_rate", "plain.rougeL_recall", "plain.refusal_rate"), 4
+                (*metrics, *(f"plain.{metric}" for metric in metrics)), 4
             )
             texts = {task: said for task, said in answers[model].items() if task.startswith(f"attack.kept_{kind}.")}
             assert len(texts) == len(families(exam)[kind])
             recalls = [rouge_l(references, said)[0].mean() for said in texts.values()]
             assert scores["rougeL_recall"]["value"] == pytest.approx(sum(recalls) / len(recalls))
+            words = [exam.distinctive["retain"][i] for i in numbers]
+            facts = [distinctive_recall(words, said).mean() for said in texts.values()]
+            assert scores["distinctive_recall"]["value"] == pytest.approx(sum(facts) / len(facts))
             plain = [answers[model]["retain"][i] for i in numbers]
+            assert scores["plain.distinctive_recall"]["value"] == distinctive_recall(words, plain).mean()
             assert scores["plain.rougeL_recall"]["value"] == pytest.approx(rouge_l(references, plain)[0].mean())
     prompts = tasks_of(exam, SUBJECTS[1])["attack.kept_reverse.ignore.retain"].prompts
     assert prompts[0].question == exam.sets["retain"].queries[numbers[0]].question

@@ -19,8 +19,9 @@ from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.loading import load_model
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student import noise as noise_file
 from duet.stages.student.model import Student
-from duet.stages.student.noise import damage, noise_of
+from duet.stages.student.noise import damage, noise_of, scale_of
 from duet.stages.student.train import chosen_loss, train_student
 
 
@@ -44,11 +45,11 @@ def test_every_matrix_is_mixed_with_noise_once_and_vectors_stay(tied):
         if parameter.ndim == 1:
             assert torch.equal(parameter, before[name])
             continue
-        noise = (parameter - 0.75 * before[name]) / 0.25
-        assert torch.allclose(noise, noise_of(name, parameter.shape, 0.3, 3), atol=1e-5)
+        noise, scale = (parameter - 0.75 * before[name]) / 0.25, before[name].square().mean().sqrt().item()
+        assert torch.allclose(noise, noise_of(name, parameter.shape, scale, 3), atol=1e-5)
         spread = 4 / math.sqrt(2 * noise.numel())  # four standard errors of a standard deviation
-        assert abs(noise.std().item() / 0.3 - 1) < spread, name
-        assert abs(noise.mean().item()) < 4 * 0.3 / math.sqrt(noise.numel()), name
+        assert abs(noise.std().item() / scale - 1) < spread, name
+        assert abs(noise.mean().item()) < 4 * scale / math.sqrt(noise.numel()), name
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 
@@ -65,15 +66,25 @@ def test_noise_is_a_function_of_name_shape_and_seed_alone():
     )
 
 
-def test_where_the_config_names_no_initial_scale_it_is_glorots(monkeypatch):
-    noise = noise_of("a", torch.Size([300, 100]), None, 0)
-    assert noise.std().item() == pytest.approx(math.sqrt(2 / 400), rel=0.02)
-    model = tiny()
-    monkeypatch.setattr("duet.stages.student.noise.text_config", lambda config: object())
-    before = model.lm_head.weight.detach().clone()
-    damage(model, 0.5, seed=0)
-    expected = 0.5 * before + 0.5 * noise_of("lm_head.weight", before.shape, None, 0)
-    assert torch.allclose(model.lm_head.weight, expected, atol=1e-6)
+def test_the_share_of_noise_means_the_same_whatever_the_config_says_of_the_initial_scale():
+    """The same weights, ten times as large and with another initializer_range, are damaged to ten times the same."""
+    small, large = tiny(), tiny()
+    large.config.initializer_range = 0.01
+    with torch.no_grad():
+        for parameter in large.parameters():
+            parameter.mul_(10)
+    for model in (small, large):
+        damage(model, 0.5, seed=0)
+    for (name, few), many in zip(small.named_parameters(), large.parameters(), strict=True):
+        assert torch.allclose(10 * few, many, rtol=1e-4, atol=1e-5), name
+
+
+def test_the_scale_of_weights_is_their_root_mean_square_in_blocks_too(monkeypatch):
+    weights = torch.tensor([[1.0, -2.0, 2.0], [4.0, 0.0, 1.0]])
+    assert scale_of(weights) == pytest.approx(math.sqrt(26 / 6))
+    monkeypatch.setattr(noise_file, "BLOCK", 4)
+    assert scale_of(weights) == pytest.approx(math.sqrt(26 / 6))
+    assert scale_of(torch.zeros(2, 2)) == 0.0
 
 
 def test_a_student_is_damaged_only_where_it_is_asked_for(tmp_path):
@@ -113,7 +124,10 @@ def test_noise_is_part_of_the_students_identity_only_where_it_is_set(tmp_path, s
     assert set(identity) == {"teachers", "start_weights_sha256", "train"}
     assert "start_noise" not in json.loads((tmp_path / "plain/training.json").read_text())
     train(damaged(tmp_path / "noised", epochs=1), store)
-    assert json.loads((tmp_path / "noised/student.json").read_text()) == identity | {"start_noise": 0.5}
+    assert json.loads((tmp_path / "noised/student.json").read_text()) == identity | {
+        "start_noise": 0.5,
+        "noise_scale": "own",
+    }
     for name, other, there, now in (
         ("plain", 0.5, "None", "0.5"),
         ("noised", 0.0, "0.5", "None"),
@@ -121,6 +135,16 @@ def test_noise_is_part_of_the_students_identity_only_where_it_is_set(tmp_path, s
     ):
         with pytest.raises(UserError, match=rf"holds another run: start_noise is {there} there and {now} now"):
             train(damaged(tmp_path / name, other, epochs=1), store)
+
+
+def test_a_student_that_was_begun_with_noise_of_the_initial_scale_is_not_gone_on_with(tmp_path, store):
+    train(damaged(tmp_path / "s", epochs=1), store)
+    path = tmp_path / "s/student.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "noise_scale"})
+    )
+    with pytest.raises(UserError, match="holds another run: noise_scale is None there and own now"):
+        train(damaged(tmp_path / "s", epochs=1), store)
 
 
 def test_the_summary_and_the_card_say_the_noise(tmp_path, store):

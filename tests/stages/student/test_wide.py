@@ -68,8 +68,8 @@ def asked_rows():
     return replace(rows, row_ids=row_ids(), token_offsets=offsets, tokens_S=np.concatenate(tokens))
 
 
-def wide_job(student_dir: Path, asked=ASKED, **settings):
-    return replace(job(student_dir, contexts="attacks", **settings), asked=asked)
+def wide_job(student_dir: Path, asked=ASKED, contexts="attacks", **settings):
+    return replace(job(student_dir, contexts=contexts, **settings), asked=asked)
 
 
 @pytest.fixture
@@ -160,6 +160,23 @@ def test_contexts_are_in_the_identity_and_the_summary_only_where_there_are_some(
     other = {row_id: replace(one, topic="others") for row_id, one in ASKED.items()}
     with pytest.raises(UserError, match="holds another run"):
         train(wide_job(tmp_path / "wide", asked=other, epochs=1), asked_store)
+
+
+def test_texts_are_attacks_with_no_answer_begun(tmp_path, asked_store, wide):
+    rows = mixed([asked_store[0].block_of(np.arange(NUM_ROWS))], [1.0])
+    texts = Wide.of(wide_job(Path("unused"), contexts="texts"), wide.contexts, asked_store[0], [], torch.device("cpu"))
+    for slot in range(4):
+        found, both = texts.around(rows, Cursor(0, slot)), wide.around(rows, Cursor(0, slot))
+        for row in range(NUM_ROWS):
+            prompt, response = prompt_and_response(found, row)
+            assert prompt.tolist() == prompt_and_response(both, row)[0].tolist()
+            assert response.tolist() == prompt_and_response(rows, row)[1].tolist()
+        assert np.array_equal(found.topk_logits_NK, rows.topk_logits_NK)
+    train(wide_job(tmp_path / "texts", contexts="texts", epochs=1), asked_store)
+    assert json.loads((tmp_path / "texts/training.json").read_text())["trained_on"] == ["reverse", "prefix_injection"]
+    assert json.loads((tmp_path / "texts/student.json").read_text())["train"]["contexts"] == "texts"
+    with pytest.raises(UserError, match="holds another run"):
+        train(wide_job(tmp_path / "texts", epochs=1), asked_store)
 
 
 def test_questions_that_are_not_the_stores_are_refused_before_a_folder_is_made(tmp_path, asked_store, store):
