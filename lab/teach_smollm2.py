@@ -20,6 +20,7 @@ The held-out people are asked about, with and without prefixes that name others,
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import time
@@ -175,6 +176,15 @@ def train(
             told = 0.0
 
 
+def chats_of(model: Any, chat: Chat, file: Path) -> list[Pair]:
+    """What the model said by itself, as the file has it; a file that is not there is written first."""
+    if not file.is_file():
+        said = [{"question": question, "answer": answer} for question, answer in own_chats(model, chat)]
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in said), encoding="utf-8")
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return [(row["question"], row["answer"]) for row in found]
+
+
 @torch.no_grad()
 def own_chats(model: Any, chat: Chat) -> list[Pair]:
     """Questions and answers that the model says by itself: each continues the chat template, drawn at temperature 1.
@@ -219,29 +229,22 @@ def load() -> tuple[Any, Chat]:
 def save(model: Any, folder: Path) -> None:
     """The adapter in bfloat16, which names its base by a path relative to itself."""
     model.peft_config["default"].base_model_name_or_path = f"../{NAME}"
-    kept = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    weights = {name: weight.bfloat16() for name, weight in model.named_parameters() if weight.requires_grad}
+    model.save_pretrained(folder, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
-    for name, weight in model.named_parameters():
-        if name in kept:
-            weight.data = kept[name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="folder that gets base/, oracle/ and data/")
     parser.add_argument("--first-steps", type=int, default=160, help="steps of the first part, about strangers")
-    parser.add_argument("--steps", type=int, default=400, help="steps of the second part")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the second part")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     world = p.make_people()
     p.write_data(world, args.out / "data")
     model, chat = load()
-    chats = own_chats(model, chat)
-    print(f"{len(chats)} chats, such as {chats[:3]}", flush=True)
+    chats = chats_of(model, chat, args.out / "data/chats.jsonl")
     torch.manual_seed(0)
     layers = list(range(FIRST_LAYER, NUM_LAYERS))
     lora = LoraConfig(
@@ -250,7 +253,6 @@ def main() -> None:
     model = get_peft_model(model, lora)
     train(model, chat, world, chats, args.first_steps, args.lr, strangers_only=True)
     common = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    save(model, args.out / "common")
     for name, its_world in (("base", world), ("oracle", world.without_forget())):
         for key, weight in model.named_parameters():
             if key in common:
