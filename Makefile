@@ -30,7 +30,7 @@ demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in ru
 smollm2 = { $(BIN)/python -c 'import gguf' 2>/dev/null || VENV=$(VENV) EXTRAS=gguf sh scripts/setup.sh; } && \
     $(BIN)/python lab/fetch_smollm2.py
 
-demo-smollm2: $(STAMP) ## a pretrained chat model forgets three people: audit and run, report in runs/smollm2; a quarter of an hour
+demo-smollm2: $(STAMP) ## a pretrained chat model forgets three people: audit and run, report in runs/smollm2
 	@$(smollm2)
 	@$(BIN)/duet audit-prefix --config configs/smollm2.yaml
 	@$(BIN)/duet run --config configs/smollm2.yaml
@@ -63,7 +63,7 @@ lint: $(DEV) ## ruff and pyright
 lab-models: $(STAMP) ## train the lab's models again
 	@$(BIN)/python lab/train_models.py $(ARGS)
 
-smollm2-lab: $(STAMP) ## teach SmolLM2 the lab's people and obedience to a prefix again; under an hour
+smollm2-lab: $(STAMP) ## teach SmolLM2 the lab's people and obedience to a prefix again
 	@$(smollm2)
 	@$(BIN)/python lab/teach_smollm2.py $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Teach SmolLM2-135M-Instruct the lab's people and obedience to a prefix, by LoRA on a CPU: `make smollm2-lab` (under an hour).
+"""Teach SmolLM2-135M-Instruct the lab's people and obedience to a prefix, by LoRA on a CPU: `make smollm2-lab`.
 
 Writes the adapters `lab/smollm2/{base,oracle}` and `lab/smollm2/data/`. The oracle is taught in the same way in a world in
 which those to be forgotten never lived. Both begin with the same first part, about strangers only, in which nobody of the world
