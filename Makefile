@@ -30,7 +30,7 @@ demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in ru
 smollm2 = { $(BIN)/python -c 'import gguf' 2>/dev/null || VENV=$(VENV) EXTRAS=gguf sh scripts/setup.sh; } && \
     $(BIN)/python lab/fetch_smollm2.py
 
-demo-smollm2: $(STAMP) ## a pretrained chat model forgets three people: audit and run, report in runs/smollm2
+demo-smollm2: $(STAMP) ## a pretrained chat model: audit and run, report in runs/smollm2
 	@$(smollm2)
 	@$(BIN)/duet audit-prefix --config configs/smollm2.yaml
 	@$(BIN)/duet run --config configs/smollm2.yaml
