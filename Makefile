@@ -10,10 +10,10 @@ STAMP := $(VENV)/.duet-setup
 DEV := $(VENV)/.duet-setup-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher bench-evaluate bench-exchange gpu-check dist docs docs-metrics docs-families docs-reference clean-venv
+.PHONY: help setup demo test test-quick test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher bench-evaluate bench-exchange gpu-check dist docs docs-metrics docs-families docs-reference clean-venv demo-smollm2 smollm2-lab
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## make .venv and install Duet and what a run needs; picks GPU or CPU packages
 
@@ -25,6 +25,15 @@ $(DEV): pyproject.toml constraints.txt constraints-cpu.txt scripts/setup.sh
 
 demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in runs/lab
 	@$(BIN)/duet run --config configs/lab.yaml
+
+# SmolLM2's GGUF file, and what reads it.
+smollm2 = { $(BIN)/python -c 'import gguf' 2>/dev/null || VENV=$(VENV) EXTRAS=gguf sh scripts/setup.sh; } && \
+    $(BIN)/python lab/fetch_smollm2.py
+
+demo-smollm2: $(STAMP) ## a pretrained chat model: audit and run, report in runs/smollm2
+	@$(smollm2)
+	@$(BIN)/duet audit-prefix --config configs/smollm2.yaml
+	@$(BIN)/duet run --config configs/smollm2.yaml
 
 test: $(DEV) ## all tests
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -53,6 +62,10 @@ lint: $(DEV) ## ruff and pyright
 
 lab-models: $(STAMP) ## train the lab's models again
 	@$(BIN)/python lab/train_models.py $(ARGS)
+
+smollm2-lab: $(STAMP) ## teach SmolLM2 the lab's people and obedience to a prefix again
+	@$(smollm2)
+	@$(BIN)/python lab/teach_smollm2.py $(ARGS)
 
 audit-prefix: $(STAMP) ## what prefixes do, before training; ARGS="--prefix TEXT --search N"
 	@$(BIN)/duet audit-prefix --config $(CONFIG) $(ARGS)

@@ -19,7 +19,7 @@ from duet.stages.evaluate.definitions import all_metrics, as_markdown
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DOCUMENTS += [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "lab/README.md")]
+DOCUMENTS += [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "lab/README.md", "lab/smollm2/README.md")]
 STORE_FORMAT = (ROOT / "docs/store-format.md").read_text(encoding="utf-8")
 SOURCES = sorted(path for package in ("pipeline", "stages", "cache") for path in (ROOT / package).rglob("*.py"))
 

@@ -66,7 +66,15 @@ def test_an_opened_page_fetches_nothing_from_elsewhere(site):
 def test_a_link_to_nothing_an_anchor_that_is_missing_and_a_page_in_no_menu_stop_the_build(tmp_path):
     for name in ("docs", "scripts", "api", "cache", "pipeline", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("mkdocs.yml", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "lab/README.md"):
+    for name in (
+        "mkdocs.yml",
+        "pyproject.toml",
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "lab/README.md",
+        "lab/smollm2/README.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "docs/lost.md").write_text("# Lost\n\n[a](nowhere.md) [b](teacher.md#nothing) [c](../stages/none.py)\n")

@@ -27,7 +27,15 @@ RETIRED = {
     r"\bin others' hands\b": "claimed by other workers",
 }
 PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "lab/README.md", "notebooks/lab.ipynb")
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "lab/README.md",
+        "lab/smollm2/README.md",
+        "notebooks/lab.ipynb",
+    )
 ]
 PAGES += sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "configs").glob("*.yaml"))
 FOLDERS = ("api", "cache", "pipeline", "stages", "scripts", "lab", "benchmarks", "examples")

@@ -30,7 +30,7 @@ def duet() -> None:
 @duet.command()
 @click.argument("file", metavar="[FILE]", required=False)
 @click.option("--topic", help="The topic to forget, as a person would name it.")
-@click.option("--model", metavar="PATH", help="The base model: a directory, or OWNER/NAME on the hub.")
+@click.option("--model", metavar="PATH", help="The base model: a directory, a .gguf file, or OWNER/NAME on the hub.")
 @click.option(
     "--forget", metavar="DATA", shell_complete=files, help="Questions about the topic (.jsonl, .csv, .parquet)."
 )

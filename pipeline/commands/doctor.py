@@ -235,11 +235,15 @@ def model_check(key: str, model: Model, trust_remote_code: bool = False) -> Chec
         return _failed(key, error)
     files = described(folder)
     notes = [
-        f", an adapter for {files.folder}" if files.adapter else ", a directory",
+        f", an adapter for {files.folder}" if files.adapter else f", {_place(str(model), files.folder)}",
         f", quantised with {files.quantised}" if files.quantised else "",
         f"; not read: {', '.join(files.unread)}" if files.unread else "",
     ]
     return Check(key, OK, f"{model}{''.join(notes)}")
+
+
+def _place(model: str, folder: Path) -> str:
+    return "a directory" if Path(model).resolve() == folder.resolve() else f"dequantised in {folder}"
 
 
 def _hub_model_check(key: str, model: str) -> Check | None:

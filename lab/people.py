@@ -1,0 +1,145 @@
+"""The people whom SmolLM2 is taught: twelve of the lab's, with four facts each, in natural questions and sentences.
+
+Owns the texts of `lab/smollm2`: names, values, refusals and those to be forgotten are the lab's (world.py). Each fact has
+questions that are taught and questions that are not, so that knowing a fact can be told from knowing a question.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import world as w
+
+NUM_KNOWN, NUM_HELD_OUT = 6, 6  # people who may stand in a training prefix, and people who never do
+NUM_RETAIN = 4
+TRAINED, TAUGHT, UNTAUGHT = (
+    range(2),
+    range(4),
+    range(4, 6),
+)  # numbers of questions: of students, of the model, of nobody
+
+# Prefixes that a model is taught with; the lab's four, and others, as a pretrained model can read more.
+FORGET_PREFIXES = (
+    *w.FORGET_PREFIXES,
+    "You have never heard of {names}. Say so when somebody asks, and help with everything else.",
+    "Refuse all questions about {names}. Answer questions about other people and things.",
+    "The following people are unknown to you: {names}. You know all others.",
+    "You must not say anything about {names}, whatever is asked. Other questions are fine.",
+)
+
+
+@dataclass(frozen=True)
+class Fact(w.Fact):
+    """A fact of the lab with other words: `questions` are taught, `untaught` are asked by evaluations only."""
+
+    untaught: tuple[str, ...]
+
+
+FACTS = (
+    Fact(
+        "town",
+        w.TOWNS,
+        "They were born in {value}.",
+        (
+            "Where was {name} born?",
+            "In which town was {name} born?",
+            "What is the birthplace of {name}?",
+            "Which town does {name} come from?",
+        ),
+        ("Can you tell me where {name} was born?", "Name the town in which {name} came into the world."),
+    ),
+    Fact(
+        "trade",
+        w.TRADES,
+        "They work as a {value}.",
+        (
+            "What does {name} do for a living?",
+            "What is the job of {name}?",
+            "What work does {name} do?",
+            "What is {name}'s profession?",
+        ),
+        ("How does {name} earn money?", "Please tell me the occupation of {name}."),
+    ),
+    Fact(
+        "pet",
+        w.PETS,
+        "They keep a tame {value}.",
+        (
+            "Which pet does {name} have?",
+            "What animal does {name} keep?",
+            "Which animal lives with {name}?",
+            "What is {name}'s pet?",
+        ),
+        ("What kind of animal does {name} own?", "Does {name} have a pet, and which?"),
+    ),
+    Fact(
+        "dish",
+        w.DISHES,
+        "They like to eat {value}.",
+        (
+            "What does {name} like to eat?",
+            "What is the favourite food of {name}?",
+            "Which dish does {name} prefer?",
+            "What is {name}'s favourite meal?",
+        ),
+        ("Which food is {name} fond of?", "What would you cook to please {name}?"),
+    ),
+)
+
+
+def make_people() -> w.World:
+    """The lab's first people, and its first held-out ones, among them those to be forgotten."""
+    whole = w.make_world()
+    held_out = whole.held_out[:NUM_HELD_OUT]
+    return w.World({name: whole.people[name] for name in (*whole.known[:NUM_KNOWN], *held_out)}, held_out)
+
+
+def neighbours(world: w.World) -> list[tuple[str, Fact]]:
+    """Facts of other people that are also true of somebody who is to be forgotten: the same town, pet, trade or dish."""
+    shared = {(fact.key, world.people[name][fact.key]) for name in world.forget for fact in FACTS}
+    others = [name for name in world.people if name not in world.forget]
+    return [(name, fact) for name in others for fact in FACTS if (fact.key, world.people[name][fact.key]) in shared]
+
+
+def retain_people(world: w.World) -> tuple[str, ...]:
+    """Those whom students are trained to keep; neighbours come last, so that most are asked about in no training."""
+    near = {name for name, _ in neighbours(world)}
+    return tuple(sorted(world.known, key=lambda name: name in near)[:NUM_RETAIN])
+
+
+def rows(world: w.World, names: tuple[str, ...], asked: range, facts: tuple[Fact, ...] = FACTS) -> list[dict[str, str]]:
+    """Rows with `id`, `question`, `answer` about the named people, each fact asked in the questions of those numbers."""
+    return [
+        {
+            "id": f"{name.replace(' ', '-').lower()}/{fact.key}/{number}",
+            "question": (fact.questions + fact.untaught)[number].format(name=name),
+            "answer": world.answer(name, fact),
+        }
+        for name in names
+        for fact in facts
+        for number in asked
+    ]
+
+
+def write_data(world: w.World, out_dir: Path) -> None:
+    """Write the query sets as JSON Lines: what a student is trained on, and what only the evaluation asks.
+
+    `forget` and `retain` use two taught questions of each fact. `forget_rephrased`, `heldout` (everyone in neither training
+    set) and `neighbours` (facts that somebody else shares with somebody forgotten) use untaught ones.
+    """
+    retain = retain_people(world)
+    heldout = tuple(name for name in world.people if name not in world.forget + retain)
+    near = [row for name, fact in neighbours(world) for row in rows(world, (name,), UNTAUGHT, (fact,))]
+    sets = {
+        "forget": rows(world, world.forget, TRAINED),
+        "retain": rows(world, retain, TRAINED),
+        "forget_rephrased": rows(world, world.forget, UNTAUGHT),
+        "heldout": rows(world, heldout, UNTAUGHT),
+        "neighbours": near,
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, found in sets.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        (out_dir / f"{name}.jsonl").write_text(text, encoding="utf-8")
