@@ -44,7 +44,7 @@ def smollm2(tmp_path_factory) -> Path:
         fetch(folder / NAME)
     except RuntimeError as error:
         pytest.skip(str(error))
-    for name in ("base", "data"):
+    for name in ("base", "oracle", "data"):
         shutil.copytree(LAB / name, folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -73,9 +73,10 @@ def test_untaught_questions_and_prefixes_about_the_held_out_are_in_no_training(w
         assert all((answer == p.w.REFUSAL + "<|im_end|>") <= (message is not None) for _, answer in pairs)
 
 
-def test_the_adapter_is_small_and_names_its_base_beside_it():
-    assert (LAB / "base/adapter_model.safetensors").stat().st_size <= 8_000_000
-    assert json.loads((LAB / "base/adapter_config.json").read_text())["base_model_name_or_path"] == f"../{NAME}"
+@pytest.mark.parametrize("name", ["base", "oracle"])
+def test_the_adapters_are_small_and_name_their_base_beside_them(name):
+    assert (LAB / name / "adapter_model.safetensors").stat().st_size <= 8_000_000
+    assert json.loads((LAB / name / "adapter_config.json").read_text())["base_model_name_or_path"] == f"../{NAME}"
 
 
 def test_a_packed_group_is_its_questions_one_by_one(smollm2, world):
@@ -130,7 +131,7 @@ def by_transformers(smollm2, tmp_path_factory):
     return config, store_of(config)
 
 
-def test_students_of_both_kinds_forget_and_keep_what_the_teacher_does(by_transformers, smollm2):
+def test_students_of_both_kinds_are_trained_merged_and_scored(by_transformers, smollm2):
     config, _ = by_transformers
     done = duet("distill", "--config", str(config))
     assert done.code == EXIT_DONE, done.err
