@@ -204,6 +204,7 @@ LONG = (
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",
 )
 IN_SHORT = {
+    "make demo-smollm2": None,  # minutes; test_smollm2.py makes a slice
     "make demo": None,  # the fixture makes it, and test_a_second_run_does_nothing_twice
     "duet evaluate --config configs/lab.yaml --set name=theirs --model lab/models/small": "duet evaluate "
     "--config configs/lab.yaml --set name=theirs --model lab/models/small --set evaluate.sets={}",

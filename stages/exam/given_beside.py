@@ -29,7 +29,7 @@ def read_beside(base: Subject, exam: Exam, folder: Path, watch: Watch) -> tuple[
     """
     attacked = replace(exam, sets={name: exam.sets[name] for name in exam.attacked})
     of_control: BySet = {}
-    if exam.control is not None:
+    if exam.control is not None and exam.settings.attacks:  # else nothing else is asked of the control
         reader, control = Reader(exam.control, exam), Subject("control", exam.control, "", base.name)
         of_control = given_by(reader, control, pairs_of(reader.renderer, attacked, control), folder, watch)
     others = [query for query_set in exam.judged.values() if query_set.expect == "kept" for query in query_set.queries]

@@ -125,21 +125,21 @@ def audit_dir(config: Path) -> Path:
 STOP = """
 import os, signal, sys
 from duet.stages.engines.transformers_engine import TransformersEngine
-generate, calls = TransformersEngine.generate, []
+answers, calls = TransformersEngine.answers, []
 def counted(self, prompts, max_new_tokens):
     calls.append(1)
     if len(calls) == {after}:
         os.kill(os.getpid(), signal.{signal})
-    return generate(self, prompts, max_new_tokens)
-TransformersEngine.generate = counted
+    return answers(self, prompts, max_new_tokens)
+TransformersEngine.answers = counted
 """
 
 
 def test_an_interrupted_audit_goes_on_and_a_repeated_one_asks_nothing(small, monkeypatch):
     command = ("audit-prefix", "--config", str(small))
-    done = interrupted(STOP, *command, after=4)
+    done = interrupted(STOP, *command, after=5)
     assert done.returncode == EXIT_INTERRUPTED, done.stderr
-    assert "interrupted: 4 prefixes are through" in done.stderr
+    assert "begins again; what was done before it is kept" in done.stderr
     answers = audit_dir(small) / "answers"
     times = {path: path.stat().st_mtime_ns for path in answers.iterdir()}
     assert len(times) == 4

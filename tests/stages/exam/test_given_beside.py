@@ -34,7 +34,7 @@ def test_base_stands_above_control_and_floor(tmp_path, control):
         for name in ("forget", "retain")
     }
     sets = {"forget": QuerySet(queries["forget"], "forgotten"), "retain": QuerySet(queries["retain"][:30], "kept")}
-    settings = EvaluateSettings(attacks=(), dtype="float32")
+    settings = EvaluateSettings(attacks=("reverse",), dtype="float32")
     asked = Exam(sets, "them", PromptSettings(), settings, "cpu", control=control)
     base = Subject("base", BASE, "", "base")
     given = read_all([base], asked, tmp_path, tmp_path, Watch())[0]["base"]
