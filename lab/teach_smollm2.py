@@ -154,8 +154,10 @@ def group(world: w.World, rng: random.Random, chats: list[Pair], step: int, stra
 
 
 def train(
-    model: Any, chat: Chat, world: w.World, chats: list[Pair], steps: int, lr: float, strangers_only: bool
+    model: Any, chat: Chat, world: w.World, chats: list[Pair], rate: tuple[int, float], strangers_only: bool
 ) -> None:
+    """`rate`: the number of steps, and the learning rate that decays over them."""
+    steps, lr = rate
     rng = random.Random(int(strangers_only))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, betas=(0.9, 0.98))
@@ -251,14 +253,14 @@ def main() -> None:
         r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, layers_to_transform=layers, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, lora)
-    train(model, chat, world, chats, args.first_steps, args.lr, strangers_only=True)
+    train(model, chat, world, chats, (args.first_steps, args.lr), strangers_only=True)
     common = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     for name, its_world in (("base", world), ("oracle", world.without_forget())):
         for key, weight in model.named_parameters():
             if key in common:
                 weight.data.copy_(common[key])
         print(name, flush=True)
-        train(model, chat, its_world, chats, args.steps, args.lr, strangers_only=False)
+        train(model, chat, its_world, chats, (args.steps, args.lr), strangers_only=False)
         save(model, args.out / name)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from duet.stages.models.batching import rows_that_fit
 
@@ -81,3 +82,13 @@ def of_one_length(lengths: np.ndarray, more: int, most_rows: int) -> list[np.nda
         most = rows_that_fit(int(lengths[group[0]]) + more, most_rows)
         batches += np.array_split(group, -(-len(group) // most))
     return batches
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, int64 [B, T], with padding on the left, so that the last column is every row's last token."""
+    width = max(map(len, rows))
+    ids_BT, mask_BT = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        ids_BT[row, width - len(ids) :] = torch.tensor(list(ids))
+        mask_BT[row, width - len(ids) :] = 1
+    return ids_BT, mask_BT

@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from duet.cache.errors import UserError
-from duet.stages.engines.batches import PASS_TOKENS, by_beginning, filled, of_one_length
+from duet.stages.engines.batches import PASS_TOKENS, by_beginning, filled, of_one_length, padded
 from duet.stages.engines.interface import Ask, Engine, EngineSpec, Request, Scored, Usage
 from duet.stages.engines.topk import drawn, top_k
 from duet.stages.models.directory import text_config
@@ -214,7 +214,7 @@ class TransformersEngine(Engine):
         cache = self._cache_of(prompts[0][:shared], len(prompts))
         self.usage.prompt_tokens += sum(map(len, prompts))
         self.usage.cached_tokens += shared * len(prompts)
-        ids_BT, mask_BT = _padded([prompt[shared:] for prompt in prompts])
+        ids_BT, mask_BT = padded([prompt[shared:] for prompt in prompts])
         mask_BT = torch.cat([torch.ones(len(prompts), shared, dtype=torch.long), mask_BT], dim=1).to(device)
         position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         logits_BTV, cache = self._forward(ids_BT.to(device), mask_BT, position_BT, cache, 1)
@@ -292,13 +292,3 @@ def _chooser(window: Sequence[Request], ask: Ask, num_ids: int) -> Choose:
         return logits_BV[:, :num_ids].argmax(-1)
 
     return sampled if ask.temperature else greedy
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 [B, T], with padding on the left, so that the last column is every row's last token."""
-    width = max(map(len, rows))
-    ids_BT, mask_BT = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for row, ids in enumerate(rows):
-        ids_BT[row, width - len(ids) :] = torch.tensor(list(ids))
-        mask_BT[row, width - len(ids) :] = 1
-    return ids_BT, mask_BT
