@@ -58,7 +58,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     """
     from duet.stages.evaluate import items, over_seeds
     from duet.stages.evaluate.answers import costs_of
-    from duet.stages.evaluate.results import results_and_scores
+    from duet.stages.evaluate.results import results_of
     from duet.stages.evaluate.tofu import read_reference
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
@@ -80,7 +80,7 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if dry_run:
         return
     found = _ask(config.run, subjects, exam, stop)
-    scored, scores = results_and_scores(subjects, exam, found.answers, found.read, reference)
+    scored, scores = results_of(subjects, exam, found.answers, found.read, reference)
     results = {
         "format_version": 1,
         "run": config.name,

@@ -57,7 +57,7 @@ def results_of(
     verdicts on a row's models, which stand under `of_models` each. The first row is base.
     """
     subjects = [subject for row in rows for subject in row.subjects]
-    found = evaluation.results_of(subjects, exam, answers)
+    found = evaluation.results_of(subjects, exam, answers)[0]
     curves = evaluation.with_curves(answers, exam)
     scores = {row.name: _scores(row, exam, curves) for row in rows}
     recall = {row.name: _stacked([recalls(exam, answers[s.name]) for s in row.subjects]) for row in rows}

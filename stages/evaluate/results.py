@@ -52,18 +52,6 @@ def results_of(
     read: Read = Read(),
     reference: Reference | None = None,
     against: str | None = None,
-) -> dict[str, Any]:
-    """The first part of `results_and_scores`."""
-    return results_and_scores(subjects, exam, answers, read, reference, against)[0]
-
-
-def results_and_scores(
-    subjects: Sequence[Subject],
-    exam: Exam,
-    answers: Mapping[str, Mapping[str, Any]],
-    read: Read = Read(),
-    reference: Reference | None = None,
-    against: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Score]]]:
     """The parts of results.json that come from what models said and made of texts: scores, verdicts, comparisons, floors,
     samples, and what the numbers mean; and the scores by model, with their items.

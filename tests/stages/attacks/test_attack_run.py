@@ -86,7 +86,7 @@ def answers(exam, folder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(exam, answers) -> dict[str, Any]:
-    return evaluate.results_of(SUBJECTS, exam, answers)
+    return evaluate.results_of(SUBJECTS, exam, answers)[0]
 
 
 def test_every_attack_has_scores_of_every_model(results):

@@ -76,7 +76,7 @@ def test_books_through_a_real_model(tmp_path):
     assert base_ids[0] == teacher_ids[0] == tokenizer.bos_token_id
 
     answers = answer_all(subjects, exam, tmp_path, Watch())
-    found = results_of(subjects, exam, answers)
+    found = results_of(subjects, exam, answers)[0]
     said = answers["base"]["muse.knowmem.books"]
     assert not any("\n\n" in text or "Question:" in text for text in said)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)

@@ -40,7 +40,7 @@ def lab_exam(**settings) -> Exam:
 
 
 def results(subjects: list[Subject], exam: Exam, answers: dict) -> dict:
-    return results_of(subjects, exam, answers)
+    return results_of(subjects, exam, answers)[0]
 
 
 @pytest.fixture(scope="module")

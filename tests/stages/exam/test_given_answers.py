@@ -120,7 +120,7 @@ def test_results_have_likelihoods_comparisons_and_aggregates(tmp_path):
         subject.name: {"forget": ["In Corvale.", said], "facts": ["North."]}
         for subject, said in zip(SUBJECTS, ("A raven.", "I don't know."), strict=True)
     }
-    results = results_of(SUBJECTS, asked, answers, Read(read(tmp_path, asked)))
+    results = results_of(SUBJECTS, asked, answers, Read(read(tmp_path, asked)))[0]
     teacher = results["models"]["teacher"]
     assert teacher["forget.exact_memorisation"]["n"] == 2
     assert teacher["tofu.model_utility"]["n"] == 3
@@ -143,7 +143,7 @@ def test_a_model_whose_logits_are_not_finite_is_broken_and_the_others_are_scored
     broken = given["teacher"]["forget"]
     given["teacher"]["forget"] = replace(broken, paraphrased=np.array([np.nan, -1.0]))
     answers = {subject.name: {"forget": ["a", "b"], "facts": ["c"]} for subject in SUBJECTS}
-    results = results_of(SUBJECTS, exam(), answers, Read(given))
+    results = results_of(SUBJECTS, exam(), answers, Read(given))[0]
     outcome = results["outcomes"]["teacher"]
     assert outcome["verdict"] == "broken"
     assert outcome["signs"]["not_finite"] == {"value": 1, "limit": 0, "bad": True}
