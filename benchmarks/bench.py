@@ -1,7 +1,8 @@
-"""What every benchmark does alike: one core, the machine's description, a table for people or one JSON object for programs."""
+"""What every benchmark does alike: options, one core, the machine's description, a table for people or JSON for programs."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -13,6 +14,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of all benchmarks, described by the first line of one's docstring."""
+    found = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    found.add_argument("--json", action="store_true", help="print one JSON object")
+    found.add_argument("--quick", action="store_true", help="little data; the figures say nothing")
+    return found
 
 
 def on_one_core() -> None:

@@ -21,7 +21,6 @@ Definitions
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import machine, rounds, show
+from bench import machine, parser, rounds, show
 from teacher_sides import ROOT, TOFU, TOFU_MODEL
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -237,11 +236,9 @@ PARTS = {"plain": plain, "chat": chat, "overhead": overhead}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="little data; the figures say nothing")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; repeatable")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--part", choices=PARTS, action="append", help="only this one; repeatable")
+    options = command.parse_args()
     claims, details = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.part or PARTS:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import machine, on_one_core, reset_peak, seconds, show, status_mb
+from bench import machine, on_one_core, parser, reset_peak, seconds, show, status_mb
 from store import make_rows, plan_of, write
 
 from duet.cache.exchange import EXCHANGE_FORMATS, export_store, import_store
@@ -103,13 +103,11 @@ def child(name: str, folder: Path, num_positions: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="little data, for a look at the tables")
-    parser.add_argument("--folder", type=Path, help="where to write; default: a new one")
-    parser.add_argument("--child", choices=EXCHANGE_FORMATS, help=argparse.SUPPRESS)
-    parser.add_argument("--positions", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--folder", type=Path, help="where to write; default: a new one")
+    command.add_argument("--child", choices=EXCHANGE_FORMATS, help=argparse.SUPPRESS)
+    command.add_argument("--positions", type=int, help=argparse.SUPPRESS)
+    arguments = command.parse_args()
     on_one_core()
     if arguments.child:
         child(arguments.child, arguments.folder, arguments.positions)

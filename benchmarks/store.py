@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
+from bench import machine, on_one_core, parser, reset_peak, rounds, seconds, show, status_mb
 from store_peers import megatron_bytes, memory_maps, plain_epoch, plain_files, small_pages
 
 from duet.cache.location import Folder
@@ -254,15 +254,13 @@ def memory(folder: Path, large: int) -> tuple[dict[str, float], list[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="little data, for a look at the tables")
-    parser.add_argument(
+    command = parser(__doc__)
+    command.add_argument(
         "--folder", type=Path, help="where to write, e.g. on the disk to be measured; default: a new one"
     )
-    parser.add_argument("--child", choices=["write", "read"], help=argparse.SUPPRESS)
-    parser.add_argument("--positions", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    command.add_argument("--child", choices=["write", "read"], help=argparse.SUPPRESS)
+    command.add_argument("--positions", type=int, help=argparse.SUPPRESS)
+    arguments = command.parse_args()
     on_one_core()
     if arguments.child:
         child(arguments.child, arguments.folder, arguments.positions)

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import machine, on_one_core, reset_peak, rounds, show, status_mb
+from bench import machine, on_one_core, parser, reset_peak, rounds, show, status_mb
 from store import make_rows
 from torch.nn.functional import linear
 
@@ -168,12 +168,10 @@ SECTIONS: dict[str, Callable[[bool], tuple[dict[str, float], list[dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, for a look at the tables")
-    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
+    command.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    arguments = command.parse_args()
     on_one_core()
     torch.set_num_threads(1)
     if arguments.child:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import machine, on_one_core, reset_peak, rounds, seconds, show, status_mb
+from bench import machine, on_one_core, parser, reset_peak, rounds, seconds, show, status_mb
 from teacher_sides import ROOT, TOFU_MODEL, fresh, generation, prepared_lines, prepared_tofu, stage_one
 
 from duet.stages.engines.interface import Ask, EngineSpec, Request
@@ -213,11 +213,9 @@ def part(title: str, quick: bool, count: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="little data; the figures say nothing")
-    parser.add_argument("--call", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("--call", help=argparse.SUPPRESS)
+    options = command.parse_args()
     on_one_core()
     if options.call:
         function, *arguments = json.loads(options.call)
