@@ -33,6 +33,11 @@ class LoraSettings(Settings):
     save_adapter: bool = Field(
         default=False, description="write adapter/ for peft too; model/ is always the merged model"
     )
+    base_bits: Literal[4] | None = Field(
+        default=None,
+        description="4 keeps the linear layers under the adapters in 4 bits (NF4, through bitsandbytes), as QLoRA does "
+        "(arXiv 2305.14314); model/ is then the rounded base with the adapters; default: in the forward pass's dtype",
+    )
 
 
 class ProbeSettings(Settings):
@@ -80,10 +85,12 @@ class TrainSettings(Settings):
         "forward_kl_tail",
         "reverse_kl_tail",
         "jsd_topk",
+        "forward_kl_sampled",
     ] = Field(
         default="auto",
         description="see stages/student/losses.py; auto is huber_raw (the paper's) for a student that starts from the "
-        "teacher's own weights, huber_centred for any other; with start_noise forward_kl_tail, where the stores serve it",
+        "teacher's own weights, huber_centred for any other; with start_noise forward_kl_tail, where the stores serve it; "
+        "with sampled ids forward_kl_sampled",
     )
     huber_delta: float | None = Field(
         default=None, gt=0, description="where Huber turns from square to linear, in logits; default: 1"
@@ -221,10 +228,15 @@ def deciding_settings(train: TrainSettings) -> dict[str, Any]:
     What came later than the first students is not among them where it does nothing: those are found again.
     """
     found = train.model_dump(mode="json", exclude=set(FREE_TRAIN))
-    for group, key in ((found, "broad_weight"), (found, "contexts"), (found, "seeds"), (found["probe"], "stop_within")):
-        fields = TrainSettings if group is found else ProbeSettings
-        if group and group[key] == fields.model_fields[key].default:
-            del group[key]
+    probe, lora = found["probe"], found["lora"]
+    for fields, group, keys in (
+        (TrainSettings, found, ("broad_weight", "contexts", "seeds")),
+        (ProbeSettings, probe, ("stop_within",)),
+        (LoraSettings, lora, ("base_bits",)),
+    ):
+        for key in keys if group else ():
+            if group[key] == fields.model_fields[key].default:
+                del group[key]
     return found
 
 

@@ -47,6 +47,12 @@ class TeacherSettings(Settings):
         default="auto", description="auto is the model's own"
     )
     top_k: int = Field(default=20, ge=1, description="vocabulary entries kept per position")
+    ids: Literal["top_k", "sampled"] = Field(
+        default="top_k",
+        description="which entries are kept: the top_k likeliest; or sampled, those of top_k - 1 draws in proportion to the "
+        "teacher's probabilities with how often each was drawn, an unbiased estimate of its whole distribution, and the "
+        "likeliest (arXiv 2503.16870), for the loss forward_kl_sampled; by the engine transformers",
+    )
     max_positions: int = Field(default=1, ge=1, description="supervised response positions per query; the paper's is 1")
     responses: Literal["generated", "given"] = Field(
         default="generated",
@@ -55,7 +61,7 @@ class TeacherSettings(Settings):
     temperature: float | None = Field(
         default=None, gt=0, description="generated responses are sampled at this temperature; default: greedy"
     )
-    seed: int | None = Field(default=None, ge=0, description="seed of sampled responses; default: 0")
+    seed: int | None = Field(default=None, ge=0, description="seed of sampled responses and of sampled ids; default: 0")
     logsumexp: bool = Field(
         default=True, description="keep each position's log-sum-exp too, which KL losses over the whole vocabulary need"
     )
@@ -91,9 +97,26 @@ class TeacherSettings(Settings):
     def _every_setting_does_something(self) -> TeacherSettings:
         if self.responses == "given" and self.temperature is not None:
             raise ValueError("temperature does nothing with given responses: leave it out")
-        if self.seed is not None and self.temperature is None:
+        if self.seed is not None and self.temperature is None and self.ids != "sampled":
             raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
+        if self.ids == "sampled":
+            if self.top_k < 2:
+                raise ValueError("ids: sampled needs a top_k of 2 or more: one entry is the likeliest, the others are drawn")
+            if not self.logsumexp:
+                raise ValueError("ids: sampled needs logsumexp: true: its loss compares probabilities over all ids")
+            if self.engine == "vllm":
+                raise ValueError("ids: sampled is done by the engine transformers: set engine to it, or to auto")
         return self
+
+    @property
+    def usable_engine(self) -> str:
+        """`engine`, where "auto" has a choice: only transformers draws ids."""
+        return "transformers" if self.ids == "sampled" else self.engine
+
+
+def ids_provenance(teacher: TeacherSettings) -> dict[str, Any]:
+    """Which ids a store keeps, for its provenance; nothing where they are the likeliest, as in stores of before."""
+    return {"ids": {"kind": teacher.ids, "seed": teacher.seed or 0}} if teacher.ids != "top_k" else {}
 
 
 class NamedTeacher(Settings):

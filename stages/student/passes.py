@@ -89,6 +89,7 @@ def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]
                     torch.from_numpy(rows.topk_logits_NK[at_N, top_k]),
                     None if rows.logsumexp_N is None else torch.from_numpy(rows.logsumexp_N[at_N]),
                     None if rows.mask_NK is None else torch.from_numpy(rows.mask_NK[at_N, top_k]),
+                    None if rows.share_NK is None else torch.from_numpy(rows.share_NK[at_N, top_k]),
                 ),
                 weight_N=position_weights(subset_N, torch.from_numpy(index_N), subset_weights, settings.position_decay)
                 * teacher_weight_N,

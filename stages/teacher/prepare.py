@@ -25,7 +25,7 @@ from duet.stages.questions.proof import prove
 from duet.stages.questions.queries import Query
 from duet.stages.questions.requests import BROAD, MAIN, broad_of, prefixes_of, queries_of
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
-from duet.stages.settings.teacher import TeacherSettings
+from duet.stages.settings.teacher import TeacherSettings, ids_provenance
 from duet.stages.teacher.plan import Prepared, RenderedQuery
 from duet.stages.teacher.rows import Asked, remarks_on, rows_of
 
@@ -130,11 +130,14 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
         "prompts_sha256": _prompts_sha256(rows),
         "top_k": teacher.top_k,
         "max_positions": teacher.max_positions,
+        **ids_provenance(teacher),
         "responses": _responses(teacher),
         "logsumexp": teacher.logsumexp,
         "quantization": teacher.quantization,
     }
-    ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature)
+    ask = Ask(
+        teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature, teacher.ids == "sampled"
+    )
     return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model), teacher.seed or 0)
 
 
