@@ -2,9 +2,9 @@
 
     python scripts/which_ids.py --folder FOLDER --top-k 5 --seeds 0,1
 
-Students of the lab's smaller model learn from the lab's teacher on stores that differ in their ids alone; the first store keeps the
-whole vocabulary. Measured is KL(teacher, student) over the whole vocabulary, in nats, at the first token of the answers: to the
-questions that the students learn from, and to others, the lab's rephrased and held-out ones.
+Students of the lab's smaller model learn from the lab's teacher on stores that differ in their ids alone; the first store keeps
+the whole vocabulary. Measured is KL(teacher, student) over the whole vocabulary, in nats, at the first token of the answers: to
+the questions that the students learn from, and to others, the lab's rephrased and held-out ones.
 
 Shapes: K ids, V vocabulary.
 """
@@ -56,7 +56,8 @@ def main() -> None:
     rows = ", ".join(f"{len(store)} {name}" for name, store in asked.items())
     say(f"KL in nats on {rows}; mean over seeds {options.seeds} [least, most]\n| ids | loss | learned | unseen |")
     stores = {(ALL, ("forward_kl_tail",)): every} | {
-        (f"{options.top_k}, {ids}", losses): f"teacher.top_k={options.top_k} teacher.ids={ids}" for ids, losses in LOSSES.items()
+        (f"{options.top_k}, {ids}", losses): f"teacher.top_k={options.top_k} teacher.ids={ids}"
+        for ids, losses in LOSSES.items()
     }
     for (name, losses), overrides in stores.items():
         store = written(folder, *overrides.split())

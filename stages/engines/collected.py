@@ -16,7 +16,9 @@ class Collected:
 
     def __init__(self, ask: Ask, num_ids: int, seeds: Sequence[int]) -> None:
         self._ask, self._num_ids, self._seeds = ask, num_ids, seeds
-        self._steps: list[list[np.ndarray | None]] = []  # rows, tokens, ids, logits, log-sum-exps, draws; None: not asked for
+        self._steps: list[
+            list[np.ndarray | None]
+        ] = []  # rows, tokens, ids, logits, log-sum-exps, draws; None: not asked for
 
     def __call__(
         self, rows: np.ndarray, positions: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor
@@ -32,8 +34,7 @@ class Collected:
     def results(self) -> Iterator[tuple[int, Scored]]:
         """(row, its response), in the order of the rows: step by step to row by row."""
         rows, *columns = (
-            None if column[0] is None else np.concatenate(column)
-            for column in zip(*self._steps, strict=True)
+            None if column[0] is None else np.concatenate(column) for column in zip(*self._steps, strict=True)
         )
         order = np.argsort(rows, kind="stable")
         starts = np.flatnonzero(np.diff(rows[order], prepend=-1))

@@ -57,7 +57,9 @@ def drawn_ids(
     for first in range(0, len(logits_NV), ROWS):
         part_NV = logits_NV[first : first + ROWS, :num_ids].float()
         keys = zip(seeds[first : first + ROWS], steps[first : first + ROWS], strict=True)
-        uniform = np.stack([np.random.default_rng([*key, 1]).random(k - 1) for key in keys])  # not the stream of `drawn`
+        uniform = np.stack(
+            [np.random.default_rng([*key, 1]).random(k - 1) for key in keys]
+        )  # not the stream of `drawn`
         sums_NV = part_NV.double().softmax(-1).cumsum(-1)
         at = torch.from_numpy(uniform).to(sums_NV.device) * sums_NV[:, -1:]
         drawn_N = torch.searchsorted(sums_NV, at, right=True).clamp(max=part_NV.shape[1] - 1)

@@ -101,7 +101,9 @@ class TeacherSettings(Settings):
             raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
         if self.ids == "sampled":
             if self.top_k < 2:
-                raise ValueError("ids: sampled needs a top_k of 2 or more: one entry is the likeliest, the others are drawn")
+                raise ValueError(
+                    "ids: sampled needs a top_k of 2 or more: one entry is the likeliest, the others are drawn"
+                )
             if not self.logsumexp:
                 raise ValueError("ids: sampled needs logsumexp: true: its loss compares probabilities over all ids")
             if self.engine == "vllm":

@@ -30,10 +30,10 @@ erased from the weights. See the run's report for what an attacker gets back.
 
 | | |
 | --- | --- |
-| started from | {start_name}, weights sha256 {start_sha256}{noise} |
+| started from | {start_name}, weights sha256 {start_sha256}{noise}{rounded} |
 {teachers}
 | loss | {loss}: {loss_reason} |
-| trained | {trained_parameters:,} of {parameters:,} parameters{rounded}, {steps} steps of {batch_size} rows, peak learning rate {lr:g} |
+| trained | {trained_parameters:,} of {parameters:,} parameters, {steps} steps of {batch_size} rows, peak learning rate {lr:g} |
 | first token as the teacher's | {agree} (n = {probed} rows, {held_out}) |
 """
 
@@ -43,7 +43,7 @@ TEACHER = """\
 
 NOISE = ", damaged: {rest:.3g} of each matrix + {alpha:g} noise (UNDO, arXiv 2506.06278)"
 
-ROUNDED = " on a base that is rounded to 4 bits (NF4; QLoRA, arXiv 2305.14314)"
+ROUNDED = ", its linear layers rounded to 4 bits (NF4; QLoRA, arXiv 2305.14314)"
 
 COMPARED = """\
 Trained by Duet for a comparison of unlearning methods: {method} (arXiv {paper}), from {start_name}, {steps} steps of

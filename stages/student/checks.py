@@ -148,7 +148,8 @@ def _check_ids(loss: str, drawn: bool, settings: TrainSettings, combine: str | N
         )
     if drawn and combine == "average":
         raise UserError(
-            f"{key}.combine: average needs the same ids of all teachers, and theirs were drawn", "set train.combine: mix"
+            f"{key}.combine: average needs the same ids of all teachers, and theirs were drawn",
+            "set train.combine: mix",
         )
 
 

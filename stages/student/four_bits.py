@@ -80,7 +80,13 @@ def _packed(layer: nn.Linear, weight: torch.Tensor, state: Any, dtype: torch.dty
         layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
     made.weight = kinds.Params4bit(
-        weight, requires_grad=False, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True, module=made
+        weight,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        bnb_quantized=True,
+        module=made,
     )
     made.quant_state, made.bias = state, layer.bias
     made.support_avx512bf16_for_cpu = False

@@ -41,7 +41,8 @@ def load_trainable(
 ) -> Any:
     """The model in training mode, on the CPU; new adapters are drawn from `settings.seed`.
 
-    `uniform`: all weights in float32, frozen ones too, as FSDP2 wants those of a layer; a base of 4 bits has its rounded values.
+    `uniform`: all weights in float32, frozen ones too, as FSDP2 wants those of a layer; a base of 4 bits has its
+    rounded values.
     """
     return made_trainable(load_model(model_dir, "auto", trust_remote_code), name, settings, forward_dtype, uniform)
 

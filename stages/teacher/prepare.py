@@ -135,9 +135,7 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
         "logsumexp": teacher.logsumexp,
         "quantization": teacher.quantization,
     }
-    ask = Ask(
-        teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature, teacher.ids == "sampled"
-    )
+    ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature, teacher.ids == "sampled")
     return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model), teacher.seed or 0)
 
 

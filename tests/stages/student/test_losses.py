@@ -21,7 +21,7 @@ NOT_DRAWN = [name for name, loss in LOSSES.items() if not loss.needs_draws]  # a
 
 
 def top_of(logits_NV: torch.Tensor, ids_NK: torch.Tensor) -> TopK:
-    """One side as stage two hands it over: gathered logits, the log-sum-exp of the whole row, and the shares of endless draws."""
+    """One side as stage two hands it over: gathered logits, the log-sum-exp of the whole row, the shares of endless draws."""
     p_NK = logits_NV.detach().softmax(-1).gather(1, ids_NK)
     return TopK(logits_NV.gather(1, ids_NK), logits_NV.logsumexp(-1), share_NK=p_NK)
 
