@@ -90,10 +90,15 @@ class Plan:
         return [name for name in names if hasattr(other, name) and getattr(other, name) != getattr(self, name)]
 
 
+def ids_kind(provenance: Mapping[str, Any]) -> str:
+    """Which ids a store keeps: "top_k", the likeliest, "sampled" or "given"."""
+    ids = provenance.get("ids") if isinstance(provenance, dict) else None
+    return ids.get("kind", "top_k") if isinstance(ids, dict) else "top_k"
+
+
 def is_drawn(provenance: Mapping[str, Any]) -> bool:
     """Whether a store's ids were drawn, and come with the number of their draws."""
-    ids = provenance.get("ids") if isinstance(provenance, dict) else None
-    return isinstance(ids, dict) and ids.get("kind") == "sampled"
+    return ids_kind(provenance) == "sampled"
 
 
 def block_rows(max_positions: int) -> int:

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from duet.stages.engines.interface import Ask, Scored
-from duet.stages.engines.topk import drawn_ids, top_k
+from duet.stages.engines.interface import Ask, Request, Scored
+from duet.stages.engines.topk import drawn_ids, named_ids, top_k
 
 
 class Collected:
     """Top-k of every step, until the rows of a batch are asked for."""
 
-    def __init__(self, ask: Ask, num_ids: int, seeds: Sequence[int]) -> None:
-        self._ask, self._num_ids, self._seeds = ask, num_ids, seeds
+    def __init__(self, ask: Ask, num_ids: int, requests: Sequence[Request]) -> None:
+        self._ask, self._num_ids, self._requests = ask, num_ids, requests
         self._steps: list[
             list[np.ndarray | None]
         ] = []  # rows, tokens, ids, logits, log-sum-exps, draws; None: not asked for
@@ -23,11 +23,15 @@ class Collected:
     def __call__(
         self, rows: np.ndarray, positions: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor
     ) -> None:
-        ask, draws = self._ask, None
-        ids, values, sums = top_k(logits_BV, 1 if ask.sampled_ids else ask.top_k, self._num_ids, ask.logsumexp)
-        if ask.sampled_ids:
-            seeds = [self._seeds[row] for row in rows]
-            ids, values, draws = drawn_ids(logits_BV, ask.top_k, self._num_ids, seeds, positions.tolist())
+        ask, num_ids, draws = self._ask, self._num_ids, None
+        ids, values, sums = top_k(logits_BV, ask.top_k if ask.ids == "top_k" else 1, num_ids, ask.logsumexp)
+        asked = [self._requests[row] for row in rows]
+        if ask.ids == "sampled":
+            seeds = [request.seed or 0 for request in asked]
+            ids, values, draws = drawn_ids(logits_BV, ask.top_k, num_ids, seeds, positions.tolist())
+        elif ask.ids == "given":
+            named = [r.named_ids[min(at, len(r.named_ids) - 1)] for r, at in zip(asked, positions, strict=True)]
+            ids, values = named_ids(logits_BV, ask.top_k, num_ids, named)
         found = (tokens_B.int(), ids, values, sums, draws)
         self._steps.append([rows, *(None if tensor is None else tensor.cpu().numpy() for tensor in found)])
 

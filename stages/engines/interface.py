@@ -23,6 +23,7 @@ class Request:
     prompt_ids: Sequence[int]
     given_ids: Sequence[int] | None = None  # the response to score; None: the engine makes one
     seed: int | None = None  # of a sampled response, and of sampled ids
+    named_ids: Sequence[Sequence[int]] = ()  # that are kept at each position, or at all where it is one list
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Ask:
     max_positions: int  # longest response that the engine makes
     logsumexp: bool = False
     temperature: float | None = None  # responses are sampled at it; None: greedy
-    sampled_ids: bool = False  # keep those of top_k - 1 draws, and in what is left of the top_k the likeliest others
+    ids: str = (
+        "top_k"  # or "sampled" by top_k - 1 draws, or "given" by the request; the likeliest others fill what is left
+    )
 
 
 @dataclass(frozen=True)

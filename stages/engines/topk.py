@@ -65,12 +65,33 @@ def drawn_ids(
         drawn_N = torch.searchsorted(sums_NV, at, right=True).clamp(max=part_NV.shape[1] - 1)
         draws_NV = torch.zeros_like(part_NV, dtype=torch.int32)
         draws_NV.scatter_add_(1, drawn_N, torch.ones_like(drawn_N, dtype=torch.int32))
-        _, ids_NK = _largest(part_NV.masked_fill(draws_NV > 0, torch.inf), k)
-        order_NK = part_NV.gather(1, ids_NK).argsort(dim=-1, descending=True, stable=True)
-        ids_NK = ids_NK.gather(1, order_NK)
-        found.append((ids_NK.int(), part_NV.gather(1, ids_NK), draws_NV.gather(1, ids_NK)))
+        ids_NK, values_NK = _with_likeliest(part_NV, draws_NV > 0, k)
+        found.append((ids_NK.int(), values_NK, draws_NV.gather(1, ids_NK)))
     ids, values, draws = (torch.cat(column) for column in zip(*found, strict=True))
     return ids, values, draws
+
+
+def named_ids(
+    logits_NV: torch.Tensor, k: int, num_ids: int, named: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (int32) and their logits (float32), [N, K], descending: those named for each row, fewer than k, and the likeliest."""
+    found = []
+    for first in range(0, len(logits_NV), ROWS):
+        part_NV = logits_NV[first : first + ROWS, :num_ids].float()
+        named_NV = torch.zeros_like(part_NV, dtype=torch.bool)
+        for row, ids in enumerate(named[first : first + ROWS]):
+            named_NV[row, torch.tensor(list(ids), dtype=torch.long)] = True
+        found.append(_with_likeliest(part_NV, named_NV, k))
+    ids, values = (torch.cat(column) for column in zip(*found, strict=True))
+    return ids.int(), values
+
+
+def _with_likeliest(logits_NV: torch.Tensor, marked_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (int64) of the marked ones, fewer than k, and of the likeliest others up to k, with their logits, descending."""
+    _, ids_NK = _largest(logits_NV.masked_fill(marked_NV, torch.inf), k)
+    order_NK = logits_NV.gather(1, ids_NK).argsort(dim=-1, descending=True, stable=True)
+    ids_NK = ids_NK.gather(1, order_NK)
+    return ids_NK, logits_NV.gather(1, ids_NK)
 
 
 def order_ties(ids_NK: np.ndarray, logits_NK: np.ndarray, draws_NK: np.ndarray | None = None) -> None:

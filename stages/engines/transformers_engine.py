@@ -112,7 +112,7 @@ class TransformersEngine(Engine):
         prompts, responses = [r.prompt_ids for r in window], [r.given_ids or () for r in window]
         choose = _chooser(window, ask, self._spec.num_ids)
         for batch in self._batches(prompts, 2, responses) if given else self._batches(prompts, ask.max_positions):
-            collected = Collected(ask, self._spec.num_ids, [request.seed or 0 for request in window])
+            collected = Collected(ask, self._spec.num_ids, window)
             if given:
                 self._read(batch, [responses[row] for row in batch.rows], collected)
             else:

@@ -13,7 +13,7 @@ from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.manifest import Manifest
-from duet.cache.plan import is_drawn
+from duet.cache.plan import ids_kind, is_drawn
 from duet.cache.reader import Store
 from duet.cache.record import SUBSETS, prompt_and_response
 from duet.stages.models.directory import check_trainable_start, load_config
@@ -134,8 +134,14 @@ def _check_weights(settings: TrainSettings, subsets: Mapping[str, int], key: str
             )
 
 
-def _check_ids(loss: str, drawn: bool, settings: TrainSettings, combine: str | None, key: str) -> None:
-    """Refuse what drawn ids cannot serve, and what only drawn ids can."""
+def _check_ids(loss: str, kind: str, settings: TrainSettings, combine: str | None, key: str) -> None:
+    """Refuse what drawn ids cannot serve, and what only drawn ids can; and to leave out some of given ids."""
+    drawn = kind == "sampled"
+    if kind == "given" and settings.top_k:
+        raise UserError(
+            f"{key}.top_k would leave out some of the ids that the store was asked to keep (teacher.ids: given)",
+            "leave it out",
+        )
     if drawn != (loss != "auto" and LOSSES[loss].needs_draws):
         raise UserError(
             f"{key}.loss: {loss} is not for a store whose ids were {'drawn' if drawn else 'not drawn'} (teacher.ids)",
@@ -208,7 +214,7 @@ def check_settings(
                 f"leave it out, or set train.loss to one of {', '.join(losses[1:])}",
             )
     for one in manifests:
-        _check_ids(loss, is_drawn(one.provenance), settings, combine, key)
+        _check_ids(loss, ids_kind(one.provenance), settings, combine, key)
     needs_logsumexp = loss != "auto" and LOSSES[loss].needs_logsumexp
     if needs_logsumexp and combine == "average":
         raise UserError(

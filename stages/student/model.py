@@ -8,6 +8,7 @@ Shapes: N supervised positions of a pass, K kept ids.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def _train_last_layers(model: Any, count: int) -> None:
 
 
 def _with_adapters(model: Any, lora: LoraSettings) -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of optional kernels
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

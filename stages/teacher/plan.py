@@ -30,6 +30,7 @@ class RenderedQuery:
     student_ids: array[int]
     given_ids: array[int] | None = None  # the response to score, or a document; None: the teacher makes a response
     cut: bool = False  # a document of which the end is not read
+    named_ids: tuple[array[int], ...] = ()  # that are kept at each position, or at all where it is one
 
     @property
     def is_document(self) -> bool:
@@ -61,9 +62,9 @@ class Prepared:
     def request(self, number: int) -> Request:
         """The engine's request for row `number` of the plan. What is drawn for a row has a seed of its own."""
         row = self.rows[number]
-        if self.ask.sampled_ids or (self.ask.temperature and row.given_ids is None):
-            return Request(number, row.teacher_ids, row.given_ids, row_seed(self.seed, row.row_id))
-        return Request(number, row.teacher_ids, row.given_ids)
+        drawn = self.ask.ids == "sampled" or (self.ask.temperature and row.given_ids is None)
+        seed = row_seed(self.seed, row.row_id) if drawn else None
+        return Request(number, row.teacher_ids, row.given_ids, seed, row.named_ids)
 
 
 def row_seed(seed: int, row_id: str) -> int:

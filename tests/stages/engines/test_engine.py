@@ -123,7 +123,7 @@ def test_sampled_responses_depend_on_their_seeds_alone(engine, model, prompts):
 
 
 def test_sampled_ids_are_the_same_of_made_and_of_given_responses(engine, spec, model, prompts):
-    ask = Ask(TOP_K, 3, logsumexp=True, sampled_ids=True)
+    ask = Ask(TOP_K, 3, logsumexp=True, ids="sampled")
     made = engine.score_all([Request(n, p, seed=n) for n, p in enumerate(prompts)], ask)
     asked = [Request(n, p, s.response_ids.tolist(), n) for n, (p, s) in enumerate(zip(prompts, made, strict=True))]
     for prompt, a, b in zip(prompts, made, engine.score_all(asked, ask), strict=True):
