@@ -136,7 +136,8 @@ def _expected_stores(config: Config, rows: Sequence[RenderedQuery] | None) -> di
             rows=1,
             positions=max(one.max_positions, longest),
             subsets=subsets,
-            provenance={"engine": one.engine, "prompt": config.prompt, **ids_provenance(one)},
+            provenance={"engine": one.engine, "prompt": config.prompt, "responses": one.responses}
+            | ids_provenance(one),
         )
         for name, one in config.teacher_settings().items()
     }

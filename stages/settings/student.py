@@ -13,31 +13,8 @@ from pydantic import Field, model_validator
 
 from duet.cache.errors import UserError
 from duet.stages.settings.base import Name, Settings
+from duet.stages.settings.lora import LoraSettings
 from duet.stages.settings.teacher import Model
-
-
-class LoraSettings(Settings):
-    """Train low-rank adapters instead of all weights (LoRA, arXiv 2106.09685), through peft."""
-
-    rank: int = Field(ge=1, description="rank of the adapters")
-    alpha: float | None = Field(
-        default=None, gt=0, description="adapters are scaled by alpha / rank; default: 2 x rank"
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the adapters")
-    targets: tuple[str, ...] | None = Field(
-        default=None, description="modules that get an adapter, by the end of their names; default: all linear layers"
-    )
-    modules_to_save: tuple[str, ...] = Field(
-        default=(), description="modules that are trained whole beside the adapters"
-    )
-    save_adapter: bool = Field(
-        default=False, description="write adapter/ for peft too; model/ is always the merged model"
-    )
-    base_bits: Literal[4] | None = Field(
-        default=None,
-        description="4 keeps the linear layers under the adapters in 4 bits (NF4, through bitsandbytes), as QLoRA does "
-        "(arXiv 2305.14314); model/ is then the rounded base with the adapters; default: in the forward pass's dtype",
-    )
 
 
 class ProbeSettings(Settings):
@@ -112,6 +89,12 @@ class TrainSettings(Settings):
     forget_weight: float = Field(default=1.0, gt=0, description="weight of forget rows in the loss")
     retain_weight: float = Field(default=1.0, gt=0, description="weight of retain rows in the loss")
     broad_weight: float = Field(default=1.0, gt=0, description="weight of broad rows in the loss")
+    answer_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight, beside the loss, of the cross-entropy on the given answers of retain rows; needs a store with "
+        "teacher.responses: given",
+    )
     position_decay: float = Field(
         default=1.0, gt=0, le=1, description="loss weight of each position relative to the one before it"
     )
@@ -195,6 +178,10 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"probe.stop_within is a distance in nats, which loss {self.loss} is not: take {', '.join(DIVERGENCES)}"
             )
+        if self.probe and self.probe.stop_within is not None and self.answer_weight:
+            raise ValueError(
+                "probe.stop_within is a distance to the teacher, and answer_weight adds to it: leave one out"
+            )
         idle = {0: ("forget",), 1: ("forget", "retain", "broad")}  # by forget_share
         for subset in idle.get(self.forget_share, ()):  # pyright: ignore[reportArgumentType, reportCallIssue]
             if getattr(self, f"{subset}_weight") != 1:
@@ -230,7 +217,7 @@ def deciding_settings(train: TrainSettings) -> dict[str, Any]:
     found = train.model_dump(mode="json", exclude=set(FREE_TRAIN))
     probe, lora = found["probe"], found["lora"]
     for fields, group, keys in (
-        (TrainSettings, found, ("broad_weight", "contexts", "seeds")),
+        (TrainSettings, found, ("broad_weight", "answer_weight", "contexts", "seeds")),
         (ProbeSettings, probe, ("stop_within",)),
         (LoraSettings, lora, ("base_bits",)),
     ):

@@ -159,6 +159,19 @@ def _check_ids(loss: str, kind: str, settings: TrainSettings, combine: str | Non
         )
 
 
+def _check_answers(settings: TrainSettings, manifests: Sequence[Manifest | Expected], key: str) -> None:
+    """Refuse a cross-entropy on given answers where there are none, and none to be kept."""
+    if not settings.answer_weight:
+        return
+    if any(one.provenance.get("responses") != "given" for one in manifests):
+        raise UserError(
+            f"{key}.answer_weight needs given answers, and the store's responses are the teacher's own",
+            "leave it out, or make a store with teacher.responses: given",
+        )
+    if not manifests[0].subsets.get("retain"):
+        raise UserError(f"{key}.answer_weight does nothing: the store has no retain rows", "leave it out")
+
+
 def _check_stop(settings: TrainSettings, subsets: Mapping[str, int], combine: str | None, key: str) -> None:
     """Refuse a distance to the teacher at which to stop where there is none, or nothing to measure it on."""
     if settings.probe is None or settings.probe.stop_within is None:
@@ -228,6 +241,7 @@ def check_settings(
                 f"{one.provenance['engine']})",
                 "make one with teacher.logsumexp: true, or take a loss over the k ids alone such as forward_kl_topk",
             )
+    _check_answers(settings, manifests, key)
     _check_stop(settings, manifest.subsets, combine, key)
     if settings.top_k and settings.top_k > manifest.top_k:
         raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")

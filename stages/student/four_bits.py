@@ -14,7 +14,8 @@ from torch import nn
 
 from duet.cache.errors import UserError
 from duet.stages.models.layers import decoder_layers
-from duet.stages.settings.student import LoraSettings, TrainSettings
+from duet.stages.settings.lora import LoraSettings
+from duet.stages.settings.student import TrainSettings
 
 BLOCK, SCALES = 64, 256  # weights that share a scale, and scales that share one of their own: those of QLoRA
 

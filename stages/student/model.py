@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from duet.cache.errors import UserError
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
-from duet.stages.settings.student import LoraSettings, TrainSettings
+from duet.stages.settings.lora import LoraSettings
+from duet.stages.settings.student import TrainSettings
 from duet.stages.student.contexts import Wide
 from duet.stages.student.four_bits import is_packed, num_weights, round_base
 from duet.stages.student.head import Forward, Head, losses_at
@@ -162,7 +163,7 @@ class Student:
         rounded = is_packed(settings) or (counts[0] != counts[1] and dtype != torch.float32)
         with autocast(settings, processes.device):
             head = Head.of(model)
-        forward = Forward(model, head, LOSSES[loss].needs_logsumexp)
+        forward = Forward(model, head, LOSSES[loss].needs_logsumexp or settings.answer_weight > 0)
         module = processes.spread(forward, list(decoder_layers(model)) if spread else [], settings.parallel)
         optimizer = optimizer_of(list(trained(model).values()), settings)
         loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)

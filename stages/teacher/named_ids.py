@@ -21,7 +21,6 @@ from duet.stages.settings.teacher import TeacherSettings
 from duet.stages.teacher.plan import RenderedQuery
 
 WHERE = "teacher.ids_from"
-Named = tuple[array[int], ...]
 
 
 def with_named_ids(
@@ -47,8 +46,8 @@ def with_named_ids(
     return [replace(row, named_ids=named[row.row_id]) for row in rows]
 
 
-def _of_file(path: Path) -> dict[str, Named]:
-    named: dict[str, Named] = {}
+def _of_file(path: Path) -> dict[str, tuple[array[int], ...]]:
+    named: dict[str, tuple[array[int], ...]] = {}
     for number, row in enumerate(read_json_rows(path, DataSettings(path=str(path)), WHERE), 1):
         row_id, ids = (row.get("row_id"), row.get("ids")) if isinstance(row, dict) else (None, None)
         if not isinstance(row_id, str) or not isinstance(ids, list) or not all(type(i) is int for i in ids):
@@ -67,7 +66,7 @@ def _of_file(path: Path) -> dict[str, Named]:
 
 def _of_store(
     source: str, rows: Sequence[RenderedQuery], teacher: TeacherSettings, tokenizer_sha256: str
-) -> Mapping[str, Named]:
+) -> Mapping[str, tuple[array[int], ...]]:
     store = Store(location_of(source))
     if store.manifest.provenance.get("tokenizer_sha256") != tokenizer_sha256:
         raise UserError(
@@ -75,7 +74,7 @@ def _of_store(
             "name a store of a model with the teacher's tokenizer",
         )
     given = {row.row_id: row.given_ids for row in rows}
-    named: dict[str, Named] = {}
+    named: dict[str, tuple[array[int], ...]] = {}
     for part in store.rows():
         for number, row_id in enumerate(part.row_ids):
             first, end = part.position_offsets[number : number + 2]
