@@ -42,7 +42,7 @@ def teacher(**more) -> TeacherSettings:
 
 def written(tmp_path: Path, data: TrainingData, **more) -> Store:
     settings = teacher(**more)
-    prepared = prepare(settings, Questions(PromptSettings(format="plain"), data, "Bo"), "cpu")
+    prepared = prepare(settings, Questions(PromptSettings(format="plain", prefix_placement="text"), data, "Bo"), "cpu")
     store = TeacherStore.expected("teacher", settings, prepared, StoreSettings(), Folder(tmp_path / "stores"))
     return Store(write_stores([store], "transformers", Watch())[0].location)
 
