@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,8 @@ class Collected:
 
     def __init__(self, ask: Ask, num_ids: int, requests: Sequence[Request]) -> None:
         self._ask, self._num_ids, self._requests = ask, num_ids, requests
-        self._steps: list[
-            list[np.ndarray | None]
-        ] = []  # rows, tokens, ids, logits, log-sum-exps, draws; None: not asked for
+        # Of each: rows, tokens, ids, logits, log-sum-exps, draws; None: not asked for.
+        self._steps: list[list[np.ndarray | None]] = []
 
     def __call__(
         self, rows: np.ndarray, positions: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor
@@ -37,10 +37,11 @@ class Collected:
 
     def results(self) -> Iterator[tuple[int, Scored]]:
         """(row, its response), in the order of the rows: step by step to row by row."""
-        rows, *columns = (
-            None if column[0] is None else np.concatenate(column) for column in zip(*self._steps, strict=True)
-        )
+        columns = [None if column[0] is None else np.concatenate(column) for column in zip(*self._steps, strict=True)]
+        rows = columns[0]
+        assert rows is not None
         order = np.argsort(rows, kind="stable")
         starts = np.flatnonzero(np.diff(rows[order], prepend=-1))
         for at in np.split(order, starts[1:]):
-            yield int(rows[at[0]]), Scored(*(None if column is None else column[at] for column in columns))
+            found: list[Any] = [None if column is None else column[at] for column in columns[1:]]
+            yield int(rows[at[0]]), Scored(*found)

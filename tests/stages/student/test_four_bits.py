@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from duet.stages.student.model import Student, load_trainable
 LORA = {"rank": 4, "base_bits": 4}
 
 
-def loaded(packed: bool, dtype: torch.dtype = torch.float32, model_dir: Path = LAB_SMALL) -> object:
+def loaded(packed: bool, dtype: torch.dtype = torch.float32, model_dir: Path = LAB_SMALL) -> Any:
     return load_trainable(model_dir, "s", TrainSettings(lora=LORA), dtype, False, uniform=not packed)
 
 
