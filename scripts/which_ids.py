@@ -1,6 +1,6 @@
 """Prints docs/teacher.md's table: which ids a store keeps, and how much of full distillation its student loses.
 
-    python scripts/which_ids.py --folder FOLDER --top-k 5 --seeds 0,1
+    python scripts/which_ids.py --folder which --top-k 5 --seeds 0,1
 
 Students of the lab's smaller model learn from the lab's teacher on stores that differ in their ids alone; the first store keeps
 the whole vocabulary. Measured is KL(teacher, student) over the whole vocabulary, in nats, at the first token of the answers: to
