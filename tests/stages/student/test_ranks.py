@@ -74,8 +74,8 @@ def test_two_processes_are_interrupted_and_three_go_on(tmp_path, store, parallel
     assert_same(tmp_path / "alone", lines, tmp_path / "s")
 
 
-def test_adapters_on_a_packed_base_are_trained_by_two_processes_as_by_one(tmp_path, store):
-    lora = {"rank": 4, "targets": ["q_proj", "down_proj"], "base_bits": 4}
+def test_adapters_are_trained_by_two_processes_as_by_one(tmp_path, store):
+    lora = {"rank": 4, "targets": ["q_proj", "down_proj"]}
     one = job(tmp_path / "one", **SETTINGS, lora=lora)
     train_student(one, {"teacher": store[0]}, store[1], ONE, Watch())
     assert_same(tmp_path / "one", together(2, store, tmp_path / "two", lora=lora), tmp_path / "two")
