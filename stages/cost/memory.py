@@ -19,7 +19,7 @@ from duet.stages.models.batching import cut_by_length, rows_that_fit
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.sizes import DTYPE_BYTES, ModelSizes, meta_model
 from duet.stages.settings.student import TrainSettings
-from duet.stages.student.four_bits import is_packed, packed_bytes, rounded_layers
+from duet.stages.student.four_bits import packed_bytes, rounded_layers
 from duet.stages.student.model import forward_dtype, made_trainable
 
 # Assumptions, not measured: the share of a device's peak rates that is reached.
@@ -131,7 +131,7 @@ class StudentOnMeta:
     model: Any
     layers: int  # that keep something for the backward pass
     spread: bool  # the weights also lie in parts on several devices
-    packed: list[torch.nn.Parameter]  # in 4 bits
+    packed: list[torch.Tensor]  # weights in 4 bits
 
     @staticmethod
     def of(
@@ -141,7 +141,8 @@ class StudentOnMeta:
         spread = devices > 1 and settings.parallel == "fsdp"
         plain = settings.model_copy(update={"compile": False})
         model = meta_model(model_dir, trust_remote_code)
-        packed = [m.weight for m in rounded_layers(model, settings.lora).values()] if is_packed(settings) else []
+        lora = settings.lora
+        packed = [m.weight for m in rounded_layers(model, lora).values()] if lora and lora.base_bits else []
         model = made_trainable(model, "", plain, dtype, uniform=spread)
         stack = list(decoder_layers(model))
         frozen = next((i for i, layer in enumerate(stack) if any(p.requires_grad for p in layer.parameters())), 0)
