@@ -6,6 +6,7 @@ Heavy libraries are imported inside the functions, so that `duet --help` and `du
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -39,6 +40,7 @@ from duet.stages.student.summary import read_summary
 if TYPE_CHECKING:
     from duet.stages.evaluate.results import Read
     from duet.stages.exam.exam import Exam, Subject
+    from duet.stages.exam.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
     base, teachers and `evaluate.models` are asked.
     """
-    from duet.stages.evaluate import items, over_seeds
+    from duet.stages.evaluate import items, judged, over_seeds
     from duet.stages.evaluate.answers import costs_of
     from duet.stages.evaluate.results import results_of
     from duet.stages.evaluate.tofu import read_reference
+    from duet.stages.exam.judge import KEY_VARIABLE, check_judge, judge_of
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
 
@@ -68,7 +71,10 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     students = () if only_models else config.students
     subjects = subjects_of(config, students)
     stores = {} if only_models else stores_of_run(config)
+    judge = judge_of(config.evaluate.judge, os.environ.get(KEY_VARIABLE)) if config.evaluate.judge else None
     if not dry_run:
+        if judge:
+            check_judge(judge)
         claim_run_dir(config)
     exam = exam_of(config)
     remarks = cut_references(load_tokenizer(subjects[0].model_dir), exam.queries, exam.settings.max_new_tokens)
@@ -77,9 +83,15 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     costs = costs_of(subjects, exam)
     if dry_run or len(costs.keys() & ATTACKS.keys()) > 1:  # one attack is not worth a table
         show(costs_table(costs, len(subjects)), result=dry_run, width=WIDTH)
+    if judge:
+        requests, characters = judged.cost_of(judge, subjects, exam)
+        say(
+            f"judge {judge.settings.model}: up to {requests:,} requests with {characters:,} characters, if answers are as long "
+            "as the references, and one word each in reply"
+        )
     if dry_run:
         return
-    found = _ask(config.run, subjects, exam, stop)
+    found = _ask(config.run, subjects, exam, judge, stop)
     scored, scores = results_of(subjects, exam, found.answers, found.read, reference)
     results = {
         "format_version": 1,
@@ -108,7 +120,7 @@ def _seed_rows(config: Config, students: Sequence[StudentSettings]) -> dict[str,
     return {f"student:{row}": [f"student:{name}" for name in names] for row, names in rows.items()}
 
 
-def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal) -> Found:
+def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, judge: Judge | None, stop: StopSignal) -> Found:
     """Ask every model all that the settings ask for; what is on disk already is not asked again."""
     from duet.stages.evaluate.answers import answer_all
     from duet.stages.evaluate.harness import ask_harness
@@ -117,6 +129,7 @@ def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal)
     from duet.stages.exam.depth import read_depth
     from duet.stages.exam.given_answers import check
     from duet.stages.exam.given_beside import read_beside
+    from duet.stages.exam.judge import read_judge
     from duet.stages.exam.reading import read_all
 
     if exam.settings.likelihood:
@@ -129,9 +142,10 @@ def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal)
         given, readings = read_all(subjects, exam, run.likelihoods, run.answers, watch)
         beside = read_beside(subjects[0], exam, run.likelihoods, watch) if given else ({}, {})
         depth = read_depth(subjects, exam, run.likelihoods, watch) if exam.settings.depth else None
+        judged = read_judge(judge, subjects, exam, answers, run.judged, watch) if judge else None
         return Found(
             answers=answers,
-            read=Read(given, readings, *beside, depth),
+            read=Read(given, readings, *beside, depth, judged),
             harness=ask_harness(subjects, exam, run.lm_eval, watch) if exam.settings.lm_eval else {},
         )
 
