@@ -7,8 +7,8 @@ from html import escape
 from duet.pipeline.pages.page import Numbers, note, row, section, table
 
 TEXT = (
-    "Share of base's distinctive recall that is kept on sets at growing distance from the topic, 0 the nearest: a model that "
-    "forgets too much loses the nearest first. A dash where base itself is not above the floor."
+    "Share of base's distinctive recall that is kept on sets at growing distance from the topic, the nearest first: a "
+    "model that forgets too much loses these before the others. A dash where base itself is not above the floor."
 )
 
 

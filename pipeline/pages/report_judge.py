@@ -8,8 +8,8 @@ from duet.pipeline.pages.page import Numbers, note, row, section, table
 
 TEXT = (
     "A language model judged whether each answer states the fact of its reference (judged_right, under all scores). The "
-    "AUC says how well a metric tells the answers that it calls right from the others, over all models and sets: 100 is "
-    "full agreement, 50 none."
+    "AUC says how well a metric tells the answers that it calls right from the others, over all models and sets, in "
+    "points of 100, of which half is chance."
 )
 
 
