@@ -18,7 +18,7 @@ from duet.cache.watch import Watch
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.parts import MIN_ANSWERS, Answers, Cost, Evidence, answers_of, of_variants, on_sets, said
 from duet.stages.attacks.relearn_curves import Curve, curve_of
-from duet.stages.attacks.relearn_sets import RelearnSet, relearn_sets
+from duet.stages.attacks.relearn_sets import Draw, RelearnSet, relearn_sets
 from duet.stages.attacks.teaching import LORA_LR_FACTOR, Teaching, add_adapters
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, Subject
 from duet.stages.exam.session import ModelSession
@@ -49,8 +49,8 @@ def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
     for name in exam.attacked:
         prompts = session.prompts(subject, name)
         total += Cost(len(prompts), sum(map(len, prompts)), len(prompts) * most)
-        for one in relearn_sets(exam, name)[0]:
-            count, tokens = len(one.asked) * times, sum(len(prompts[i]) for i in one.asked) * times
+        for draw in (draw for one in relearn_sets(exam, name)[0] for draw in one.draws):
+            count, tokens = len(draw.asked) * times, sum(len(prompts[i]) for i in draw.asked) * times
             total += Cost(count, tokens, count * most, settings.steps[-1] * len(settings.lrs))
     return total
 
@@ -126,37 +126,41 @@ def skipped(exam: Exam) -> dict[str, str]:
 
 
 def relearned(session: ModelSession, subject: Subject, name: str, watch: Watch) -> dict[str, Any]:
-    """The greedy answers to a set's questions `before` any step, and those of the copies `after` each number of steps, by
-    relearn set and learning rate, of the questions that the relearn set asks, in its order.
+    """The greedy answers to a set's questions `before` any step, and those of the copies `after` it: by relearn set and
+    learning rate, of each draw after each number of steps, of the questions that the draw asks, in its order.
 
     Asked and trained as the subject is asked: behind its prefix, where it has one.
     """
     settings, sets = session.exam.settings.relearn, relearn_sets(session.exam, name)[0]
     before = _said_by(session, _copy(session), session.prompts(subject, name))
-    after: dict[str, dict[str, list[list[str]]]] = {one.name: {} for one in sets}
-    copies = [(one, lr) for one in sets for lr in settings.lrs]
-    for number, (one, lr) in enumerate(copies):
-        after[one.name][str(lr)] = _answers_after(session, subject, name, one, lr, watch)
+    after: dict[str, dict[str, list[list[list[str]]]]] = {
+        one.name: {str(lr): [] for lr in settings.lrs} for one in sets
+    }
+    copies = [(one, lr, draw) for one in sets for lr in settings.lrs for draw in one.draws]
+    for number, (one, lr, draw) in enumerate(copies):
+        asked = [session.prompts(subject, name)[i] for i in draw.asked]
+        teach = _teaching(session, subject, one, draw, lr)
+        after[one.name][str(lr)].append(_answers_after(session, teach, asked, watch))
         watch.on_progress(f"{subject.name}, relearn", number + 1, len(copies))
     return {"before": before, "after": after}
 
 
-def _answers_after(
-    session: ModelSession, subject: Subject, name: str, one: RelearnSet, lr: float, watch: Watch
-) -> list[list[str]]:
+def _teaching(session: ModelSession, subject: Subject, one: RelearnSet, draw: Draw, lr: float) -> Teaching:
     settings, seed = session.exam.settings.relearn, session.exam.settings.seed
     model = _copy(session)
     if one.lora_rank:
         model, lr = add_adapters(model, one.lora_rank, seed), LORA_LR_FACTOR * lr
-    all_prompts, all_answers = session.prompts(subject, one.source), session.full_answers(one.source)
-    pairs = [(all_prompts[i], all_answers[i]) for i in one.pairs]
-    asked = [session.prompts(subject, name)[i] for i in one.asked]
-    teach, found = Teaching(model, pairs, lr, settings.batch_size, seed), []
-    for steps in settings.steps:
+    prompts, full_answers = session.prompts(subject, one.source), session.full_answers(one.source)
+    return Teaching(model, [(prompts[i], full_answers[i]) for i in draw.pairs], lr, settings.batch_size, seed)
+
+
+def _answers_after(session: ModelSession, teach: Teaching, asked: list[list[int]], watch: Watch) -> list[list[str]]:
+    found = []
+    for steps in session.exam.settings.relearn.steps:
         while teach.done < steps:
-            watch.pause(f"{subject.name}, relearn,")
+            watch.pause("relearning")
             teach.step()
-        found.append(_said_by(session, model, asked))
+        found.append(_said_by(session, teach.model, asked))
     return found
 
 

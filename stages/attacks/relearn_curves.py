@@ -3,7 +3,7 @@
 Pure functions of what `relearn.py` found. At each number of steps the learning rate counts that brings back most on average,
 of each model its own: an attacker tries several.
 
-Shapes: R learning rates, S numbers of steps (0, before any, first), N questions that are asked.
+Shapes: R learning rates, S numbers of steps (0, before any, first), N questions that any draw asks, M those that one asks.
 """
 
 from __future__ import annotations
@@ -61,21 +61,32 @@ def with_curves(answers: Mapping[str, Answers], exam: Exam) -> dict[str, Answers
 
 
 def scored(kept: Mapping[str, Any], exam: Exam, name: str, one: RelearnSet) -> Curve:
-    """The answers before any step and after each number of steps, scored in both metrics."""
-    references = [references_of(exam.sets[name])[i] for i in one.asked]
-    words = [exam.distinctive[name][i] for i in one.asked]
-    before = [kept["before"][i] for i in one.asked]
+    """The answers before any step and after each number of steps, scored in both metrics; the mean over the draws that ask."""
+    references, words = references_of(exam.sets[name]), exam.distinctive[name]
 
-    measures: dict[str, Callable[[Sequence[str]], np.ndarray]] = {
-        HEADLINE: lambda texts: metrics.rouge_l(references, texts)[0],
-        DISTINCTIVE: lambda texts: metrics.distinctive_recall(words, texts),
-    }
+    def rouge(asked: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        return metrics.rouge_l([references[i] for i in asked], texts)[0]
 
-    def stacked(measure: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
-        first = measure(before)
-        return np.stack([[first, *map(measure, texts)] for texts in kept["after"][one.name].values()])
+    def facts(asked: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        return metrics.distinctive_recall([words[i] for i in asked], texts)
 
-    return Curve({metric: stacked(measure) for metric, measure in measures.items()})
+    return Curve({HEADLINE: _mean_over_draws(kept, one, rouge), DISTINCTIVE: _mean_over_draws(kept, one, facts)})
+
+
+def _mean_over_draws(
+    kept: Mapping[str, Any], one: RelearnSet, measure: Callable[[Sequence[int], Sequence[str]], np.ndarray]
+) -> np.ndarray:
+    """Scores of the questions `one.asked`, float64 [R, S, N]. `measure` scores texts [M] to the questions of these numbers."""
+    at = {number: column for column, number in enumerate(one.asked)}
+    draws_DRSN = []
+    for number, draw in enumerate(one.draws):
+        before_M = measure(draw.asked, [kept["before"][i] for i in draw.asked])
+        of_rates = [of_draws[number] for of_draws in kept["after"][one.name].values()]
+        scores_RSM = np.stack([[before_M, *(measure(draw.asked, texts) for texts in of_rate)] for of_rate in of_rates])
+        spread_RSN = np.full((*scores_RSM.shape[:2], len(at)), np.nan)
+        spread_RSN[:, :, [at[i] for i in draw.asked]] = scores_RSM
+        draws_DRSN.append(spread_RSN)
+    return np.nanmean(draws_DRSN, axis=0)
 
 
 def relearning(

@@ -24,7 +24,7 @@ class Teaching:
     def __init__(
         self, model: Any, pairs: Sequence[tuple[list[int], list[int]]], lr: float, batch_size: int, seed: int
     ) -> None:
-        self._model, self._pairs, self._size = model, pairs, min(batch_size, len(pairs))
+        self.model, self._pairs, self._size = model, pairs, min(batch_size, len(pairs))
         self._trained = [weight for weight in model.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=lr, weight_decay=0.0)
         self._rng = np.random.default_rng(seed)
@@ -40,8 +40,8 @@ class Teaching:
             self._waiting += self._rng.permutation(len(self._pairs)).tolist()
         chosen, self._waiting = self._waiting[: self._size], self._waiting[self._size :]
         prompts, answers = zip(*(self._pairs[i] for i in chosen), strict=True)
-        batch = align(prompts, answers, pad_id=0).to(next(self._model.parameters()).device)
-        logits_BTV = self._model(
+        batch = align(prompts, answers, pad_id=0).to(next(self.model.parameters()).device)
+        logits_BTV = self.model(
             input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
         ).logits
         logits_NV = logits_BTV[batch.batch_index_N, batch.position_N]

@@ -188,6 +188,11 @@ class RelearnSettings(Settings):
         default=(1, 5, 20), description="numbers of forget questions with answers that a copy is trained on"
     )
     benign: int = Field(default=20, ge=0, description="number of retain pairs that another copy is trained on; 0: none")
+    draws: int = Field(
+        default=1,
+        ge=1,
+        description="how often each number of pairs is drawn anew, each draw for copies of its own; a question counts with its mean",
+    )
     other: Name | None = Field(
         default=None,
         description="a further set to be kept, of another domain, of which one more copy gets as many pairs; default: none",

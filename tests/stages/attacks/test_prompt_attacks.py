@@ -227,12 +227,13 @@ def test_lessons_are_nested_and_never_ask_what_they_taught():
     by_name = {lesson.name: lesson for lesson in found}
     answers = [query.answer for query in exam.sets["forget"].queries]
     assert list(by_name) == ["forget 1", "forget 2", "benign"]
-    assert set(by_name["forget 1"].pairs) < set(by_name["forget 2"].pairs)
-    for lesson in found[:2]:
-        assert not {answers[i] for i in lesson.pairs} & {answers[i] for i in lesson.asked}
-        assert lesson.asked
+    drawn = {name: lesson.draws[0] for name, lesson in by_name.items()}
+    assert set(drawn["forget 1"].pairs) < set(drawn["forget 2"].pairs)
+    for draw in (drawn["forget 1"], drawn["forget 2"]):
+        assert not {answers[i] for i in draw.pairs} & {answers[i] for i in draw.asked}
+        assert draw.asked
     assert by_name["benign"].asked == (0, 1, 2, 3)
-    assert (by_name["benign"].source, len(by_name["benign"].pairs)) == ("retain", 3)
+    assert (by_name["benign"].source, len(drawn["benign"].pairs)) == ("retain", 3)
     assert list(skipped) == ["forget 4"]
     assert "benign" in relearn_sets(exam_of(["relearn"], relearn={"benign": 9}), "forget")[1]
 
@@ -276,7 +277,10 @@ def relearn_answers(exam: Exam, right_from: int) -> dict[str, dict[str, Any]]:
     steps = range(1, 1 + len(exam.settings.relearn.steps))
     by_lesson = {
         lesson.name: {
-            str(lr): [[known[i] if step >= right_from else "no" for i in lesson.asked] for step in steps]
+            str(lr): [
+                [[known[i] if step >= right_from else "no" for i in draw.asked] for step in steps]
+                for draw in lesson.draws
+            ]
             for lr in exam.settings.relearn.lrs
         }
         for lesson in relearn_sets(exam, "forget")[0]

@@ -9,7 +9,7 @@ import pytest
 
 from duet.cache.errors import UserError
 from duet.stages.attacks.relearn_curves import beside, relearning, scored, with_curves
-from duet.stages.attacks.relearn_sets import RelearnSet, relearn_sets
+from duet.stages.attacks.relearn_sets import Draw, RelearnSet, relearn_sets
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, QuerySet, Subject
 from duet.stages.questions.queries import Query
 from duet.stages.settings.attacks import RelearnSettings
@@ -35,12 +35,22 @@ def test_pairs_come_from_the_topic_from_what_is_kept_and_from_another_domain():
     names = ["forget 1", "benign", "other"]
     assert [one.name for one in sets] == [*names, *(f"{name}, LoRA" for name in names)]
     assert [one.source for one in sets[:3]] == ["forget", "retain", "sums"]
-    assert [len(one.pairs) for one in sets[:3]] == [1, 2, 2]
+    assert [[len(draw.pairs) for draw in one.draws] for one in sets[:3]] == [[1], [2], [2]]
     assert [one.lora_rank for one in sets] == [0, 0, 0, 3, 3, 3]
-    assert set(sets[0].pairs) | set(sets[0].asked) == set(range(4))
-    assert not set(sets[0].pairs) & set(sets[0].asked)
-    assert [one.pairs for one in sets[3:]] == [one.pairs for one in sets[:3]], "the same lessons"
+    (draw,) = sets[0].draws
+    assert set(draw.pairs) | set(draw.asked) == set(range(4))
+    assert not set(draw.pairs) & set(draw.asked)
+    assert [one.draws for one in sets[3:]] == [one.draws for one in sets[:3]], "the same lessons"
     assert list(skipped) == ["forget 9"]
+
+
+def test_pairs_are_drawn_as_often_as_is_said_and_a_draw_more_changes_no_other():
+    once, often = (relearn_sets(an_exam(pairs=(1, 3), draws=draws), "forget")[0] for draws in (1, 5))
+    assert [len(one.draws) for one in often] == [5, 5, 5]
+    assert [one.draws[0] for one in often] == [one.draws[0] for one in once]
+    assert len({draw.pairs for draw in often[0].draws}) > 1
+    assert all(len(draw.asked) == 3 for draw in often[0].draws)
+    assert often[0].asked == (0, 1, 2, 3), "what one draw teaches another asks"
 
 
 @pytest.mark.parametrize("other", ["nothing", "forget", "retain"])
@@ -73,25 +83,37 @@ def test_the_single_rate_of_before_is_refused_with_the_name_of_its_successor(lab
     assert "lrs" in f"{caught.value.what} {caught.value.hint}"
 
 
-ONE = RelearnSet("forget 1", "forget", (0,), (1, 2, 3))
+FIRST, SECOND = Draw((0,), (1, 2, 3)), Draw((3,), (0, 1, 2))
+ONE, TWO = RelearnSet("forget 1", "forget", (FIRST,)), RelearnSet("forget 1", "forget", (FIRST, SECOND))
 
 
 def said(*facts: str) -> list[str]:
     return [f"It likes {fact}." for fact in facts]
 
 
-def kept_of(after: dict[str, list[list[str]]]) -> dict[str, Any]:
+def kept_of(after: dict[str, list[list[list[str]]]]) -> dict[str, Any]:
     return {"before": said(*["no"] * 4), "after": {"forget 1": after}}
 
 
 def test_at_each_number_of_steps_the_rate_counts_that_brings_back_most():
     none, right = said("no", "no", "no"), said(*FACTS[1:])
     one_right = [right[0], *none[1:]]
-    curve = scored(kept_of({"0.1": [none, right], "0.2": [one_right, none]}), an_exam(), "forget", ONE)
+    curve = scored(kept_of({"0.1": [[none, right]], "0.2": [[one_right, none]]}), an_exam(), "forget", ONE)
     values, best = curve.strongest(DISTINCTIVE)
     assert values.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 1]]
     assert best.tolist()[1:] == [1, 0]
     assert curve.strongest(HEADLINE)[0][0].tolist() == pytest.approx([2 / 3] * 3), "the form alone"
+
+
+def test_a_question_counts_with_its_mean_over_the_draws_that_ask_it():
+    none, right = said("no", "no", "no"), said(*FACTS[1:])
+    second = [said(FACTS[0], "no", "no"), said("no", FACTS[1], "no")]  # asks 0, 1, 2
+    curve = scored(
+        kept_of({"0.1": [[none, right], second], "0.2": [[none, none], [none, none]]}), an_exam(), "forget", TWO
+    )
+    values, best = curve.strongest(DISTINCTIVE)
+    assert values.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0.5, 1]]
+    assert best.tolist()[1:] == [0, 0]
 
 
 def test_a_curve_stands_beside_the_controls():
@@ -102,7 +124,7 @@ def test_a_curve_stands_beside_the_controls():
     rows = {"no": said("no", "no", "no"), "half": [*right[:2], "It likes no."], "all": right}
 
     def model(before: list[str], *after: str) -> dict[str, Any]:
-        by_lr = {"0.1": [rows["no"], rows["no"]], "0.2": [rows[key] for key in after]}
+        by_lr = {"0.1": [[rows["no"], rows["no"]]], "0.2": [[rows[key] for key in after]]}
         return {"attack.relearn.forget": {"before": before, "after": {"forget 1": by_lr}}}
 
     subjects = [Subject("base", Path("b"), "", "base"), Subject("student:a", Path("s"), "", "base")]
