@@ -17,15 +17,14 @@ def distance_section(numbers: Numbers) -> str:
     found = numbers.at("by_distance") or {}
     if not found:
         return ""
-    sets = next(iter(found.values()))
     rows = [
         row(
-            f"{of['set']}, distance {of['distance']}",
-            [numbers.cell("score", "by_distance", model, number, "kept") for model in found],
+            f"{name}, distance {distance}",
+            [numbers.cell("score", "by_distance", "kept", model, name) for model in found["kept"]],
         )
-        for number, of in enumerate(sets)
+        for name, distance in found["sets"].items()
     ]
-    heads = ["set", *map(escape, found)]
+    heads = ["set", *map(escape, found["kept"])]
     return section(
         "by-distance", "By distance", note(TEXT) + table("Kept, % [95 % interval], n questions", heads, rows)
     )

@@ -16,24 +16,24 @@ def by_distance(
     exam: Exam,
     models: Mapping[str, Mapping[str, Score]],
     floors: Mapping[str, Mapping[str, float]],
-) -> dict[str, list[dict[str, Any]]]:
-    """By model that has a base, its sets with a distance from near to far, as results.json has them; empty without such sets.
+) -> dict[str, Any]:
+    """The entry `by_distance` of results.json; empty where no set has a distance.
 
-    Each with its name, its distance, and the share of base's distinctive recall that is kept, None where base is not above
-    the floor.
+    `sets` has the sets' distances, from near to far; `kept`, by model that has a base and by set, the share of base's
+    distinctive recall that is kept. A set on which base is not above the floor is left out.
     """
-    sets = sorted((s.distance, name) for name, s in exam.judged.items() if s.distance is not None)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for subject in subjects if sets else ():
-        if subject.base == subject.name:
-            continue
-        beside = Beside(models[subject.base], floors, {}, exam.settings.seed)
-        shares = {name: kept(key := f"{name}.{DISTINCTIVE}", models[subject.name][key], beside) for _, name in sets}
-        found[subject.name] = [
-            {"set": name, "distance": distance, "kept": share.share.as_json() if (share := shares[name]) else None}
-            for distance, name in sets
-        ]
-    return found
+    distances = sorted((s.distance, name) for name, s in exam.judged.items() if s.distance is not None)
+    if not distances:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for subject in subjects:
+        if subject.base != subject.name:
+            beside = Beside(models[subject.base], floors, {}, exam.settings.seed)
+            shares = {
+                name: kept(key := f"{name}.{DISTINCTIVE}", models[subject.name][key], beside) for _, name in distances
+            }
+            found[subject.name] = {name: share.share.as_json() for name, share in shares.items() if share}
+    return {"sets": {name: distance for distance, name in distances}, "kept": found}
 
 
 METRICS = (

@@ -115,11 +115,8 @@ def full_results() -> dict[str, Any]:
             "left_out": {"model:other": "has 16 layers of width 64, base has 2 of width 32"},
         },
         "by_distance": {
-            name: [
-                {"set": "retain", "distance": 0, "kept": score(45)},
-                {"set": "far", "distance": 12, "kept": None if name == "teacher" else score(45)},
-            ]
-            for name in MODELS[1:]
+            "sets": {"retain": 0, "far": 12},
+            "kept": {name: {"retain": score(45), **({} if name == "teacher" else {"far": score(45)})} for name in MODELS[1:]},
         },
         "judge": {
             "model": HOSTILE,

@@ -39,12 +39,13 @@ def test_shares_from_near_to_far_by_hand():
         for name, of_sets in values.items()
     }
     found = by_distance(SUBJECTS, exam, models, {})
-    assert list(found) == ["student:a"]
-    near, unknown, far = found["student:a"]
-    assert (near["set"], near["distance"], near["kept"]["value"], near["kept"]["n"]) == ("near", 0, 0.5, 4)
-    assert near["kept"]["ci95"][0] < 0.5 < near["kept"]["ci95"][1]
-    assert (unknown["distance"], unknown["kept"]) == (3, None)
-    assert (far["distance"], far["kept"]["value"], far["kept"]["ci95"]) == (12, 1, [1, 1])
+    assert list(found["sets"].items()) == [("near", 0), ("unknown", 3), ("far", 12)]
+    assert list(found["kept"]) == ["student:a"]
+    kept = found["kept"]["student:a"]
+    assert list(kept) == ["near", "far"], "of what base does not know nothing is kept"
+    assert (kept["near"]["value"], kept["near"]["n"]) == (0.5, 4)
+    assert kept["near"]["ci95"][0] < 0.5 < kept["near"]["ci95"][1]
+    assert (kept["far"]["value"], kept["far"]["ci95"]) == (1, [1, 1])
 
 
 def test_a_distance_of_what_is_to_be_forgotten_is_refused():
@@ -70,5 +71,7 @@ def test_suites_rows_by_distance():
     exam = Exam(few, config.topic, PromptSettings(), EvaluateSettings(attacks=()), "cpu")
     right = {name: [query.answer or "" for query in of.queries] for name, of in few.items()}
     lost = {**right, "s00": ["I do not know."] * 25, "s01": ["I do not know."] * 10 + right["s01"][10:]}
-    found = results_of(SUBJECTS, exam, {"base": right, "student:a": lost})[0]["by_distance"]["student:a"]
-    assert [(of["distance"], round(of["kept"]["value"], 6)) for of in found] == [(0, 0.0), (1, 0.6), (15, 1.0)]
+    found = results_of(SUBJECTS, exam, {"base": right, "student:a": lost})[0]["by_distance"]
+    assert list(found["sets"].values()) == [0, 1, 15]
+    kept = {name: round(of["value"], 6) for name, of in found["kept"]["student:a"].items()}
+    assert kept == {"s00": 0.0, "s01": 0.6, "s15": 1.0}
