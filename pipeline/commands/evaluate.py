@@ -140,8 +140,8 @@ def _say_what_it_costs(judge: Judge, subjects: Sequence[Subject], exam: Exam) ->
 
     requests, characters = cost_of(judge, subjects, exam)
     say(
-        f"judge {judge.settings.model}: up to {requests:,} requests with {characters:,} characters, if answers are as long as the "
-        "references, and one word each in reply"
+        f"judge {judge.settings.model}: up to {requests:,} requests with {characters:,} characters, if answers are as long as "
+        "the references, and one word each in reply"
     )
 
 
