@@ -60,13 +60,13 @@ def _agreement(
     """By metric, the AUC by which it tells answers that the judge calls right from the others, over all models and sets."""
     said = np.concatenate([np.empty(0), *values.values()])
     references = [reference for _, name in values for reference in references_of(exam.sets[name])]
-    sides = [np.flatnonzero(said == verdict) for verdict in (1, 0)]
+    sides = (np.flatnonzero(said == 1), np.flatnonzero(said == 0))
     if not all(map(len, sides)):
         return {}
     found = {}
     for metric in COMPARED:
         items = np.concatenate([models[model][f"{name}.{metric}"].items for model, name in values])
-        clusters = tuple([references[number] for number in side] for side in sides)
+        clusters = ([references[number] for number in sides[0]], [references[number] for number in sides[1]])
         found[metric] = auc_score(items[sides[0]], items[sides[1]], clusters, exam.settings.seed).as_json()
     return found
 

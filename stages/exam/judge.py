@@ -35,7 +35,7 @@ from duet.stages.settings.judge import JudgeSettings
 
 KEY, PROMPT_PATH = "evaluate.judge", Path(__file__).with_name("judge.yaml")
 KEY_VARIABLE = "DUET_JUDGE_KEY"
-FIELDS = ("question", "reference", "answer")
+FIELDS: tuple[str, ...] = ("question", "reference", "answer")
 AT_A_TIME = 8  # requests on their way
 REPLY_TOKENS = 8  # asked for at most: one word is wanted
 WAITS = (1.0, 4.0, 16.0)  # seconds before a request is made again that a busy server turned down
@@ -68,9 +68,12 @@ class Judge:
 
     def messages(self, question: str, reference: str, answer: str) -> list[dict[str, str]]:
         """One request's messages; what stands in a text is never taken for a placeholder."""
-        values = dict(zip(FIELDS, (question, reference, answer), strict=True))
+        values: dict[str, str] = dict(zip(FIELDS, (question, reference, answer), strict=True))
         return [
-            {"role": role, "content": re.sub(r"\{(\w+)\}", lambda found: values[found[1]], getattr(self.prompt, role))}
+            {
+                "role": role,
+                "content": re.sub(r"\{(\w+)\}", lambda found: values[str(found[1])], getattr(self.prompt, role)),
+            }
             for role in ("system", "user")
         ]
 
