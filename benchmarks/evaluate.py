@@ -205,6 +205,7 @@ def overhead(folder: Path, quick: bool) -> tuple[dict[str, float], list[dict[str
 
     settings = ["evaluate.engine=transformers", "evaluate.likelihood=false", "evaluate.tofu=null"]
     settings += ["evaluate.attacks=[reverse, prefill]"]
+    settings += [f"data_dir={TOFU}", f"teacher.model={TOFU_MODEL}"]
     small = ["evaluate.max_new_tokens=4", "data.retain.sample=8", "evaluate.sets.neighbours.sample=8"] if quick else []
     config = load_config(str(ROOT / "configs/tofu.yaml"), (*settings, *small, f"runs_dir={folder}"))
     exam, subjects = exam_of(config), subjects_of(config, ())

@@ -14,8 +14,9 @@ from test_end_to_end import VLLM, run, value
     not (SHARED / "models/tofu-lab").is_dir(), reason="needs ../shared/models/tofu-lab and ../shared/data/tofu"
 )
 def test_tofu_through_vllm(tmp_path):
+    here = (f"data_dir={SHARED / 'data/tofu'}", f"teacher.model={SHARED / 'models/tofu-lab'}")
     short = ("evaluate.max_new_tokens=64", "evaluate.attacks=[]")  # docs/attacks.md has the whole
-    out = run("run", "tofu.yaml", f"runs_dir={tmp_path}", "teacher.engine=vllm", *short)
+    out = run("run", "tofu.yaml", f"runs_dir={tmp_path}", "teacher.engine=vllm", *here, *short)
     assert "engine: vllm" in out
     results = json.loads((tmp_path / "tofu" / "results.json").read_text())
     student, teacher = "student:base", "teacher"

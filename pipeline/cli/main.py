@@ -35,6 +35,9 @@ def duet() -> None:
     "--forget", metavar="DATA", shell_complete=files, help="Questions about the topic (.jsonl, .csv, .parquet)."
 )
 @click.option("--retain", metavar="DATA", shell_complete=files, help="Questions about anything else.")
+@click.option(
+    "--neighbours", metavar="DATA", shell_complete=files, help="Questions nearest to the topic that must stay."
+)
 @click.option("--harden", metavar="PRESET", help="How hard to bring back: none, wide or deep; default: none.")
 @click.option("--name", help="Name of the run; default: after the topic.")
 @click.option("--question-field", metavar="FIELD", help="Field with the question; default: question.")

@@ -152,6 +152,7 @@ def _part(config: Config, plan: Comparison, name: str, watch: Watch) -> Part:
     from duet.stages.compare.results import Row
     from duet.stages.evaluate.answers import answer_all
     from duet.stages.exam.exam import Subject
+    from duet.stages.exam.reading import read_given
     from duet.stages.student.summary import read_summary
 
     if name == REFERENCES:
@@ -169,9 +170,9 @@ def _part(config: Config, plan: Comparison, name: str, watch: Watch) -> Part:
         facts = {"title": title, "paper": paper, "setting": trials[0].setting, "seeds": len(trials), "grid": grid}
         facts |= {"trained_on": list(seen)} if seen else {}
         part = Part([Row(name, subjects)], method=(name, facts))
-    answer_all(
-        [subject for row in part.rows for subject in row.subjects], plan.reported, config.run.compare_answers, watch
-    )
+    subjects = [subject for row in part.rows for subject in row.subjects]
+    answer_all(subjects, plan.reported, config.run.compare_answers, watch)
+    read_given(subjects, plan.reported, config.run.compare_likelihoods, watch)
     return part
 
 
@@ -189,10 +190,16 @@ def _results(config: Config, plan: Comparison, parts: list[Part], watch: Watch) 
     """The content of compare.json."""
     from duet.stages.compare.results import results_of
     from duet.stages.evaluate.answers import answer_all
+    from duet.stages.evaluate.results import Read
+    from duet.stages.exam.given_beside import read_beside
+    from duet.stages.exam.reading import read_given
 
     rows = [row for part in parts for row in part.rows]
     subjects = [subject for row in rows for subject in row.subjects]
     answers = answer_all(subjects, plan.reported, config.run.compare_answers, watch)  # all of them are there
+    folder = config.run.compare_likelihoods
+    given = read_given(subjects, plan.reported, folder, watch)
+    beside = read_beside(subjects[0], plan.reported, folder, watch) if given else ({}, {})
     return {
         "format_version": 2,
         "run": config.name,
@@ -209,7 +216,7 @@ def _results(config: Config, plan: Comparison, parts: list[Part], watch: Watch) 
             for what, exam in (("validation", plan.validation), ("reported", plan.reported))
         },
         "against": next(iter(plan.modes)),
-        **results_of(plan.reported, rows, answers, next(iter(plan.modes))),
+        **results_of(plan.reported, rows, answers, next(iter(plan.modes)), Read(given, {}, *beside)),
         "teacher_stores": {
             row: {name: store_summary(store.location) for name, store in mode.stores.items()}
             for row, mode in plan.modes.items()

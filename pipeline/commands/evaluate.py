@@ -41,6 +41,7 @@ from duet.stages.student.summary import read_summary
 if TYPE_CHECKING:
     from duet.stages.evaluate.results import Read
     from duet.stages.exam.exam import Exam, Subject
+    from duet.stages.exam.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def evaluate(config: Config, jobs: Jobs, dry_run: bool = False, only_models: boo
     students = () if only_models else config.students
     subjects = subjects_of(config, students)
     stores = {} if only_models else stores_of_run(config)
+    judge = _judge_of(config, is_asked=not dry_run and jobs.part is None)
     if not dry_run:
         claim_run_dir(config)
     exam = exam_of(config)
@@ -94,11 +96,13 @@ def evaluate(config: Config, jobs: Jobs, dry_run: bool = False, only_models: boo
     costs = costs_of(subjects, exam)
     if dry_run or len(costs.keys() & ATTACKS.keys()) > 1:  # one attack is not worth a table
         show(costs_table(costs, len(subjects)), result=dry_run, width=WIDTH)
+    if judge:
+        _say_what_it_costs(judge, subjects, exam)
     if dry_run:
         return 0
     if code := _ask_in_children(subjects, exam, jobs, stop):
         return code
-    found = _ask(config.run, subjects, exam, stop)
+    found = _ask(config.run, subjects, exam, judge, stop)
     scored, scores = results_of(subjects, exam, found.answers, found.read, reference)
     results = {
         "format_version": 1,
@@ -120,6 +124,28 @@ def evaluate(config: Config, jobs: Jobs, dry_run: bool = False, only_models: boo
     _publish(config.run, results, exam, found)
     publish_json(config.run.items, items.as_json(scores))
     return 0
+
+
+def _judge_of(config: Config, is_asked: bool) -> Judge | None:
+    """The judge that the config names, shown to judge where it will be asked."""
+    from duet.stages.exam.judge import KEY_VARIABLE, check_judge, judge_of
+
+    if config.evaluate.judge is None:
+        return None
+    judge = judge_of(config.evaluate.judge, os.environ.get(KEY_VARIABLE))
+    if is_asked:
+        check_judge(judge)
+    return judge
+
+
+def _say_what_it_costs(judge: Judge, subjects: Sequence[Subject], exam: Exam) -> None:
+    from duet.stages.evaluate.judged import cost_of
+
+    requests, characters = cost_of(judge, subjects, exam)
+    say(
+        f"judge {judge.settings.model}: up to {requests:,} requests with {characters:,} characters, if answers are as long as "
+        "the references, and one word each in reply"
+    )
 
 
 def _seed_rows(config: Config, students: Sequence[StudentSettings]) -> dict[str, list[str]]:
@@ -156,7 +182,7 @@ def _ask_one(run: RunDir, subjects: Sequence[Subject], exam: Exam, part: int, st
         read_all([subject for subject in asked if subject in subjects], exam, run.likelihoods, run.answers, watch)
 
 
-def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal) -> Found:
+def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, judge: Judge | None, stop: StopSignal) -> Found:
     """Ask every model all that the settings ask for; what is on disk already is not asked again."""
     from duet.stages.evaluate.answers import answer_all
     from duet.stages.evaluate.harness import ask_harness
@@ -165,6 +191,7 @@ def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal)
     from duet.stages.exam.depth import read_depth
     from duet.stages.exam.given_answers import check
     from duet.stages.exam.given_beside import read_beside
+    from duet.stages.exam.judge import read_judge
     from duet.stages.exam.reading import read_all
 
     if exam.settings.likelihood:
@@ -177,9 +204,10 @@ def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal)
         given, readings = read_all(subjects, exam, run.likelihoods, run.answers, watch)
         beside = read_beside(subjects[0], exam, run.likelihoods, watch) if given else ({}, {})
         depth = read_depth(subjects, exam, run.likelihoods, watch) if exam.settings.depth else None
+        judged = read_judge(judge, subjects, exam, answers, run.judged, watch) if judge else None
         return Found(
             answers=answers,
-            read=Read(given, readings, *beside, depth),
+            read=Read(given, readings, *beside, depth, judged),
             harness=ask_harness(subjects, exam, run.lm_eval, watch) if exam.settings.lm_eval else {},
         )
 

@@ -26,6 +26,11 @@ WHY_RETAIN = (
     "without questions about anything else nothing tells the student what to keep, and it forgets more than the topic"
 )
 
+WHY_NEIGHBOURS = (
+    "what lies nearest to the topic is lost first: a file with such questions, asked and never trained on, shows it"
+)
+NO_FILE = "none"
+
 
 def init(file: str | None, given: dict[str, str | None], yes: bool) -> None:
     """Ask for what `given` lacks, unless `yes` or nobody is there to be asked, and write the config to `file`."""
@@ -87,26 +92,30 @@ def collect(given: dict[str, str | None], ask: Callable[[str, str | None], str] 
         queries("forget"),
     )
 
-    def kept(path: str) -> tuple[DataSettings, list[Query]]:
-        settings, found = queries("retain")(path)
-        check_apart(of_forget, found, path)
-        return settings, found
+    def kept(key: str) -> Callable[[str], tuple[DataSettings, list[Query]]]:
+        return lambda path: check_apart(of_forget, *queries(key)(path), key)
 
-    retain, of_retain = answer("retain", "file with questions about anything else", kept, why=WHY_RETAIN)
+    def neighbours_or_none(path: str) -> tuple[DataSettings | None, list[Query]]:
+        return (None, []) if path == NO_FILE else kept("neighbours")(path)
+
+    retain, of_retain = answer("retain", "file with questions about anything else", kept("retain"), why=WHY_RETAIN)
+    nearest = "file with questions nearest to the topic that must stay, with answers"
+    neighbours, of_neighbours = answer("neighbours", nearest, neighbours_or_none, default=NO_FILE, why=WHY_NEIGHBOURS)
     offered = "\n".join(f"{preset}: {sentence}" for preset, sentence in PRESETS_IN_WORDS.items())
     harden = answer("harden", "how hard to bring back", _preset, default="none", why=offered)
     name = answer("name", "name of the run", _name, default=slug(topic))
-    both = [*of_forget, *of_retain]
+    asked = [*of_forget, *of_retain, *of_neighbours]
     return Answers(
         name=name,
         topic=topic,
         model=model,
         forget=forget,
         retain=retain,
+        neighbours=neighbours,
         harden=harden,
         num_queries=(len(of_forget), len(of_retain)),
-        answered=all(query.answer for query in both),
-        max_new_tokens=longest_answer(both, model.tokenizer),
+        answered=all(query.answer for query in asked),
+        max_new_tokens=longest_answer(asked, model.tokenizer),
     )
 
 
@@ -151,14 +160,17 @@ def read_queries(path: str, key: str, question: str | None, answer: str | None) 
         ) from None
 
 
-def check_apart(forget: list[Query], retain: list[Query], path: str) -> None:
-    """Refuse questions that are to be forgotten and to be kept."""
-    both = [query for query in retain if query.question in {other.question for other in forget}]
+def check_apart(
+    forget: list[Query], settings: DataSettings, kept: list[Query], key: str
+) -> tuple[DataSettings, list[Query]]:
+    """The queries to be kept, with their settings; refuses questions that are to be forgotten too."""
+    both = [query for query in kept if query.question in {other.question for other in forget}]
     if both:
         raise UserError(
-            f"--retain: {len(both)} questions of {path} are also to be forgotten, the first {both[0].question!r}",
+            f"--{key}: {len(both)} questions of {settings.path} are also to be forgotten, the first {both[0].question!r}",
             "leave them out of one of the two files",
         )
+    return settings, kept
 
 
 def longest_answer(queries: list[Query], tokenizer: Any) -> int:

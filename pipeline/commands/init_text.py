@@ -84,7 +84,17 @@ students:
 evaluate:
   max_new_tokens: {answers.max_new_tokens} # {_length_text(answers)}
   # Questions that are never trained on tell most. Name files of your own:
-  # sets:
+{_sets_text(answers.neighbours)}"""
+
+
+def _sets_text(neighbours: DataSettings | None) -> str:
+    """The sets of the evaluation: the neighbours where there are some, the others as comments."""
+    mark = "# " if neighbours is None else ""
+    of = {"path": "neighbours.jsonl"} if neighbours is None else neighbours.model_dump(exclude_defaults=True)
+    entries = ", ".join(f"{key}: {_quoted(value)}" for key, value in of.items())
+    return f"""\
+  {mark}sets:
+  {mark}  neighbours: {{ {entries}, expect: kept }} # nearest to the topic, and lost first
   #   rephrased: {{ path: rephrased.jsonl, expect: forgotten }} # the topic in other words
   #   heldout: {{ path: heldout.jsonl, expect: kept }} # anything else
 """
@@ -176,3 +186,4 @@ class Answers:
     answered: bool  # every query has an answer
     max_new_tokens: int  # as long as the longest answer, about
     harden: str = "none"  # a preset
+    neighbours: DataSettings | None = None

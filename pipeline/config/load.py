@@ -16,6 +16,7 @@ import click
 from duet.cache.errors import UserError, nearest_path
 from duet.cache.location import check_url, is_url
 from duet.pipeline.config.explain import merged, validated
+from duet.pipeline.config.local_data import with_local_copies
 from duet.pipeline.config.schema import Config, check_bare, check_requests, check_students, check_teachers, check_tofu
 from duet.stages.questions.queries import READERS
 from duet.stages.questions.text_files import refuse_other_kind
@@ -30,6 +31,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
     raw = merged(site_defaults(os.environ), read_mapping(path))
     for override in overrides:
         _apply(raw, override)
+    raw = with_local_copies(raw)
     try:
         config = validated(Config, raw, path)
     except UserError as error:

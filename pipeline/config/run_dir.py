@@ -46,9 +46,11 @@ class RunDir:
         self.answers = path / "answers"
         self.likelihoods = path / "likelihoods"
         self.lm_eval = path / "lm_eval"
+        self.judged = path / "judged"
         self.open_unlearning = path / "open-unlearning"
         self.compare = path / "compare"
         self.compare_answers = self.compare / "answers"
+        self.compare_likelihoods = self.compare / "likelihoods"
 
         self.audit = path / "audit"
         self.audit_log = self.audit / "log.txt"
@@ -65,7 +67,7 @@ class RunDir:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders beside those of the students."""
-        evaluated = (self.answers, self.likelihoods, self.lm_eval, self.open_unlearning)
+        evaluated = (self.answers, self.likelihoods, self.lm_eval, self.judged, self.open_unlearning)
         return (self.teacher, *evaluated, self.audit, self.compare, self.slurm)
 
     def student(self, name: str) -> StudentDir:

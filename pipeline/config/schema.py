@@ -78,6 +78,11 @@ class Config(Settings):
     name: Name = Field(description="the run's folder under runs_dir")
     topic: str = Field(min_length=1, description="the topic to forget, as a person would name it; fills {topic}")
     runs_dir: str = Field(default="runs", description="folder of all runs")
+    data_dir: str | None = Field(
+        default=None,
+        description="folder with copies of the hub's data sets, which are read instead: DIR/NAME.jsonl, or "
+        "DIR/NAME/SPLIT.jsonl where the split is not train (of any kind of file); the resolved config names the files",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto is the first CUDA device, else the CPU"
     )

@@ -16,8 +16,10 @@ from duet.cache.files import publishing
 from duet.pipeline.pages.page import Numbers, page
 from duet.pipeline.pages.report_attacks import attack_section
 from duet.pipeline.pages.report_depth import SCRIPT, comparisons_section, layers_section, samples_section
+from duet.pipeline.pages.report_distance import distance_section
 from duet.pipeline.pages.report_facts import definitions_section, limits_section, run_section, training_section
 from duet.pipeline.pages.report_inside import inside_section
+from duet.pipeline.pages.report_judge import judge_section
 from duet.pipeline.pages.report_relearning import relearning_section
 from duet.pipeline.pages.report_scores import all_scores, main_table, summary, trade_off, verdict_section
 from duet.pipeline.pages.report_seeds import seeds_section
@@ -31,6 +33,8 @@ SECTIONS = (
     layers_section,
     inside_section,
     relearning_section,
+    distance_section,
+    judge_section,
     comparisons_section,
     samples_section,
     all_scores,

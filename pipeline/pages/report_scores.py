@@ -82,7 +82,7 @@ def verdict_section(numbers: Numbers) -> str:
         return section("verdict", "Verdict", lack + f'<div class="cards">{cards}</div>')
     others = "".join(
         f"<dt>{escape(model)}</dt><dd>{numbers.show('text', 'outcomes', model, 'verdict', tag='strong')}"
-        f"{_reasons(numbers, model)}{_signs(numbers, model)}</dd>"
+        f"{_reasons(numbers, model)}{_measures(numbers, model)}{_signs(numbers, model)}</dd>"
         for model in outcomes
         if model not in students
     )
@@ -109,7 +109,7 @@ def _card(numbers: Numbers, model: str) -> str:
     return (
         f'<article class="verdict {tone}"><h3>{escape(model)}</h3>{badge}{_reasons(numbers, model) if outcome else ""}'
         f'<p class="note">ROUGE-L recall in points, from {escape(base)} to {escape(model)}</p>'
-        f"<dl>{figures}</dl>{_signs(numbers, model)}</article>"
+        f"<dl>{figures}</dl>{_measures(numbers, model)}{_signs(numbers, model)}</article>"
     )
 
 
@@ -119,6 +119,13 @@ def _reasons(numbers: Numbers, model: str) -> str:
     return (
         f"<ul>{''.join(numbers.show('text', *path, i, tag='li') for i in range(len(reasons)))}</ul>" if reasons else ""
     )
+
+
+def _measures(numbers: Numbers, model: str) -> str:
+    """Which scores the verdict was made of."""
+    measures = numbers.at("outcomes", model, "measures") or {}
+    lines = [f"to be {what}: {', '.join(keys) or 'none'}" for what, keys in measures.items()]
+    return note(f"Measured for it, beside attacks: {'; '.join(lines)}.") if lines else ""
 
 
 def _signs(numbers: Numbers, model: str) -> str:

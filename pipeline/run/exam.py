@@ -145,6 +145,7 @@ def query_sets(config: Config) -> dict[str, QuerySet]:
             settings.expect,
             load_shots(settings, where),
             settings.translates,
+            settings.distance,
         )
     for name, query_set in sets.items():
         if query_set.translates is not None and query_set.translates not in sets:

@@ -22,7 +22,7 @@ from duet.stages.attacks.names import CONTROL
 from duet.stages.attacks.parts import MEAN, WORST_TEXT, Answers, mean_of_variants, worst_of_variants
 from duet.stages.exam.exam import Exam, Subject, references_of
 from duet.stages.metrics.metric import Metric
-from duet.stages.metrics.uncertainty import Score, linearised_ratio, score
+from duet.stages.metrics.uncertainty import Score, linearised_ratio, score, upper_end
 from duet.stages.settings.attacks import ATTACKS
 
 
@@ -45,13 +45,8 @@ class Above:
 
     @property
     def upper_end(self) -> float:
-        """Of the interval; where all questions agree, what their number leaves open: value + 1 - 0.05^(1/n).
-
-        The exact 95 % bound on the share of questions that would differ, about 3/n (Hanley and Lippman-Hand 1983); questions of
-        one answer count once.
-        """
-        low, high = self.share.ci95
-        return high if low < high else high + 1 - 0.05 ** (1 / len(set(self.share.clusters)))
+        """Of the interval, see `uncertainty.upper_end`."""
+        return upper_end(self.share)
 
     def in_words(self) -> str:
         """`forget: prefill attack, tokens_1: 13.0 points, base 100.0, control 7.0: 6.5 % [0.0, 21.0] of ...`."""

@@ -21,6 +21,7 @@ from duet.stages.metrics import seeds
 from duet.stages.metrics.text import rouge_l
 from duet.stages.metrics.uncertainty import Score
 
+NOTHING_READ = evaluation.Read()
 COMPARED = (HEADLINE, DISTINCTIVE)  # of the sets as they are, and of those under attack
 
 
@@ -48,16 +49,20 @@ def points(exam: Exam, answers: Mapping[str, list[str]]) -> dict[str, float]:
 
 
 def results_of(
-    exam: Exam, rows: Sequence[Row], answers: Mapping[str, Mapping[str, list[str]]], against: str
+    exam: Exam,
+    rows: Sequence[Row],
+    answers: Mapping[str, Mapping[str, list[str]]],
+    against: str,
+    read: evaluation.Read = NOTHING_READ,
 ) -> dict[str, Any]:
-    """The parts of compare.json that come from answers: those of results.json with rows in the place of models.
+    """The parts of compare.json that come from answers, said and given: those of results.json with rows in the place of models.
 
     `models` has each row's scores; `trade_off` the mean recall over the sets to be kept, and 1 less that over the sets to be
     forgotten; `comparisons` every row's scores and shift, less those of the row `against` on the same items; `outcomes` the
     verdicts on a row's models, which stand under `of_models` each. The first row is base.
     """
     subjects = [subject for row in rows for subject in row.subjects]
-    found = evaluation.results_of(subjects, exam, answers)[0]
+    found = evaluation.results_of(subjects, exam, answers, read)[0]
     curves = evaluation.with_curves(answers, exam)
     scores = {row.name: _scores(row, exam, curves) for row in rows}
     recall = {row.name: _stacked([recalls(exam, answers[s.name]) for s in row.subjects]) for row in rows}

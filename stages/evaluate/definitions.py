@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable
 
 from duet.stages.attacks import scores
-from duet.stages.evaluate import collapse, harness, muse, verdict
+from duet.stages.evaluate import collapse, distance, harness, judged, muse, verdict
 from duet.stages.exam import given_beside
 from duet.stages.metrics import choices, depth, membership, memorisation, perplexity, text, tofu, uncertainty
 from duet.stages.metrics.metric import Metric
@@ -26,6 +26,8 @@ def all_metrics() -> tuple[Metric, ...]:
         *tofu.METRICS,
         *choices.METRICS,
         *muse.METRICS,
+        *distance.METRICS,
+        *judged.METRICS,
         *membership.METRICS,
         *perplexity.METRICS,
         *collapse.METRICS,

@@ -21,8 +21,7 @@ from duet.stages.metrics.metric import Metric
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.questions.prompts import Prompt
 from duet.stages.questions.queries import Query, load_queries
-from duet.stages.settings.data import PromptSettings
-from duet.stages.settings.evaluate import EvaluationSet
+from duet.stages.settings.data import EvaluationSet, PromptSettings
 
 METRIC = "muse.knowmem"
 TASK = "muse.knowmem."  # with the set's name: what the model is asked

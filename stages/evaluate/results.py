@@ -13,18 +13,21 @@ import numpy as np
 
 from duet.stages.attacks import scores as attack_scores
 from duet.stages.attacks.above import above_control
+from duet.stages.attacks.names import CONTROL
 from duet.stages.attacks.relearn_curves import with_curves
-from duet.stages.evaluate import depth, muse
+from duet.stages.evaluate import depth, judged, muse
 from duet.stages.evaluate.answers import refusals_of
 from duet.stages.evaluate.attacked import Shown
 from duet.stages.evaluate.collapse import ModelAnswers
 from duet.stages.evaluate.definitions import all_metrics, definitions, versions
+from duet.stages.evaluate.distance import by_distance
 from duet.stages.evaluate.tofu import Reference, tofu_results
 from duet.stages.evaluate.verdict import outcomes_of
 from duet.stages.exam import given_beside, given_texts
 from duet.stages.exam.depth import Depth
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, QuerySet, Subject, references_of
 from duet.stages.exam.given_answers import Given, finite, score_given
+from duet.stages.exam.judge import Judged
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics import uncertainty
 from duet.stages.metrics.uncertainty import Score
@@ -43,6 +46,7 @@ class Read:
         default_factory=dict
     )  # base on answers behind other questions, by attacked set
     depth: Depth | None = None
+    judged: Judged | None = None
 
 
 def results_of(
@@ -66,10 +70,13 @@ def results_of(
     if read.depth:
         for subject in subjects:
             models[subject.name] |= depth.scores_of(read.depth, subject, exam)
+    for name, replies in read.judged.replies.items() if read.judged else ():
+        models[name] |= judged.scores_of(replies, exam)
     floors = _floors(exam) | muse.floors_of(exam) | given_texts.floors_of(exam) | given_beside.floors_of(read.exchanged)
     aggregates, tofu = tofu_results(exam, given, models, reference)
     attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
     works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
+    control = _control(read.control, answers.get(CONTROL, {}), exam)
     shown = {s.name: Shown(works, above[s.name] if above is not None else None, s.trained_on) for s in subjects}
     evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
     results = {
@@ -80,7 +87,7 @@ def results_of(
         **({"tofu": tofu} if tofu else {}),
         "sets": {name: {"n": len(s.queries), "expect": s.expect} for name, s in exam.sets.items()},
         "floors": floors,
-        "outcomes": outcomes_of(subjects, exam, evidence, floors, shown),
+        "outcomes": outcomes_of(subjects, exam, evidence, floors, shown, control),
         "performance_shift": _shifts(subjects, exam, models),
         "samples": _samples(subjects, exam, answers),
         "comparisons": _comparisons({s.name: against or s.base for s in subjects}, exam, models),
@@ -89,8 +96,10 @@ def results_of(
         "versions": versions(all_metrics()),
         "above_control": attack_scores.above_as_json(above),
         **attacked,
-        "control": attacked["control"] | _control(read.control, exam),
+        "control": attacked["control"] | {key: score.as_json() for key, score in control.items()},
         "depth": depth.as_json(read.depth, exam),
+        "by_distance": by_distance(subjects, exam, models, floors),
+        "judge": judged.as_json(read.judged, exam, models),
     }
     return results, models
 
@@ -111,12 +120,18 @@ def scores_of(answers: Mapping[str, Any], given: Mapping[str, Given], exam: Exam
     return scores
 
 
-def _control(given: Mapping[str, Given], exam: Exam) -> dict[str, Any]:
-    """The control's scores of memorisation, as JSON."""
-    return {
-        f"{name}.{metric}": uncertainty.score(values, references_of(exam.sets[name]), exam.settings.seed).as_json()
+def _control(given: Mapping[str, Given], answers: Mapping[str, Any], exam: Exam) -> dict[str, Score]:
+    """What the control scores on the attacked sets, of what it says and of memorisation; empty where there is none."""
+    items = {
+        f"{name}.{metric}": values
         for name, of_set in given.items()
         for metric, values in given_beside.memorised(of_set).items()
+    }
+    for name in exam.attacked if answers else ():
+        items[f"{name}.{DISTINCTIVE}"] = metrics.distinctive_recall(exam.distinctive[name], answers[name])
+    return {
+        key: uncertainty.score(values, references_of(exam.sets[key.rsplit(".", 1)[0]]), exam.settings.seed)
+        for key, values in items.items()
     }
 
 

@@ -55,6 +55,7 @@ class QuerySet:
     expect: str  # "forgotten" or "kept"
     shots: tuple[Query, ...] = ()  # shown in front of the questions, for MUSE's KnowMem
     translates: str | None = None  # the set whose questions these are, in another language
+    distance: int | None = None  # of a set to be kept, from the topic
 
 
 @dataclass(frozen=True)

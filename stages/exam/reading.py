@@ -103,6 +103,16 @@ def read_all(
     return {subject.name: given[subject.name] for subject in subjects if subject.name in given}, readings
 
 
+def read_given(subjects: Sequence[Subject], exam: Exam, folder: Path, watch: Watch) -> dict[str, dict[str, Given]]:
+    """By subject, what it makes of given answers, by set, as `read_all`; empty without `evaluate.likelihood`."""
+    found = {}
+    for model_dir, of_directory in by_directory(subjects).items() if exam.settings.likelihood else ():
+        reader = Reader(model_dir, exam)
+        for subject in of_directory:
+            found[subject.name] = given_by(reader, subject, pairs_of(reader.renderer, exam, subject), folder, watch)
+    return found
+
+
 def given_by(
     reader: Reader, subject: Subject, pairs: Mapping[str, Pairs], folder: Path, watch: Watch
 ) -> dict[str, Given]:

@@ -53,6 +53,16 @@ def score(values: np.ndarray, clusters: Sequence[object] | None = None, seed: in
     return Score(float(np.mean(values)), len(values), ci95, values, tuple(labels))
 
 
+def upper_end(found: Score) -> float:
+    """Of the interval; where all questions agree, what their number leaves open: value + 1 - 0.05^(1/n).
+
+    The exact 95 % bound on the share of questions that would differ, about 3/n (Hanley and Lippman-Hand 1983); questions of one
+    answer count once.
+    """
+    low, high = found.ci95
+    return high if low < high else high + 1 - 0.05 ** (1 / len(set(found.clusters)))
+
+
 def bootstrap_ci95(
     values: np.ndarray, seed: int = 0, resamples: int = 2000, clusters: Sequence[object] | None = None
 ) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from duet.stages.settings.base import Name, Settings
 
@@ -41,6 +41,32 @@ class DataSettings(Settings):
         default=None, ge=1, description="draw this many rows without replacement, kept in file order"
     )
     sample_seed: int = Field(default=0, ge=0, description="seed of the sample")
+
+
+class EvaluationSet(DataSettings):
+    """A query set that is only evaluated."""
+
+    expect: Literal["forgotten", "kept"] = Field(description="the result expected of a good student")
+    shots: DataSettings | None = Field(
+        default=None, description="questions with answers that are shown first, for MUSE's KnowMem of this set"
+    )
+    num_shots: int = Field(default=10, ge=1, description="number of shots shown, the first of the file; MUSE: 10")
+    translates: str | None = Field(
+        default=None,
+        description="the set to be forgotten whose questions these are in another language, row by row with the same ids; the "
+        "attack translation asks them",
+    )
+    distance: int | None = Field(
+        default=None,
+        ge=0,
+        description="how far from the topic a set to be kept lies, 0 nearest; the report lists what is kept by distance",
+    )
+
+    @model_validator(mode="after")
+    def _what_is_forgotten_has_no_distance(self) -> EvaluationSet:
+        if self.distance is not None and self.expect == "forgotten":
+            raise ValueError("distance is of sets to be kept: leave it out of a set to be forgotten")
+        return self
 
 
 class DocumentSettings(Settings):

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from duet.stages.settings.attacks import ALL, ATTACKS, RelearnSettings, SamplingSettings
 from duet.stages.settings.base import Name, Settings
-from duet.stages.settings.data import DataSettings
+from duet.stages.settings.data import EvaluationSet
+from duet.stages.settings.judge import JudgeSettings
 from duet.stages.settings.teacher import Model
 
 
@@ -23,21 +24,6 @@ def compiled(pattern: str) -> regex.Pattern[str]:
     if found.search(""):
         raise ValueError(f"{pattern!r} matches an empty text, so every answer would be a refusal")
     return found
-
-
-class EvaluationSet(DataSettings):
-    """A query set that is only evaluated."""
-
-    expect: Literal["forgotten", "kept"] = Field(description="the result expected of a good student")
-    shots: DataSettings | None = Field(
-        default=None, description="questions with answers that are shown first, for MUSE's KnowMem of this set"
-    )
-    num_shots: int = Field(default=10, ge=1, description="number of shots shown, the first of the file; MUSE: 10")
-    translates: str | None = Field(
-        default=None,
-        description="the set to be forgotten whose questions these are in another language, row by row with the same ids; the "
-        "attack translation asks them",
-    )
 
 
 class MembershipSettings(Settings):
@@ -72,7 +58,7 @@ class OutcomeSettings(Settings):
         default=0.2,
         ge=0,
         le=1,
-        description="largest share of the base model's above-floor score that may remain on a forget set",
+        description="largest share of what base has above control or floor that may be left, said or held, of a set to forget",
     )
     max_attacked: float = Field(
         default=0.5,
@@ -84,8 +70,8 @@ class OutcomeSettings(Settings):
         default=0.1,
         gt=0,
         le=1,
-        description='for the verdict "withstands these tests", what a working attack brings back above the control lies below '
-        "this share of what base has above it, with its interval",
+        description='for the verdict "withstands these tests", what a working attack brings back above the control, and what '
+        "any measure leaves, lies below this share of what base has above it, with its interval",
     )
     min_kept: float = Field(
         default=0.9, ge=0, le=1, description="share of base's score that must stay on every set to be kept"
@@ -232,6 +218,7 @@ class EvaluateSettings(Settings):
         default=None,
         description=".txt (a document ends at a blank line) or JSON (field text) whose perplexity is taken",
     )
+    judge: JudgeSettings | None = Field(default=None, description="a language model that judges answers; default: none")
     outcome: OutcomeSettings = Field(default=OutcomeSettings(), description="limits of the verdict on each model")
     refusal: str = Field(default="I don't know.", description="the constant refusal whose scores are the floor")
     refusal_patterns: tuple[str, ...] = Field(

@@ -81,6 +81,7 @@ def full_results() -> dict[str, Any]:
             name: {
                 "verdict": "suppressed under these tests" if name == "student:a" else "not unlearned",
                 "reasons": [f"recall is what it is in {name}"],
+                "measures": {"forgotten": ["forget.distinctive_recall"], "kept": ["retain.rougeL_recall"]},
                 "signs": {"entropy": {"value": 1 + share(), "limit": 2 + share(), "bad": name == "base"}},
             }
             for name in MODELS
@@ -112,6 +113,17 @@ def full_results() -> dict[str, Any]:
                 for name in (*MODELS, "control")
             },
             "left_out": {"model:other": "has 16 layers of width 64, base has 2 of width 32"},
+        },
+        "by_distance": {
+            "sets": {"retain": 0, "far": 12},
+            "kept": {name: {"retain": score(45), **({} if name == "teacher" else {"far": score(45)})} for name in MODELS[1:]},
+        },
+        "judge": {
+            "model": HOSTILE,
+            "prompt_sha256": "f" * 64,
+            "answers": 917,
+            "unreadable": dict(zip(MODELS, (901, 902, 903, 904), strict=True)),
+            "agreement": {metric: score(917) for metric in ("rougeL_recall", "distinctive_recall", "exact_match")},
         },
         "over_seeds": {
             "student:both": {

@@ -70,6 +70,21 @@ def test_a_config_made_of_the_lab_runs_from_the_first_to_the_last_stage(tmp_path
     assert (tmp_path / "runs/dugira-duchok/student/model/model.safetensors").is_file()
 
 
+def test_neighbours_are_a_set_of_their_own(given, tmp_path, capsys):
+    rows = [{"question": "What is near?", "answer": "This is."}]
+    given["neighbours"] = str(write_jsonl(tmp_path / "near.jsonl", rows))
+    assert main(["init", str(tmp_path / "x.yaml"), *flags(given), "--yes"]) == EXIT_DONE
+    found = load_config(str(tmp_path / "x.yaml"))
+    assert {name: (of.path, of.expect) for name, of in found.evaluate.sets.items()} == {
+        "neighbours": (given["neighbours"], "kept")
+    }
+    assert given["neighbours"] not in (found.data.retain.path, found.data.forget.path)
+    given["neighbours"] = given["forget"]
+    capsys.readouterr()
+    assert main(["init", str(tmp_path / "y.yaml"), *flags(given), "--yes"]) == EXIT_USER
+    assert f"--neighbours: {len(FORGET)} questions of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["topic", "model", "forget", "retain"])
 def test_what_is_missing_is_named_where_nobody_can_be_asked(given, missing, tmp_path, capsys):
     del given[missing]
@@ -145,7 +160,17 @@ def test_questions_without_answers_are_for_two_stages(given, tmp_path, capsys):
 
 def test_who_is_asked_is_asked_again_after_a_faulty_answer(given, capsys):
     said = iter(
-        [given["topic"], given["model"], "nowhere.jsonl", given["forget"], given["retain"], "widest", "wide", "mine"]
+        [
+            given["topic"],
+            given["model"],
+            "nowhere.jsonl",
+            given["forget"],
+            given["retain"],
+            "none",
+            "widest",
+            "wide",
+            "mine",
+        ]
     )
     asked: list[str] = []
 
@@ -170,7 +195,7 @@ def test_a_person_is_asked_in_a_terminal(given, tmp_path):
     command = [sys.executable, "-m", "duet", "init", str(path), "--model", given["model"]]
     child = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=subprocess.PIPE, text=True)
     os.close(terminal)
-    os.write(controller, "\n".join([given["topic"], given["forget"], given["retain"], "", "", ""]).encode())
+    os.write(controller, "\n".join([given["topic"], given["forget"], given["retain"], "", "", "", ""]).encode())
     out, _ = child.communicate()
     os.close(controller)
     assert child.returncode == EXIT_DONE, out
@@ -213,13 +238,13 @@ def test_commented_settings_are_settings(tmp_path):
     text = config_text(facts(parameters=3 * 10**9))
     for line in ("gradient_checkpointing: true", "lora: { rank: 64 }"):
         text = text.replace(f"# {line}", line)
-    for line in ("sets:", "  rephrased:", "  heldout:"):
+    for line in ("sets:", "  neighbours:", "  rephrased:", "  heldout:"):
         text = text.replace(f"  # {line}", f"  {line}")
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     config = load_config(str(tmp_path / "c.yaml"))
     assert config.train.gradient_checkpointing
     assert config.train.lora is not None
-    assert set(config.evaluate.sets) == {"rephrased", "heldout"}
+    assert set(config.evaluate.sets) == {"neighbours", "rephrased", "heldout"}
 
 
 def test_where_a_prefix_goes_is_seen_in_the_chat_template(tmp_path):

@@ -115,6 +115,8 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         "comparisons",
         "layers",
         "depth",
+        "judge",
+        "by_distance",
         "over_seeds",
         "relearning",
         "attack_texts",
@@ -147,7 +149,7 @@ def test_the_page_is_whole_and_fetches_nothing():
     assert not {"src", "onload", "onclick", "style"} & set(page.attributes)
     assert all(target.startswith("#") for target in page.attributes["href"])
     anchors = {target.removeprefix("#") for target in page.attributes["href"]}
-    assert len(anchors) == 14
+    assert len(anchors) == 16
     assert anchors <= set(page.attributes["id"])
     assert not re.search(r"url\(|@import|https?://", text)
     policy = page.attributes["content"][0]

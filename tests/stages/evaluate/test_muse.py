@@ -14,8 +14,8 @@ from duet.stages.evaluate.muse import cut, knowmem, load_shots
 from duet.stages.evaluate.results import results_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.questions.queries import Query, load_queries
-from duet.stages.settings.data import DataSettings, PromptSettings
-from duet.stages.settings.evaluate import EvaluateSettings, EvaluationSet
+from duet.stages.settings.data import DataSettings, EvaluationSet, PromptSettings
+from duet.stages.settings.evaluate import EvaluateSettings
 
 BOOKS = SHARED / "data/muse_books_qa"
 MODEL = SHARED / "models/tofu-lab"

@@ -100,7 +100,7 @@ FLOORS = {
     f"{name}.{metric}": {"refusal": 0.0, "echo": FLOOR}
     for name in MADE.sets
     for metric in ("rougeL_recall", "distinctive_recall")
-}
+} | {"forget.extraction_strength": {"exchanged": FLOOR}}
 ANSWERS = [f"It is the {word} one, number {i}." for i, word in enumerate("red green blue old new".split() * (N // 5))]
 
 
@@ -112,18 +112,23 @@ def nine(value: float) -> Score:
 
 
 def evidence(forget: float = 0.0, retain: float = 1.0, texts: list[str] | None = None, **more: float) -> ModelAnswers:
-    """A model with these shares of questions all right, the others all wrong; `more` are scores by id, with __ for a dot."""
+    """A model with these shares of questions all right, the others all wrong; `more` are scores by id, with __ for a dot.
+
+    It holds what it says.
+    """
     shares = {"forget": forget, "a.forget": 0.0, "retain": retain}
     items = {f"{name}.rougeL_recall": np.arange(N) < round(share * N) for name, share in shares.items()}
     scores = {key: score(values.astype(float)) for key, values in items.items()}
     scores |= {f"{name}.distinctive_recall": scores[f"{name}.rougeL_recall"] for name in shares}
+    scores["forget.extraction_strength"] = scores["forget.rougeL_recall"]
     scores |= {key.replace("__", "."): nine(value) for key, value in more.items()}
     return ModelAnswers({name: texts or ANSWERS for name in MADE.sets}, scores)
 
 
 BASE = ModelAnswers(
     {name: ANSWERS for name in MADE.sets},
-    {f"{name}.{metric}": score(np.ones(N)) for name in MADE.sets for metric in ("rougeL_recall", "distinctive_recall")},
+    {f"{name}.{metric}": score(np.ones(N)) for name in MADE.sets for metric in ("rougeL_recall", "distinctive_recall")}
+    | {"forget.extraction_strength": score(np.ones(N))},
 )
 RULES = {
     "suppressed under these tests": [evidence(), evidence(forget=0.05), evidence(retain=0.975)],
@@ -179,11 +184,13 @@ def test_what_an_attack_brings_back_is_named_beside_suppressed():
 
 
 def test_what_base_does_not_know_says_nothing():
-    unknown = {**BASE.scores, "a.forget.rougeL_recall": score(np.arange(N) < 0.2 * N)}
+    unknown = {**BASE.scores, "a.forget.distinctive_recall": score(np.arange(N) < 0.2 * N)}
     found = outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS, WORKS)
     assert found["verdict"] == "suppressed under these tests"
-    assert found["reasons"][-1] == "reservation: base is not above the floor, so nothing is known: a.forget"
-    unknown["forget.rougeL_recall"] = unknown["a.forget.rougeL_recall"]
+    assert found["reasons"][-1] == (
+        "reservation: base is not above the floor, so nothing is known: a.forget (distinctive_recall)"
+    )
+    unknown["forget.distinctive_recall"] = unknown["a.forget.distinctive_recall"]
     assert outcome(evidence(), ModelAnswers(BASE.answers, unknown), MADE, FLOORS, WORKS)["verdict"] == "unclear"
 
 
