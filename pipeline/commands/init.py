@@ -153,10 +153,10 @@ def read_queries(path: str, key: str, question: str | None, answer: str | None) 
 
 def check_apart(forget: list[Query], retain: list[Query], path: str) -> None:
     """Refuse questions that are to be forgotten and to be kept."""
-    both = [query for query in retain if query.question in {other.question for other in forget}]
+    both = [query for query in retain if query.asked in {other.asked for other in forget}]
     if both:
         raise UserError(
-            f"--retain: {len(both)} questions of {path} are also to be forgotten, the first {both[0].question!r}",
+            f"--retain: {len(both)} questions of {path} are also to be forgotten, the first {both[0].asked!r}",
             "leave them out of one of the two files",
         )
 

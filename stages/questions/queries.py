@@ -5,6 +5,7 @@ How a file becomes rows is in `json_rows.py`, `tables.py` (CSV) and `columns.py`
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from duet.cache.errors import UserError, nearest_path
-from duet.stages.questions.columns import HUB_SCHEME, WrongField, read_hub, read_parquet
+from duet.stages.questions import conversations
+from duet.stages.questions.columns import HUB_SCHEME, QUESTION, WrongField, read_hub, read_parquet
+from duet.stages.questions.conversations import Turn
 from duet.stages.questions.json_rows import KINDS as JSON_KINDS
 from duet.stages.questions.json_rows import read_json_rows
 from duet.stages.questions.tables import DELIMITERS, read_table
@@ -31,8 +34,8 @@ SHOWN = 200  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Query:
-    """One question. `answer` is None where the data has none, and the right choice where it has choices; what the further
-    fields hold, and whether they do, the settings say."""
+    """One question, or a conversation of which it is the last user turn. `answer` is None where the data has none, and the
+    right choice where it has choices; what the further fields hold, and whether they do, the settings say."""
 
     row_id: str
     question: str
@@ -41,6 +44,28 @@ class Query:
     perturbed: tuple[str, ...] | None = None  # wrong answers, at least one
     choices: tuple[str, ...] = ()
     right: int | None = None  # number of the right choice, from 0
+    before: tuple[Turn, ...] = ()  # the conversation's turns before the question
+    after: tuple[Turn, ...] = ()  # those behind it; the assistant's as the last is the beginning of the answer
+
+    @property
+    def is_conversation(self) -> bool:
+        return bool(self.before or self.after)
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is said up to the answer, turn by turn."""
+        return [turn.content for turn in self._turns if turn.content]
+
+    @property
+    def asked(self) -> str:
+        """What is asked, as one text that no other query has: the question, or the conversation as JSON."""
+        if not self.is_conversation:
+            return self.question
+        return json.dumps([turn.message for turn in self._turns], ensure_ascii=False)
+
+    @property
+    def _turns(self) -> list[Turn]:
+        return [*self.before, Turn("user", self.question), *self.after]
 
 
 def load_queries(settings: DataSettings, where: str, need_answers: bool = False) -> list[Query]:
@@ -89,15 +114,34 @@ def _query(row: Any, number: int, settings: DataSettings, where: str, need_answe
     if settings.choices_field is not None:
         choices, right = _choices(row, settings, at, where)
         row = row | {settings.answer_field: choices[right]}
-    question = _text(row, "question_field", settings, at, where)
+    asked = _asked(row, settings, at, where)
     has_answer = row.get(settings.answer_field) is not None
-    answer = _text(row, "answer_field", settings, at, where) if has_answer or need_answers else None
+    if has_answer and asked.answer is not None:
+        raise UserError(
+            f"{at} has two answers: its conversation ends in one, and the field {settings.answer_field!r} holds another",
+            f"take one of them out, or name a field that no row has with {where}.answer_field",
+        )
+    answer = asked.answer
+    if has_answer or (need_answers and answer is None):
+        answer = _text(row, "answer_field", settings, at, where)
     paraphrased = (
         _text(row, "paraphrased_field", settings, at, where) if settings.paraphrased_field is not None else None
     )
     perturbed = _texts(row, "perturbed_field", settings, at, where) if settings.perturbed_field is not None else None
     row_id = _row_id(row, settings, at, where) if settings.id_field is not None else str(number)
-    return Query(row_id, question, answer, paraphrased, perturbed, choices, right)
+    return Query(
+        row_id, asked.question, answer, paraphrased, perturbed, choices, right, before=asked.before, after=asked.after
+    )
+
+
+def _asked(row: dict[str, Any], settings: DataSettings, at: str, where: str) -> conversations.Asked:
+    """The row's question, or its conversation: a list in the place of a text, or under `messages` where no question is."""
+    field = settings.question_field
+    if field == QUESTION and row.get(field) is None and row.get(conversations.FIELD) is not None:
+        return conversations.asked_of(row[conversations.FIELD], f"{at}: {conversations.FIELD}")
+    if isinstance(row.get(field), list | dict):
+        return conversations.asked_of(row[field], f"{at}: {field}")
+    return conversations.Asked((), _text(row, "question_field", settings, at, where), (), None)
 
 
 def shown(value: Any) -> str:
