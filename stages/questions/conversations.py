@@ -18,6 +18,7 @@ from duet.stages.questions.text_files import FAULT_HINT, fault_of
 FIELD = "messages"  # of a row that has a conversation in the place of a question
 ROLES = ("system", "user", "assistant", "tool")
 CONTINUE = "continue"  # key of a last assistant turn that the answer goes on with
+WEIGHT = "weight"  # key of an assistant turn that says whether it is asked for
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Asked:
-    """A conversation around its question, and its answer, where it ends in one."""
+    """A conversation around its question, and its answer, where it has one."""
 
     before: tuple[Turn, ...]
     question: str
@@ -48,25 +49,49 @@ class Asked:
     answer: str | None
 
 
-def asked_of(found: Any, at: str) -> Asked:
-    """What a list of messages asks; UserError, which begins with `at`, where it cannot be asked."""
+def asked_of(found: Any, every: bool, at: str) -> list[Asked]:
+    """What a list of messages asks: for its last answer, or for `every` one, each behind all that stands before it.
+
+    A message's own weight, 1 or 0, goes before that. UserError, which begins with `at`, where it cannot be asked.
+    """
     messages = _listed(found, at)
     turns = [_turn(message, f"{at}, message {number}") for number, message in enumerate(messages)]
     _check_order(turns, at)
     continued = [number for number, message in enumerate(messages) if message.get(CONTINUE)]
-    if continued and (continued != [len(turns) - 1] or turns[-1].role != "assistant" or _calls(turns[-1])):
+    last = turns[-1]
+    if continued and (continued != [len(turns) - 1] or last.role != "assistant" or _calls(last)):
         raise UserError(
             f"{at}, message {continued[0]}: only a text of the assistant that ends the conversation can be continued",
             f"take {CONTINUE!r} out of the message",
         )
-    if turns[-1].role != "assistant" or continued:
-        return _around_question(turns, None, at)
-    if _calls(turns[-1]):
+    if _calls(last):
         raise UserError(
             f"{at}: the conversation ends in a tool call, and an answer is text",
             "end it with the answer's text, or with the turn before",
         )
-    return _around_question(turns[:-1], turns[-1].content, at)
+    open_end = bool(continued) or last.role != "assistant"
+    wanted = []
+    for number, (turn, message) in enumerate(zip(turns, messages, strict=True)):
+        is_last = number == len(turns) - 1
+        if _is_wanted(turn, message.get(WEIGHT), every or is_last, f"{at}, message {number}") and not (
+            is_last and open_end
+        ):
+            wanted.append(number)
+    asked = [_around_question(turns[:number], turns[number].content, at) for number in wanted]
+    asked += [_around_question(turns, None, at)] if open_end else []
+    if not asked:
+        raise UserError(f"{at}: every answer has the weight 0", "give one of them the weight 1, or take the row out")
+    return asked
+
+
+def _is_wanted(turn: Turn, weight: Any, by_setting: bool, at: str) -> bool:
+    """Whether a turn is an answer that is asked for."""
+    if weight not in (None, 0, 1) or (weight == 1 and (turn.role != "assistant" or _calls(turn))):
+        raise UserError(
+            f"{at} has the weight {weight!r}",
+            "a text of the assistant may have 1, which asks for it, or 0, which does not; others have none",
+        )
+    return turn.role == "assistant" and not _calls(turn) and (by_setting if weight is None else weight == 1)
 
 
 def _listed(found: Any, at: str) -> list[Any]:
@@ -87,7 +112,7 @@ def _turn(message: Any, at: str) -> Turn:
     """One message, checked by itself."""
     if not isinstance(message, dict):
         raise UserError(f"{at} is {str(message)[:60]!r}, expected an object", "give each message a role and a content")
-    further = {key: value for key, value in message.items() if value is not None and key != CONTINUE}
+    further = {key: value for key, value in message.items() if value is not None and key not in (CONTINUE, WEIGHT)}
     role, content = further.pop("role", None), further.pop("content", None)
     if role not in ROLES:
         other = "; its keys are from and value, call them so" if {"from", "value"} <= message.keys() else ""

@@ -73,9 +73,9 @@ def load_queries(settings: DataSettings, where: str, need_answers: bool = False)
     rows = list(_read_rows(settings, where))
     if not rows:
         raise UserError(f"{where}: {settings.path} has no rows", "name a file with at least one question")
-    queries = [_query(row, number, settings, where, need_answers) for number, row in enumerate(rows)]
+    queries = [_queries(row, number, settings, where, need_answers) for number, row in enumerate(rows)]
     _check_unique(queries, settings, where)
-    return [queries[i] for i in _selection(settings, len(queries), where)]
+    return [query for i in _selection(settings, len(queries), where) for query in queries[i]]
 
 
 def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
@@ -106,7 +106,8 @@ def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
     return reader(path, settings, where)
 
 
-def _query(row: Any, number: int, settings: DataSettings, where: str, need_answers: bool) -> Query:
+def _queries(row: Any, number: int, settings: DataSettings, where: str, need_answers: bool) -> list[Query]:
+    """A row's query, or those of a conversation of which several answers are asked for."""
     at = f"{where}: {settings.path}, row {number}"
     if not isinstance(row, dict):
         raise UserError(f"{at} is {shown(row)}, expected an object", 'write one object per row: {"question": "…"}')
@@ -116,32 +117,48 @@ def _query(row: Any, number: int, settings: DataSettings, where: str, need_answe
         row = row | {settings.answer_field: choices[right]}
     asked = _asked(row, settings, at, where)
     has_answer = row.get(settings.answer_field) is not None
-    if has_answer and asked.answer is not None:
+    if has_answer and all(one.answer is not None for one in asked):
         raise UserError(
             f"{at} has two answers: its conversation ends in one, and the field {settings.answer_field!r} holds another",
             f"take one of them out, or name a field that no row has with {where}.answer_field",
         )
-    answer = asked.answer
-    if has_answer or (need_answers and answer is None):
-        answer = _text(row, "answer_field", settings, at, where)
+    given = None  # of a question, and of a conversation without an answer of its own
+    if has_answer or (need_answers and any(one.answer is None for one in asked)):
+        given = _text(row, "answer_field", settings, at, where)
     paraphrased = (
         _text(row, "paraphrased_field", settings, at, where) if settings.paraphrased_field is not None else None
     )
     perturbed = _texts(row, "perturbed_field", settings, at, where) if settings.perturbed_field is not None else None
     row_id = _row_id(row, settings, at, where) if settings.id_field is not None else str(number)
-    return Query(
-        row_id, asked.question, answer, paraphrased, perturbed, choices, right, before=asked.before, after=asked.after
-    )
+    if len(asked) > 1 and (paraphrased or perturbed or choices):
+        raise UserError(
+            f"{at} asks for {len(asked)} answers, and has other answers to one",
+            f"leave {where}.turns out, and the weights of its messages, or the fields of other answers",
+        )
+    return [
+        Query(
+            f"{row_id}/{at_turn}" if len(asked) > 1 else row_id,
+            one.question,
+            given if one.answer is None else one.answer,
+            paraphrased,
+            perturbed,
+            choices,
+            right,
+            before=one.before,
+            after=one.after,
+        )
+        for at_turn, one in enumerate(asked, start=1)
+    ]
 
 
-def _asked(row: dict[str, Any], settings: DataSettings, at: str, where: str) -> conversations.Asked:
+def _asked(row: dict[str, Any], settings: DataSettings, at: str, where: str) -> list[conversations.Asked]:
     """The row's question, or its conversation: a list in the place of a text, or under `messages` where no question is."""
-    field = settings.question_field
+    field, every = settings.question_field, settings.turns == "all"
     if field == QUESTION and row.get(field) is None and row.get(conversations.FIELD) is not None:
-        return conversations.asked_of(row[conversations.FIELD], f"{at}: {conversations.FIELD}")
+        return conversations.asked_of(row[conversations.FIELD], every, f"{at}: {conversations.FIELD}")
     if isinstance(row.get(field), list | dict):
-        return conversations.asked_of(row[field], f"{at}: {field}")
-    return conversations.Asked((), _text(row, "question_field", settings, at, where), (), None)
+        return conversations.asked_of(row[field], every, f"{at}: {field}")
+    return [conversations.Asked((), _text(row, "question_field", settings, at, where), (), None)]
 
 
 def shown(value: Any) -> str:
@@ -221,9 +238,9 @@ def _choices(row: dict[str, Any], settings: DataSettings, at: str, where: str) -
     return choices, index
 
 
-def _check_unique(queries: list[Query], settings: DataSettings, where: str) -> None:
+def _check_unique(queries: list[list[Query]], settings: DataSettings, where: str) -> None:
     first: dict[str, int] = {}
-    for number, query in enumerate(queries):
+    for number, query in ((number, query) for number, of_row in enumerate(queries) for query in of_row):
         if query.row_id in first:
             raise UserError(
                 f"{where}: duplicate id {query.row_id!r} in {settings.path}, rows {first[query.row_id]} and {number}",

@@ -26,6 +26,11 @@ class DataSettings(Settings):
     answer_field: str = Field(
         default="answer", description="field with the reference answer, where no conversation ends in it; only the evaluation needs it"
     )
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="answers of a conversation that are asked for: the last, or all, each as a query of its own; the weight 1 or 0 "
+        "of an assistant's message goes before it",
+    )
     choices_field: str | None = Field(
         default=None, description="field with a list of choices; the answer field then holds the index of the right one"
     )

@@ -94,6 +94,31 @@ def test_what_is_asked_ends_where_the_answer_is_to_come(tmp_path):
         query(tmp_path, TWO_TURNS, answer="In Bergen.")
 
 
+def test_every_answer_of_a_conversation_may_be_asked_for(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}, {"messages": WITH_TOOL}, {"question": "Who?"}])
+    found = load(path, turns="all")
+    assert [(q.row_id, q.question, q.answer) for q in found] == [
+        ("0/1", "Who is Ann?", "A baker."), ("0/2", "Where?", "In Oslo."), ("1", "Weather?", "Cold."), ("2", "Who?", None),
+    ]  # fmt: skip
+    assert [turn.content for turn in found[1].before] == ["Be brief.", "Who is Ann?", "A baker."]
+    assert [q.row_id for q in load(path, turns="all", rows=(0, 1))] == ["0/1", "0/2"], "rows are those of the file"
+    assert [q.answer for q in load(path)] == ["In Oslo.", "Cold.", None]
+
+
+def test_the_weight_of_a_message_says_whether_it_is_asked_for(tmp_path):
+    weighted = [dict(message) for message in TWO_TURNS]
+    weighted[2]["weight"] = 1
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": weighted}])
+    assert [(q.row_id, q.answer) for q in load(path)] == [("0/1", "A baker."), ("0/2", "In Oslo.")]
+    weighted[4]["weight"] = 0
+    [only] = load(write_jsonl(path, [{"messages": weighted}]), turns="all")
+    assert (only.row_id, only.answer, only.after) == ("0", "A baker.", ())
+    asked = [{"messages": weighted[:-1], "answer": "In Bergen."}]
+    assert [q.answer for q in load(write_jsonl(path, asked))] == ["A baker.", "In Bergen."]
+    with pytest.raises(UserError, match="row 0 asks for 2 answers, and has other answers to one"):
+        load(write_jsonl(path, [asked[0] | {"wrong": ["In Rome."]}]), perturbed_field="wrong")
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -112,6 +137,9 @@ def test_what_is_asked_ends_where_the_answer_is_to_come(tmp_path):
         ([CALL | {"role": "user"}], "message 0 calls a tool as the user"),
         ([{"role": "user", "content": "Who?", "name": "Bob"}], "message 0 has the keys name beside"),
         ([{"role": "user", "content": "Who?", "continue": True}], "message 0: only a text of the assistant"),
+        ([{"role": "user", "content": "Who?", "weight": 1}], "message 0 has the weight 1"),
+        ([*turns("Who?"), {"role": "assistant", "content": "Ann.", "weight": 0.5}], "message 1 has the weight 0.5"),
+        ([*turns("Who?"), {"role": "assistant", "content": "Ann.", "weight": 0}], "every answer has the weight 0"),
     ],
 )
 def test_conversations_that_cannot_be_asked_are_refused_with_their_place(tmp_path, messages, message):
