@@ -116,7 +116,9 @@ def _turn(message: Any, at: str) -> Turn:
     role, content = further.pop("role", None), further.pop("content", None)
     if role not in ROLES:
         other = "; its keys are from and value, call them so" if {"from", "value"} <= message.keys() else ""
-        raise UserError(f"{at} has the role {role!r}", f"a message has a role, {', '.join(ROLES)}, and a content{other}")
+        raise UserError(
+            f"{at} has the role {role!r}", f"a message has a role, {', '.join(ROLES)}, and a content{other}"
+        )
     if further.get("tool_calls") and role != "assistant":
         raise UserError(f"{at} calls a tool as the {role}", "only an assistant's message can have tool_calls")
     if content is None and further.get("tool_calls"):
