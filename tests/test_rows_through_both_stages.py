@@ -16,7 +16,7 @@ from support import LAB_BASE, LAB_VOCAB_SIZE, read_all, run_duet, write_jsonl
 from tiny_models import tiny_config, tiny_model
 
 from duet.cache.record import Rows, prompt_and_response
-from duet.stages.models.alignment import align, input_ids
+from duet.stages.models.alignment import align
 from duet.stages.models.loading import load_model
 from duet.stages.models.tokenizers import load_tokenizer
 
@@ -116,8 +116,8 @@ def assert_stored_as_the_model_says(rows: Rows, model_dir: Path) -> None:
         assert prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
         whole = tokenizer(text + answer, add_special_tokens=False)["input_ids"]
         assert [*prompt, *response] == [*whole, tokenizer.eos_token_id][: len(prompt) + POSITIONS]
-    document = len(rows) - 1
-    assert len(input_ids(*prompt_and_response(rows, document))) == LONG, "behind BOS, less the last, which nobody reads"
+    assert rows.token_offsets[-1] - rows.token_offsets[-2] == LONG
+    assert rows.position_offsets[-1] - rows.position_offsets[-2] == LONG - 1, "no BOS stands in front of a text here"
     for row in range(len(rows)):
         prompt, response = (part.tolist() for part in prompt_and_response(rows, row))
         if row < 2:  # the teacher's prompt joins the prefix and the row's system message
