@@ -66,7 +66,7 @@ def peak(model: Any, step: Callable[[], torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize("name", ["huber_raw", "forward_kl_tail"])
-def test_head_and_loss_take_the_same_memory_at_any_length(name, monkeypatch):
+def test_head_and_loss_hold_no_more_of_a_longer_row_than_hidden_states(name, monkeypatch):
     monkeypatch.setattr(gather, "BLOCK_ENTRIES", 2**16)
     model = tiny_model(tiny_config("llama", VOCAB, max_position_embeddings=1024)).train()
     forward = Forward(model, Head.of(model), LOSSES[name].needs_logsumexp).train()
@@ -83,6 +83,7 @@ def test_head_and_loss_take_the_same_memory_at_any_length(name, monkeypatch):
             return hidden_BTD[one.batch.batch_index_N, one.batch.position_N].sum()
 
         beside.append(peak(model, whole) - peak(model, activations))
-    of_rows = 16 * 4 * K * (LONG - SHORT)  # some values for each of the K ids, as many as the teacher's row has
+    width = model.config.hidden_size
+    of_rows = 16 * 4 * (width + K) * (LONG - SHORT)  # some copies of hidden states and of the teacher's values
     assert abs(beside[1] - beside[0]) < of_rows
-    assert of_rows < 0.02 * 4 * VOCAB * (LONG - SHORT), "logits over the vocabulary would show"
+    assert of_rows < 0.1 * 4 * VOCAB * (LONG - SHORT), "logits over the vocabulary would show"
