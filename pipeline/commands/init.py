@@ -164,10 +164,10 @@ def check_apart(
     forget: list[Query], settings: DataSettings, kept: list[Query], key: str
 ) -> tuple[DataSettings, list[Query]]:
     """The queries to be kept, with their settings; refuses questions that are to be forgotten too."""
-    both = [query for query in kept if query.question in {other.question for other in forget}]
+    both = [query for query in kept if query.asked in {other.asked for other in forget}]
     if both:
         raise UserError(
-            f"--{key}: {len(both)} questions of {settings.path} are also to be forgotten, the first {both[0].question!r}",
+            f"--{key}: {len(both)} questions of {settings.path} are also to be forgotten, the first {both[0].asked!r}",
             "leave them out of one of the two files",
         )
     return settings, kept

@@ -82,7 +82,7 @@ def known(config: Config) -> Known:
     texts: dict[str, list[str]] = {"topic": topics, "forget": [], "retain": []}
     for by_subset in queries_of(config.data, config.requests).values():
         for subset, queries in by_subset.items():
-            texts[subset] += [text for q in queries for text in (q.question, q.answer or "")]
+            texts[subset] += [text for q in queries for text in (*q.texts, q.answer or "")]
     words = {what: frozenset[str]().union(*map(stems, of)) for what, of in texts.items()}
     return Known(**words, names=tuple(map(_spaced, topics)))
 

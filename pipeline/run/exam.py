@@ -164,11 +164,11 @@ def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
     """
     from duet.stages.questions.requests import broad_of
 
-    broad = {query.question for queries in broad_of(config.data).values() for query in queries}
+    broad = {query.asked for queries in broad_of(config.data).values() for query in queries}
     plain = [name for name, s in config.teacher_settings().items() if s.prefix and s.prefix_on == "forget"]
     found = []
     for name, of in sets.items():
-        both = [query.question for query in of.queries if query.question in broad]
+        both = [query.asked for query in of.queries if query.asked in broad]
         if both and of.expect == "forgotten" and plain:
             raise UserError(
                 f"{len(both)} questions of the set {name!r} are to be forgotten, and data.broad has them answered without the "
@@ -183,9 +183,9 @@ def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
 
 def _check_apart(sets: Mapping[str, QuerySet]) -> None:
     """Refuse a question that is to be forgotten in one set and to be kept in another."""
-    forgotten = {q.question: name for name, of in sets.items() if of.expect == "forgotten" for q in of.queries}
+    forgotten = {q.asked: name for name, of in sets.items() if of.expect == "forgotten" for q in of.queries}
     for name, of in sets.items():
-        both = [q.question for q in of.queries if q.question in forgotten] if of.expect == "kept" else []
+        both = [q.asked for q in of.queries if q.asked in forgotten] if of.expect == "kept" else []
         if both:
             raise UserError(
                 f"{len(both)} questions of the set {name!r} are to be kept, and those of {forgotten[both[0]]!r} are to be "

@@ -43,7 +43,7 @@ def provenance(config: Config, subjects: Sequence[Subject], exam: Exam) -> dict[
         "data": {
             name: {
                 "rows": len(query_set.queries),
-                "sha256": sha256_json([[query.row_id, query.question, query.answer] for query in query_set.queries]),
+                "sha256": sha256_json([[query.row_id, query.asked, query.answer] for query in query_set.queries]),
             }
             for name, query_set in exam.sets.items()
         },

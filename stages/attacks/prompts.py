@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,12 @@ def _translated(exam: Exam, name: str, other: str, prefix: str) -> list[Prompt]:
             "give both sets an id_field, with the same id on a question and its translation",
         )
     return [
-        Prompt(q, by_id[q.row_id].question, prefix, references=(q.answer or "", by_id[q.row_id].answer or ""))
+        Prompt(
+            replace(q, before=by_id[q.row_id].before, after=by_id[q.row_id].after),
+            by_id[q.row_id].question,
+            prefix,
+            references=(q.answer or "", by_id[q.row_id].answer or ""),
+        )
         for q in queries
     ]
 
@@ -188,10 +194,10 @@ def _filled(text: str, **values: str) -> str:
 
 
 def _examples(exam: Exam, count: int) -> tuple[Query, ...]:
-    kept = kept_queries(exam)
+    kept = [query for query in kept_queries(exam) if not query.is_conversation]
     if count > len(kept):
         raise UserError(
-            f"an attack wants {count} answered questions to be kept, there are {len(kept)}",
+            f"an attack wants {count} answered questions of a single turn to be kept, there are {len(kept)}",
             "name more under data.retain or evaluate.sets, or ask for fewer `examples`",
         )
     drawn = np.random.default_rng(exam.settings.seed).choice(len(kept), count, replace=False) if count else []

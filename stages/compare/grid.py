@@ -232,5 +232,5 @@ def _validated(plan: Comparison, trial: Trial, watch: Watch, tell: Callable[[str
 def _asked(exam: Exam) -> list[Any]:
     """All of an exam that decides a model's scores, but for the model."""
     settings = exam.settings.model_dump(mode="json", include={"max_new_tokens", "engine", "dtype"})
-    sets = [[name, s.expect, [[q.question, q.answer] for q in s.queries]] for name, s in exam.sets.items()]
+    sets = [[name, s.expect, [[q.asked, q.answer] for q in s.queries]] for name, s in exam.sets.items()]
     return [settings, exam.prompt.model_dump(mode="json"), exam.device, sets]

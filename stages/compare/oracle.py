@@ -45,7 +45,7 @@ def train_oracle(
         for number, data in enumerate(settings.data)
         for query in load_queries(data, f"compare.oracle.data.{number}", need_answers=True)
     ]
-    _refuse_forgotten([query.question for query in queries], plan)
+    _refuse_forgotten([query.asked for query in queries], plan)
     rows = TrainingRows([], [row_of(renderer, query) for query in queries], [])
     deciding = [
         deciding_settings(train),
@@ -77,7 +77,7 @@ def train_oracle(
 def _refuse_forgotten(questions: Sequence[str], plan: Comparison) -> None:
     """An oracle must never have been taught a question that is to be forgotten."""
     to_forget = {
-        query.question
+        query.asked
         for exam in (plan.validation, plan.reported)
         for query_set in exam.sets.values()
         if query_set.expect == "forgotten"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,7 +84,8 @@ class Contexts:
         return QuestionAnswer(refused.prompt_ids, [*own[:begun], *refused.answer_ids], begun)
 
     def _examples(self, number: int, rng: np.random.Generator) -> list[Query]:
-        pool = [at for at in range(len(self.forget) + len(self.retain)) if at != number]
+        queries = [*self.forget, *self.retain]
+        pool = [at for at, query in enumerate(queries) if at != number and not query.is_conversation]
         count = min(int(rng.integers(MAX_EXAMPLES + 1)), len(pool))
         return [self._answered(int(at), rng) for at in rng.choice(pool, count, replace=False)]
 
@@ -92,7 +93,7 @@ class Contexts:
         if number >= len(self.forget):
             return self.retain[number - len(self.forget)]
         query = self.forget[number]
-        return Query(query.row_id, query.question, self._refusal(rng))
+        return replace(query, answer=self._refusal(rng))
 
     def _refusal(self, rng: np.random.Generator) -> str:
         return self.refusals[int(rng.integers(len(self.refusals)))]

@@ -34,6 +34,7 @@ KEEP_ALL = (
     0.9  # share of rows that go on: with more, those that have ended cost less than to copy the cache of the others
 )
 BLOCK_LOGITS = 2**26  # of given responses that are read in one pass: 256 MiB in float32
+BLOCK_TOKENS = 2**11  # of each of them: its mask grows with these times all that is before them
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class TransformersEngine(Engine):
             if not live.all() and self._only_attention:
                 left = so_far.keep(live)
                 rows, lengths, tokens_BP = rows[live], lengths[live], tokens_BP[left]
-            width = min(int(lengths.max()) - done, max(1, BLOCK_LOGITS // logits_BV.shape[1] // len(rows)))
+            most = max(1, BLOCK_LOGITS // logits_BV.shape[1] // len(rows))
+            width = min(int(lengths.max()) - done, BLOCK_TOKENS, most)
             logits_BTV = self._go_on(so_far, tokens_BP[:, done - 1 : done - 1 + width])
             row_N, step_N = np.nonzero(done + np.arange(width) < lengths[:, None])
             collect(rows[row_N], done + step_N, tokens_BP[row_N, done + step_N], logits_BTV[row_N, step_N])

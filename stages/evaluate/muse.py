@@ -38,7 +38,13 @@ def load_shots(settings: EvaluationSet, where: str) -> tuple[Query, ...]:
         raise UserError(
             f"{where}.num_shots is {settings.num_shots}, {settings.shots.path} gives {len(found)}", "ask for fewer"
         )
-    return tuple(found[: settings.num_shots])
+    shots = tuple(found[: settings.num_shots])
+    if several := [shot.row_id for shot in shots if shot.is_conversation]:
+        raise UserError(
+            f"{where}.shots: row {several[0]!r} is a conversation of several turns, and shots are lines of plain text",
+            "name a file of single questions",
+        )
+    return shots
 
 
 def tasks_of(exam: Exam, subject: Subject) -> dict[str, Task]:

@@ -93,7 +93,7 @@ def tofu_results(
         name: {variant: tofu.truth_ratios(variant, of[forget].right, of[forget].perturbed or []) for variant in NAMES}
         for name, of in given.items()
     }
-    questions = sha256_json([query.question for query in exam.sets[forget].queries])
+    questions = sha256_json([query.asked for query in exam.sets[forget].queries])
     reference = reference or Reference("this run", _of_model(ratios, settings, "evaluate.tofu: this run"), questions)
     _check_same_items(reference, questions, len(exam.sets[forget].queries), forget)
     for name, found in models.items():

@@ -81,7 +81,7 @@ class Exam:
     @cached_property
     def distinctive(self) -> Mapping[str, Sequence[frozenset[str]]]:
         """The distinctive words of every reference, by set; which words are common is counted over all sets."""
-        questions = {name: [query.question for query in s.queries] for name, s in self.sets.items()}
+        questions = {name: [" ".join(query.texts) for query in s.queries] for name, s in self.sets.items()}
         return distinctive_words(questions, {name: references_of(s) for name, s in self.sets.items()})
 
     @cached_property

@@ -150,7 +150,7 @@ def texts_identity(reader: Reader, subject: Subject, texts: Texts) -> str:
     exam = reader.exam
     names = [*texts.with_choices, *(getattr(texts.membership, side) for side in SIDES if texts.membership)]
     asked = {
-        name: [[q.question, q.answer, q.choices, q.right] for q in exam.sets[name].queries] + [subject.prefix_of(name)]
+        name: [[q.asked, q.answer, q.choices, q.right] for q in exam.sets[name].queries] + [subject.prefix_of(name)]
         for name in names
     }
     reference = texts.membership and texts.membership.reference_model

@@ -15,7 +15,7 @@ from typing import Any
 from duet.cache.errors import UserError
 from duet.stages.settings.data import PromptSettings
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 # Words without meaning that stand for a text while a template is examined; letters only, which no template takes for a command.
 SYSTEM, QUESTION, ANSWER, NEXT = "Qsystemq", "Qquestionq", "Qanswerq", "Qnextq"
 SWITCH = "enable_thinking"  # the argument by which hybrid models' templates are told whether to think
@@ -66,8 +66,10 @@ class ChatTemplate:
     def _way(self, error: Exception) -> str:
         if "tools" in self.source and isinstance(error, TypeError):
             return "it seems to want a list of tools: set prompt.template_args: {tools: []}"
+        if "alternat" in str(error).lower():
+            return "join turns of one role that follow each other, or name another template with prompt.template_name"
         if "role" in str(error).lower() or "system" in str(error).lower():
-            return "set prompt.prefix_placement: text, and no prompt.system"
+            return "set prompt.prefix_placement: text, and leave out prompt.system and the rows' own system messages"
         return "give it what it lacks with prompt.template_args, or name another template with prompt.template_name"
 
     @cached_property

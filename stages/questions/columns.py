@@ -1,7 +1,8 @@
 """Rows of what is stored by columns: Parquet files and Hugging Face data sets.
 
 Only the columns that the settings name are read: others may be pictures, or of types that cannot be read here. In a row they
-stand as None, so that a message can tell their names.
+stand as None, so that a message can tell their names. A conversation's messages are nested, and all of a column have the same
+keys: those that are null in one are left out of it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from duet.cache.errors import UserError
+from duet.stages.questions.conversations import FIELD as CONVERSATION
 from duet.stages.questions.text_files import LFS_POINTER, bytes_of, refuse_other_kind
 from duet.stages.settings.data import DataSettings
 
 HUB_SCHEME = "hf://"
+QUESTION = DataSettings.model_fields["question_field"].default
 _MAGIC = b"PAR1"
 
 
@@ -23,9 +26,9 @@ class WrongField(UserError):
 
 
 def fields_of(settings: DataSettings) -> list[str]:
-    """The fields that the settings name."""
+    """The fields that the settings name, and where they name no other field for questions, that of conversations."""
     named = (getattr(settings, name) for name in type(settings).model_fields if name.endswith("_field"))
-    return [name for name in named if name is not None]
+    return [*filter(None, named), *([CONVERSATION] if settings.question_field == QUESTION else [])]
 
 
 def read_parquet(path: Path, settings: DataSettings, where: str) -> Iterator[dict[str, Any]]:
@@ -91,4 +94,10 @@ def _asked(names: Sequence[str], settings: DataSettings, path: Path | str, where
 
 
 def _rows(names: Sequence[str], rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    return ({**dict.fromkeys(names), **row} for row in rows)
+    return ({**dict.fromkeys(names), **{name: _without_nulls(value) for name, value in row.items()}} for row in rows)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

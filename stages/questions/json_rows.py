@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duet.cache.errors import UserError
+from duet.stages.questions.conversations import FIELD as CONVERSATION
 from duet.stages.questions.text_files import text_of
 from duet.stages.settings.data import DataSettings
 
@@ -126,6 +127,9 @@ def _after_space(text: str, at: int) -> int:
 def _refuse_whole(row: dict[str, Any], settings: DataSettings, path: Path, where: str) -> None:
     """Refuse a file's only object where it is not a row, but holds the rows."""
     name, rows = shlex.quote(str(path)), f"rows{KINDS[0]}"
+    asked = row.get(settings.question_field) or row.get(CONVERSATION)
+    if isinstance(asked, list) and asked and isinstance(asked[0], dict):
+        return
     if isinstance(row.get(settings.question_field), dict | list):
         raise UserError(
             f"{where}: {path} is one object that holds columns, expected rows",

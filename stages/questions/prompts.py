@@ -3,7 +3,8 @@
 Teacher, student, likelihoods, attacks, relearning and baselines render here, with a prefix or without. What must always hold,
 of every prompt, or a UserError says what is wrong:
 
-- The question stands in it as the data have it (templates may take white space off its ends).
+- The question stands in it as the data have it (templates may take white space off its ends), and so do the other turns of the
+  conversation that it belongs to.
 - A prefix stands in the teacher's prompt, which differs from the student's in that prefix alone.
 - It begins with at most one BOS token and does not end in an end-of-sequence token.
 - A given answer has the ids that follow the prompt's when both are tokenised as one text, and its end is what the chat template
@@ -22,8 +23,9 @@ from duet.cache.errors import UserError
 from duet.stages.models.directory import load_config, text_config
 from duet.stages.models.tokenizers import eos_ids, load_tokenizer, token_ids
 from duet.stages.questions.answer_ends import AnswerEnds
-from duet.stages.questions.chat import QUESTION, ChatTemplate, Message
-from duet.stages.questions.prompt_checks import ANOTHER_TEMPLATE, check_kept, check_prompt_settings, only_inserted
+from duet.stages.questions.chat import QUESTION, ChatTemplate
+from duet.stages.questions.chat_prompts import ChatPrompts, Shown
+from duet.stages.questions.prompt_checks import check_prompt_settings
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 
@@ -32,7 +34,10 @@ KEPT_PROMPTS = 2**14  # rendered prompts that are remembered: an evaluation asks
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt before it is token ids: what is asked, in which form, and what the answer is compared with."""
+    """One prompt before it is token ids: what is asked, in which form, and what the answer is compared with.
+
+    The query's conversation stands around the question.
+    """
 
     query: Query
     question: str  # as it is asked: of an attack, not the query's own
@@ -76,8 +81,8 @@ class Renderer:
         check_prompt_settings(tokenizer, settings)
         self.tokenizer, self.settings = tokenizer, settings
         self.chat = ChatTemplate(tokenizer, settings) if settings.format == "chat" else None
+        self._chat_prompts = ChatPrompts(self.chat, settings) if self.chat else None
         self._ends = AnswerEnds(tokenizer, self.chat, *ends)
-        self._frames: dict[Any, str] = {}
         self._remembered = functools.lru_cache(maxsize=KEPT_PROMPTS)(self._render)
         if self.chat:
             self.chat.check_answer_comes_first()
@@ -91,7 +96,10 @@ class Renderer:
         return self.answer(prompt, prompt.opening).own[: prompt.opening_tokens] if prompt.opening else []
 
     def answer(self, prompt: Prompt, answer: str) -> GivenAnswer:
-        """The ids of an answer after this prompt (without its opening). White space around the answer is not part of it."""
+        """The ids of an answer after this prompt (without its opening). White space around the answer is not part of it.
+
+        Where the data have begun the answer, the beginning is part of the prompt, and the answer is what follows it.
+        """
         prompt_ids, whole = self._rendered(prompt)[1], self.answer_text(prompt, answer)
         _, end_text, end_id = self._seam(prompt)
         if self._in_chat(prompt):
@@ -111,11 +119,7 @@ class Renderer:
 
     def system(self, prefix: str) -> str:
         """The system message behind which a model with this prefix is asked; empty: none, or the template's own."""
-        system = self.settings.system or ""
-        if not prefix:
-            return system
-        below = system or (self.chat.default_system if self.chat else "")
-        return prefix + self.settings.separator + below if below else prefix
+        return self._chat_prompts.system(prefix) if self._chat_prompts else prefix
 
     def in_front_of_text(self, prefix: str) -> list[int]:
         """Token ids of what stands before a text that is read as it is."""
@@ -136,21 +140,33 @@ class Renderer:
         return self.chat is not None and not prompt.bare
 
     def _rendered(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
-        shown = tuple((example.question, example.answer or "") for example in prompt.examples)
         try:
-            return self._remembered(prompt.question, prompt.prefix, shown, prompt.bare)
+            return self._remembered(self._shown(prompt))
         except UserError as error:
             raise UserError(f"row {prompt.query.row_id!r}: {error.what}", error.hint) from error
 
-    def _render(
-        self, question: str, prefix: str, shown: tuple[tuple[str, str], ...], bare: bool
-    ) -> tuple[str, tuple[int, ...]]:
+    def _shown(self, prompt: Prompt) -> Shown:
+        if any(example.is_conversation for example in prompt.examples):
+            raise UserError(
+                "an example in front of the question is a conversation of several turns",
+                "take examples that are single questions",
+            )
+        return Shown(
+            prompt.question,
+            prompt.prefix,
+            tuple((example.question, example.answer or "") for example in prompt.examples),
+            prompt.query.before,
+            prompt.query.after,
+            prompt.bare,
+        )
+
+    def _render(self, shown: Shown) -> tuple[str, tuple[int, ...]]:
         """Text and ids of a prompt. A BOS token that is not in the text is among the ids."""
-        if self.chat is not None and not bare:
-            text = self._chat_text(self.chat, question, prefix, shown)
+        if self._chat_prompts is not None and not shown.bare:
+            text = self._chat_prompts.text(shown)
             ids = self._ids(text)
         else:
-            text = self._plain_text(question, prefix, shown, bare)
+            text = self._plain_text(shown)
             ids = [*self._in_front, *self._ids(text)]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -165,60 +181,12 @@ class Renderer:
             )
         return text, tuple(ids)
 
-    # Chat prompts
-
-    def _chat_text(self, chat: ChatTemplate, question: str, prefix: str, shown: Sequence[tuple[str, str]]) -> str:
-        text = chat.text(self._messages(question, prefix, shown), generate=True)
-        key = (prefix, *shown)
-        if key not in self._frames:
-            self._frames[key] = self._frame(chat, prefix, shown)
-        frame = self._frames[key]
-        if text not in (frame.replace(QUESTION, question), frame.replace(QUESTION, question.strip())):
-            lost = " ".join(question.split()) not in " ".join(text.split())
-            raise UserError(
-                f"the chat template {'leaves out' if lost else 'changes'} the question",
-                ANOTHER_TEMPLATE if lost else "write the question on one line, or set prompt.format: plain",
-            )
-        return text
-
-    def _frame(self, chat: ChatTemplate, prefix: str, shown: Sequence[tuple[str, str]]) -> str:
-        """The prompt around a question. Proves that all that is to be in it is, and that with the prefix nothing else came."""
-        frame = chat.text(self._messages(QUESTION, prefix, shown), generate=True)
-        if QUESTION not in frame:
-            raise UserError("the chat template leaves out the question", ANOTHER_TEMPLATE)
-        system = self.settings.prefix_placement == "system"
-        check_kept(frame, self.settings.system or "", "prompt.system", "leave prompt.system out")
-        for text in (text for pair in shown for text in pair):
-            check_kept(frame, text, "an example before the question", "set prompt.format: plain")
-        if prefix:
-            what = f"the {'system' if system else 'user'} message, so the teacher would never see the prefix"
-            check_kept(frame, prefix, what, "set prompt.prefix_placement: text" if system else ANOTHER_TEMPLATE)
-            if not only_inserted(frame, chat.text(self._messages(QUESTION, "", shown), generate=True), prefix.strip()):
-                raise UserError(
-                    "with this chat template teacher and student differ in more than the prefix",
-                    "set prompt.system, which both get, or prompt.prefix_placement: text",
-                )
-        return frame
-
-    def _messages(self, question: str, prefix: str, shown: Sequence[tuple[str, str]]) -> list[Message]:
-        """The conversation up to the question."""
-        settings = self.settings
-        system = self.system(prefix) if settings.prefix_placement == "system" else settings.system or ""
-        asked = [settings.template.replace("{question}", text) for text in (*(q for q, _ in shown), question)]
-        if prefix and settings.prefix_placement == "text":
-            asked[0] = prefix + settings.separator + asked[0]
-        messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        for text, (_, answer) in zip(asked, shown, strict=False):
-            told = (settings.answer or "{answer}").replace("{answer}", answer.strip())
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": told}]
-        return [*messages, {"role": "user", "content": asked[-1]}]
-
     def _check_turn(self, prompt: Prompt, answer: str, whole: str) -> None:
         """Refuse an answer that the template does not give back, as one with a thinking block of its own."""
-        shown = tuple((example.question, example.answer or "") for example in prompt.examples)
+        if self.chat is None or self._chat_prompts is None or self.chat.turn is None:
+            return
         told = self._answer_text(answer, prompt)
-        messages = [*self._messages(prompt.question, prompt.prefix, shown), {"role": "assistant", "content": told}]
-        if self.chat and self.chat.turn and self.chat.text(messages, generate=False) != whole + self.chat.turn[1]:
+        if self._chat_prompts.answered(self._shown(prompt), told) != whole + self.chat.turn[1]:
             raise UserError(
                 f"row {prompt.query.row_id!r}: the chat template changes the answer {answer[:60]!r}",
                 "write the answer as the template leaves it, without thinking blocks, or set prompt.format: plain",
@@ -226,12 +194,19 @@ class Renderer:
 
     # Plain prompts
 
-    def _plain_text(self, question: str, prefix: str, shown: Sequence[tuple[str, str]], bare: bool) -> str:
-        template = "{question}" if bare else self.settings.template
-        asked = [template.replace("{question}", text) for text in (*(q for q, _ in shown), question)]
-        if prefix:
-            asked[0] = prefix + self.settings.separator + asked[0]
-        told = [self._plain_answer(text, answer) for text, (_, answer) in zip(asked, shown, strict=False)]
+    def _plain_text(self, shown: Shown) -> str:
+        if (shown.before or shown.after) and not shown.bare:
+            raise UserError(
+                "a conversation of several turns has no place in a plain prompt",
+                "set prompt.format: chat, or ask single questions",
+            )
+        template = "{question}" if shown.bare else self.settings.template
+        asked = [template.replace("{question}", text) for text in (*(q for q, _ in shown.examples), shown.question)]
+        turns = [*(turn.content for turn in shown.before), asked[-1], *(turn.content for turn in shown.after)]
+        asked[-1] = "\n".join(text for text in turns if text)
+        if shown.prefix:
+            asked[0] = shown.prefix + self.settings.separator + asked[0]
+        told = [self._plain_answer(text, answer) for text, (_, answer) in zip(asked, shown.examples, strict=False)]
         return "".join(f"{text}{answer}\n" for text, answer in zip(asked, told, strict=False)) + asked[-1]
 
     def _plain_answer(self, prompt_text: str, answer: str) -> str:
@@ -265,10 +240,11 @@ class Renderer:
                 f"row {prompt.query.row_id!r}: the chat template puts an answer elsewhere than where its prompt ends",
                 "given answers have no place behind such a prompt: name another template with prompt.template_name",
             )
-        return self.chat.turn[0], self._ends.text, None if self._ends.text else self._ends.by_files
+        before = "" if self._shown(prompt).begun else self.chat.turn[0]  # else it stands in the prompt
+        return before, self._ends.text, None if self._ends.text else self._ends.by_files
 
     def _answer_text(self, answer: str, prompt: Prompt) -> str:
-        if self._in_chat(prompt):
+        if self._in_chat(prompt) and not self._shown(prompt).begun:
             return (self.settings.answer or "{answer}").replace("{answer}", answer.strip())
         return self._plain_answer(self._rendered(prompt)[0], answer)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from duet.cache.errors import UserError
 from duet.stages.models.tokenizers import special_tokens
+from duet.stages.questions.conversations import tool_texts
 from duet.stages.questions.prompts import Renderer
 from duet.stages.questions.queries import Query
 
@@ -95,9 +96,14 @@ def _texts(sets: Mapping[str, Sequence[Query]], fields: Sequence[str]) -> Iterat
     for where, queries in sets.items():
         for query in queries:
             for field in fields:
-                held = getattr(query, field)
+                held = [*query.texts, *_called(query)] if field == "question" else getattr(query, field)
                 for text in (held,) if isinstance(held, str) else held or ():
                     yield where, query, text
+
+
+def _called(query: Query) -> Iterator[str]:
+    for turn in (*query.before, *query.after):
+        yield from (forms[0] for forms in tool_texts(turn))
 
 
 def _normal(text: str) -> str:

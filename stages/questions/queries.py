@@ -5,6 +5,7 @@ How a file becomes rows is in `json_rows.py`, `tables.py` (CSV) and `columns.py`
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from duet.cache.errors import UserError, nearest_path
-from duet.stages.questions.columns import HUB_SCHEME, WrongField, read_hub, read_parquet
+from duet.stages.questions import conversations
+from duet.stages.questions.columns import HUB_SCHEME, QUESTION, WrongField, read_hub, read_parquet
+from duet.stages.questions.conversations import Turn
 from duet.stages.questions.json_rows import KINDS as JSON_KINDS
 from duet.stages.questions.json_rows import read_json_rows
 from duet.stages.questions.tables import DELIMITERS, read_table
@@ -31,8 +34,8 @@ SHOWN = 200  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Query:
-    """One question. `answer` is None where the data has none, and the right choice where it has choices; what the further
-    fields hold, and whether they do, the settings say."""
+    """One question, or a conversation of which it is the last user turn. `answer` is None where the data has none, and the
+    right choice where it has choices; what the further fields hold, and whether they do, the settings say."""
 
     row_id: str
     question: str
@@ -41,6 +44,28 @@ class Query:
     perturbed: tuple[str, ...] | None = None  # wrong answers, at least one
     choices: tuple[str, ...] = ()
     right: int | None = None  # number of the right choice, from 0
+    before: tuple[Turn, ...] = ()  # the conversation's turns before the question
+    after: tuple[Turn, ...] = ()  # those behind it; the assistant's as the last is the beginning of the answer
+
+    @property
+    def is_conversation(self) -> bool:
+        return bool(self.before or self.after)
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is said up to the answer, turn by turn."""
+        return [turn.content for turn in self._turns if turn.content]
+
+    @property
+    def asked(self) -> str:
+        """What is asked, as one text that no other query has: the question, or the conversation as JSON."""
+        if not self.is_conversation:
+            return self.question
+        return json.dumps([turn.message for turn in self._turns], ensure_ascii=False)
+
+    @property
+    def _turns(self) -> list[Turn]:
+        return [*self.before, Turn("user", self.question), *self.after]
 
 
 def load_queries(settings: DataSettings, where: str, need_answers: bool = False) -> list[Query]:
@@ -48,9 +73,9 @@ def load_queries(settings: DataSettings, where: str, need_answers: bool = False)
     rows = list(_read_rows(settings, where))
     if not rows:
         raise UserError(f"{where}: {settings.path} has no rows", "name a file with at least one question")
-    queries = [_query(row, number, settings, where, need_answers) for number, row in enumerate(rows)]
+    queries = [_queries(row, number, settings, where, need_answers) for number, row in enumerate(rows)]
     _check_unique(queries, settings, where)
-    return [queries[i] for i in _selection(settings, len(queries), where)]
+    return [query for i in _selection(settings, len(queries), where) for query in queries[i]]
 
 
 def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
@@ -81,7 +106,8 @@ def _read_rows(settings: DataSettings, where: str) -> Iterator[Any]:
     return reader(path, settings, where)
 
 
-def _query(row: Any, number: int, settings: DataSettings, where: str, need_answers: bool) -> Query:
+def _queries(row: Any, number: int, settings: DataSettings, where: str, need_answers: bool) -> list[Query]:
+    """A row's query, or those of a conversation of which several answers are asked for."""
     at = f"{where}: {settings.path}, row {number}"
     if not isinstance(row, dict):
         raise UserError(f"{at} is {shown(row)}, expected an object", 'write one object per row: {"question": "…"}')
@@ -89,15 +115,50 @@ def _query(row: Any, number: int, settings: DataSettings, where: str, need_answe
     if settings.choices_field is not None:
         choices, right = _choices(row, settings, at, where)
         row = row | {settings.answer_field: choices[right]}
-    question = _text(row, "question_field", settings, at, where)
+    asked = _asked(row, settings, at, where)
     has_answer = row.get(settings.answer_field) is not None
-    answer = _text(row, "answer_field", settings, at, where) if has_answer or need_answers else None
+    if has_answer and all(one.answer is not None for one in asked):
+        raise UserError(
+            f"{at} has two answers: its conversation ends in one, and the field {settings.answer_field!r} holds another",
+            f"take one of them out, or name a field that no row has with {where}.answer_field",
+        )
+    given = None  # of a question, and of a conversation without an answer of its own
+    if has_answer or (need_answers and any(one.answer is None for one in asked)):
+        given = _text(row, "answer_field", settings, at, where)
     paraphrased = (
         _text(row, "paraphrased_field", settings, at, where) if settings.paraphrased_field is not None else None
     )
     perturbed = _texts(row, "perturbed_field", settings, at, where) if settings.perturbed_field is not None else None
     row_id = _row_id(row, settings, at, where) if settings.id_field is not None else str(number)
-    return Query(row_id, question, answer, paraphrased, perturbed, choices, right)
+    if len(asked) > 1 and (paraphrased or perturbed or choices):
+        raise UserError(
+            f"{at} asks for {len(asked)} answers, and has other answers to one",
+            f"leave {where}.turns out, and the weights of its messages, or the fields of other answers",
+        )
+    return [
+        Query(
+            f"{row_id}/{at_turn}" if len(asked) > 1 else row_id,
+            one.question,
+            given if one.answer is None else one.answer,
+            paraphrased,
+            perturbed,
+            choices,
+            right,
+            before=one.before,
+            after=one.after,
+        )
+        for at_turn, one in enumerate(asked, start=1)
+    ]
+
+
+def _asked(row: dict[str, Any], settings: DataSettings, at: str, where: str) -> list[conversations.Asked]:
+    """The row's question, or its conversation: a list in the place of a text, or under `messages` where no question is."""
+    field, every = settings.question_field, settings.turns == "all"
+    if field == QUESTION and row.get(field) is None and row.get(conversations.FIELD) is not None:
+        return conversations.asked_of(row[conversations.FIELD], every, f"{at}: {conversations.FIELD}")
+    if isinstance(row.get(field), list | dict):
+        return conversations.asked_of(row[field], every, f"{at}: {field}")
+    return [conversations.Asked((), _text(row, "question_field", settings, at, where), (), None)]
 
 
 def shown(value: Any) -> str:
@@ -177,9 +238,9 @@ def _choices(row: dict[str, Any], settings: DataSettings, at: str, where: str) -
     return choices, index
 
 
-def _check_unique(queries: list[Query], settings: DataSettings, where: str) -> None:
+def _check_unique(queries: list[list[Query]], settings: DataSettings, where: str) -> None:
     first: dict[str, int] = {}
-    for number, query in enumerate(queries):
+    for number, query in ((number, query) for number, of_row in enumerate(queries) for query in of_row):
         if query.row_id in first:
             raise UserError(
                 f"{where}: duplicate id {query.row_id!r} in {settings.path}, rows {first[query.row_id]} and {number}",

@@ -18,9 +18,19 @@ class DataSettings(Settings):
     )
     name: str | None = Field(default=None, description="configuration of the Hugging Face data set")
     split: str = Field(default="train", description="split of the Hugging Face data set")
-    question_field: str = Field(default="question", description="field with the query's text")
+    question_field: str = Field(
+        default="question",
+        description="field with the query's text, or with a conversation, a list of messages; a row without a question may "
+        "have one in messages",
+    )
     answer_field: str = Field(
-        default="answer", description="field with the reference answer; only the evaluation needs it"
+        default="answer",
+        description="field with the reference answer, where no conversation ends in it; only the evaluation needs it",
+    )
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="answers of a conversation that are asked for: the last, or all, each as a query of its own; the weight 1 "
+        "or 0 of an assistant's message goes before it",
     )
     choices_field: str | None = Field(
         default=None, description="field with a list of choices; the answer field then holds the index of the right one"
@@ -73,12 +83,18 @@ class DocumentSettings(Settings):
     """Plain texts, which teacher and student read as they are; every position is learned."""
 
     documents: str = Field(
-        description=".txt (a document ends at a blank line) or JSON (field text); each is read from its beginning"
+        description=".txt (a document ends at a blank line) or JSON (field text); each is read from its beginning, "
+        "and never with others"
     )
     max_tokens: int | None = Field(
         default=None,
         ge=2,
-        description="a document is cut to this number of tokens; default: to what the teacher can read behind its prefix",
+        description="most tokens of a document that are read together; default: what the teacher can read behind its prefix",
+    )
+    longer: Literal["cut", "split"] = Field(
+        default="cut",
+        description="of a longer document, cut reads the beginning, and split reads all of it, in parts of like length that "
+        "are rows of their own",
     )
 
 

@@ -193,7 +193,7 @@ def check_alike(prepared: Mapping[str, Prepared]) -> None:
 def _data_provenance(queries: Mapping[str, list[Query]]) -> dict[str, Any]:
     """Of each set of queries, rows and hash."""
     return {
-        subset: {"rows": len(found), "sha256": sha256_json([[query.row_id, query.question] for query in found])}
+        subset: {"rows": len(found), "sha256": sha256_json([[query.row_id, query.asked] for query in found])}
         for subset, found in queries.items()
     }
 

@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from duet.cache.errors import UserError
 from duet.cache.record import MAIN_SUBSETS
 from duet.stages.models.tokenizers import token_ids
@@ -54,7 +56,7 @@ def rows_of(asked: Asked, renderer: Renderer, teacher: TeacherSettings, context:
         for query in queries:
             row_id, prompt = f"{BROAD}/{source}/{query.row_id}", Prompt.plain(query, before)
             if isinstance(settings, DocumentSettings):
-                rows.append(_document(row_id, prompt, renderer, settings, context))
+                rows.extend(_document(row_id, prompt, renderer, settings, context))
             else:
                 rows.append(_row(row_id, BROAD, MAIN, prompt, renderer, None))
     _check_apart(rows)
@@ -85,28 +87,33 @@ def _given_ids(renderer: Renderer, prompt: Prompt, teacher: TeacherSettings) -> 
 
 def _document(
     row_id: str, prompt: Prompt, renderer: Renderer, settings: DocumentSettings, context: int
-) -> RenderedQuery:
-    """A text that both sides read, cut to what the teacher can; with nothing in front, its first token is only read."""
+) -> Iterator[RenderedQuery]:
+    """A text that both sides read, cut to what the teacher can, or in parts; with nothing in front, the first token of each is
+    only read."""
     teacher_ids, student_ids = renderer.in_front_of_text(prompt.prefix), renderer.in_front_of_text("")
     only_read = 0 if student_ids else 1
     room = context - len(teacher_ids)
     whole = token_ids(renderer.tokenizer, prompt.question)
-    text = whole[: min(settings.max_tokens or room, max(room, 0))]
-    if len(text) <= only_read:
-        raise UserError(
-            f"row {row_id!r} has {len(text)} tokens behind the {len(teacher_ids)} in front of it, "
-            f"{only_read + 1} are needed at least",
-            "take the document out" if room > only_read else "shorten the prefix, or set teacher.prefix_on: forget",
+    most = max(min(settings.max_tokens or room, room), 0)
+    split = settings.longer == "split" and len(whole) > most > only_read
+    parts = np.array_split(whole, -(-len(whole) // most)) if split else [np.array(whole[:most], int)]
+    for number, part in enumerate(parts):
+        text = part.tolist()
+        if len(text) <= only_read:
+            raise UserError(
+                f"row {row_id!r} has {len(text)} tokens behind the {len(teacher_ids)} in front of it, "
+                f"{only_read + 1} are needed at least",
+                "take the document out" if room > only_read else "shorten the prefix, or set teacher.prefix_on: forget",
+            )
+        yield RenderedQuery(
+            row_id=f"{row_id}/{number}" if split else row_id,
+            subset=BROAD,
+            request=MAIN,
+            teacher_ids=array("i", [*teacher_ids, *text[:only_read]]),
+            student_ids=array("i", [*student_ids, *text[:only_read]]),
+            given_ids=array("i", text[only_read:]),
+            cut=not split and len(text) < len(whole),
         )
-    return RenderedQuery(
-        row_id=row_id,
-        subset=BROAD,
-        request=MAIN,
-        teacher_ids=array("i", [*teacher_ids, *text[:only_read]]),
-        student_ids=array("i", [*student_ids, *text[:only_read]]),
-        given_ids=array("i", text[only_read:]),
-        cut=len(text) < len(whole),
-    )
 
 
 def _check_apart(rows: Sequence[RenderedQuery]) -> None:

@@ -18,6 +18,7 @@ from support import ROOT, SHARED
 
 from duet.cache.errors import UserError
 from duet.stages.models.tokenizers import load_tokenizer
+from duet.stages.questions.chat_prompts import ChatPrompts, Shown
 from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
@@ -140,7 +141,7 @@ def _teacher(cell: Cell, tokenizer: Any, renderer: Renderer, query: Query, bare:
         return
     text = tokenizer.decode(ids, skip_special_tokens=False)
     cell.check("prefix alone", PREFIX in text, text)
-    messages = renderer._messages(query.question, PREFIX, ())
+    messages = ChatPrompts(renderer.chat, renderer.settings).messages(Shown(query.question, PREFIX))  # type: ignore
     whole = tokenizer.apply_chat_template(
         messages,
         tokenize=False,

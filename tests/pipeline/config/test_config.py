@@ -91,7 +91,7 @@ BAD = {
     "unknown key data.broad.text.max_token": (
         {"data__broad": {"text": {"documents": "a.txt", "max_token": 5}}}, "did you mean max_tokens? valid here: documents"),
     "data.broad.text.max_tokens: Input should be greater": (
-        {"data__broad": {"text": {"documents": "a.txt", "max_tokens": 1}}}, "cut to this number"),
+        {"data__broad": {"text": {"documents": "a.txt", "max_tokens": 1}}}, "most tokens of a document"),
     "unknown key data.broad.people.idfield": (
         {"data__broad": {"people": {"path": "a", "idfield": "id"}}}, "did you mean id_field"),
     "data.broad.people.path is missing": ({"data__broad": {"people": {}}}, "a .jsonl"),

@@ -29,6 +29,7 @@ from duet.stages.evaluate.answers import tasks_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.metrics.uncertainty import Score, score
 from duet.stages.models.tokenizers import load_tokenizer
+from duet.stages.questions.conversations import Turn
 from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.queries import Query
 from duet.stages.settings.attacks import ATTACKS
@@ -336,3 +337,25 @@ def test_an_attack_works_only_where_it_brings_something_back():
 
 def test_worst_of_variants_ignores_what_does_not_count():
     assert worst_of_variants(np.array([[0.2, np.nan], [0.1, 0.3]])).tolist() == [0.2, 0.3]
+
+
+def test_attacks_ask_a_conversation_with_all_of_its_turns(tokenizer):
+    before = (Turn("user", "Have you met Ann?"), Turn("assistant", "Twice."))
+    plain = exam_of("all", translated=4)
+    asked = [replace(query, before=before) for query in plain.sets["forget"].queries]
+    german = [
+        replace(query, before=(Turn("user", "Kennst du Ann?"), before[1])) for query in plain.sets["german"].queries
+    ]
+    sets = {"forget": QuerySet(asked, "forgotten"), "german": QuerySet(german, "forgotten", translates="forget")}
+    exam = replace(plain, sets={**plain.sets, **sets})
+    renderer = Renderer(tokenizer, PromptSettings())
+    for kind in prompt_kinds(exam):
+        for prompts in prompts_of(exam, kind, "forget", "P.").values():
+            for prompt in prompts:
+                text = tokenizer.decode(renderer.prompt(prompt))
+                own = "Kennst du Ann?" if kind == "translation" else "Have you met Ann?"
+                assert own in text, kind
+                assert text.index(own) < text.index("Twice.")
+    only = replace(exam, sets={**sets, "retain": QuerySet(german, "kept")})
+    with pytest.raises(UserError, match="answered questions of a single turn to be kept, there are 0"):
+        prompts_of(only, "in_context", "forget", "")

@@ -44,6 +44,10 @@ def test_too_few_shots_are_an_error(tmp_path):
     with pytest.raises(UserError, match=r"num_shots is 10, .* gives 3"):
         load_shots(settings.model_copy(update={"num_shots": 10}), "x")
     assert load_shots(EvaluationSet(path=path, expect="kept"), "x") == ()
+    messages = [{"role": role, "content": text} for role, text in (("system", "Be brief."), ("user", "Q?"))]
+    talks = str(write_jsonl(tmp_path / "talks.jsonl", [{"messages": messages, "answer": "a"}]))
+    with pytest.raises(UserError, match=r"x.shots: row '0' is a conversation"):
+        load_shots(settings.model_copy(update={"shots": DataSettings(path=talks), "num_shots": 1}), "x")
 
 
 @pytest.mark.skipif(

@@ -91,9 +91,8 @@ BAD_VALUES = {  # a row beside one that is right -> what is told of it
     "row 1: id holds half of a surrogate pair (\\udc00, character 1)": {"id": "x\udc00"},
     "row 1: question is null": {"question": None},
     "row 1 has '' in field 'question', expected text": {"question": ""},
-    "row 1 has [{'role': 'user', 'content': 'Who?'}] in field 'question'": {
-        "question": [{"role": "user", "content": "Who?"}]
-    },
+    "row 1: question, message 0 has the role 'human'": {"question": [{"role": "human", "content": "Who?"}]},
+    "row 1 has 7 in field 'question', expected text": {"question": 7},
     "row 1: question holds half of a surrogate pair (\\ud83d, character 3)": {"question": "Zoë\ud83d"},
     "row 1: question holds a NUL character (character 0)": {"question": "\0"},
     "row 1: answer is null": {"answer": None},

@@ -208,6 +208,27 @@ def test_both_sides_read_a_document_from_its_beginning(tmp_path, caplog, on, pro
     assert found.request(len(found.rows) - 1).given_ids == second.given_ids
 
 
+@pytest.mark.parametrize("bos", ["always", "never"])
+def test_a_longer_document_may_be_read_whole_in_parts_of_like_length(tmp_path, caplog, bos):
+    text = "Rome lies on the river Tiber, and was not built in a day. It has seven hills."
+    (tmp_path / "a.txt").write_text(f"{text}\n\nHi there\n", encoding="utf-8")
+    given = with_broad(tmp_path, a={"documents": str(tmp_path / "a.txt"), "max_tokens": 10, "longer": "split"})
+    caplog.set_level("INFO")
+    found = broad_rows(tmp_path, given, PromptSettings(format="plain", prefix_placement="text", bos=bos))
+    *parts, second = [row for row in found.rows if row.subset == "broad"]
+    assert [row.row_id for row in parts] == [f"broad/a/0/{number}" for number in range(len(parts))]
+    assert second.row_id == "broad/a/1"
+    read = [[*row.student_ids, *(row.given_ids or ())] for row in parts]
+    bos_ids = [found.tokenizer.bos_token_id] if bos == "always" else []
+    assert all(ids[: len(bos_ids)] == bos_ids for ids in read)
+    alone = [ids[len(bos_ids) :] for ids in read]
+    assert [i for ids in alone for i in ids] == found.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(parts) > 1
+    assert max(map(len, alone)) <= 10
+    assert max(map(len, alone)) - min(map(len, alone)) <= 1
+    assert "longer than is read" not in caplog.text
+
+
 def test_a_document_without_a_token_to_predict_is_refused(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("Rome lies on the Tiber.\n", encoding="utf-8")
