@@ -38,6 +38,9 @@ class EvaluationSet(DataSettings):
         description="the set to be forgotten whose questions these are in another language, row by row with the same ids; the "
         "attack translation asks them",
     )
+    topic: str | None = Field(
+        default=None, min_length=1, description="topic of a set to be forgotten, which is then attacked as forget is"
+    )
 
 
 class MembershipSettings(Settings):
@@ -175,8 +178,8 @@ class EvaluateSettings(Settings):
     )
     base: Model | None = Field(
         default=None,
-        description="of a teacher without a prefix: the model that knows the topic and that all are measured against, named "
-        "as teacher.model is; default: the teacher's model",
+        description="the model that knows the topic and that all are measured against, where the teacher's does not: one that "
+        "has forgotten already, such as a student of an earlier run; named as teacher.model is; default: teacher.model",
     )
     models: dict[Name, Model] = Field(
         default={}, description="further models, made elsewhere, by name, each named as teacher.model is"

@@ -1,0 +1,117 @@
+"""A chain of forget requests: the config of each further one's run, which starts where the one before has ended.
+
+The first request is the config's own, in the run's directory. Each later one is a run below it, `<run>/chain/NAME`, like any
+other: its teacher is the last request's student, and what was to be forgotten before is asked again, against the first base.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from duet.cache.errors import UserError
+from duet.cache.record import MAIN_SUBSETS
+from duet.pipeline.config.explain import validated
+from duet.pipeline.config.run_dir import RunDir
+from duet.pipeline.config.schema import Config
+from duet.stages.settings.chain import FIRST
+from duet.stages.settings.data import DataSettings
+from duet.stages.settings.student import StudentSettings
+
+WHERE = "chain"
+
+
+def check_chain(config: Config, where: str) -> None:
+    """Refuse names that occur twice, and topics of sets that are not attacked."""
+    asked: list[tuple[str, Any]] = list(config.evaluate.sets.items())
+    asked += [pair for request in config.chain for pair in request.sets.items()]
+    for name, of_set in asked:
+        if of_set.topic is not None and of_set.expect != "forgotten":
+            raise UserError(
+                f"{where}: the set {name!r} has a topic and is to be kept: only what is to be forgotten is attacked",
+                "leave its topic out",
+            )
+    if not config.chain:
+        return
+    names = [*MAIN_SUBSETS, FIRST, *(request.name for request in (*config.requests, *config.chain))]
+    names += [name for name, _ in asked]
+    if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise UserError(
+            f"{where}: chain: the name {repeated!r} occurs twice among requests and sets",
+            f"give each its own; {', '.join(MAIN_SUBSETS)} and {FIRST} are taken",
+        )
+    if config.teachers:
+        raise UserError(
+            f"{where}: chain: there are {len(config.teachers)} teachers", "a chain has one: use teacher alone"
+        )
+
+
+def steps_of(config: Config) -> list[Config]:
+    """The config of each further request's run, in order. UserError where the students do not make a chain."""
+    return [_step(config, number) for number in range(len(config.chain))]
+
+
+def as_if_first(config: Config, step: Config) -> Config:
+    """A step's config with the first base as its teacher: what can be checked and estimated before the steps before it."""
+    teacher = step.teacher.model_copy(update={"model": config.base_model})
+    evaluate = step.evaluate.model_copy(update={"base": None})
+    return step.model_copy(update={"teacher": teacher, "evaluate": evaluate})
+
+
+def student_of(config: Config) -> StudentSettings:
+    """The one student, from which the next request's starts. UserError where that would lose what was forgotten before."""
+    names = [student.name for student in config.students]
+    if len(names) > 1:
+        raise UserError(
+            f"a chain has one student, from which the next request starts, and there are {len(names)}: {', '.join(names)}",
+            f"choose one with --only, for example --only {names[0]}",
+        )
+    [student] = config.students
+    for key, value in (("model", student.model), ("push_to_hub", student.push_to_hub)):
+        if value is not None:
+            raise UserError(
+                f"students.{student.name}.{key} is {value}, and in a chain each student starts from the last one"
+                + (" and each would be pushed over it" if key == "push_to_hub" else ""),
+                f"leave {key} out",
+            )
+    return student
+
+
+def _step(config: Config, number: int) -> Config:
+    request, student = config.chain[number], student_of(config)
+    last = RunDir(config.run.chain / config.chain[number - 1].name) if number else config.run
+    raw = config.model_dump()
+    raw |= {
+        "name": request.name,
+        "runs_dir": str(config.run.chain),
+        "topic": request.topic,
+        "requests": (),
+        "chain": (),
+    }
+    raw["data"] |= {"forget": request.forget, "retain": request.retain or config.data.retain}
+    raw["teacher"] |= {
+        "model": str(last.student(student.name).model),
+        "prefix": request.prefix or config.teacher.prefix,
+    }
+    raw["evaluate"] |= {"base": config.base_model, "sets": _sets(config, number)}
+    return validated(Config, raw, f"{WHERE}.{number}")
+
+
+def _sets(config: Config, number: int) -> dict[str, Any]:
+    """What is asked after this request beside its own queries: what was to be forgotten before it, and evaluation sets."""
+    before = {FIRST: (config.topic, config.data.forget)}
+    before |= {request.name: (request.topic, request.data.forget) for request in config.requests}
+    before |= {request.name: (request.topic, request.forget) for request in config.chain[:number]}
+    earlier = {name: _forgotten(topic, data) for name, (topic, data) in before.items()}
+    own = [request.sets for request in config.chain[: number + 1]]
+    return earlier | config.evaluate.sets | {name: one for of_request in own for name, one in of_request.items()}
+
+
+def _forgotten(topic: str, data: DataSettings) -> dict[str, Any]:
+    return data.model_dump() | {"expect": "forgotten", "topic": topic}
+
+
+def set_names(config: Config, number: int) -> dict[str, str]:
+    """In the run of this request (0: the first), what each request's forget set up to it is called, by request."""
+    names = [FIRST, *(request.name for request in config.chain[:number])]
+    return {name: name for name in names} | {names[-1]: "forget"}
