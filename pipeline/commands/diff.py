@@ -64,7 +64,8 @@ class Evaluated:
 
         several = row.removesuffix(OVER_SEEDS)
         models = [row] if several == row else self.results["over_seeds"][several]["models"]
-        found = [score_of(self.kept, model, key, self.results["models"][model][key]) for model in models]
+        records = {model: self.results["models"].get(model, {}).get(key) for model in models}
+        found = [score_of(self.kept, model, key, record) if record else None for model, record in records.items()]
         whole = [one for one in found if one is not None]
         return whole if len(whole) == len(found) else None
 

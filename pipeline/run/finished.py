@@ -92,5 +92,5 @@ def _places(settings: Any, key: str = "") -> Iterator[str]:
 def _files(place: Path) -> list[list[Any]]:
     """[name, bytes, time] of a file, or of every file in a folder; empty where there is none."""
     found = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    facts = [(path, path.stat()) for path in found if path.suffix != ".pyc"]
-    return [[str(path), facts.st_size, facts.st_mtime_ns] for path, facts in facts]
+    stats = [(str(path), path.stat()) for path in found if path.suffix != ".pyc"]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
