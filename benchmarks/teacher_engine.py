@@ -1,16 +1,16 @@
 """How fast stage one writes its rows on the transformers engine, beside that engine as it was; and whether logits are the same.
 
 `make bench-teacher-engine` prints the tables; `--json` prints one object; `--quick` takes little data and says nothing of
-value. All ratios are of two things measured in turns in one run on the cores of this process; each time is the least of its
-rounds.
+value. All ratios are of two things measured in turns in one run; each time is the processor's, on one core, and the least of
+its rounds.
 
 Models and prompts: tofu-lab (2.8M parameters, ../shared/models) on TOFU's questions in plain form, one of them behind an
 unlearning prefix; the lab's base on its questions in chat form, five of them behind one.
 
 Definitions
-* `capture.rate_vs_before.plain.pP`, `.chat.pP`: rows per second of all of stage one after the engine is up (requests in, top-20
-  and log-sum-exp out, checked, packed, written, synced, manifest), up to P positions a row, over those of the engine when it
-  grouped prompts by their first 16 tokens and decoded at most 64 together.
+* `capture.rate_vs_before.plain.pP`, `.chat.pP`: rows per processor second of all of stage one after the engine is up (requests
+  in, top-20 and log-sum-exp out, checked, packed, written, synced, manifest), up to P positions a row, over those of the engine
+  when it grouped prompts by their first 16 tokens and decoded at most 64 together.
 * `capture.logits_vs_before`: the largest difference between the two engines' kept logits and log-sum-exps, of all cases, in
   float32.
 """
@@ -18,13 +18,14 @@ Definitions
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from before import Before
-from bench import machine, parser, rounds, show
+from bench import machine, on_one_core, parser, rounds, show
 from teacher_sides import ROOT, prepared_lines, prepared_tofu, stage_one
 
 from duet.stages.engines.interface import Engine
@@ -34,7 +35,7 @@ from duet.stages.settings.teacher import TeacherSettings
 from duet.stages.teacher.plan import Prepared
 
 LAB = ROOT / "lab"
-CASES = (("plain", 1, 2000), ("plain", 16, 600), ("chat", 1, 445))  # form, positions, rows
+CASES = (("plain", 1, 1000), ("plain", 16, 200), ("chat", 1, 445))  # form, positions, rows
 BOUNDS = {
     "capture.rate_vs_before.plain.p1": (">=", 4.0),
     "capture.rate_vs_before.plain.p16": (">=", 4.0),
@@ -78,7 +79,9 @@ def measured(
         else prepared_chat(positions, num_rows, folder)
     )
     engines = {"now": TransformersEngine(prepared.spec), "before": Before(replace(prepared.spec, batch_size=64))}
-    times = rounds({name: stage_one(engine, prepared, folder) for name, engine in engines.items()}, count)
+    times = rounds(
+        {name: stage_one(engine, prepared, folder) for name, engine in engines.items()}, count, time.process_time
+    )
     now, before = (kept(engine, prepared) for engine in engines.values())
     if now[0] != before[0]:
         raise ValueError(
@@ -95,6 +98,7 @@ def measured(
 
 def main() -> None:
     options = parser(__doc__).parse_args()
+    on_one_core()
     claims, table = {}, []
     for form, positions, num_rows in CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,40 +1,30 @@
 """A chain of forget requests: the config of each further one's run, which starts where the one before has ended.
 
 The first request is the config's own, in the run's directory. Each later one is a run below it, `<run>/chain/NAME`, like any
-other: its teacher is the last request's student, and what was to be forgotten before is asked again, against the first base.
+other: its teacher is the last request's student, the earlier requests are its `requests`, and all is measured against the
+first base.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.explain import validated
 from duet.pipeline.config.run_dir import RunDir
-from duet.pipeline.config.schema import Config
+from duet.pipeline.config.schema import Config, check_bare, check_requests, check_students, check_tofu
 from duet.stages.settings.chain import FIRST
-from duet.stages.settings.data import DataSettings
+from duet.stages.settings.data import ForgetRequest, RequestData
 from duet.stages.settings.student import StudentSettings
-
-WHERE = "chain"
 
 
 def check_chain(config: Config, where: str) -> None:
-    """Refuse names that occur twice, and topics of sets that are not attacked."""
-    asked: list[tuple[str, Any]] = list(config.evaluate.sets.items())
-    asked += [pair for request in config.chain for pair in request.sets.items()]
-    for name, of_set in asked:
-        if of_set.topic is not None and of_set.expect != "forgotten":
-            raise UserError(
-                f"{where}: the set {name!r} has a topic and is to be kept: only what is to be forgotten is attacked",
-                "leave its topic out",
-            )
+    """Refuse names that occur twice, and several teachers."""
     if not config.chain:
         return
     names = [*MAIN_SUBSETS, FIRST, *(request.name for request in (*config.requests, *config.chain))]
-    names += [name for name, _ in asked]
+    names += [*config.evaluate.sets, *(name for request in config.chain for name in request.sets)]
     if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
         raise UserError(
             f"{where}: chain: the name {repeated!r} occurs twice among requests and sets",
@@ -77,41 +67,38 @@ def student_of(config: Config) -> StudentSettings:
     return student
 
 
+def set_names(config: Config, number: int) -> dict[str, str]:
+    """In the run of this request (0: the first), what each request's forget set up to it is called, by request."""
+    names = [FIRST, *(request.name for request in config.chain[:number])]
+    return {name: f"{name}.forget" for name in names} | {names[-1]: "forget"}
+
+
 def _step(config: Config, number: int) -> Config:
     request, student = config.chain[number], student_of(config)
     last = RunDir(config.run.chain / config.chain[number - 1].name) if number else config.run
+    sets = {name: one for of in config.chain[: number + 1] for name, one in of.sets.items()}
     raw = config.model_dump()
-    raw |= {
-        "name": request.name,
-        "runs_dir": str(config.run.chain),
-        "topic": request.topic,
-        "requests": (),
-        "chain": (),
-    }
+    raw |= {"name": request.name, "runs_dir": str(config.run.chain), "topic": request.topic, "chain": ()}
+    raw["requests"] = _before(config, number)
     raw["data"] |= {"forget": request.forget, "retain": request.retain or config.data.retain}
     raw["teacher"] |= {
         "model": str(last.student(student.name).model),
         "prefix": request.prefix or config.teacher.prefix,
     }
-    raw["evaluate"] |= {"base": config.base_model, "sets": _sets(config, number)}
-    return validated(Config, raw, f"{WHERE}.{number}")
+    raw["evaluate"] |= {"base": config.base_model, "sets": config.evaluate.sets | sets}
+    where = f"chain.{number}"
+    step = validated(Config, raw, where)
+    for check in (check_requests, check_tofu, check_bare, check_students):
+        check(step, where)
+    return step
 
 
-def _sets(config: Config, number: int) -> dict[str, Any]:
-    """What is asked after this request beside its own queries: what was to be forgotten before it, and evaluation sets."""
-    before = {FIRST: (config.topic, config.data.forget)}
-    before |= {request.name: (request.topic, request.data.forget) for request in config.requests}
-    before |= {request.name: (request.topic, request.forget) for request in config.chain[:number]}
-    earlier = {name: _forgotten(topic, data) for name, (topic, data) in before.items()}
-    own = [request.sets for request in config.chain[: number + 1]]
-    return earlier | config.evaluate.sets | {name: one for of_request in own for name, one in of_request.items()}
-
-
-def _forgotten(topic: str, data: DataSettings) -> dict[str, Any]:
-    return data.model_dump() | {"expect": "forgotten", "topic": topic}
-
-
-def set_names(config: Config, number: int) -> dict[str, str]:
-    """In the run of this request (0: the first), what each request's forget set up to it is called, by request."""
-    names = [FIRST, *(request.name for request in config.chain[:number])]
-    return {name: name for name in names} | {names[-1]: "forget"}
+def _before(config: Config, number: int) -> list[ForgetRequest]:
+    """The requests before this one, each behind its own prefix: what was to be forgotten then, not what was to be kept."""
+    found = [(FIRST, config.topic, None, config.data.forget)]
+    found += [(one.name, one.topic, one.prefix, one.data.forget) for one in config.requests]
+    found += [(one.name, one.topic, one.prefix, one.forget) for one in config.chain[:number]]
+    return [
+        ForgetRequest(name=name, topic=topic, prefix=prefix or config.teacher.prefix, data=RequestData(forget=forget))
+        for name, topic, prefix, forget in found
+    ]

@@ -94,15 +94,9 @@ def exam_of(config: Config) -> Exam:
         settings=config.evaluate,
         device=pick_device(config.device),
         trust_remote_code=config.teacher.trust_remote_code,
-        further_topics=further_topics(config),
+        further_topics={f"{request.name}.forget": request.topic for request in config.requests},
         control=resolve_model(control, "evaluate.control_model") if control else None,
     )
-
-
-def further_topics(config: Config) -> dict[str, str]:
-    """The topic of each attacked set beside `forget`: those of further requests, and evaluation sets that have a topic."""
-    of_requests = {f"{request.name}.forget": request.topic for request in config.requests}
-    return of_requests | {name: one.topic for name, one in config.evaluate.sets.items() if one.topic is not None}
 
 
 def check_texts_apart(config: Config, students: Sequence[StudentSettings]) -> None:

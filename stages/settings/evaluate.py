@@ -38,9 +38,6 @@ class EvaluationSet(DataSettings):
         description="the set to be forgotten whose questions these are in another language, row by row with the same ids; the "
         "attack translation asks them",
     )
-    topic: str | None = Field(
-        default=None, min_length=1, description="topic of a set to be forgotten, which is then attacked as forget is"
-    )
 
 
 class MembershipSettings(Settings):

@@ -79,7 +79,7 @@ def test_a_chain_killed_anywhere_ends_as_one_that_was_not(config, tmp_path):
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
     results = json.loads((run / "chain/zopira/results.json").read_text())
     assert list(results["models"]) == ["base", "teacher", "student:base"]  # against the first base, no base of its own
-    assert list(results["sets"]) == ["forget", "first", "retain"]
+    assert list(results["sets"]) == ["forget", "first.forget", "retain"]
     table = json.loads((run / "chain.json").read_text())
     assert [row["request"] for row in table["after"]] == ["first", "zopira"]
     assert list(table["after"][1]["requests"]) == ["first", "zopira"]
