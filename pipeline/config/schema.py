@@ -90,10 +90,6 @@ class Config(Settings):
     data: TrainingData = Field(description="the queries of all subsets")
     prompt: PromptSettings = Field(default=PromptSettings(), description="how questions are rendered")
     requests: tuple[ForgetRequest, ...] = Field(default=(), description="forget requests beside that of topic and data")
-    chain: tuple[ChainedRequest, ...] = Field(
-        default=(),
-        description="forget requests after that of topic and data, one after another, each a run in <run>/chain/NAME",
-    )
     teacher: TeacherSettings = Field(description="stage one")
     teachers: tuple[NamedTeacher, ...] = Field(
         default=(),
@@ -103,6 +99,10 @@ class Config(Settings):
     train: TrainSettings = Field(default=TrainSettings(), description="stage two, common to all students")
     students: tuple[StudentSettings, ...] = Field(min_length=1, description="the students, trained one after the other")
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="stage three")
+    chain: tuple[ChainedRequest, ...] = Field(
+        default=(),
+        description="forget requests after that of topic and data, one after another, each a run in <run>/chain/NAME",
+    )
     audit: AuditSettings = Field(default=AuditSettings(), description="the audit of prefixes before stage one")
     compare: CompareSettings = Field(default=CompareSettings(), description="DUET against other methods")
     slurm: SlurmSettings = Field(default=SlurmSettings(), description="jobs on a Slurm cluster")
