@@ -193,6 +193,7 @@ COMPARED = "--set evaluate.sets={} --set compare.methods=[refusal] --set compare
 LONG = (
     "duet run --config configs/lab_deep.yaml --sweep train.seed=0",
     "duet run --config configs/lab_wide.yaml",
+    "duet run --config configs/lab_chain.yaml",  # test_chain.py makes a smaller one
     "duet run --config configs/lab_deep.yaml --sweep start_noise",
     "duet run --config configs/lab_deep.yaml --set name=sampled",
     "duet sample --config configs/lab_deep.yaml sampled.jsonl --questions 880",  # test_sample.py draws fewer
