@@ -35,18 +35,18 @@ def run_all(request: Selection, num_jobs: int | None = None) -> int:
     steps = steps_of(config)
     if not all(is_finished(one, state_read(one)) for one in (config, *steps)):
         preflight(config, all_here=True)
-    if code := _run_one(config, request, stop):
+    if code := _run_one(config, request, num_jobs, stop):
         return code
     for step in steps:
         say(f"chain: request {step.name}, on {step.teacher.model}")
-        if code := _run_one(step, None, stop):
+        if code := _run_one(step, None, num_jobs, stop):
             return code
     if steps:
         write_chain(config)
     return 0
 
 
-def _run_one(config: Config, request: Selection | None, stop: StopSignal) -> int:
+def _run_one(config: Config, request: Selection | None, num_jobs: int | None, stop: StopSignal) -> int:
     """The stages of one run; the first exit code that is not 0. A step of a chain has no `request`: its config is written."""
     read = state_read(config)
     if is_finished(config, read):
