@@ -150,7 +150,7 @@ def _numbers(a: Evaluated, b: Evaluated) -> tuple[dict[str, dict[str, Any]], lis
                 changed[key] = None
                 continue
             pairable = all(name in same_data for name in _sets_in(key, sets))
-            items = [side.items(row, key) for side in (a, b)] if pairable else [None, None]
+            items = (a.items(row, key), b.items(row, key)) if pairable else (None, None)
             found.setdefault(row, {})[key] = _moved((score, other), items)
     return found, list(changed)
 
@@ -159,7 +159,9 @@ def _sets_in(key: str, names: set[str]) -> list[str]:
     return [name for name in names if f".{name}." in f".{key}."]
 
 
-def _moved(pair: tuple[Mapping[str, Any], Mapping[str, Any]], items: list[list[Score] | None]) -> dict[str, Any]:
+def _moved(
+    pair: tuple[Mapping[str, Any], Mapping[str, Any]], items: tuple[list[Score] | None, list[Score] | None]
+) -> dict[str, Any]:
     """One number of both runs: its values, the second less the first with its interval, how it was found, and whether it moved.
 
     It did where the interval leaves 0 out and, question by question, p is below 0.05. `items` are of each run's models, more
@@ -187,8 +189,8 @@ def _compared(one: list[Score], other: list[Score]) -> dict[str, Any]:
 
     if len(one) == len(other) == 1:
         return compare(other[0], one[0])
-    values = [{"": np.stack([score.items for score in scores])} for scores in (other, one)]
-    return difference(*values, {"": one[0].clusters}, {"": 1.0})
+    before, after = ({"": np.stack([score.items for score in scores])} for scores in (one, other))
+    return difference(after, before, {"": one[0].clusters}, {"": 1.0})
 
 
 def tables(found: Mapping[str, Any], verbose: bool = False) -> Group:
