@@ -39,7 +39,7 @@ CASES = (("plain", 1, 1000), ("plain", 16, 200), ("chat", 1, 445))  # form, posi
 BOUNDS = {
     "capture.rate_vs_before.plain.p1": (">=", 4.0),
     "capture.rate_vs_before.plain.p16": (">=", 4.0),
-    "capture.rate_vs_before.chat.p1": (">=", 0.85),  # these shared their head, and so were read together, before
+    "capture.rate_vs_before.chat.p1": (">=", 4.0),  # their head is shorter than 16 tokens
     "capture.logits_vs_before": ("<=", 1e-4),
 }
 
