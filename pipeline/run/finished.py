@@ -8,12 +8,10 @@ base elsewhere, or the store is on object storage, nothing is known without aski
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import duet.cache
-import duet.pipeline
-import duet.stages
 from duet.cache.files import publish_json, read_json, sha256_json
 from duet.cache.location import Folder
 from duet.pipeline.config.schema import Config
@@ -25,6 +23,7 @@ from duet.stages.models.files import ADAPTER_CONFIG_NAME
 
 WRITTEN_TO = ("dir", "cache_dir", "runs_dir")  # places that a run writes to
 OF_OTHERS = ("chain", "compare", "audit", "slurm")  # settings that these stages do not read
+OWN = ("duet.cache", "duet.pipeline", "duet.stages")
 HUB = "hf://"
 
 
@@ -39,7 +38,9 @@ def state_read(config: Config) -> str | None:
         files = {place: _files(Path(place)) for place in sorted(set(_places(settings)))}
     except _Unknown:
         return None
-    own = [_files(Path(folder)) for package in (duet.cache, duet.stages, duet.pipeline) for folder in package.__path__]
+    own = [
+        _files(Path(folder)) for name in OWN for folder in getattr(find_spec(name), "submodule_search_locations", ())
+    ]
     return sha256_json([settings, files, own, versions()])
 
 
