@@ -31,6 +31,7 @@ class Layout:
 
     top_k: int
     vocab_size: int
+    drawn: bool = False  # whether ids come with the number of their draws
 
     @property
     def high_bits(self) -> int:
@@ -53,11 +54,18 @@ def position_columns(layout: Layout, value_dtype: str, logsumexp: bool) -> Colum
     if layout.high_bits:
         columns["topk_high"] = ("uint8", (layout.high_bytes,))
     columns["topk_logits"] = ("uint16" if value_dtype == "linear16" else value_dtype, (k,))
+    if layout.drawn:
+        columns["draws"] = (draws_dtype(k), (k,))
     if value_dtype == "linear16":
         columns |= {"top": ("float32", ()), "step": ("float32", ())}
     if logsumexp:
         columns["logsumexp"] = ("float32", ())
     return {name: (np.dtype(dtype), shape) for name, (dtype, shape) in columns.items()}
+
+
+def draws_dtype(top_k: int) -> str:
+    """The smallest unsigned integers that hold the number of a position's draws."""
+    return str(np.min_scalar_type(top_k - 1))
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ class Block:
             topk_ids_NK=self.topk_ids(),
             topk_logits_NK=self.topk_logits(),
             logsumexp_N=self.columns.get("logsumexp"),
+            draws_NK=self.columns.get("draws"),
         )
 
     def padded(self) -> dict[str, np.ndarray]:
@@ -203,6 +212,8 @@ def encode(rows: Rows, layout: Layout, values: str) -> tuple[Block, float]:
         columns["topk_high"] = high
     if rows.logsumexp_N is not None:
         columns["logsumexp"] = rows.logsumexp_N
+    if rows.draws_NK is not None:
+        columns["draws"] = rows.draws_NK.astype(draws_dtype(layout.top_k))
     ids = pa.array(rows.row_ids, pa.string())
     block = Block(layout, ids, rows.subsets, rows.token_offsets, rows.tokens_S, rows.position_offsets, columns)
     return block, error

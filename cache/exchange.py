@@ -66,6 +66,11 @@ def export_store(source: Location, target: Path, exchange_format: str) -> Export
             f"{source} has no log-sum-exp, and DistillKit reads log-probabilities",
             "export it as parquet, or write the store with an engine that has the log-sum-exp",
         )
+    if exchange_format == "distillkit" and manifest.layout.drawn:
+        raise UserError(
+            f"the ids of {source} were drawn, and DistillKit has no column for the number of their draws",
+            "export it as parquet, or write a store with teacher.ids: top_k",
+        )
     with publishing_dir(target) as folder:
         write = _write_distillkit if exchange_format == "distillkit" else _write_rows
         errors = [write(folder, store, index, exchange_format) for index in range(len(manifest.shards))]

@@ -19,7 +19,7 @@ NUMBERS = pa.list_(pa.int32())
 
 
 def schema(manifest: Manifest) -> pa.Schema:
-    """The columns; `logsumexp` only where the store has it."""
+    """The columns; `logsumexp` and `draws` only where the store has them."""
     columns = {
         "row_id": pa.string(),
         "subset": pa.string(),
@@ -31,6 +31,8 @@ def schema(manifest: Manifest) -> pa.Schema:
     }
     if manifest.logsumexp:
         columns["logsumexp"] = pa.list_(pa.float32())
+    if manifest.layout.drawn:
+        columns["draws"] = pa.list_(NUMBERS)
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
@@ -51,6 +53,8 @@ def batch_of(block: Block, columns: pa.Schema) -> pa.RecordBatch:
     }
     if "logsumexp" in columns.names:
         found["logsumexp"] = lists(offsets, block.columns["logsumexp"])
+    if "draws" in columns.names:
+        found["draws"] = lists(offsets, equal_lists(block.columns["draws"].astype(np.int32), top_k))
     return pa.RecordBatch.from_arrays([found[name].cast(columns.field(name).type) for name in found], schema=columns)
 
 
@@ -59,7 +63,7 @@ def rows_of(batch: pa.RecordBatch, top_k: int) -> Rows:
     prompt, response = batch.column("prompt"), batch.column("response")
     position_offsets = offsets_of(response.value_lengths().to_numpy())
     token_offsets = position_offsets + offsets_of(prompt.value_lengths().to_numpy())
-    has_sums = "logsumexp" in batch.schema.names
+    has_sums, is_drawn = ("logsumexp" in batch.schema.names, "draws" in batch.schema.names)
     return Rows(
         row_ids=batch.column("row_id").to_pylist(),
         subsets=subsets_of(batch.column("subset")),
@@ -69,6 +73,7 @@ def rows_of(batch: pa.RecordBatch, top_k: int) -> Rows:
         topk_ids_NK=flat(batch.column("ids").flatten()).reshape(-1, top_k),
         topk_logits_NK=flat(batch.column("logits").flatten()).reshape(-1, top_k),
         logsumexp_N=flat(batch.column("logsumexp")) if has_sums else None,
+        draws_NK=flat(batch.column("draws").flatten()).reshape(-1, top_k) if is_drawn else None,
     )
 
 

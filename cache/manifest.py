@@ -18,7 +18,7 @@ from duet.cache.codec import MAX_VOCAB_SIZE, VALUE_DTYPES, Layout, common_dtype
 from duet.cache.errors import DamagedStore, IncompleteStore, UserError
 from duet.cache.files import NotAsWritten, read_signed, sha256_json, signed
 from duet.cache.location import Location
-from duet.cache.plan import FORMATS, REPAIR_HINT, SELF_HASH, Plan, check_version, read_plan, shard_name
+from duet.cache.plan import FORMATS, REPAIR_HINT, SELF_HASH, Plan, check_version, is_drawn, read_plan, shard_name
 from duet.cache.record import MAIN_SUBSETS, SUBSETS
 
 MANIFEST_NAME = "manifest.json"
@@ -72,7 +72,7 @@ class Manifest:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.top_k, self.vocab_size)
+        return Layout(self.top_k, self.vocab_size, is_drawn(self.provenance))
 
     @property
     def shard_bytes(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.top_k, self.vocab_size)
+        return Layout(self.top_k, self.vocab_size, is_drawn(self.provenance))
 
     def shard_range(self, index: int) -> range:
         """The plan's row numbers in shard `index`."""
@@ -88,6 +88,17 @@ class Plan:
         """Names of the fields that differ, but for the attachments; a manifest has no `values`."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "attachments"]
         return [name for name in names if hasattr(other, name) and getattr(other, name) != getattr(self, name)]
+
+
+def ids_kind(provenance: Mapping[str, Any]) -> str:
+    """Which ids a store keeps: "top_k", the likeliest, "sampled" or "given"."""
+    ids = provenance.get("ids") if isinstance(provenance, dict) else None
+    return ids.get("kind", "top_k") if isinstance(ids, dict) else "top_k"
+
+
+def is_drawn(provenance: Mapping[str, Any]) -> bool:
+    """Whether a store's ids were drawn, and come with the number of their draws."""
+    return ids_kind(provenance) == "sampled"
 
 
 def block_rows(max_positions: int) -> int:

@@ -35,6 +35,7 @@ class Rows:
     topk_ids_NK: np.ndarray  # int32, by logit, descending
     topk_logits_NK: np.ndarray  # float32 or float16
     logsumexp_N: np.ndarray | None = None  # float32, over the full vocabulary, nats; None where the engine has none
+    draws_NK: np.ndarray | None = None  # integers, how often each id was drawn; None where ids are the likeliest
 
     def __len__(self) -> int:
         return len(self.subsets)
@@ -53,6 +54,7 @@ class Rows:
             topk_ids_NK=self.topk_ids_NK[positions],
             topk_logits_NK=self.topk_logits_NK[positions],
             logsumexp_N=None if self.logsumexp_N is None else self.logsumexp_N[positions],
+            draws_NK=None if self.draws_NK is None else self.draws_NK[positions],
         )
 
 
@@ -93,12 +95,15 @@ def join_offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def concat_rows(parts: Sequence[Rows]) -> Rows:
-    """The rows of all parts, in order. All have a log-sum-exp, or none."""
+    """The rows of all parts, in order. All have a log-sum-exp, or none; and all were drawn, or none."""
     if len(parts) == 1:
         return parts[0]
     sums = [part.logsumexp_N for part in parts if part.logsumexp_N is not None]
     if sums and len(sums) != len(parts):
         raise ValueError("some rows have a log-sum-exp and some have none")
+    draws = [part.draws_NK for part in parts if part.draws_NK is not None]
+    if draws and len(draws) != len(parts):
+        raise ValueError("the ids of some rows were drawn, and those of some were not")
     return Rows(
         row_ids=[row_id for part in parts for row_id in part.row_ids],
         subsets=np.concatenate([part.subsets for part in parts]),
@@ -108,6 +113,7 @@ def concat_rows(parts: Sequence[Rows]) -> Rows:
         topk_ids_NK=np.concatenate([part.topk_ids_NK for part in parts]),
         topk_logits_NK=np.concatenate([part.topk_logits_NK for part in parts]),
         logsumexp_N=np.concatenate(sums) if sums else None,
+        draws_NK=np.concatenate(draws) if draws else None,
     )
 
 
@@ -147,7 +153,7 @@ def _fault(rows: Rows, top_k: int, max_positions: int, vocab_size: int) -> tuple
     if rows.tokens_S.min() < 0 or rows.tokens_S.max() >= vocab_size:
         wrong = int(((rows.tokens_S < 0) | (rows.tokens_S >= vocab_size)).argmax())
         return _row_of(rows.token_offsets, wrong), f"a token id outside 0..{vocab_size - 1}"
-    fault = _topk_fault(rows, vocab_size) or _logsumexp_fault(rows)
+    fault = _topk_fault(rows, vocab_size) or _logsumexp_fault(rows) or _draws_fault(rows)
     return fault and (_row_of(rows.position_offsets, fault[0]), fault[1])
 
 
@@ -197,6 +203,12 @@ def check_distinct(rows: Rows) -> None:
         )
 
 
+def check_draws(rows: Rows, drawn: bool) -> None:
+    """Refuse rows whose ids were drawn where the store's were not, and the other way round."""
+    if (rows.draws_NK is not None) != drawn:
+        raise _refusal(rows, 0, f"it comes {'without' if drawn else 'with'} the number of draws of its ids")
+
+
 def _logsumexp_fault(rows: Rows) -> tuple[int, str] | None:
     if rows.logsumexp_N is None:
         return None
@@ -204,3 +216,14 @@ def _logsumexp_fault(rows: Rows) -> tuple[int, str] | None:
         return 0, "log-sum-exp of the wrong shape"
     wrong = ~np.isfinite(rows.logsumexp_N) | (rows.logsumexp_N < rows.topk_logits_NK[:, 0].astype(np.float32) - 1e-3)
     return (int(wrong.argmax()), "log-sum-exp NaN, infinite or below the largest logit") if wrong.any() else None
+
+
+def _draws_fault(rows: Rows) -> tuple[int, str] | None:
+    """One slot is kept for the likeliest id, so that a position has K-1 draws."""
+    if rows.draws_NK is None:
+        return None
+    if rows.draws_NK.shape != rows.topk_ids_NK.shape:
+        return 0, "numbers of draws of the wrong shape"
+    draws = rows.topk_ids_NK.shape[1] - 1
+    wrong = (rows.draws_NK.sum(axis=1, dtype=np.int64) != draws) | (rows.draws_NK < 0).any(axis=1)
+    return (int(wrong.argmax()), f"its ids were not drawn {draws} times") if wrong.any() else None

@@ -33,7 +33,7 @@ from duet.cache.leases import Clock, Lease, LeaseLost, Leases
 from duet.cache.location import Folder, Location
 from duet.cache.manifest import MANIFEST_NAME, Manifest, Shard, manifest_of, read_entry, read_manifest
 from duet.cache.plan import PLAN_NAME, Plan, begin
-from duet.cache.record import Rows, check_rows, concat_rows, counts_of
+from duet.cache.record import Rows, check_draws, check_rows, concat_rows, counts_of
 
 LEASES_NAME = "leases"
 LEASE_S = 120.0
@@ -57,6 +57,7 @@ class ShardWriter:
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             check_rows(part, self._plan.top_k, self._plan.max_positions, self._plan.vocab_size)
+            check_draws(part, self._plan.layout.drawn)
             self.longest = max(self.longest, int(counts_of(part.token_offsets).max()))
             self._waiting.append(part)
             while sum(map(len, self._waiting)) >= size:

@@ -199,6 +199,8 @@ LONG = (
     "duet sample --config configs/lab_deep.yaml sampled.jsonl --questions 880",  # test_sample.py draws fewer
     "duet run --config configs/tofu_deep.yaml",
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
+    "python scripts/which_ids.py",  # test_which_ids.py measures
+    "duet run --config configs/lab.yaml --set evaluate.attacks=[] --set evaluate.likelihood=false --set name=nf4",
     "duet run --config configs/lab.yaml --only base",
     "duet compare --config configs/lab.yaml --jobs 1 --set name=lab_small",  # test_compare.py makes a small one
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",

@@ -174,7 +174,7 @@ def config_checks(config: Config) -> Iterator[Check]:
     if all(check.state == OK for check in found):  # else each stage would refuse the same
         yield from _stage_checks(config)
     for name, settings in config.teacher_settings().items():
-        order = engine_order(settings.engine)
+        order = engine_order(settings.usable_engine)
         otherwise = f"; if it does not start, {order[1]}" if len(order) > 1 else ""
         yield Check(f"engine of {name}", OK, f"{order[0]}, teacher.engine is {settings.engine}{otherwise}")
 

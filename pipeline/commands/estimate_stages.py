@@ -134,7 +134,7 @@ def _added(config: Config, folder: Path, train: TrainSettings, rows: list[Render
 
 def _savings(train: TrainSettings, folder: Path) -> dict[str, dict[str, Any]]:
     """Settings that take less memory, as written for --set; docs/training.md has the cost of each."""
-    from duet.stages.settings.student import LoraSettings
+    from duet.stages.settings.lora import LoraSettings
 
     found: dict[str, dict[str, Any]] = {
         "train.gradient_checkpointing=true": {"gradient_checkpointing": True},

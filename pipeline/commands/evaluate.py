@@ -52,6 +52,9 @@ class Jobs:
     part: int | None = None  # in such a process: which model directory it asks
 
 
+ONE_AT_A_TIME = Jobs(1, ())
+
+
 @dataclass(frozen=True)
 class Found:
     """All that the models answered, by model."""

@@ -137,7 +137,7 @@ def _write(config: Config, missing: Sequence[TeacherStore], stop: StopSignal, wa
 
 def _engine_of(store: TeacherStore) -> tuple[str, EngineSpec]:
     """Teachers for which this is equal can be asked of one engine."""
-    return store.settings.engine, replace(store.prepared.spec, context=0)
+    return store.settings.usable_engine, replace(store.prepared.spec, context=0)
 
 
 def write_stores(stores: Sequence[TeacherStore], engine: str, stop: StopSignal, wait: bool = True) -> list[StoreResult]:

@@ -19,6 +19,7 @@ from duet.pipeline.run.named_models import is_here, start_folder, start_model
 from duet.pipeline.run.stores import questions_of
 from duet.stages.settings.data import DocumentSettings
 from duet.stages.settings.student import teacher_weights
+from duet.stages.settings.teacher import ids_provenance
 
 if TYPE_CHECKING:
     from duet.stages.questions.prompts import Renderer
@@ -62,7 +63,7 @@ def check_models(config: Config, all_here: bool = False) -> None:
 
     trusted = config.teacher.trust_remote_code
     for settings in config.teacher_settings().values():
-        if is_here(settings.model) and (all_here or engine_order(settings.engine) == ["transformers"]):
+        if is_here(settings.model) and (all_here or engine_order(settings.usable_engine) == ["transformers"]):
             folder = resolve_model(settings.model, "teacher.model")
             check_quantisation(folder, f"teacher.model: {settings.model}", trusted)
     for student in config.students:
@@ -86,7 +87,7 @@ def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, 
     from duet.stages.questions.contexts import Contexts
     from duet.stages.questions.prompts import Renderer
     from duet.stages.questions.requests import asked_about
-    from duet.stages.student.checks import Start, check_settings, loss_of_damaged
+    from duet.stages.student.checks import Start, check_settings, loss_by_store
 
     teachers, lines = config.teacher_settings(), []
     trust = config.teacher.trust_remote_code
@@ -99,8 +100,8 @@ def check_students(config: Config, rows: Sequence[RenderedQuery] | None = None, 
         used = teacher_weights(settings, list(teachers))
         combine = (settings.combine or "mix") if len(used) > 1 else None
         expected = [stores[name] for name in used]
-        by_noise = student.start_noise and settings.loss == "auto"
-        loss = loss_of_damaged(expected, combine)[0] if by_noise else settings.loss
+        by_store = loss_by_store(expected, student.start_noise, combine) if settings.loss == "auto" else None
+        loss = by_store[0] if by_store else settings.loss
         check_settings(settings, loss, expected, combine, None)
         try:
             folder = start_folder(config, student)
@@ -138,7 +139,8 @@ def _expected_stores(config: Config, rows: Sequence[RenderedQuery] | None) -> di
             rows=1,
             positions=max(one.max_positions, longest),
             subsets=subsets,
-            provenance={"engine": one.engine, "prompt": config.prompt},
+            provenance={"engine": one.engine, "prompt": config.prompt, "responses": one.responses}
+            | ids_provenance(one),
         )
         for name, one in config.teacher_settings().items()
     }

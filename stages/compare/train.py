@@ -33,6 +33,7 @@ from duet.stages.student import checkpoint
 from duet.stages.student.card import compared_card
 from duet.stages.student.checkpoint import TrainingState
 from duet.stages.student.export import export
+from duet.stages.student.four_bits import is_packed
 from duet.stages.student.loop import lr_at, seed_everything, update
 from duet.stages.student.model import (
     autocast,
@@ -107,7 +108,7 @@ def train_baseline(job: BaselineJob, watch: Watch) -> dict[str, Any]:
 def _models(job: BaselineJob, tokenizer: Any) -> Models:
     """The model to be trained and, where the method needs it, the frozen one that it begins as."""
     dtype = forward_dtype_of(job.settings, job.device)
-    uniform = dtype == torch.float32
+    uniform = dtype == torch.float32 or is_packed(job.settings)  # what is packed cannot be merged
     model = load_trainable(job.model_dir, job.start_name, job.settings, dtype, job.trust_remote_code, uniform)
     if job.method.layers_only:
         train_only_rmus_layers(model)

@@ -19,6 +19,7 @@ from duet.stages.models.batching import cut_by_length, rows_that_fit
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.sizes import DTYPE_BYTES, ModelSizes, meta_model
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student.four_bits import packed_bytes, rounded_layers
 from duet.stages.student.model import forward_dtype, made_trainable
 
 # Assumptions, not measured: the share of a device's peak rates that is reached.
@@ -130,6 +131,7 @@ class StudentOnMeta:
     model: Any
     layers: int  # that keep something for the backward pass
     spread: bool  # the weights also lie in parts on several devices
+    packed: list[torch.Tensor]  # weights in 4 bits
 
     @staticmethod
     def of(
@@ -138,13 +140,16 @@ class StudentOnMeta:
         dtype = forward_dtype(settings, device.kind == "cuda" and device.bf16)
         spread = devices > 1 and settings.parallel == "fsdp"
         plain = settings.model_copy(update={"compile": False})
-        model = made_trainable(meta_model(model_dir, trust_remote_code), "", plain, dtype, uniform=spread)
+        model = meta_model(model_dir, trust_remote_code)
+        lora = settings.lora
+        packed = [m.weight for m in rounded_layers(model, lora).values()] if lora and lora.base_bits else []
+        model = made_trainable(model, "", plain, dtype, uniform=spread)
         stack = list(decoder_layers(model))
         frozen = next((i for i, layer in enumerate(stack) if any(p.requires_grad for p in layer.parameters())), 0)
         ends_trained = model.get_input_embeddings().weight.requires_grad
         layers = len(stack) - (0 if ends_trained else frozen)
         sizes, dtype_name = ModelSizes.of(model_dir, trust_remote_code), str(dtype).removeprefix("torch.")
-        return StudentOnMeta(sizes, settings, dtype_name, model, layers, spread)
+        return StudentOnMeta(sizes, settings, dtype_name, model, layers, spread, packed)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -160,8 +165,10 @@ class StudentOnMeta:
         return [m.weight for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())]
 
     def weight_bytes(self) -> int:
-        """Trained weights in float32, frozen matrices in the forward pass's dtype, as they are loaded."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Trained weights in float32, frozen matrices in the forward pass's dtype or in 4 bits, as they are loaded."""
+        packed = {id(p) for p in self.packed}
+        others = sum(p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in packed)
+        return others + sum(packed_bytes(p.numel()) for p in self.packed)
 
 
 def student_need(student: StudentOnMeta, lengths: np.ndarray, device: Device, devices: int = 1) -> Need:
@@ -207,6 +214,9 @@ def _held(student: StudentOnMeta, devices: int) -> dict[str, float]:
         "gradients": 4 * trained / share,
         "optimizer states": adam_bytes(student.trained, settings.optimizer) / share,
     }
+    if student.packed:  # one at a time
+        largest = max(p.numel() for p in student.packed)
+        parts["a matrix of 4 bits, unpacked"] = DTYPE_BYTES[student.dtype] * largest
     ends = {id(p): p.numel() for p in student.ends if p.requires_grad}.values()
     if ends:  # beside the sum, the gradient that is added to it is whole for a moment; those of layers are small
         parts["gradient in the making"] = 4 * (sum(ends) if student.spread else max(ends))

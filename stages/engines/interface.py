@@ -22,17 +22,21 @@ class Request:
     key: int
     prompt_ids: Sequence[int]
     given_ids: Sequence[int] | None = None  # the response to score; None: the engine makes one
-    seed: int | None = None  # of a sampled response
+    seed: int | None = None  # of a sampled response, and of sampled ids
+    named_ids: Sequence[Sequence[int]] = ()  # that are kept at each position, or at all where it is one list
 
 
 @dataclass(frozen=True)
 class Ask:
     """What is wanted of every request of a stream."""
 
-    top_k: int
+    top_k: int  # ids kept at a position
     max_positions: int  # longest response that the engine makes
     logsumexp: bool = False
     temperature: float | None = None  # responses are sampled at it; None: greedy
+    ids: str = (
+        "top_k"  # or "sampled" by top_k - 1 draws, or "given" by the request; the likeliest others fill what is left
+    )
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Scored:
     topk_ids_PK: np.ndarray  # int32 [P, K], by logit, descending
     topk_logits_PK: np.ndarray  # float32 [P, K]
     logsumexp_P: np.ndarray | None  # float32 [P], full vocabulary; None where it was not asked for
+    draws_PK: np.ndarray | None = None  # int32 [P, K], how often each id was drawn; None where ids were not drawn
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def self_test(engine: Engine, requests: Sequence[Request], ask: Ask, num_ids: in
     and feeding response token r_0 as part of the prompt gives row 0 the logits that row 1 had. Repeatable: the second pass,
     now from the engine's prefix cache, gives the same. Real: no id is head padding.
     """
-    ask = replace(ask, max_positions=2)
+    ask = replace(ask, max_positions=2, ids="top_k")  # raw logits are what is tested
     first, again = engine.score_all(requests, ask), engine.score_all(requests, ask)
     longer = [Request(r.key, [*r.prompt_ids, int(s.response_ids[0])]) for r, s in zip(requests, first, strict=True)]
     continued = engine.score_all(longer, replace(ask, max_positions=1, temperature=None))

@@ -1,4 +1,4 @@
-"""What every engine does with a row of logits: the k largest, at the same price for any vocabulary, and a draw.
+"""What engines do with a row of logits: the k largest, at the same price for any vocabulary, a draw, and ids by many draws.
 
 Shapes: N rows, V vocabulary, K kept ids.
 """
@@ -44,12 +44,63 @@ def drawn(logits_NV: torch.Tensor, temperature: float, seeds: Sequence[int], ste
     return (logits_NV.double() / temperature - noise_NV).argmax(-1)
 
 
-def order_ties(ids_NK: np.ndarray, logits_NK: np.ndarray) -> None:
+def drawn_ids(
+    logits_NV: torch.Tensor, k: int, num_ids: int, seeds: Sequence[int], steps: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids (int32), their logits (float32) and numbers of draws (int32), [N, K], by logit, descending.
+
+    k - 1 ids are drawn from softmax over the first `num_ids` columns, with replacement; what is left of the k slots gets the
+    likeliest of the others, with 0 draws, so that the likeliest of all is always there. A draw divided by k - 1 is an unbiased
+    estimate of an id's probability (arXiv 2503.16870). What is drawn depends on the row's logits, its seed and step alone.
+    """
+    found = []
+    for first in range(0, len(logits_NV), ROWS):
+        part_NV = logits_NV[first : first + ROWS, :num_ids].float()
+        keys = zip(seeds[first : first + ROWS], steps[first : first + ROWS], strict=True)
+        uniform = np.stack(
+            [np.random.default_rng([*key, 1]).random(k - 1) for key in keys]
+        )  # not the stream of `drawn`
+        sums_NV = part_NV.double().softmax(-1).cumsum(-1)
+        at = torch.from_numpy(uniform).to(sums_NV.device) * sums_NV[:, -1:]
+        drawn_N = torch.searchsorted(sums_NV, at, right=True).clamp(max=part_NV.shape[1] - 1)
+        draws_NV = torch.zeros_like(part_NV, dtype=torch.int32)
+        draws_NV.scatter_add_(1, drawn_N, torch.ones_like(drawn_N, dtype=torch.int32))
+        ids_NK, values_NK = _with_likeliest(part_NV, draws_NV > 0, k)
+        found.append((ids_NK.int(), values_NK, draws_NV.gather(1, ids_NK)))
+    ids, values, draws = (torch.cat(column) for column in zip(*found, strict=True))
+    return ids, values, draws
+
+
+def named_ids(
+    logits_NV: torch.Tensor, k: int, num_ids: int, named: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (int32) and their logits (float32), [N, K], descending: those named for each row, fewer than k, and the likeliest."""
+    found = []
+    for first in range(0, len(logits_NV), ROWS):
+        part_NV = logits_NV[first : first + ROWS, :num_ids].float()
+        named_NV = torch.zeros_like(part_NV, dtype=torch.bool)
+        for row, ids in enumerate(named[first : first + ROWS]):
+            named_NV[row, torch.tensor(list(ids), dtype=torch.long)] = True
+        found.append(_with_likeliest(part_NV, named_NV, k))
+    ids, values = (torch.cat(column) for column in zip(*found, strict=True))
+    return ids.int(), values
+
+
+def _with_likeliest(logits_NV: torch.Tensor, marked_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (int64) of the marked ones, fewer than k, and of the likeliest others up to k, with their logits, descending."""
+    _, ids_NK = _largest(logits_NV.masked_fill(marked_NV, torch.inf), k)
+    order_NK = logits_NV.gather(1, ids_NK).argsort(dim=-1, descending=True, stable=True)
+    ids_NK = ids_NK.gather(1, order_NK)
+    return ids_NK, logits_NV.gather(1, ids_NK)
+
+
+def order_ties(ids_NK: np.ndarray, logits_NK: np.ndarray, draws_NK: np.ndarray | None = None) -> None:
     """Order equal logits by id, in place: 16-bit heads have many, and engines should not differ in them."""
     tied = np.flatnonzero((logits_NK[:, 1:] == logits_NK[:, :-1]).any(axis=1))
     if len(tied):
         order = np.lexsort((ids_NK[tied], -logits_NK[tied]), axis=1)
-        ids_NK[tied] = np.take_along_axis(ids_NK[tied], order, axis=1)
+        for column in (ids_NK,) if draws_NK is None else (ids_NK, draws_NK):
+            column[tied] = np.take_along_axis(column[tied], order, axis=1)
 
 
 def _largest(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,8 +23,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from duet.cache.errors import UserError
 from duet.stages.engines.batches import PASS_TOKENS, by_beginning, filled, of_one_length, padded
+from duet.stages.engines.collected import Collected
 from duet.stages.engines.interface import Ask, Engine, EngineSpec, Request, Scored, Usage
-from duet.stages.engines.topk import drawn, top_k
+from duet.stages.engines.topk import drawn
 from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
 
@@ -46,8 +47,8 @@ class _Batch:
 
 Choose = Callable[[torch.Tensor, int, np.ndarray], torch.Tensor]  # (logits_BV, position, requests) -> tokens_B
 Collect = Callable[
-    [np.ndarray, torch.Tensor, torch.Tensor], None
-]  # (requests, tokens_N, the logits_NV that predicted them)
+    [np.ndarray, np.ndarray, torch.Tensor, torch.Tensor], None
+]  # (requests, their positions, tokens_N, the logits_NV that predicted them)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class TransformersEngine(Engine):
         prompts, responses = [r.prompt_ids for r in window], [r.given_ids or () for r in window]
         choose = _chooser(window, ask, self._spec.num_ids)
         for batch in self._batches(prompts, 2, responses) if given else self._batches(prompts, ask.max_positions):
-            collected = _Collected(ask, self._spec.num_ids)
+            collected = Collected(ask, self._spec.num_ids, window)
             if given:
                 self._read(batch, [responses[row] for row in batch.rows], collected)
             else:
@@ -126,7 +127,11 @@ class TransformersEngine(Engine):
             found: dict[int, list[int]] = {row: [] for row in batch.rows.tolist()}
 
             def collect(
-                rows: np.ndarray, tokens_B: torch.Tensor, _: torch.Tensor, found: dict[int, list[int]] = found
+                rows: np.ndarray,
+                _: np.ndarray,
+                tokens_B: torch.Tensor,
+                __: torch.Tensor,
+                found: dict[int, list[int]] = found,
             ) -> None:
                 for row, token in zip(rows.tolist(), tokens_B.tolist(), strict=True):
                     if token not in self._spec.eos_ids:
@@ -179,7 +184,7 @@ class TransformersEngine(Engine):
         for step in range(most):
             tokens_B = choose(logits_BV, step, rows)
             at = torch.from_numpy(np.flatnonzero(live)).to(self._spec.device)
-            collect(rows[live], tokens_B[at], logits_BV[at])
+            collect(rows[live], np.full(live.sum(), step), tokens_B[at], logits_BV[at])
             live &= ~np.isin(tokens_B.cpu().numpy(), self._spec.eos_ids)
             if not live.any() or step + 1 == most:
                 return
@@ -197,7 +202,7 @@ class TransformersEngine(Engine):
             tokens_BP[row, : len(response)] = torch.tensor(list(response))
         tokens_BP = tokens_BP.to(self._spec.device)
         logits_BV, so_far = self._begin(batch)
-        collect(rows, tokens_BP[:, 0], logits_BV)
+        collect(rows, np.zeros_like(rows), tokens_BP[:, 0], logits_BV)
         while (live := lengths > done).any():
             if not live.all() and self._only_attention:
                 left = so_far.keep(live)
@@ -205,7 +210,7 @@ class TransformersEngine(Engine):
             width = min(int(lengths.max()) - done, max(1, BLOCK_LOGITS // logits_BV.shape[1] // len(rows)))
             logits_BTV = self._go_on(so_far, tokens_BP[:, done - 1 : done - 1 + width])
             row_N, step_N = np.nonzero(done + np.arange(width) < lengths[:, None])
-            collect(rows[row_N], tokens_BP[row_N, done + step_N], logits_BTV[row_N, step_N])
+            collect(rows[row_N], done + step_N, tokens_BP[row_N, done + step_N], logits_BTV[row_N, step_N])
             done += width
 
     def _begin(self, batch: _Batch) -> tuple[torch.Tensor, _SoFar]:
@@ -257,28 +262,6 @@ class TransformersEngine(Engine):
         cache = copy.deepcopy(self._beginning.cache)
         cache.batch_repeat_interleave(num_rows)
         return cache
-
-
-class _Collected:
-    """Top-k of every step, until the rows of a batch are asked for."""
-
-    def __init__(self, ask: Ask, num_ids: int) -> None:
-        self._ask, self._num_ids = ask, num_ids
-        self._steps: list[list[np.ndarray]] = []  # rows, tokens, ids, logits and, if asked for, log-sum-exps
-
-    def __call__(self, rows: np.ndarray, tokens_B: torch.Tensor, logits_BV: torch.Tensor) -> None:
-        ids, values, sums = top_k(logits_BV, self._ask.top_k, self._num_ids, self._ask.logsumexp)
-        found = (tokens_B.int(), ids, values) if sums is None else (tokens_B.int(), ids, values, sums)
-        self._steps.append([rows, *(tensor.cpu().numpy() for tensor in found)])
-
-    def results(self) -> Iterator[tuple[int, Scored]]:
-        """(row, its response), in the order of the rows: step by step to row by row."""
-        rows, *columns = (np.concatenate(column) for column in zip(*self._steps, strict=True))
-        order = np.argsort(rows, kind="stable")
-        starts = np.flatnonzero(np.diff(rows[order], prepend=-1))
-        for at in np.split(order, starts[1:]):
-            tokens, ids, values, *sums = (column[at] for column in columns)
-            yield int(rows[at[0]]), Scored(tokens, ids, values, sums[0] if sums else None)
 
 
 def _chooser(window: Sequence[Request], ask: Ask, num_ids: int) -> Choose:

@@ -116,6 +116,11 @@ class VllmEngine(Engine):
         return all(answers) and hasattr(self._engine.output_processor, "request_states")
 
     def stream(self, requests: Iterable[Request], ask: Ask) -> Generator[tuple[int, Scored], None, None]:
+        if ask.ids != "top_k":
+            raise UserError(
+                f"{self.name} keeps the likeliest ids only: teacher.ids: {ask.ids} needs the engine transformers",
+                "set teacher.engine: transformers, or teacher.ids: top_k",
+            )
         if self._hooked:
             self._capture(ask.top_k, ask.logsumexp)
             wanted = 0  # none of vLLM's own

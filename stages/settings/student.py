@@ -13,26 +13,8 @@ from pydantic import Field, model_validator
 
 from duet.cache.errors import UserError
 from duet.stages.settings.base import Name, Settings
+from duet.stages.settings.lora import LoraSettings
 from duet.stages.settings.teacher import Model
-
-
-class LoraSettings(Settings):
-    """Train low-rank adapters instead of all weights (LoRA, arXiv 2106.09685), through peft."""
-
-    rank: int = Field(ge=1, description="rank of the adapters")
-    alpha: float | None = Field(
-        default=None, gt=0, description="adapters are scaled by alpha / rank; default: 2 x rank"
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the adapters")
-    targets: tuple[str, ...] | None = Field(
-        default=None, description="modules that get an adapter, by the end of their names; default: all linear layers"
-    )
-    modules_to_save: tuple[str, ...] = Field(
-        default=(), description="modules that are trained whole beside the adapters"
-    )
-    save_adapter: bool = Field(
-        default=False, description="write adapter/ for peft too; model/ is always the merged model"
-    )
 
 
 class ProbeSettings(Settings):
@@ -80,10 +62,12 @@ class TrainSettings(Settings):
         "forward_kl_tail",
         "reverse_kl_tail",
         "jsd_topk",
+        "forward_kl_sampled",
     ] = Field(
         default="auto",
         description="see stages/student/losses.py; auto is huber_raw (the paper's) for a student that starts from the "
-        "teacher's own weights, huber_centred for any other; with start_noise forward_kl_tail, where the stores serve it",
+        "teacher's own weights, huber_centred for any other; with start_noise forward_kl_tail, where the stores serve it; "
+        "with sampled ids forward_kl_sampled",
     )
     huber_delta: float | None = Field(
         default=None, gt=0, description="where Huber turns from square to linear, in logits; default: 1"
@@ -105,6 +89,12 @@ class TrainSettings(Settings):
     forget_weight: float = Field(default=1.0, gt=0, description="weight of forget rows in the loss")
     retain_weight: float = Field(default=1.0, gt=0, description="weight of retain rows in the loss")
     broad_weight: float = Field(default=1.0, gt=0, description="weight of broad rows in the loss")
+    answer_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight, beside the loss, of the cross-entropy on the given answers of retain rows; needs a store with "
+        "teacher.responses: given",
+    )
     position_decay: float = Field(
         default=1.0, gt=0, le=1, description="loss weight of each position relative to the one before it"
     )
@@ -188,6 +178,10 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"probe.stop_within is a distance in nats, which loss {self.loss} is not: take {', '.join(DIVERGENCES)}"
             )
+        if self.probe and self.probe.stop_within is not None and self.answer_weight:
+            raise ValueError(
+                "probe.stop_within is a distance to the teacher, and answer_weight adds to it: leave one out"
+            )
         idle = {0: ("forget",), 1: ("forget", "retain", "broad")}  # by forget_share
         for subset in idle.get(self.forget_share, ()):  # pyright: ignore[reportArgumentType, reportCallIssue]
             if getattr(self, f"{subset}_weight") != 1:
@@ -221,10 +215,15 @@ def deciding_settings(train: TrainSettings) -> dict[str, Any]:
     What came later than the first students is not among them where it does nothing: those are found again.
     """
     found = train.model_dump(mode="json", exclude=set(FREE_TRAIN))
-    for group, key in ((found, "broad_weight"), (found, "contexts"), (found, "seeds"), (found["probe"], "stop_within")):
-        fields = TrainSettings if group is found else ProbeSettings
-        if group and group[key] == fields.model_fields[key].default:
-            del group[key]
+    probe, lora = found["probe"], found["lora"]
+    for fields, group, keys in (
+        (TrainSettings, found, ("broad_weight", "answer_weight", "contexts", "seeds")),
+        (ProbeSettings, probe, ("stop_within",)),
+        (LoraSettings, lora, ("base_bits",)),
+    ):
+        for key in keys if group else ():
+            if group[key] == fields.model_fields[key].default:
+                del group[key]
     return found
 
 

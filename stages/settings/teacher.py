@@ -47,6 +47,17 @@ class TeacherSettings(Settings):
         default="auto", description="auto is the model's own"
     )
     top_k: int = Field(default=20, ge=1, description="vocabulary entries kept per position")
+    ids: Literal["top_k", "sampled", "given"] = Field(
+        default="top_k",
+        description="which entries are kept: the top_k likeliest; or sampled, those of top_k - 1 draws in proportion to the "
+        "teacher's probabilities with how often each was drawn, an unbiased estimate of its whole distribution (arXiv "
+        "2503.16870); or given, those that ids_from names; the likeliest others fill the top_k; by the engine transformers",
+    )
+    ids_from: str | None = Field(
+        default=None,
+        description="what names the ids to keep, fewer than top_k at a position: a store of another model with the same rows, "
+        "or a file of JSON rows, each with a row_id of the store and the ids of all its positions",
+    )
     max_positions: int = Field(default=1, ge=1, description="supervised response positions per query; the paper's is 1")
     responses: Literal["generated", "given"] = Field(
         default="generated",
@@ -55,7 +66,7 @@ class TeacherSettings(Settings):
     temperature: float | None = Field(
         default=None, gt=0, description="generated responses are sampled at this temperature; default: greedy"
     )
-    seed: int | None = Field(default=None, ge=0, description="seed of sampled responses; default: 0")
+    seed: int | None = Field(default=None, ge=0, description="seed of sampled responses and of sampled ids; default: 0")
     logsumexp: bool = Field(
         default=True, description="keep each position's log-sum-exp too, which KL losses over the whole vocabulary need"
     )
@@ -91,9 +102,34 @@ class TeacherSettings(Settings):
     def _every_setting_does_something(self) -> TeacherSettings:
         if self.responses == "given" and self.temperature is not None:
             raise ValueError("temperature does nothing with given responses: leave it out")
-        if self.seed is not None and self.temperature is None:
+        if self.seed is not None and self.temperature is None and self.ids != "sampled":
             raise ValueError("seed does nothing without a temperature: set teacher.temperature, for example 1")
+        if self.ids == "sampled":
+            if self.top_k < 2:
+                raise ValueError(
+                    "ids: sampled needs a top_k of 2 or more: one entry is the likeliest, the others are drawn"
+                )
+            if not self.logsumexp:
+                raise ValueError("ids: sampled needs logsumexp: true: its loss compares probabilities over all ids")
+        if (self.ids == "given") != (self.ids_from is not None):
+            raise ValueError("ids: given and ids_from belong together: set both, or leave both out")
+        if self.ids == "given" and self.top_k < 2:
+            raise ValueError("ids: given needs a top_k of 2 or more: one entry is the likeliest")
+        if self.ids != "top_k" and self.engine == "vllm":
+            raise ValueError(f"ids: {self.ids} is done by the engine transformers: set engine to it, or to auto")
         return self
+
+    @property
+    def usable_engine(self) -> str:
+        """`engine`, where "auto" has a choice: only transformers keeps other ids than the likeliest."""
+        return self.engine if self.ids == "top_k" else "transformers"
+
+
+def ids_provenance(teacher: TeacherSettings) -> dict[str, Any]:
+    """Which ids a store keeps, for its provenance; nothing where they are the likeliest, as in stores of before."""
+    if teacher.ids == "top_k":
+        return {}
+    return {"ids": {"kind": teacher.ids} | ({"seed": teacher.seed or 0} if teacher.ids == "sampled" else {})}
 
 
 class NamedTeacher(Settings):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from duet.cache.manifest import Manifest
 from duet.stages.settings.student import TrainSettings
 from duet.stages.settings.teacher import rows_with_prefix
+from duet.stages.student.four_bits import is_packed
 from duet.stages.student.summary import TrainingSummary
 
 HEAD = """---
@@ -29,7 +30,7 @@ erased from the weights. See the run's report for what an attacker gets back.
 
 | | |
 | --- | --- |
-| started from | {start_name}, weights sha256 {start_sha256}{noise} |
+| started from | {start_name}, weights sha256 {start_sha256}{noise}{rounded} |
 {teachers}
 | loss | {loss}: {loss_reason} |
 | trained | {trained_parameters:,} of {parameters:,} parameters, {steps} steps of {batch_size} rows, peak learning rate {lr:g} |
@@ -41,6 +42,8 @@ TEACHER = """\
 | teacher | weights sha256 {teacher_sha256}, {engine}, {dtype}{share} |"""
 
 NOISE = ", damaged: {rest:.3g} of each matrix + {alpha:g} noise (UNDO, arXiv 2506.06278)"
+
+ROUNDED = ", its linear layers rounded to 4 bits (NF4; QLoRA, arXiv 2305.14314)"
 
 COMPARED = """\
 Trained by Duet for a comparison of unlearning methods: {method} (arXiv {paper}), from {start_name}, {steps} steps of
@@ -76,6 +79,7 @@ def student_card(
         loss_reason=summary.loss_reason,
         trained_parameters=summary.trained_parameters,
         parameters=summary.parameters,
+        rounded=ROUNDED if is_packed(settings) else "",
         steps=summary.steps,
         batch_size=settings.batch_size,
         lr=settings.lr,

@@ -13,6 +13,7 @@ from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.manifest import Manifest
+from duet.cache.plan import ids_kind, is_drawn
 from duet.cache.reader import Store
 from duet.cache.record import SUBSETS, prompt_and_response
 from duet.stages.models.directory import check_trainable_start, load_config
@@ -133,6 +134,44 @@ def _check_weights(settings: TrainSettings, subsets: Mapping[str, int], key: str
             )
 
 
+def _check_ids(loss: str, kind: str, settings: TrainSettings, combine: str | None, key: str) -> None:
+    """Refuse what drawn ids cannot serve, and what only drawn ids can; and to leave out some of given ids."""
+    drawn = kind == "sampled"
+    if kind == "given" and settings.top_k:
+        raise UserError(
+            f"{key}.top_k would leave out some of the ids that the store was asked to keep (teacher.ids: given)",
+            "leave it out",
+        )
+    if drawn != (loss != "auto" and LOSSES[loss].needs_draws):
+        raise UserError(
+            f"{key}.loss: {loss} is not for a store whose ids were {'drawn' if drawn else 'not drawn'} (teacher.ids)",
+            "set train.loss: forward_kl_sampled or auto" if drawn else "take another loss, or set teacher.ids: sampled",
+        )
+    if drawn and settings.top_k:
+        raise UserError(
+            f"{key}.top_k: all draws of a position together are its estimate of the teacher, and some of them are not",
+            "leave it out, or make a store with a smaller teacher.top_k",
+        )
+    if drawn and combine == "average":
+        raise UserError(
+            f"{key}.combine: average needs the same ids of all teachers, and theirs were drawn",
+            "set train.combine: mix",
+        )
+
+
+def _check_answers(settings: TrainSettings, manifests: Sequence[Manifest | Expected], key: str) -> None:
+    """Refuse a cross-entropy on given answers where there are none, and none to be kept."""
+    if not settings.answer_weight:
+        return
+    if any(one.provenance.get("responses") != "given" for one in manifests):
+        raise UserError(
+            f"{key}.answer_weight needs given answers, and the store's responses are the teacher's own",
+            "leave it out, or make a store with teacher.responses: given",
+        )
+    if not manifests[0].subsets.get("retain"):
+        raise UserError(f"{key}.answer_weight does nothing: the store has no retain rows", "leave it out")
+
+
 def _check_stop(settings: TrainSettings, subsets: Mapping[str, int], combine: str | None, key: str) -> None:
     """Refuse a distance to the teacher at which to stop where there is none, or nothing to measure it on."""
     if settings.probe is None or settings.probe.stop_within is None:
@@ -149,8 +188,17 @@ def _check_stop(settings: TrainSettings, subsets: Mapping[str, int], combine: st
         )
 
 
-def loss_of_damaged(manifests: Sequence[Manifest | Expected], combine: str | None) -> tuple[str, str]:
-    """The loss that "auto" is for damaged start weights, and why: their raw logits are not the teacher's."""
+def loss_by_store(
+    manifests: Sequence[Manifest | Expected], start_noise: float, combine: str | None
+) -> tuple[str, str] | None:
+    """The loss that "auto" is whatever weights a student starts from, and why; None where it depends on them.
+
+    Drawn ids have one loss. Raw logits of damaged weights are not the teacher's.
+    """
+    if any(is_drawn(one.provenance) for one in manifests):
+        return "forward_kl_sampled", "the store's ids were drawn, with the number of their draws"
+    if not start_noise:
+        return None
     if combine != "average" and all(one.logsumexp for one in manifests):
         return "forward_kl_tail", "its start weights are damaged, so that raw logits do not compare"
     lacking = "an average has no" if combine == "average" else "the store has no"
@@ -178,6 +226,8 @@ def check_settings(
                 f"{key}.{option} does nothing with {loss}, which train.loss: {settings.loss} is for this student",
                 f"leave it out, or set train.loss to one of {', '.join(losses[1:])}",
             )
+    for one in manifests:
+        _check_ids(loss, ids_kind(one.provenance), settings, combine, key)
     needs_logsumexp = loss != "auto" and LOSSES[loss].needs_logsumexp
     if needs_logsumexp and combine == "average":
         raise UserError(
@@ -191,6 +241,7 @@ def check_settings(
                 f"{one.provenance['engine']})",
                 "make one with teacher.logsumexp: true, or take a loss over the k ids alone such as forward_kl_topk",
             )
+    _check_answers(settings, manifests, key)
     _check_stop(settings, manifest.subsets, combine, key)
     if settings.top_k and settings.top_k > manifest.top_k:
         raise UserError(f"{key}.top_k is {settings.top_k}, the store has {manifest.top_k}", f"at most {manifest.top_k}")
@@ -212,3 +263,5 @@ def check_settings(
         )
     if settings.parallel == "fsdp" and settings.optimizer == "adamw8bit":
         raise UserError(f"{key}.optimizer: adamw8bit cannot be spread over processes by fsdp", "use adamw, or ddp")
+    if settings.parallel == "fsdp" and settings.lora and settings.lora.base_bits:
+        raise UserError(f"{key}.lora.base_bits: a base in 4 bits cannot be spread over processes by fsdp", "use ddp")

@@ -84,6 +84,7 @@ class Wide:
             topk_logits_NK=rows.topk_logits_NK[at_N],
             logsumexp_N=None if rows.logsumexp_N is None else rows.logsumexp_N[at_N],
             mask_NK=None if rows.mask_NK is None else rows.mask_NK[at_N],
+            share_NK=None if rows.share_NK is None else rows.share_NK[at_N],
             sequence_R=np.array([numbers.setdefault(read, len(numbers)) for read in reads], np.int64),
         )
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from duet.cache.errors import UserError
 from duet.cache.files import publishing_dir
 from duet.stages.models.sizes import meta_model
-from duet.stages.settings.student import MODEL_DIR, LoraSettings, TrainSettings
+from duet.stages.settings.lora import LoraSettings
+from duet.stages.settings.student import MODEL_DIR, TrainSettings
 from duet.stages.student.model import made_trainable
 
 # Flags of generation that only sampling, or only beam search, reads.

@@ -85,10 +85,9 @@ class Forward(nn.Module):
         self.model, self._head, self._want_logsumexp = model, head, want_logsumexp
 
     def forward(self, one: Pass) -> Seen:
-        """The result of `student_at`; with the most likely ids in evaluation mode only."""
-        return student_at(
-            self.model, self._head, one.batch, one.topk_ids_NK, self._want_logsumexp, want_top1=not self.training
-        )
+        """The result of `student_at`, with the answer's id as one more; with the most likely ids in evaluation mode only."""
+        ids = one.topk_ids_NK if one.answer_id_N is None else torch.cat([one.topk_ids_NK, one.answer_id_N[:, None]], 1)
+        return student_at(self.model, self._head, one.batch, ids, self._want_logsumexp, want_top1=not self.training)
 
 
 def losses_at(
@@ -99,12 +98,18 @@ def losses_at(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The loss at each position of a pass, [N], with gradients, and the most likely ids, [N], in evaluation mode.
 
+    The cross-entropy on given answers, -log q of the response's token in nats, is added with its weight.
+
     `forward` is a Forward, spread over processes or not. It alone runs under `precision`, the autocast of training: losses
     are computed in float32.
     """
     with precision:
         seen = forward(one)
-    return loss(TopK(seen.logits_NK, seen.logsumexp_N, one.teacher.mask_NK), one.teacher), seen.top1_N
+    logits_NK = seen.logits_NK[:, : one.topk_ids_NK.shape[1]]
+    loss_N = loss(TopK(logits_NK, seen.logsumexp_N, one.teacher.mask_NK), one.teacher)
+    if one.answer_weight_N is not None and seen.logsumexp_N is not None:
+        loss_N = loss_N + one.answer_weight_N * (seen.logsumexp_N - seen.logits_NK[:, -1])
+    return loss_N, seen.top1_N
 
 
 def student_at(

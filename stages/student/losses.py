@@ -33,6 +33,7 @@ class TopK:
     logits_NK: torch.Tensor
     logsumexp_N: torch.Tensor | None = None
     mask_NK: torch.Tensor | None = None  # bool; None: all count
+    share_NK: torch.Tensor | None = None  # each id's share of the teacher's draws; None where ids were not drawn
 
 
 def huber_raw(student: TopK, teacher: TopK, delta: float) -> torch.Tensor:
@@ -113,6 +114,19 @@ def reverse_kl_tail(student: TopK, teacher: TopK) -> torch.Tensor:
     return _kl(_logprobs_with_tail(student), _logprobs_with_tail(teacher))
 
 
+def forward_kl_sampled(student: TopK, teacher: TopK) -> torch.Tensor:
+    """An estimate of KL(teacher || student) over the vocabulary from ids that were drawn from the teacher.
+
+    Sum over the ids of share (log p - log q), each log-probability over the whole vocabulary. A share's expectation is the
+    id's probability p, so the estimate and its gradient have the full KL's as their expectations: "Sparse Logit Sampling"
+    (arXiv 2503.16870). One position's estimate may be negative.
+    """
+    if student.logsumexp_N is None or teacher.logsumexp_N is None or teacher.share_NK is None:
+        raise ValueError("forward_kl_sampled needs shares and both log-sum-exps over the vocabulary; hint: see LOSSES")
+    logp_NK, logq_NK = (side.logits_NK - side.logsumexp_N[:, None] for side in (teacher, student))  # pyright: ignore
+    return (teacher.share_NK * (logp_NK - logq_NK)).sum(-1)
+
+
 def _kl(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     """KL(p || q) over the last axis."""
     return (logp.exp() * (logp - logq)).sum(-1)
@@ -144,6 +158,7 @@ class Loss:
     function: Callable[..., torch.Tensor]
     option: str | None = None  # the setting that is its third argument: "huber_delta" or "temperature"
     needs_logsumexp: bool = False  # of both sides
+    needs_draws: bool = False  # for stores whose ids were drawn, and only for those
     offset_free: bool = True  # unchanged when a constant is added to all of a position's student logits
 
 
@@ -156,6 +171,7 @@ LOSSES: dict[str, Loss] = {
     "forward_kl_tail": Loss(forward_kl_tail, needs_logsumexp=True),
     "reverse_kl_tail": Loss(reverse_kl_tail, needs_logsumexp=True),
     "jsd_topk": Loss(jsd_topk, option="temperature"),
+    "forward_kl_sampled": Loss(forward_kl_sampled, needs_logsumexp=True, needs_draws=True),
 }
 
 

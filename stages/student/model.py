@@ -8,6 +8,7 @@ Shapes: N supervised positions of a pass, K kept ids.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from duet.cache.errors import UserError
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
-from duet.stages.settings.student import LoraSettings, TrainSettings
+from duet.stages.settings.lora import LoraSettings
+from duet.stages.settings.student import TrainSettings
 from duet.stages.student.contexts import Wide
+from duet.stages.student.four_bits import is_packed, num_weights, round_base
 from duet.stages.student.head import Forward, Head, losses_at
 from duet.stages.student.job import StudentJob
 from duet.stages.student.losses import LOSSES, TopK, loss_of
@@ -40,7 +43,8 @@ def load_trainable(
 ) -> Any:
     """The model in training mode, on the CPU; new adapters are drawn from `settings.seed`.
 
-    `uniform`: all weights in float32, frozen ones too, as FSDP2 wants those of a layer.
+    `uniform`: all weights in float32, frozen ones too, as FSDP2 wants those of a layer; a base of 4 bits has its
+    rounded values.
     """
     return made_trainable(load_model(model_dir, "auto", trust_remote_code), name, settings, forward_dtype, uniform)
 
@@ -54,6 +58,8 @@ def made_trainable(model: Any, name: str, settings: TrainSettings, forward_dtype
             )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.lora:
+        if settings.lora.base_bits:
+            round_base(model, settings.lora, forward_dtype, packed=not uniform)
         torch.manual_seed(settings.seed)
         model = _with_adapters(model, settings.lora)
         model.peft_config["default"].base_model_name_or_path = name  # not the directory, which may be private
@@ -64,7 +70,8 @@ def made_trainable(model: Any, name: str, settings: TrainSettings, forward_dtype
             module.requires_grad_(False)
     for parameter in model.parameters():
         frozen_matrix = not parameter.requires_grad and parameter.ndim > 1 and not uniform
-        parameter.data = parameter.data.to(forward_dtype if frozen_matrix else torch.float32)
+        if parameter.is_floating_point():  # not what is packed
+            parameter.data = parameter.data.to(forward_dtype if frozen_matrix else torch.float32)
     if settings.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
@@ -86,6 +93,7 @@ def _train_last_layers(model: Any, count: int) -> None:
 
 
 def _with_adapters(model: Any, lora: LoraSettings) -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of optional kernels
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -133,7 +141,7 @@ class Student:
     num_trained: int
     load: (
         Callable[[], Any] | None
-    )  # loads the model again, exact but without noise, on the CPU; None where `model` is whole and not rounded
+    )  # loads the model again, exact but without noise, on the CPU; None where `model` is whole and neither rounded nor packed
     wide: Wide | None = None  # puts its questions into contexts
 
     @staticmethod
@@ -151,11 +159,11 @@ class Student:
             damage(model, job.start_noise, settings.seed)
         model = model.to(processes.device)
         parameters = list(model.parameters())
-        counts = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
-        rounded = counts[0] != counts[1] and dtype != torch.float32
+        counts = (sum(map(num_weights, parameters)), sum(p.numel() for p in parameters if p.requires_grad))
+        rounded = is_packed(settings) or (counts[0] != counts[1] and dtype != torch.float32)
         with autocast(settings, processes.device):
             head = Head.of(model)
-        forward = Forward(model, head, LOSSES[loss].needs_logsumexp)
+        forward = Forward(model, head, LOSSES[loss].needs_logsumexp or settings.answer_weight > 0)
         module = processes.spread(forward, list(decoder_layers(model)) if spread else [], settings.parallel)
         optimizer = optimizer_of(list(trained(model).values()), settings)
         loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)

@@ -34,6 +34,8 @@ class Pass:
     weight_N: torch.Tensor  # float32, weight of each position in the loss
     subset_N: torch.Tensor  # int64, index into SUBSETS
     is_first_N: torch.Tensor  # bool, the first position of its row: of a query, once for each teacher of a mix
+    answer_id_N: torch.Tensor | None = None  # int64, the response's token; None where no cross-entropy is wanted
+    answer_weight_N: torch.Tensor | None = None  # float32, of the cross-entropy beside the loss
 
     def to(self, device: torch.device) -> Pass:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -81,6 +83,10 @@ def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]
         subset_N = torch.from_numpy(np.repeat(rows.subsets[group].astype(np.int64), counts))
         batch = align([prompt for prompt, _ in both], [response for _, response in both], pad_id)
         teacher_weight_N = torch.from_numpy(np.repeat(rows.weight_R[group], counts))
+        answers = {}
+        if settings.answer_weight:
+            answers["answer_id_N"] = torch.from_numpy(np.concatenate([response for _, response in both])).long()
+            answers["answer_weight_N"] = settings.answer_weight * (subset_N == RETAIN)
         passes.append(
             Pass(
                 batch=shared(batch, sequence_B),
@@ -89,11 +95,13 @@ def passes_of(rows: Targets, settings: TrainSettings, pad_id: int) -> list[Pass]
                     torch.from_numpy(rows.topk_logits_NK[at_N, top_k]),
                     None if rows.logsumexp_N is None else torch.from_numpy(rows.logsumexp_N[at_N]),
                     None if rows.mask_NK is None else torch.from_numpy(rows.mask_NK[at_N, top_k]),
+                    None if rows.share_NK is None else torch.from_numpy(rows.share_NK[at_N, top_k]),
                 ),
                 weight_N=position_weights(subset_N, torch.from_numpy(index_N), subset_weights, settings.position_decay)
                 * teacher_weight_N,
                 subset_N=subset_N,
                 is_first_N=torch.from_numpy(index_N == 0),
+                **answers,
             )
         )
     return passes

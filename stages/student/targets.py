@@ -41,6 +41,7 @@ class Targets:
     topk_logits_NK: np.ndarray  # float32, finite
     logsumexp_N: np.ndarray | None  # float32
     mask_NK: np.ndarray | None  # bool, which ids count; None: all
+    share_NK: np.ndarray | None  # float32, each id's share of its position's draws; None where ids were not drawn
     weight_R: np.ndarray  # float32; those of a query sum to 1
     sequence_R: np.ndarray  # int64, from 0, in the order of their first rows
     row_ids: Sequence[str]
@@ -116,6 +117,7 @@ class Teachers:
 def mixed(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
     """Every teacher's rows, one teacher after the other, of which each counts with its teacher's weight."""
     sums = [block.columns["logsumexp"] for block in blocks if "logsumexp" in block.columns]
+    shares = [_shares(block) for block in blocks if block.layout.drawn]
     num_queries = len(blocks[0])
     numbers: dict[tuple[int, bytes], int] = {}
     sequence_R = []
@@ -132,6 +134,7 @@ def mixed(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
         topk_logits_NK=np.concatenate([block.topk_logits() for block in blocks]),
         logsumexp_N=np.concatenate(sums) if len(sums) == len(blocks) else None,
         mask_NK=None,
+        share_NK=np.concatenate(shares) if len(shares) == len(blocks) else None,
         weight_R=np.repeat(np.array(weights, np.float32), num_queries),
         sequence_R=np.array(sequence_R, np.int64),
         row_ids=[row_id for block in blocks for row_id in block.row_ids.to_pylist()],
@@ -170,10 +173,15 @@ def averaged(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
         topk_logits_NK=mean_NK[kept_N],
         logsumexp_N=None,
         mask_NK=mask_NK[kept_N],
+        share_NK=None,
         weight_R=np.ones(len(first), np.float32),
         sequence_R=np.arange(len(first)),
         row_ids=first.row_ids.to_pylist(),
     )
+
+
+def _shares(block: Block) -> np.ndarray:
+    return (block.columns["draws"] / np.float32(block.layout.top_k - 1)).astype(np.float32)
 
 
 def _agreeing(a: Block, b: Block) -> np.ndarray:

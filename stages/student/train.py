@@ -27,7 +27,7 @@ from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings, check_start_noise, deciding_settings
 from duet.stages.student import checkpoint
 from duet.stages.student.card import student_card
-from duet.stages.student.checks import Start, check_settings, loss_of_damaged
+from duet.stages.student.checks import Start, check_settings, loss_by_store
 from duet.stages.student.contexts import Wide, check_asked
 from duet.stages.student.export import export
 from duet.stages.student.job import StudentJob
@@ -184,8 +184,8 @@ def chosen_loss(
     if settings.loss != "auto":
         offset = start_noise and not LOSSES[settings.loss].offset_free
         return settings.loss, "as the settings say" + (OFFSET_TOO if offset else "")
-    if start_noise:
-        return loss_of_damaged(manifests, combine)
+    if found := loss_by_store(manifests, start_noise, combine):
+        return found
     if all(start_sha256 == manifest.provenance["weights_sha256"] for manifest in manifests):
         return "huber_raw", "it starts from the teacher's own weights, so raw logits compare"
     return "huber_centred", "it starts from other weights than the teacher's, whose raw logits have another offset"

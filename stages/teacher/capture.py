@@ -183,6 +183,7 @@ def _columns(rows: list[RenderedQuery], scored: list[Scored]) -> Rows:
     """Rows of the plan and their results, as columns."""
     tokens = [part for row, result in zip(rows, scored, strict=True) for part in (row.student_ids, result.response_ids)]
     sums = [result.logsumexp_P for result in scored if result.logsumexp_P is not None]
+    draws = [result.draws_PK for result in scored if result.draws_PK is not None]
     batch = Rows(
         row_ids=[row.row_id for row in rows],
         subsets=np.array([SUBSETS.index(row.subset) for row in rows], np.uint8),
@@ -192,8 +193,9 @@ def _columns(rows: list[RenderedQuery], scored: list[Scored]) -> Rows:
         topk_ids_NK=np.concatenate([result.topk_ids_PK for result in scored]),
         topk_logits_NK=np.concatenate([result.topk_logits_PK for result in scored]),
         logsumexp_N=np.concatenate(sums) if sums else None,
+        draws_NK=np.concatenate(draws) if draws else None,
     )
-    order_ties(batch.topk_ids_NK, batch.topk_logits_NK)
+    order_ties(batch.topk_ids_NK, batch.topk_logits_NK, batch.draws_NK)
     check_distinct(batch)
     return batch
 

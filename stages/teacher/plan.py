@@ -30,6 +30,7 @@ class RenderedQuery:
     student_ids: array[int]
     given_ids: array[int] | None = None  # the response to score, or a document; None: the teacher makes a response
     cut: bool = False  # a document of which the end is not read
+    named_ids: tuple[array[int], ...] = ()  # that are kept at each position, or at all where it is one
 
     @property
     def is_document(self) -> bool:
@@ -51,7 +52,7 @@ class Prepared:
     ask: Ask
     provenance: dict[str, Any]
     model: str
-    seed: int  # of sampled responses
+    seed: int  # of sampled responses and of sampled ids
 
     @property
     def max_positions(self) -> int:
@@ -59,15 +60,15 @@ class Prepared:
         return max(self.ask.max_positions, *(len(row.given_ids or ()) for row in self.rows))
 
     def request(self, number: int) -> Request:
-        """The engine's request for row `number` of the plan. A sampled response has a seed of its own."""
+        """The engine's request for row `number` of the plan. What is drawn for a row has a seed of its own."""
         row = self.rows[number]
-        if not self.ask.temperature or row.given_ids is not None:
-            return Request(number, row.teacher_ids, row.given_ids)
-        return Request(number, row.teacher_ids, seed=row_seed(self.seed, row.row_id))
+        drawn = self.ask.ids == "sampled" or (self.ask.temperature and row.given_ids is None)
+        seed = row_seed(self.seed, row.row_id) if drawn else None
+        return Request(number, row.teacher_ids, row.given_ids, seed, row.named_ids)
 
 
 def row_seed(seed: int, row_id: str) -> int:
-    """The seed of one row's response."""
+    """The seed of one row's draws."""
     return int.from_bytes(hashlib.sha256(f"{seed} {row_id}".encode()).digest()[:4])
 
 
@@ -98,7 +99,7 @@ class TeacherStore:
         name: str, settings: TeacherSettings, prepared: Prepared, options: StoreSettings, root: Location
     ) -> TeacherStore:
         """Under the engine that is tried first."""
-        return TeacherStore(name, settings, prepared, options, root, engine_order(settings.engine)[0])
+        return TeacherStore(name, settings, prepared, options, root, engine_order(settings.usable_engine)[0])
 
     def under(self, engine: str) -> TeacherStore:
         """The same teacher's store under another engine."""
@@ -106,7 +107,7 @@ class TeacherStore:
 
     def of_each_engine(self) -> list[TeacherStore]:
         """Under each engine that the teacher's settings allow, best first."""
-        return [self.under(engine) for engine in engine_order(self.settings.engine)]
+        return [self.under(engine) for engine in engine_order(self.settings.usable_engine)]
 
     @cached_property
     def plan(self) -> Plan:

@@ -25,7 +25,8 @@ from duet.stages.questions.proof import prove
 from duet.stages.questions.queries import Query
 from duet.stages.questions.requests import BROAD, MAIN, broad_of, prefixes_of, queries_of
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
-from duet.stages.settings.teacher import TeacherSettings
+from duet.stages.settings.teacher import TeacherSettings, ids_provenance
+from duet.stages.teacher.named_ids import with_named_ids
 from duet.stages.teacher.plan import Prepared, RenderedQuery
 from duet.stages.teacher.rows import Asked, remarks_on, rows_of
 
@@ -84,6 +85,8 @@ def render_rows(model_dir: Path, teacher: TeacherSettings, questions: Questions)
     )
     context = context_length(config)
     rows = rows_of(asked, renderer, teacher, context)
+    if teacher.ids_from is not None:
+        rows = with_named_ids(rows, teacher, num_ids, tokenizer_sha256(renderer.tokenizer))
     for row in rows:
         if not row.is_document:  # those are cut
             check_length(row.teacher_ids, teacher.max_positions, context, row.row_id, "teacher")
@@ -130,11 +133,12 @@ def prepare(teacher: TeacherSettings, questions: Questions, device: str) -> Prep
         "prompts_sha256": _prompts_sha256(rows),
         "top_k": teacher.top_k,
         "max_positions": teacher.max_positions,
+        **_ids_provenance(teacher, rows),
         "responses": _responses(teacher),
         "logsumexp": teacher.logsumexp,
         "quantization": teacher.quantization,
     }
-    ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature)
+    ask = Ask(teacher.top_k, teacher.max_positions, teacher.logsumexp, teacher.temperature, teacher.ids)
     return Prepared(rows, tokenizer, spec, ask, provenance, str(teacher.model), teacher.seed or 0)
 
 
@@ -200,6 +204,14 @@ def _prompts_sha256(rows: Sequence[RenderedQuery]) -> str:
         ids = (row.teacher_ids, row.student_ids, row.given_ids or ())
         digest.update(sha256_json([row.row_id, *map(list, ids)]).encode())
     return digest.hexdigest()
+
+
+def _ids_provenance(teacher: TeacherSettings, rows: Sequence[RenderedQuery]) -> dict[str, Any]:
+    found = ids_provenance(teacher)
+    if teacher.ids == "given":
+        named = [[row.row_id, [list(ids) for ids in row.named_ids]] for row in rows]
+        found["ids"]["sha256"] = sha256_json(named)
+    return found
 
 
 def _resolve_dtype(dtype: str, config: Any) -> str:

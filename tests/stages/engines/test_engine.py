@@ -122,6 +122,20 @@ def test_sampled_responses_depend_on_their_seeds_alone(engine, model, prompts):
     assert [s.response_ids.tolist() for s in together] != [s.response_ids.tolist() for s in others]
 
 
+def test_sampled_ids_are_the_same_of_made_and_of_given_responses(engine, spec, model, prompts):
+    ask = Ask(TOP_K, 3, logsumexp=True, ids="sampled")
+    made = engine.score_all([Request(n, p, seed=n) for n, p in enumerate(prompts)], ask)
+    asked = [Request(n, p, s.response_ids.tolist(), n) for n, (p, s) in enumerate(zip(prompts, made, strict=True))]
+    for prompt, a, b in zip(prompts, made, engine.score_all(asked, ask), strict=True):
+        assert np.array_equal(a.topk_ids_PK, b.topk_ids_PK)
+        assert np.array_equal(a.draws_PK, b.draws_PK)
+        assert (a.draws_PK.sum(1) == TOP_K - 1).all()
+        logits = forward(model, prompt, a.response_ids).numpy()
+        assert np.abs(np.take_along_axis(logits, a.topk_ids_PK.astype(int), 1) - a.topk_logits_PK).max() < 1e-3
+        assert len({tuple(draws) for draws in a.topk_ids_PK.tolist()}) == len(a.topk_ids_PK)
+    self_test(engine, asked, ask, spec.num_ids, "small")
+
+
 @pytest.mark.parametrize("shared", [0, 1, 300])
 def test_what_prompts_begin_with_changes_nothing(engine, spec, model, prompts, shared):
     """A prefix of 0, 1 and 300 tokens, computed once and for each row anew."""

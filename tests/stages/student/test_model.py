@@ -140,8 +140,11 @@ def test_frozen_weights_are_exported_as_they_were_whatever_the_forward_passs_dty
     assert torch.equal(exported.get_input_embeddings().weight, start.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("options", [{"lora": {"rank": 4, "dropout": 0.3}}, {"optimizer": "adamw8bit"}])
-def test_resume_is_exact_with_dropout_and_eight_bit_states(tmp_path, store, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"lora": {"rank": 4, "dropout": 0.3}}, {"lora": {"rank": 4, "base_bits": 4}}, {"optimizer": "adamw8bit"}],
+)
+def test_resume_is_exact_with_dropout_a_packed_base_and_eight_bit_states(tmp_path, store, options):
     whole = train(job(tmp_path / "whole", lr=1e-2, **options), store)
     broken = job(tmp_path / "broken", lr=1e-2, **options)
     with pytest.raises(BaseException, match="step 4 of 9"):
