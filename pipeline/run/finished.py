@@ -24,7 +24,6 @@ from duet.stages.models.files import ADAPTER_CONFIG_NAME
 WRITTEN_TO = ("dir", "cache_dir", "runs_dir")  # places that a run writes to
 OF_OTHERS = ("chain", "compare", "audit", "slurm")  # settings that these stages do not read
 OWN = ("duet.cache", "duet.pipeline", "duet.stages")
-HUB = "hf://"
 
 
 class _Unknown(Exception):
@@ -81,11 +80,7 @@ def _places(settings: Any, key: str = "") -> Iterator[str]:
             yield from _places(value, key)
     elif isinstance(settings, str) and is_place(key) and key not in WRITTEN_TO:
         model = key in ("model", "base") or key.endswith("_model")
-        if (
-            settings.startswith(HUB)
-            or (model and not is_here(settings))
-            or (Path(settings) / ADAPTER_CONFIG_NAME).exists()
-        ):
+        if "://" in settings or (model and not is_here(settings)) or (Path(settings) / ADAPTER_CONFIG_NAME).exists():
             raise _Unknown(settings)
         yield settings
 

@@ -29,6 +29,7 @@ PLACES = (
     "depth",
     "attack_texts",
     "adapter",
+    "ids_from",
 )
 
 
