@@ -10,7 +10,7 @@ STAMP := $(VENV)/.duet-setup
 DEV := $(VENV)/.duet-setup-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher bench-evaluate bench-exchange gpu-check dist docs docs-metrics docs-families docs-reference clean-venv demo-smollm2 smollm2-lab
+.PHONY: help setup demo test test-quick test-images test-slurm soak-store lint lab-models audit-prefix teacher-logits distill evaluate compare run slurm-cluster slurm-cluster-down bench-store bench-student bench-teacher bench-teacher-engine bench-evaluate bench-exchange gpu-check dist docs docs-metrics docs-families docs-reference clean-venv demo-smollm2 smollm2-lab
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -132,6 +132,9 @@ dist: $(DEV) ## wheel and source archive in dist/, checked as an index would
 
 bench-teacher: $(DEV) ## what stage one costs beside plain generation; ARGS=--json
 	@$(BIN)/python benchmarks/teacher.py $(ARGS)
+
+bench-teacher-engine: $(DEV) ## how fast stage one's rows come without vLLM, beside the engine as it was; ARGS=--json
+	@$(BIN)/python benchmarks/teacher_engine.py $(ARGS)
 
 bench-evaluate: $(DEV) ## how fast stage three's answers come, beside transformers.generate; ARGS=--json
 	@$(BIN)/python benchmarks/evaluate.py $(ARGS)

@@ -23,24 +23,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from before import Before
 from bench import machine, parser, rounds, show
 from teacher_sides import ROOT, TOFU, TOFU_MODEL
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from duet.stages.engines.interface import EngineSpec
-from duet.stages.engines.transformers_engine import TransformersEngine, _Batch
-from duet.stages.models.batching import cut_by_length
+from duet.stages.engines.transformers_engine import TransformersEngine
 from duet.stages.models.tokenizers import load_tokenizer
 
 SIZES = (64, 256)  # of generate's batches; 16 was measured to be slower on both forms
@@ -54,22 +53,6 @@ SMOLLM2 = {
     "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048,
 }  # fmt: skip
-
-
-class Before(TransformersEngine):
-    """Batches as they were: by the first 16 tokens, then by length with at most 5 % of padding, 64 rows at most."""
-
-    def _batches(self, prompts: Sequence[Sequence[int]], steps: int) -> Iterator[_Batch]:
-        by_ids = sorted(range(len(prompts)), key=lambda row: list(prompts[row]))
-        for _, members in groupby(by_ids, key=lambda row: tuple(prompts[row][:16])):
-            group = np.array(list(members))
-            first, last = prompts[group[0]], prompts[group[-1]]
-            most = min(len(prompts[row]) for row in group) - 1
-            shared = next((i for i in range(most) if first[i] != last[i]), most) if len(group) > 1 else 0
-            lengths = np.array([len(prompts[row]) - shared for row in group])
-            for part in cut_by_length(lengths, 0.05, 64 * int(lengths.max())):
-                for rows in np.array_split(part, -(-len(part) // 64)):
-                    yield _Batch(group[rows], [prompts[row] for row in group[rows]], shared)
 
 
 @dataclass(frozen=True)

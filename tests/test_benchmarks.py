@@ -13,6 +13,7 @@ import pytest
 import store as bench_store
 import student as bench_student
 import teacher as bench_teacher
+import teacher_engine as bench_teacher_engine
 from support import ROOT, SHARED
 
 
@@ -49,6 +50,12 @@ def test_the_students_benchmark_makes_its_claims():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_the_evaluations_benchmark_makes_its_claims():
     claims_of("evaluate.py", bench_evaluate.BOUNDS)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_the_benchmark_of_stage_ones_engine_makes_its_claims():
+    claims = claims_of("teacher_engine.py", bench_teacher_engine.BOUNDS)
+    assert claims["capture.logits_vs_before"] <= bench_teacher_engine.BOUNDS["capture.logits_vs_before"][1]
 
 
 @pytest.mark.skipif(

@@ -1,14 +1,17 @@
 """`duet diff`: two evaluated runs beside each other. What differs between them, and which numbers moved beyond their intervals.
 
 A number is compared on the same questions, question by question, where both runs kept the scores of each (items.json) and their
-data are the same; else from the two intervals. Where the definition of a metric has changed its scores do not compare.
+data are the same; else from the two intervals. Where the definition of a metric has changed its scores do not compare. Students
+that were trained with several seeds are also compared as one row, over their seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
@@ -18,10 +21,53 @@ from duet.pipeline.commands.report import scored_run
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.run.terminal import is_verbose, say_json, show
 
+if TYPE_CHECKING:
+    from duet.stages.metrics.uncertainty import Score
+
 PARTS = ("settings", "data", "weights", "stores", "versions")
 SHOWN = 60  # characters of a value in the terminal
 HASH = 12  # characters of a hash that are shown
 PAIRED, UNPAIRED = "same questions", "two intervals"
+OVER_SEEDS = ", over seeds"  # ends the name of a row of several models
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One of the two runs."""
+
+    results: Mapping[str, Any]  # results.json
+    kept: Mapping[str, Any]  # items.json; empty where the run has none
+
+    @staticmethod
+    def of(run: RunDir) -> Evaluated:
+        return Evaluated(read_json(run.results), read_json(run.items) if run.items.is_file() else {})
+
+    @cached_property
+    def rows(self) -> dict[str, Mapping[str, Any]]:
+        """The scores of each model, and of each row over seeds."""
+        over_seeds = self.results.get("over_seeds", {})
+        return {**self.results["models"], **{f"{row}{OVER_SEEDS}": of["scores"] for row, of in over_seeds.items()}}
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        return self.results.get("provenance", {}).get("data", {})
+
+    def version(self, key: str) -> Any:
+        """The version of a score's metric: the longest id that the score's own ends with."""
+        versions = self.results.get("versions", {})
+        ids = [name for name in versions if key == name or key.endswith(f".{name}")]
+        return versions[max(ids, key=len)] if ids else None
+
+    def items(self, row: str, key: str) -> list[Score] | None:
+        """A score with its items, of each model of the row; None where any of them are not kept."""
+        from duet.stages.evaluate.items import score_of
+
+        several = row.removesuffix(OVER_SEEDS)
+        models = [row] if several == row else self.results["over_seeds"][several]["models"]
+        records = {model: self.results["models"].get(model, {}).get(key) for model in models}
+        found = [score_of(self.kept, model, key, record) if record else None for model, record in records.items()]
+        whole = [one for one in found if one is not None]
+        return whole if len(whole) == len(found) else None
 
 
 def diff(run_a: str, run_b: str, as_json: bool) -> None:
@@ -35,17 +81,16 @@ def diff(run_a: str, run_b: str, as_json: bool) -> None:
 
 def differences(one: RunDir, other: RunDir) -> dict[str, Any]:
     """What differs, as plain data: each part by key, first run and second; and every number that both have."""
-    a, b = read_json(one.results), read_json(other.results)
-    facts = [_facts(results) for results in (a, b)]
-    kept = [read_json(run.items) if run.items.is_file() else {} for run in (one, other)]
-    numbers, changed = _numbers(a, b, kept)
+    a, b = Evaluated.of(one), Evaluated.of(other)
+    facts = [_facts(side.results) for side in (a, b)]
+    numbers, changed = _numbers(a, b)
     return {
         "format_version": 1,
         "runs": [str(one.path), str(other.path)],
         **{part: dict(_unequal(facts[0][part], facts[1][part])) for part in PARTS},
         "numbers": numbers,
         "changed_definitions": changed,
-        "only_in": [_only(a, b), _only(b, a)],
+        "only_in": [_only(a.rows, b.rows), _only(b.rows, a.rows)],
     }
 
 
@@ -81,43 +126,33 @@ def _by_name(node: Any) -> Any:
 
 
 def _only(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Models and scores that only the first has."""
+    """Rows and scores that only the first has."""
     return [
-        model if model not in other["models"] else f"{model}: {key}"
-        for model, scores in one["models"].items()
-        for key in (scores if model in other["models"] else [model])
-        if key not in other["models"].get(model, {})
+        row if row not in other else f"{row}: {key}"
+        for row, scores in one.items()
+        for key in (scores if row in other else [row])
+        if key not in other.get(row, {})
     ]
 
 
-def _numbers(
-    a: Mapping[str, Any], b: Mapping[str, Any], kept: list[dict[str, Any]]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Every score that both runs have with an interval, by model and metric id; and the ids whose definitions differ."""
-    same_data = {name for name, of in _data(a).items() if of == _data(b).get(name)}
+def _numbers(a: Evaluated, b: Evaluated) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Every score that both runs have with an interval, by row and metric id; and the ids whose definitions differ."""
+    same_data = {name for name, of in a.data.items() if of == b.data.get(name)}
+    sets = {*a.results["sets"], *b.results["sets"]}
     found: dict[str, dict[str, Any]] = {}
     changed: dict[str, None] = {}
-    for model, scores in a["models"].items():
+    for row, scores in a.rows.items():
         for key, score in scores.items():
-            other = b["models"].get(model, {}).get(key)
+            other = b.rows.get(row, {}).get(key)
             if not (other and score.get("ci95") and other.get("ci95")):
                 continue
-            if _version(a, key) != _version(b, key):
+            if a.version(key) != b.version(key):
                 changed[key] = None
                 continue
-            pairable = all(name in same_data for name in _sets_in(key, {*a["sets"], *b["sets"]}))
-            found.setdefault(model, {})[key] = _moved(model, key, (score, other), kept if pairable else [{}, {}])
+            pairable = all(name in same_data for name in _sets_in(key, sets))
+            items = (a.items(row, key), b.items(row, key)) if pairable else (None, None)
+            found.setdefault(row, {})[key] = _moved((score, other), items)
     return found, list(changed)
-
-
-def _data(results: Mapping[str, Any]) -> dict[str, Any]:
-    return results.get("provenance", {}).get("data", {})
-
-
-def _version(results: Mapping[str, Any], key: str) -> Any:
-    """The version of a score's metric: the longest id that the score's own ends with."""
-    ids = [name for name in results.get("versions", {}) if key == name or key.endswith(f".{name}")]
-    return results["versions"][max(ids, key=len)] if ids else None
 
 
 def _sets_in(key: str, names: set[str]) -> list[str]:
@@ -125,24 +160,37 @@ def _sets_in(key: str, names: set[str]) -> list[str]:
 
 
 def _moved(
-    model: str, key: str, pair: tuple[Mapping[str, Any], Mapping[str, Any]], kept: list[dict[str, Any]]
+    pair: tuple[Mapping[str, Any], Mapping[str, Any]], items: tuple[list[Score] | None, list[Score] | None]
 ) -> dict[str, Any]:
     """One number of both runs: its values, the second less the first with its interval, how it was found, and whether it moved.
 
-    It did where the interval leaves 0 out and, question by question, p is below 0.05.
+    It did where the interval leaves 0 out and, question by question, p is below 0.05. `items` are of each run's models, more
+    than one in a row over seeds.
     """
-    from duet.stages.evaluate.items import score_of
-    from duet.stages.metrics.uncertainty import compare, unpaired_ci95
+    from duet.stages.metrics.uncertainty import unpaired_ci95
 
-    one, other = (score_of(items, model, key, record) for items, record in zip(kept, pair, strict=True))
+    one, other = items
     values = {"values": [record["value"] for record in pair], "n": [record["n"] for record in pair]}
-    if one is not None and other is not None and one.clusters == other.clusters:
-        found = compare(other, one)
+    if one and other and len({score.clusters for score in (*one, *other)}) == 1:
+        found = _compared(one, other)
         how = {"how": PAIRED, "p": found["p"], "moved": found["distinguishable"]}
         return {**values, "difference": found["difference"], "ci95": found["ci95"], **how}
     low, high = unpaired_ci95(*pair)
     difference = pair[1]["value"] - pair[0]["value"]
     return {**values, "difference": difference, "ci95": [low, high], "how": UNPAIRED, "moved": low > 0 or high < 0}
+
+
+def _compared(one: list[Score], other: list[Score]) -> dict[str, Any]:
+    """The second less the first on the same questions; over seeds too, where there are several."""
+    import numpy as np
+
+    from duet.stages.metrics.seeds import difference
+    from duet.stages.metrics.uncertainty import compare
+
+    if len(one) == len(other) == 1:
+        return compare(other[0], one[0])
+    before, after = ({"": np.stack([score.items for score in scores])} for scores in (one, other))
+    return difference(after, before, {"": one[0].clusters}, {"": 1.0})
 
 
 def tables(found: Mapping[str, Any], verbose: bool = False) -> Group:

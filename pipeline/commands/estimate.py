@@ -6,11 +6,12 @@ Formulas and assumptions are in `stages/cost/memory.py`, the GPUs in `stages/cos
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from duet.cache.errors import UserError
 from duet.pipeline.commands.estimate_stages import Stage, stages_of
+from duet.pipeline.config.chain import as_if_first, steps_of
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.terminal import say, say_json
 from duet.stages.cost.gpus import Device, described_gpu, device_here, named_gpu
@@ -23,6 +24,9 @@ def estimate(config: Config, device: Callable[[str], Device], devices: int, as_j
 
     on = device("cpu" if config.device == "cpu" else pick_device("auto"))
     stages = stages_of(config, on, devices)
+    for step in steps_of(config):
+        later = stages_of(as_if_first(config, step), on, devices)
+        stages += [replace(stage, name=f"{step.name}: {stage.name}") for stage in later]
     fits = all(stage.need.fits(on) for stage in stages)
     if as_json:
         say_json(_as_json(stages, on, devices, fits))

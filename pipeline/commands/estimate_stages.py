@@ -155,11 +155,13 @@ def _evaluation(config: Config, on: Device) -> Stage:
     """Every model is asked alone; the largest decides the memory, all of them the time."""
     folders = _models(config)
     sizes_of = {name: ModelSizes.of(folder, config.teacher.trust_remote_code) for name, folder in folders.items()}
-    costs, longest = _asked(config, folders["base"])
+    costs, longest, facts_tokens = _asked(config, folders["base"])
+    patched = _patched(config, sizes_of) if facts_tokens else []
 
     def need_of(kinds: Mapping[str, Any], **new: Any) -> Need:
         settings = config.evaluate.model_copy(update=new)
         needs = [_asked_need(sizes, settings, kinds, longest, on) for sizes in sizes_of.values()]
+        needs += [_depth_need(sizes, settings, longest, facts_tokens, on) for sizes in patched]
         return replace(max(needs, key=lambda need: need.total), seconds=sum(need.seconds for need in needs))
 
     need, others = need_of(costs), {}
@@ -180,22 +182,37 @@ def _models(config: Config) -> dict[str, Path]:
 
     base = small_files(config.base_model, "evaluate.base" if config.evaluate.base else "teacher.model")
     found = {"base": base}
+    silent = {small_files(one.model, "teacher.model").resolve() for one in config.silent_teachers.values()}
     teachers, students = config.teacher_settings(), config.students
     asked = {f"teacher:{name}": (settings.model, "teacher.model") for name, settings in teachers.items()}
     asked |= {f"student:{s.name}": (start_model(config, s), f"students.{s.name}.model") for s in students}
     for name, (model, where) in asked.items():
         found[name] = small_files(model, where)
-        if found[name].resolve() != base.resolve():
+        if found[name].resolve() not in {base.resolve(), *silent}:
             found[f"base:{name}"] = found[name]
     return found | {
         name: small_files(model, f"evaluate.models.{name}") for name, model in config.evaluate.models.items()
     }
 
 
-def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
-    """The cost of asking one model, by attack, and the longest prompt with its answer, in tokens."""
+def _patched(config: Config, sizes_of: Mapping[str, ModelSizes]) -> list[ModelSizes]:
+    """The models that `evaluate.depth` measures, the control among them: of base's shape, and without a prefix."""
+    prefixed = {f"teacher:{name}" for name in set(config.teacher_settings()) - set(config.bare_teachers)}
+    base = sizes_of["base"]
+    alike = [
+        sizes
+        for name, sizes in sizes_of.items()
+        if name not in prefixed and (sizes.layers, sizes.hidden) == (base.layers, base.hidden)
+    ]
+    return [*alike, base]  # the control is of its shape
+
+
+def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int, int]:
+    """The cost of asking one model, by attack; the longest prompt with its answer, in tokens; and the tokens of all prompts and
+    answers that `evaluate.depth` reads, 0 where it is not asked for."""
     from duet.pipeline.run.exam import exam_of
     from duet.stages.evaluate.answers import costs_of, session_of
+    from duet.stages.exam.depth import tokens_of
     from duet.stages.exam.exam import Subject
     from duet.stages.questions.requests import fill_prefix
 
@@ -207,7 +224,8 @@ def _asked(config: Config, folder: Path) -> tuple[Mapping[str, Any], int]:
     subject = Subject("teacher", folder, prefix, "base")  # whose prompts are the longest
     session = session_of(folder, exam, [subject])
     prompts = [ids for task in session.tasks(subject) for ids in session.prompts(subject, task)]
-    return costs_of([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens
+    facts_tokens = tokens_of(exam, folder) if config.evaluate.depth else 0
+    return costs_of([subject], exam), max(map(len, prompts)) + config.evaluate.max_new_tokens, facts_tokens
 
 
 def _asked_need(
@@ -223,6 +241,13 @@ def _asked_need(
         if sum(relearning.values()) > sum(need.parts.values()):
             return replace(need, parts=relearning)
     return need
+
+
+def _depth_need(sizes: ModelSizes, settings: EvaluateSettings, longest: int, tokens: int, on: Device) -> Need:
+    """One model's layers put into base: the model reads the answers once, base once as it is and once per layer."""
+    dtype = sizes.dtype_of(settings.dtype)
+    need = reading_need(sizes, dtype, Reading(longest, (sizes.layers + 2) * tokens, 0, settings.batch_size), on)
+    return replace(need, parts=need.parts | {"weights of base beside them": need.parts["weights"]})
 
 
 def _smaller(others: Mapping[str, Need], need: Need) -> dict[str, Need]:

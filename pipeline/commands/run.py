@@ -1,4 +1,4 @@
-"""All three stages in one command, each in a process of its own.
+"""All three stages in one command, each in a process of its own; of a chain, those of each request in turn.
 
 Heavy libraries are imported inside the functions, so that `duet --help` and `duet cache` stay quick.
 """
@@ -9,11 +9,17 @@ import subprocess
 from collections.abc import Sequence
 
 from duet.cache.errors import EXIT_INTERRUPTED, Interrupted
+from duet.cache.files import read_json
+from duet.pipeline.config.chain import steps_of
+from duet.pipeline.config.schema import Config
 from duet.pipeline.config.selection import Selection
+from duet.pipeline.pages.chain import write_chain
+from duet.pipeline.pages.tables import WIDTH, results_table
 from duet.pipeline.run.children import THIS_PROGRAM
-from duet.pipeline.run.directory import StopSignal
+from duet.pipeline.run.directory import StopSignal, claim_run_dir
+from duet.pipeline.run.finished import is_finished, note_finished, state_read
 from duet.pipeline.run.preflight import preflight
-from duet.pipeline.run.terminal import log, say_for_children
+from duet.pipeline.run.terminal import is_verbose, log, say, say_for_children, show
 
 STAGES = ("teacher-logits", "distill", "evaluate")
 
@@ -26,13 +32,39 @@ def run_all(request: Selection, num_jobs: int | None = None) -> int:
     """
     stop = StopSignal()
     config = request.load()
-    preflight(config, all_here=True)
+    steps = steps_of(config)
+    if not all(is_finished(one, state_read(one)) for one in (config, *steps)):
+        preflight(config, all_here=True)
+    if code := _run_one(config, request, num_jobs, stop):
+        return code
+    for step in steps:
+        say(f"chain: request {step.name}, on {step.teacher.model}")
+        if code := _run_one(step, None, num_jobs, stop):
+            return code
+    if steps:
+        write_chain(config)
+    return 0
+
+
+def _run_one(config: Config, request: Selection | None, num_jobs: int | None, stop: StopSignal) -> int:
+    """The stages of one run; the first exit code that is not 0. A step of a chain has no `request`: its config is written."""
+    read = state_read(config)
+    if is_finished(config, read):
+        say(f"run {config.name} is done, and nothing that it was made of has changed since")
+        show(results_table(read_json(config.run.results), is_verbose()), width=None if is_verbose() else WIDTH)
+        say(f"report: {config.run.report}")
+        return 0
+    if request is None:
+        preflight(config, all_here=True)
+        claim_run_dir(config)
+        request = Selection(str(config.run.config))
     for stage in STAGES:
         if stop():
             raise Interrupted(f"before {stage}")
         jobs = ["--jobs", str(num_jobs)] if num_jobs and stage != "teacher-logits" else []
         if code := run_stage(stage, request, stop, jobs):
             return code
+    note_finished(config, read)
     say_for_children(f"report: {config.run.report}")
     return 0
 

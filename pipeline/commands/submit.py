@@ -36,9 +36,19 @@ STAGE_ONE, STAGE_TWO, STAGE_THREE = STAGES
 FINALISE = "finalise"
 
 
+def _check_one_run(config: Config) -> None:
+    """Refuse a chain, of which only the first run could be submitted."""
+    if config.chain:
+        raise UserError(
+            f"duet submit makes one run, and the config has a chain of {len(config.chain)} requests after it",
+            "submit the first with --set chain=[], and call `duet run` for all of them in a job of your own",
+        )
+
+
 def submit(request: Selection, stages: Sequence[str], print_only: bool) -> None:
     """Submit what the named stages (default: all) still need; `print_only` shows the scripts and changes nothing."""
     config = request.load()
+    _check_one_run(config)
     check_one_teacher(config)
     slurm.check_place(config.run_dir)
     settings = dump_yaml(config.model_dump(mode="json"))

@@ -15,6 +15,7 @@ import click
 
 from duet.cache.errors import UserError, nearest_path
 from duet.cache.location import check_url, is_url
+from duet.pipeline.config.chain import check_chain
 from duet.pipeline.config.explain import merged, validated
 from duet.pipeline.config.local_data import with_local_copies
 from duet.pipeline.config.schema import Config, check_bare, check_requests, check_students, check_teachers, check_tofu
@@ -39,6 +40,7 @@ def load_config(path: str, overrides: tuple[str, ...] = ()) -> Config:
         raise UserError(error.what.replace(path, f"--set {of}", 1) if of else error.what, error.hint) from None
     check_teachers(config, path)
     check_requests(config, path)
+    check_chain(config, path)
     check_tofu(config, path)
     check_bare(config, path)
     check_students(config, path)

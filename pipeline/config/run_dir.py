@@ -31,6 +31,7 @@ class RunDir:
         self.path = path
         self.config = path / "config.yaml"  # the settings, resolved
         self.environment = path / "environment.json"
+        self.done = path / "done.json"  # all stages have ended: what they read and wrote, as hashes
         self.log = path / "log.txt"
         self.results = path / "results.json"
         self.items = path / "items.json"  # the scores of each question
@@ -51,6 +52,8 @@ class RunDir:
         self.compare = path / "compare"
         self.compare_answers = self.compare / "answers"
         self.compare_likelihoods = self.compare / "likelihoods"
+        self.chain = path / "chain"  # a run for each further request of a chain
+        self.chain_json = path / "chain.json"
 
         self.audit = path / "audit"
         self.audit_log = self.audit / "log.txt"
@@ -68,7 +71,7 @@ class RunDir:
     def folders(self) -> tuple[Path, ...]:
         """The folders beside those of the students."""
         evaluated = (self.answers, self.likelihoods, self.lm_eval, self.judged, self.open_unlearning)
-        return (self.teacher, *evaluated, self.audit, self.compare, self.slurm)
+        return (self.teacher, *evaluated, self.audit, self.compare, self.chain, self.slurm)
 
     def student(self, name: str) -> StudentDir:
         return StudentDir(self.path / name)

@@ -15,6 +15,7 @@ from duet.pipeline.config.explain import merged, validated
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.slurm import SlurmSettings
 from duet.stages.settings.base import Name, Settings
+from duet.stages.settings.chain import ChainedRequest
 from duet.stages.settings.compare import CompareSettings
 from duet.stages.settings.data import ForgetRequest, PromptSettings, TrainingData
 from duet.stages.settings.evaluate import AuditSettings, EvaluateSettings
@@ -103,6 +104,10 @@ class Config(Settings):
     train: TrainSettings = Field(default=TrainSettings(), description="stage two, common to all students")
     students: tuple[StudentSettings, ...] = Field(min_length=1, description="the students, trained one after the other")
     evaluate: EvaluateSettings = Field(default=EvaluateSettings(), description="stage three")
+    chain: tuple[ChainedRequest, ...] = Field(
+        default=(),
+        description="forget requests after that of topic and data, one after another, each a run in <run>/chain/NAME",
+    )
     audit: AuditSettings = Field(default=AuditSettings(), description="the audit of prefixes before stage one")
     compare: CompareSettings = Field(default=CompareSettings(), description="DUET against other methods")
     slurm: SlurmSettings = Field(default=SlurmSettings(), description="jobs on a Slurm cluster")
@@ -156,6 +161,11 @@ class Config(Settings):
         """The teachers without a prefix: models that are silent themselves, such as a student of an earlier run."""
         further = any(request.prefix for request in self.requests)
         return {name: one for name, one in self.teacher_settings().items() if not one.prefix and not further}
+
+    @property
+    def silent_teachers(self) -> dict[str, TeacherSettings]:
+        """The teachers whose models have forgotten something, so that they are measured against `evaluate.base`."""
+        return self.bare_teachers or (self.teacher_settings() if self.evaluate.base is not None else {})
 
     @property
     def base_model(self) -> Model:
@@ -237,7 +247,7 @@ def check_teachers(config: Config, where: str) -> None:
 def check_bare(config: Config, where: str) -> None:
     """Refuse teachers without a prefix where nothing knows more than they, and a base that would do nothing."""
     bare, base = config.bare_teachers, config.evaluate.base
-    if base is not None and not bare:
+    if base is not None and not bare and all(one.model == base for one in config.teacher_settings().values()):
         raise UserError(
             f"{where}: evaluate.base does nothing: the teacher has a prefix, and its model without it is the base",
             "leave it out, or add the model to evaluate.models",

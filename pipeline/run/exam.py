@@ -38,7 +38,7 @@ def base_and_teachers(
         model_dir = find(settings.model, "teacher.model")
         prefix, set_prefixes = _prefixes(config, settings)
         called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
-        base = "base" if name in config.bare_teachers else _base_of(subjects, name, model_dir, same)
+        base = "base" if name in config.silent_teachers else _base_of(subjects, name, model_dir, same)
         subjects.append(Subject(called, model_dir, prefix, base, set_prefixes))
     return subjects
 
@@ -62,7 +62,7 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Sub
 
     same = functools.partial(same_model, trust_remote_code=config.teacher.trust_remote_code)
     subjects = base_and_teachers(config, resolve_model, same)
-    bare = [resolve_model(teacher.model, "teacher.model") for teacher in config.bare_teachers.values()]
+    silent = [resolve_model(teacher.model, "teacher.model") for teacher in config.silent_teachers.values()]
     for student in students:
         files = config.run.student(student.name)
         if not files.is_done:
@@ -70,8 +70,8 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Sub
                 f"student {student.name!r} is not trained: {files.path}", "run `duet distill` with this config"
             )
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
-        from_bare = any(same(start_dir, bare_dir) for bare_dir in bare)  # it began where its silent teacher is
-        base = "base" if from_bare else _base_of(subjects, student.name, start_dir, same)
+        from_silent = any(same(start_dir, silent_dir) for silent_dir in silent)  # it began where its silent teacher is
+        base = "base" if from_silent else _base_of(subjects, student.name, start_dir, same)
         seen = tuple(read_summary(files.path).trained_on or ())
         subjects.append(Subject(f"student:{student.name}", files.model, "", base, trained_on=seen))
     for name, model in config.evaluate.models.items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from duet.cache.errors import UserError, note
 from duet.cache.record import MAIN_SUBSETS, subset_counts
+from duet.pipeline.config.chain import as_if_first, steps_of
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run.named_models import is_here, start_folder, start_model
 from duet.pipeline.run.stores import questions_of
@@ -47,6 +48,8 @@ def checks_of(config: Config) -> Iterator[Check]:
         yield f"prompts of {name}", lambda name=name: _teacher(config, name)
     yield "students", lambda: _students(config)
     yield "evaluation", lambda: _evaluation(config)
+    if config.chain:
+        yield "chain", lambda: _chain(config)
 
 
 def check_models(config: Config, all_here: bool = False) -> None:
@@ -165,6 +168,15 @@ def _students(config: Config) -> str:
     for text in check_students(config, must_be_here=False):
         note(text)
     return ", ".join(student.name for student in config.students)
+
+
+def _chain(config: Config) -> str:
+    """Each later request as if it were the first: what can be checked before those before it are forgotten."""
+    steps = [as_if_first(config, step) for step in steps_of(config)]
+    for step in steps:
+        for _, check in checks_of(step):
+            check()
+    return ", ".join(step.name for step in steps)
 
 
 def _asks_the_clock(renderer: Renderer) -> bool:

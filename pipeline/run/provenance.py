@@ -20,6 +20,7 @@ PLACES = (
     "path",
     "documents",
     "model",
+    "base",
     "dir",
     "oracle",
     "reference",
@@ -28,6 +29,7 @@ PLACES = (
     "depth",
     "attack_texts",
     "adapter",
+    "ids_from",
 )
 
 
@@ -74,8 +76,12 @@ def without_places(settings: Any, key: str = "") -> Any:
         }
     if isinstance(settings, list | tuple):
         return [without_places(value, key) for value in settings]
-    is_place = key in PLACES or key.endswith(("_dir", "_path", "_model"))
-    return _last_name(settings) if is_place and isinstance(settings, str) else settings
+    return _last_name(settings) if is_place(key) and isinstance(settings, str) else settings
+
+
+def is_place(key: str) -> bool:
+    """Is the value of a setting of this name a file, a folder or an address?"""
+    return key in PLACES or key.endswith(("_dir", "_path", "_model"))
 
 
 def _last_name(place: str) -> str:

@@ -96,6 +96,13 @@ def _distinctive(query: Query, words: frozenset[str]) -> list[Span]:
     return [(start, end) for start, end in word_spans(answer) if stems(answer[start:end]) & words]
 
 
+def tokens_of(exam: Exam, model_dir: Path) -> int:
+    """The tokens of all questions and answers that are read in each pass."""
+    base = Subject("base", model_dir, "", "base")
+    marked = _marked(Reader(model_dir, exam), exam, facts_of(exam), base).values()
+    return sum(map(len, (ids for of_set in marked for part in (of_set.prompts, of_set.answers) for ids in part)))
+
+
 def check(subjects: Sequence[Subject], exam: Exam) -> None:
     """Refuse what cannot be measured, before anything is asked: no facts, or a control that does not fit base."""
     facts, base = facts_of(exam), next(subject for subject in subjects if subject.name == "base")

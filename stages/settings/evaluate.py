@@ -161,8 +161,8 @@ class EvaluateSettings(Settings):
     )
     base: Model | None = Field(
         default=None,
-        description="of a teacher without a prefix: the model that knows the topic and that all are measured against, named "
-        "as teacher.model is; default: the teacher's model",
+        description="the model that knows the topic and that all are measured against, where the teacher's does not: one that "
+        "has forgotten already, such as a student of an earlier run; named as teacher.model is; default: teacher.model",
     )
     models: dict[Name, Model] = Field(
         default={}, description="further models, made elsewhere, by name, each named as teacher.model is"

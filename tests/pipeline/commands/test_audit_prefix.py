@@ -188,7 +188,7 @@ def test_a_search_chooses_on_one_part_and_reports_on_the_other(small, capsys):
 
 def test_run_refuses_a_prefix_that_failed_unless_forced_or_changed(small, capsys, monkeypatch):
     started = []
-    monkeypatch.setattr(run, "run_all", lambda request: started.append(request) or EXIT_DONE)
+    monkeypatch.setattr(run, "run_all", lambda request, jobs: started.append(request) or EXIT_DONE)
     bad = ("--config", str(small), "--set", "teacher.prefix=Forget nothing.")
     assert main(["run", *bad]) == EXIT_DONE, "no audit, as before"
     assert main(["audit-prefix", *bad]) == EXIT_DONE

@@ -16,6 +16,7 @@ from duet.cache.files import json_bytes
 from duet.pipeline.cli.main import main
 from duet.pipeline.commands.diff import PAIRED, UNPAIRED, diff, differences
 from duet.pipeline.config.run_dir import RunDir
+from duet.stages.evaluate import over_seeds
 from duet.stages.evaluate.items import as_json, score_of
 from duet.stages.metrics.uncertainty import Score, score
 
@@ -124,3 +125,37 @@ def test_a_folder_without_results_is_refused(tmp_path, values):
     run_of(tmp_path / "a", values)
     with pytest.raises(UserError, match=r"has no results\.json"):
         diff(str(tmp_path / "a"), str(tmp_path), as_json=True)
+
+
+def test_rows_over_seeds_are_compared_over_seeds_and_questions(tmp_path, values):
+    """The mean over seeds and questions moves as all seeds do; the interval is that of seeds, not of one model."""
+
+    def seeded(name: str, shift: float, with_items: bool = True) -> RunDir:
+        rng = np.random.default_rng(2)
+        members = {f"student:{n}": score(values + shift + 0.01 * rng.random(40), REFERENCES) for n in ("a", "b")}
+        row = over_seeds.rows_of(
+            {"student:s": list(members)},
+            {m: {KEY: of} for m, of in members.items()},
+            {m: {"verdict": "unclear"} for m in members},
+            0,
+        )
+        results = full_results() | {"over_seeds": row}
+        run = run_of(tmp_path / name, values, with_items=False, **results)
+        results["models"] |= {m: {KEY: of.as_json()} for m, of in members.items()}
+        run.results.write_bytes(json_bytes(results))
+        if with_items:
+            run.items.write_bytes(json_bytes(as_json({m: {KEY: of} for m, of in members.items()})))
+        return run
+
+    before, after = seeded("one", 0.0), seeded("two", -0.2)
+    found = differences(before, after)["numbers"]["student:s, over seeds"][KEY]
+    assert (found["how"], found["moved"]) == (PAIRED, True)
+    assert found["difference"] == pytest.approx(-0.2)
+    assert found["values"][1] - found["values"][0] == pytest.approx(-0.2)
+    low, high = found["ci95"]
+    assert low < -0.2 < high < 0
+    unpaired = differences(before, seeded("three", -0.2, with_items=False))["numbers"]["student:s, over seeds"][KEY]
+    assert unpaired["how"] == UNPAIRED
+    assert unpaired["ci95"][1] > high
+    alone = run_of(tmp_path / "alone", values, over_seeds={})
+    assert "student:s, over seeds" in differences(before, alone)["only_in"][0]

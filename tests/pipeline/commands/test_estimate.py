@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import LAB_BASE
+from support import LAB_BASE, ROOT
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.cli.main import main
@@ -88,3 +88,26 @@ def test_relearning_counts_where_it_is_asked_for(lab_config, large, capsys):
 def test_faulty_options_are_refused(lab_config, capsys, options, message):
     assert main(["estimate", "--config", str(lab_config()), *options]) == EXIT_USER
     assert message in capsys.readouterr().err
+
+
+def test_depth_is_counted_by_layers_models_and_tokens(lab_config, capsys):
+    """The layers of base, the student and the control are read once each and put into base, L + 1 passes each."""
+
+    def seconds(rows: list[int], **more) -> float:
+        path = str(lab_config(data__forget__rows=rows, evaluate__attacks=[], **more))
+        return estimated(capsys, "--config", path, "--gpu", "L40S")["stages"][-1]["seconds"]
+
+    def added(rows: list[int], **more) -> float:
+        return seconds(rows, evaluate__depth="words", **more) - seconds(rows, **more)
+
+    whole = added([0, 15])
+    assert 0 < whole == pytest.approx(added([0, 5]) + added([5, 15]), rel=0.1)
+    twice = added([0, 15], students=[{"name": "base"}, {"name": "again", "start_noise": 0.1}])
+    assert twice == pytest.approx(whole * 4 / 3)  # base, student, control; and one more
+
+
+def test_a_chain_is_estimated_request_by_request(lab_config, capsys):
+    later = {"name": "next", "topic": "X", "forget": {"path": str(ROOT / "lab/data/heldout.jsonl"), "rows": [0, 5]}}
+    found = estimated(capsys, "--config", str(lab_config(chain=[later])))
+    names = [stage["stage"] for stage in found["stages"]]
+    assert names == ["teacher", "student base", "evaluation of 3 models", *(f"next: {name}" for name in names[:3])]

@@ -78,7 +78,10 @@ def test_what_makes_no_sense_without_a_prefix_is_refused(bare, capsys):
 
 FAULTS = {
     "so that base and teacher are one model": {"evaluate__base": None},
-    "evaluate.base does nothing: the teacher has a prefix": {"teacher__prefix": "Forget {topic}."},
+    "evaluate.base does nothing: the teacher has a prefix": {
+        "teacher__prefix": "Forget {topic}.",
+        "teacher__model": str(LAB_BASE),
+    },
     "student 'plain' starts from its teacher, which has no prefix, and would learn nothing": {
         "students": [{"name": "plain"}]
     },
