@@ -111,23 +111,28 @@ def distill(jobs: int | None, child: bool, **asked: Any) -> int:
     help="Score this model, made elsewhere, instead of the students; can be repeated. No earlier stage is needed.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what each attack will cost, and start nothing.")
-def evaluate(models: tuple[str, ...], dry_run: bool, **asked: Any) -> None:
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Models asked at the same time; default: the number of GPUs, at least 1."
+)
+@click.option("--part", type=click.IntRange(min=0), hidden=True)
+def evaluate(models: tuple[str, ...], dry_run: bool, jobs: int | None, part: int | None, **asked: Any) -> int:
     """Stage three: score base, teacher and students; write results.json and report.html."""
-    from duet.pipeline.commands.evaluate import evaluate
+    from duet.pipeline.commands.evaluate import Jobs, evaluate
     from duet.pipeline.config.schema import with_models
     from duet.pipeline.config.selection import Selection
     from duet.pipeline.run.launch import check_alone
 
     check_alone("evaluate", os.environ)
     request = Selection(**asked)
+    named = [part for model in models for part in ("--model", model)]
+    at_a_time = Jobs(jobs, [*request.arguments(), *named], part)
     if not models:
-        evaluate(request.load(), dry_run)
-    elif request.only or request.sweeps:
+        return evaluate(request.load(), at_a_time, dry_run)
+    if request.only or request.sweeps:
         raise UserError(
             "--model leaves the students out: --only and --sweep do nothing with it", "leave out one of them"
         )
-    else:
-        evaluate(with_models(request.load(), models), dry_run, only_models=True)
+    return evaluate(with_models(request.load(), models), at_a_time, dry_run, only_models=True)
 
 
 @duet.command("audit-prefix")
@@ -180,7 +185,12 @@ def sample(config_path: str, overrides: tuple[str, ...], out: Path, **asked: Any
 @experiment
 @students
 @click.option("--force", is_flag=True, help="Run even if the prefix failed its audit.")
-def run(force: bool, **asked: Any) -> int:
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Students trained, and models asked, at the same time; default: the number of GPUs, at least 1.",
+)
+def run(force: bool, jobs: int | None, **asked: Any) -> int:
     """Run all three stages, each in a process of its own."""
     from duet.pipeline.commands.audit_prefix import refuse_failing
     from duet.pipeline.commands.run import run_all
@@ -192,7 +202,7 @@ def run(force: bool, **asked: Any) -> int:
     config = request.load()  # a faulty config should not wait for a stage to say so
     if not force:
         refuse_failing(config)
-    return run_all(request)
+    return run_all(request, jobs)
 
 
 @duet.command()

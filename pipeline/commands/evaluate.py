@@ -6,6 +6,7 @@ Heavy libraries are imported inside the functions, so that `duet --help` and `du
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from duet.pipeline.pages.tables import (
     refusal_lines,
     results_table,
 )
+from duet.pipeline.run.children import THIS_PROGRAM, environments_of_children, run_jobs, visible_gpus
 from duet.pipeline.run.directory import StopSignal, claim_run_dir, environment, set_aside
 from duet.pipeline.run.exam import exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
@@ -42,6 +44,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Jobs:
+    """How many models are asked at the same time, each in a process of its own; None: as many as there are GPUs."""
+
+    count: int | None
+    arguments: Sequence[str]  # of this command, which such a process gets too
+    part: int | None = None  # in such a process: which model directory it asks
+
+
+@dataclass(frozen=True)
 class Found:
     """All that the models answered, by model."""
 
@@ -50,11 +61,11 @@ class Found:
     harness: Mapping[str, Mapping[str, Any]]
 
 
-def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -> None:
-    """Stage three: results.json, the table and the report.
+def evaluate(config: Config, jobs: Jobs, dry_run: bool = False, only_models: bool = False) -> int:
+    """Stage three: results.json, the table and the report; returns an exit code.
 
     A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
-    base, teachers and `evaluate.models` are asked.
+    base, teachers and `evaluate.models` are asked. A process that asks one model of several leaves its answers on disk.
     """
     from duet.stages.evaluate import items, over_seeds
     from duet.stages.evaluate.answers import costs_of
@@ -71,6 +82,9 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if not dry_run:
         claim_run_dir(config)
     exam = exam_of(config)
+    if jobs.part is not None:
+        _ask_one(config.run, subjects, exam, jobs.part, stop)
+        return 0
     remarks = cut_references(load_tokenizer(subjects[0].model_dir), exam.queries, exam.settings.max_new_tokens)
     for text in remarks:
         note(text)
@@ -78,7 +92,9 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
     if dry_run or len(costs.keys() & ATTACKS.keys()) > 1:  # one attack is not worth a table
         show(costs_table(costs, len(subjects)), result=dry_run, width=WIDTH)
     if dry_run:
-        return
+        return 0
+    if code := _ask_in_children(subjects, exam, jobs, stop):
+        return code
     found = _ask(config.run, subjects, exam, stop)
     scored, scores = results_of(subjects, exam, found.answers, found.read, reference)
     results = {
@@ -100,12 +116,41 @@ def evaluate(config: Config, dry_run: bool = False, only_models: bool = False) -
         results["models"][name] |= of_harness
     _publish(config.run, results, exam, found)
     publish_json(config.run.items, items.as_json(scores))
+    return 0
 
 
 def _seed_rows(config: Config, students: Sequence[StudentSettings]) -> dict[str, list[str]]:
     """The models of each row over seeds."""
     rows = config.seed_rows(students)
     return {f"student:{row}": [f"student:{name}" for name in names] for row, names in rows.items()}
+
+
+def _ask_in_children(subjects: Sequence[Subject], exam: Exam, jobs: Jobs, stop: StopSignal) -> int:
+    """Every model in a process of its own, several at a time; the first exit code that is not 0. One at a time needs none."""
+    from duet.stages.evaluate.answers import models_asked
+
+    devices, models = visible_gpus(exam.device), models_asked(subjects, exam)
+    num_jobs = min(jobs.count or len(devices) or 1, len(models))
+    if num_jobs == 1:
+        return 0
+    say(f"asking {len(models)} models, {num_jobs} at a time")
+    commands = {
+        ", ".join(subject.name for subject in asked): [*THIS_PROGRAM, "evaluate", *jobs.arguments, "--part", str(part)]
+        for part, asked in enumerate(models.values())
+    }
+    return run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, lambda running: None)
+
+
+def _ask_one(run: RunDir, subjects: Sequence[Subject], exam: Exam, part: int, stop: StopSignal) -> None:
+    """Ask all subjects of one model directory."""
+    from duet.stages.evaluate.answers import answer_all, models_asked
+    from duet.stages.exam.reading import read_all
+
+    model_dir, asked = list(models_asked(subjects, exam).items())[part]
+    with progress_bar("answers") as bar:
+        watch = Watch(bar.update, functools.cache(say_engine), stop)
+        answer_all(subjects, exam, run.answers, watch, only=model_dir)
+        read_all([subject for subject in asked if subject in subjects], exam, run.likelihoods, run.answers, watch)
 
 
 def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, stop: StopSignal) -> Found:

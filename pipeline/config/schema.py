@@ -25,7 +25,7 @@ from duet.stages.settings.teacher import ONE_FOR_ALL, Model, NamedTeacher, Store
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "none": {},
     "deep": {
-        "teacher": {"prefix_on": "forget", "max_positions": 64},
+        "teacher": {"prefix_on": "forget", "max_positions": 128},
         "train": {"contexts": "texts"},
         "students": {"start_noise": 0.5},
     },

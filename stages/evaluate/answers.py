@@ -38,17 +38,25 @@ def session_of(model_dir: Path, exam: Exam, subjects: Sequence[Subject]) -> Mode
     return ModelSession(model_dir, exam, [(subject, tasks_of(exam, subject)) for subject in subjects])
 
 
-def answer_all(subjects: Sequence[Subject], exam: Exam, answers_dir: Path, watch: Watch) -> dict[str, dict[str, Any]]:
+def models_asked(subjects: Sequence[Subject], exam: Exam) -> dict[Path, list[Subject]]:
+    """The model directories that `answer_all` opens, one after the other, and whom it asks in each.
+
+    Where attacks are made and there is a control, it is among them as CONTROL.
+    """
+    return by_directory(_everyone(subjects, exam))
+
+
+def answer_all(
+    subjects: Sequence[Subject], exam: Exam, answers_dir: Path, watch: Watch, only: Path | None = None
+) -> dict[str, dict[str, Any]]:
     """Answers per subject and task, in query order, and what attacks on its weights found.
 
-    Subjects of one model directory share an engine. Where attacks are made and there is a control, it is attacked as they are
-    and stands under CONTROL.
-
-    What is on disk from the same model, prefix, questions and settings is not asked again.
+    Of all `models_asked`, or of `only` one. Subjects of one model directory share an engine. What is on disk from the same
+    model, prefix, questions and settings is not asked again.
     """
-    everyone = [*subjects, *_control(exam)]
-    answers: dict[str, dict[str, Any]] = {subject.name: {} for subject in everyone}
-    for session, asked in _sessions(everyone, exam):
+    answers: dict[str, dict[str, Any]] = {}
+    for session, asked in _sessions(subjects, exam, only):
+        answers |= {subject.name: {} for subject in asked}
         try:
             for subject in asked:
                 answers[subject.name] |= run.answered(session, subject, answers_dir, watch)
@@ -56,7 +64,7 @@ def answer_all(subjects: Sequence[Subject], exam: Exam, answers_dir: Path, watch
             session.close()
         for subject in asked:
             answers[subject.name] |= run.weights_attacked(session, subject, answers_dir, watch)
-    return answers
+    return {subject.name: answers[subject.name] for subject in _everyone(subjects, exam) if subject.name in answers}
 
 
 def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, Cost]:
@@ -64,8 +72,7 @@ def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, Cost]:
 
     What is on disk already counts too.
     """
-    everyone = [*subjects, *_control(exam)]
-    found = [run.costs(session, subject) for session, asked in _sessions(everyone, exam) for subject in asked]
+    found = [run.costs(session, subject) for session, asked in _sessions(subjects, exam) for subject in asked]
     total: dict[str, Cost] = {}
     for costs in found:
         for kind, cost in costs.items():
@@ -73,15 +80,18 @@ def costs_of(subjects: Sequence[Subject], exam: Exam) -> dict[str, Cost]:
     return total
 
 
-def _control(exam: Exam) -> list[Subject]:
-    """The model that never knew, where there is one and attacks are made."""
-    return [Subject(CONTROL, exam.control, "", "base")] if exam.control and chosen(exam)[0] else []
+def _everyone(subjects: Sequence[Subject], exam: Exam) -> list[Subject]:
+    """The subjects and the model that never knew, where there is one and attacks are made."""
+    return [*subjects, *([Subject(CONTROL, exam.control, "", "base")] if exam.control and chosen(exam)[0] else [])]
 
 
-def _sessions(subjects: Sequence[Subject], exam: Exam) -> Iterator[tuple[ModelSession, list[Subject]]]:
+def _sessions(
+    subjects: Sequence[Subject], exam: Exam, only: Path | None = None
+) -> Iterator[tuple[ModelSession, list[Subject]]]:
     """Each model directory once, with the subjects that are asked of it."""
-    for model_dir, asked in by_directory(subjects).items():
-        yield session_of(model_dir, exam, asked), asked
+    for model_dir, asked in models_asked(subjects, exam).items():
+        if only in (None, model_dir):
+            yield session_of(model_dir, exam, asked), asked
 
 
 def refusals_of(exam: Exam, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

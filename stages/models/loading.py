@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from duet.stages.models.directory import check_quantisation, described, load_con
 from duet.stages.models.files import ModelFiles, count, digest
 
 _HEADS = ("lm_head.weight", "embed_out.weight")  # how output heads are called that may be tied to the embedding
+# Of a model of fewer parameters the matrices are so small that a CPU's second thread is waited for longer than it works.
+THREADED_FROM = 10_000_000
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -33,6 +37,7 @@ def load_model(model_dir: Path, dtype: str = "auto", trust_remote_code: bool = F
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    _threads_at_first()
     disable_progress_bar()  # progress is the pipeline's to show
     files = described(model_dir)
     check_quantisation(model_dir, str(model_dir), trust_remote_code)
@@ -61,7 +66,24 @@ def load_model(model_dir: Path, dtype: str = "auto", trust_remote_code: bool = F
         )
     if files.quantised:
         _check_runs(model.eval(), model_dir)
-    return (_merged(model, files.adapter) if files.adapter else model).eval()
+    model = (_merged(model, files.adapter) if files.adapter else model).eval()
+    _set_threads(model.num_parameters())
+    return model
+
+
+def _set_threads(parameters: int) -> None:
+    """How many threads torch uses on a CPU from now on: one for a small model, unless OMP_NUM_THREADS says how many."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if parameters < THREADED_FROM else _threads_at_first())
+
+
+@functools.cache
+def _threads_at_first() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _check_runs(model: Any, model_dir: Path) -> None:

@@ -191,7 +191,7 @@ class RelearnSettings(Settings):
     draws: int = Field(
         default=1,
         ge=1,
-        description="how often each number of pairs is drawn anew, each draw for copies of its own; a question counts with its mean",
+        description="how often each number of pairs is drawn, each draw for copies of its own; a question counts with its mean",
     )
     other: Name | None = Field(
         default=None,

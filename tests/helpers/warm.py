@@ -174,9 +174,9 @@ def _as_asked(asked: dict, streams: list[int]) -> Callable[[], None]:
 
 def use_in_commands(program: tuple[str, ...] = PROGRAM) -> None:
     """The commands of this process start their children with it."""
-    from duet.pipeline.commands import compare, distill, run, teacher_logits
+    from duet.pipeline.commands import compare, distill, evaluate, run, teacher_logits
 
-    for module in (compare, distill, run, teacher_logits):
+    for module in (compare, distill, evaluate, run, teacher_logits):
         module.THIS_PROGRAM = program
 
 

@@ -217,7 +217,7 @@ def test_attacks_with_texts_that_a_preset_trains_on_are_refused(config, tmp_path
         ("compare.oracle=lab/models/none", "compare.oracle"),
         ("compare.harden=[hard]", "there is no preset 'hard'"),
         ("compare.harden=[deep, deep]", "harden names one twice"),
-        ("teacher.max_positions=3", "deep sets teacher.max_positions to 64, and the config says 3"),
+        ("teacher.max_positions=3", "deep sets teacher.max_positions to 128, and the config says 3"),
         ("students=[{name: s, start_noise: 0.1}]", "no student starts from the teacher's own weights"),
         ("students=[{name: s, model: lab/models/small}]", "no student starts from the teacher's own weights"),
     ],
