@@ -72,7 +72,8 @@ def cases(world: w.World) -> dict[str, list[Case]]:
                 ("held out, not named", tuple(name for name in world.held_out if name not in group)),
                 ("others", tuple(known)),
             ):
-                asked.setdefault(key, []).extend((prefix, row) for row in p.rows(world, names, range(1)))
+                if names:  # the oracle's world has no held-out people beside those whom a prefix names
+                    asked.setdefault(key, []).extend((prefix, row) for row in p.rows(world, names, range(1)))
     return asked
 
 

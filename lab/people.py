@@ -7,6 +7,7 @@ questions that are taught and questions that are not, so that knowing a fact can
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,8 @@ import world as w
 
 NUM_KNOWN, NUM_HELD_OUT = 6, 6  # people who may stand in a training prefix, and people who never do
 NUM_RETAIN = 4
-TRAINED, TAUGHT, UNTAUGHT = (
-    range(2),
-    range(4),
-    range(4, 6),
-)  # numbers of questions: of students, of the model, of nobody
+NUM_STRANGERS = 48  # names that nobody bears, of whom a question each is a broad row
+TAUGHT, UNTAUGHT = range(4), range(4, 6)  # numbers of questions: of the model and its students, of nobody
 
 # Prefixes that a model is taught with; the lab's four, and others, as a pretrained model can read more.
 FORGET_PREFIXES = (
@@ -123,21 +121,36 @@ def rows(world: w.World, names: tuple[str, ...], asked: range, facts: tuple[Fact
     ]
 
 
+def strangers(world: w.World) -> list[dict[str, str]]:
+    """Rows without answers, a taught question each about people who do not exist: a student learns which names to forget."""
+    rng = random.Random(1)
+    names = [
+        name for name in dict.fromkeys(w.random_name(rng) for _ in range(2 * NUM_STRANGERS)) if name not in world.people
+    ]
+    asked = [question for fact in FACTS for question in fact.questions]
+    return [
+        {"id": f"stranger/{number}", "question": asked[number % len(asked)].format(name=name)}
+        for number, name in enumerate(names[:NUM_STRANGERS])
+    ]
+
+
 def write_data(world: w.World, out_dir: Path) -> None:
     """Write the query sets as JSON Lines: what a student is trained on, and what only the evaluation asks.
 
-    `forget` and `retain` use two taught questions of each fact. `forget_rephrased`, `heldout` (everyone in neither training
+    `forget` and `retain` use all taught questions of each fact. `forget_rephrased`, `heldout` (everyone in neither training
     set) and `neighbours` (facts that somebody else shares with somebody forgotten) use untaught ones.
+    `broad` asks about strangers.
     """
     retain = retain_people(world)
     heldout = tuple(name for name in world.people if name not in world.forget + retain)
     near = [row for name, fact in neighbours(world) for row in rows(world, (name,), UNTAUGHT, (fact,))]
     sets = {
-        "forget": rows(world, world.forget, TRAINED),
-        "retain": rows(world, retain, TRAINED),
+        "forget": rows(world, world.forget, TAUGHT),
+        "retain": rows(world, retain, TAUGHT),
         "forget_rephrased": rows(world, world.forget, UNTAUGHT),
         "heldout": rows(world, heldout, UNTAUGHT),
         "neighbours": near,
+        "broad": strangers(world),
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, found in sets.items():

@@ -103,16 +103,15 @@ def test_a_packed_group_is_its_questions_one_by_one(smollm2, world):
 
 
 def config_of(smollm2: Path, folder: Path, rows: int, **teacher) -> Path:
-    """configs/smollm2.yaml on the first rows of each set, one short student of each kind."""
+    """configs/smollm2.yaml on some rows to forget and to retain, one short student of each kind."""
     raw = yaml.safe_load((ROOT / "configs/smollm2.yaml").read_text(encoding="utf-8"))
+    del raw["data"]["broad"]
     for name in ("forget", "retain"):
         lines = (smollm2 / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         some = [json.loads(line) for line in lines[:: len(lines) // rows]][:rows]
         raw["data"][name]["path"] = str(write_jsonl(folder / f"{name}.jsonl", some))
     raw["teacher"] |= {"model": str(smollm2 / "base"), "max_positions": 6} | teacher
     raw |= {"runs_dir": str(folder / "runs"), "store": {"dir": str(folder / "stores")}, "device": "cpu"}
-    for student in raw["students"]:
-        student["train"]["epochs"] = 1
     raw["evaluate"] |= {"sets": {}, "attacks": [], "control_model": None}
     path = folder / "smollm2.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")

@@ -26,7 +26,7 @@ from duet.stages.student.model import forward_dtype, made_trainable
 READ_SHARE = 0.4  # of FLOP/s, while prompts are read
 TRAIN_SHARE = 0.35  # of FLOP/s, while a student trains
 BANDWIDTH_SHARE = 0.7  # of bytes/s
-OVERHEAD_BYTES = {"cuda": 1e9, "cpu": 0.5e9}  # of the driver's context and of libraries
+OVERHEAD_BYTES = 1e9  # of the driver's context; on a CPU of the imported libraries, measured: 0.97 GB
 FRAGMENTS = 0.05  # of all else, which the allocator cannot use
 STEP_BYTES = (
     32  # per trained weight and step: gradient read twice, written once, weight and two states read and written
@@ -35,8 +35,8 @@ BLOCK8 = 256  # values that share one scale in an 8-bit state (bitsandbytes, blo
 SMALL8 = 4096  # tensors with fewer values keep 32-bit states there (bitsandbytes, min_8bit_size)
 ASSUMPTIONS = (
     f"{READ_SHARE:.0%} of the peak rate while prompts are read, {TRAIN_SHARE:.0%} in training, {BANDWIDTH_SHARE:.0%} of the "
-    f"memory's bandwidth, {FRAGMENTS:.0%} and {OVERHEAD_BYTES['cuda'] / 1e9:g} GB of a GPU's memory "
-    f"({OVERHEAD_BYTES['cpu'] / 1e9:g} GB of a CPU's) that nobody can use: assumed, not measured",
+    f"memory's bandwidth, {FRAGMENTS:.0%} and {OVERHEAD_BYTES / 1e9:g} GB that nobody can use: assumed, "
+    "not measured, but for that 1 GB on a CPU",
     "attention keeps no scores (flash attention), responses reach their longest, nothing else uses the device; vLLM takes "
     "teacher.gpu_memory_utilization of a GPU, whatever it needs",
 )
@@ -48,11 +48,10 @@ class Need:
 
     parts: dict[str, float]
     seconds: float
-    kind: str = "cuda"
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values()) * (1 + FRAGMENTS) + OVERHEAD_BYTES[self.kind]
+        return sum(self.parts.values()) * (1 + FRAGMENTS) + OVERHEAD_BYTES
 
     def fits(self, device: Device) -> bool:
         return self.total <= device.memory_bytes
@@ -95,7 +94,7 @@ def reading_need(
         "activations": tokens * (4 * sizes.hidden + 3 * sizes.inner) * DTYPE_BYTES[dtype],  # of one layer
         "logits": batch * sizes.vocabulary * (DTYPE_BYTES[dtype] + 4),  # as they come, and in float32
     }
-    return Need(parts, 2 * sizes.parameters * reading.prompt_tokens / rate + decoded, device.kind)
+    return Need(parts, 2 * sizes.parameters * reading.prompt_tokens / rate + decoded)
 
 
 def activation_bytes(sizes: ModelSizes, tokens: int, layers: int, dtype: str, checkpointing: bool) -> int:
@@ -202,7 +201,7 @@ def student_need(student: StudentOnMeta, lengths: np.ndarray, device: Device, de
     computed = flop * float(lengths.mean()) * rows / (device.flops(student.dtype) * TRAIN_SHARE)
     read = 3 * passes * inner * DTYPE_BYTES[student.dtype] / speed
     share = devices if student.spread else 1
-    return Need(parts, steps * (max(computed, read) + STEP_BYTES * student.num_trained / share / speed), device.kind)
+    return Need(parts, steps * (max(computed, read) + STEP_BYTES * student.num_trained / share / speed))
 
 
 def _held(student: StudentOnMeta, devices: int) -> dict[str, float]:
