@@ -93,7 +93,9 @@ def train_repselect(job: BaselineJob, watch: Watch) -> dict[str, Any]:
             watch.on_progress(job.name, step, job.steps.total, f"KL {kl:.3g}")
             _stop(job, watch)
     card = compared_card(job.name, job.method.title, job.method.paper, job.start_name, step, job.settings)
-    export(models.model, tokenizer, job.folder, export_dtype_of(job.settings, models.model.config), None, card)
+    export(
+        models.model, tokenizer, job.folder, export_dtype_of(job.settings, models.model.config), None, lambda _: card
+    )
     return {"steps": step, "train_s": time.perf_counter() - started, "diverged_at": None, "curve": curve}
 
 

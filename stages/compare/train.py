@@ -100,7 +100,7 @@ def train_baseline(job: BaselineJob, watch: Watch) -> dict[str, Any]:
             raise Interrupted(f"{job.name}: step {state.step} of {total} is saved in {job.folder}")
     steps = state.step - (diverged_at is not None)
     card = compared_card(job.name, job.method.title, job.method.paper, job.start_name, steps, settings)
-    export(model, tokenizer, job.folder, export_dtype_of(settings, model.config), settings.lora, card)
+    export(model, tokenizer, job.folder, export_dtype_of(settings, model.config), settings.lora, lambda _: card)
     shutil.rmtree(checkpoint_dir, ignore_errors=True)
     return {"steps": steps, "train_s": state.train_s, "diverged_at": diverged_at, "curve": curve}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,25 +29,35 @@ BEAMS = ("early_stopping", "length_penalty")
 
 
 def export(
-    model: Any, tokenizer: Any, student_dir: Path, dtype: torch.dtype, lora: LoraSettings | None, card: str
+    model: Any,
+    tokenizer: Any,
+    student_dir: Path,
+    dtype: torch.dtype,
+    lora: LoraSettings | None,
+    card_of: Callable[[Any], str],
 ) -> None:
     """Write `model/` in one rename: safetensors weights, config and tokenizer, as transformers and vLLM load them.
 
-    Adapters are merged; with `lora.save_adapter`, `adapter/` holds them as peft loads them. The model is used up.
+    Adapters are merged; with `lora.save_adapter`, `adapter/` holds them as peft loads them. `card_of` gets the model as it is
+    written, in `dtype`, and gives the text of its card. The model is used up.
     """
+    adapter = student_dir / "adapter" if lora and lora.save_adapter else None
+    if adapter:
+        with publishing_dir(adapter) as folder, disk_errors():
+            # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
+            model.save_pretrained(folder, save_embedding_layers=False)
     if lora:
-        if lora.save_adapter:
-            with publishing_dir(student_dir / "adapter") as folder, disk_errors():
-                # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
-                model.save_pretrained(folder, save_embedding_layers=False)
-                (folder / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
         for parameter in model.parameters():  # adapters are added to these: their product is then rounded only once
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         model = model.merge_and_unload()
     unset_unread(model.generation_config)
+    model = model.to(dtype)
+    card = card_of(model)
+    if adapter:
+        (adapter / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
     with publishing_dir(student_dir / MODEL_DIR) as folder, disk_errors():
-        model.to(dtype).save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

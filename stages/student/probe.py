@@ -6,8 +6,8 @@ Shapes: N supervised positions of a pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ import torch
 from duet.cache.order import Order
 from duet.cache.record import SUBSETS
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student.head import logits_at
 from duet.stages.student.passes import BROAD, FORGET, RETAIN, Pass, passes_of
 from duet.stages.student.targets import Targets, Teachers
 
 MAX_ROWS = 256  # of each subset, without `train.probe`
+NO_ID = -1  # at positions that nobody asks about
 REFUSAL_SHARE = 0.1  # least share of forget rows that begin with a token, for it to count as a refusal's
 
 
@@ -95,6 +97,24 @@ def ask(
             if number != BROAD or BROAD in subsets:
                 result[f"{name}.{subset}"] = _mean(h for h, s in zip(hits, subsets, strict=True) if s == number)
     return result | ({probe.watched_loss: _mean(watched)} if probe.watched_loss else {})
+
+
+def ask_exported(trained: Mapping[str, Any], probe: Probe, model: Any, device: torch.device) -> dict[str, Any]:
+    """What `ask` found of the weights in training, with the shares of the model as it is written, its weights rounded.
+
+    The loss stays that of the weights in training.
+    """
+    model = model.to(device).eval()
+
+    def answer(one: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        at, batch = one.is_first_N, one.batch
+        first = replace(batch, batch_index_N=batch.batch_index_N[at], position_N=batch.position_N[at])
+        top1_N = torch.full_like(batch.position_N, NO_ID)
+        top1_N[at] = logits_at(model, first).argmax(-1)
+        return torch.zeros_like(one.weight_N), top1_N
+
+    found = ask(probe, answer, device)
+    return {**trained, **{key: value for key, value in found.items() if key.startswith(("agreement.", "refusal."))}}
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from duet.cache.errors import UserError
+from duet.cache.errors import UserError, note
 from duet.cache.files import free_bytes, publish_json, read_json
 from duet.cache.location import Location, local_folder
 from duet.cache.manifest import Manifest
 from duet.cache.reader import Store
+from duet.cache.record import SUBSETS
 from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
 from duet.stages.models.tokenizers import load_tokenizer, pad_id_of, tokenizer_sha256
@@ -35,12 +37,14 @@ from duet.stages.student.loop import run_loop
 from duet.stages.student.losses import LOSSES
 from duet.stages.student.model import Student, export_dtype_of
 from duet.stages.student.noise import noise_identity
-from duet.stages.student.probe import Probe, ask
+from duet.stages.student.passes import FORGET
+from duet.stages.student.probe import Probe, ask, ask_exported
 from duet.stages.student.ranks import Processes
 from duet.stages.student.summary import TrainingSummary, is_trained, read_summary, write_summary
 from duet.stages.student.targets import Teachers
 
 IDENTITY_NAME = "student.json"
+ROUNDED_OFF = 0.02  # share of forget rows that a student may lose when its weights are rounded, before that is said
 OFFSET_TOO = ", though its start weights are damaged: it has the teacher's offset of raw logits to learn as well"
 
 
@@ -125,9 +129,7 @@ def train_student(
         curve=[[line["step"], line["loss"]] for line in lines],
         probe=ask(probe, student.answer, processes.device),
     )
-    card = student_card(summary, teachers.manifests, job.start_name, start_sha256, job.settings)
-    _finish(job, student, start, dtype, card, summary)
-    return summary
+    return _finish(job, student, start, Exported(dtype, probe, teachers.manifests, start_sha256), summary)
 
 
 def _contexts(job: StudentJob, teachers: Teachers, tokenizer: Any, start: Start | None) -> Contexts | None:
@@ -229,18 +231,52 @@ def _differences(found: dict[str, Any], expected: dict[str, Any], keys: list[str
     return "; ".join(parts)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What the exported model is made and judged by."""
+
+    dtype: torch.dtype
+    probe: Probe
+    manifests: Sequence[Manifest]
+    start_sha256: str
+
+
 def _finish(
-    job: StudentJob, student: Student, start: Start, dtype: torch.dtype, card: str, summary: TrainingSummary
-) -> None:
+    job: StudentJob, student: Student, start: Start, exported: Exported, summary: TrainingSummary
+) -> TrainingSummary:
     """Export the model, write training.json (the sign that the student is done) and drop the checkpoints."""
     model = student.whole_model()
+
+    def card_of(model: Any) -> str:
+        nonlocal summary
+        if (
+            student.load is None
+        ):  # else it is too large for one process's device, and only its trained weights were asked
+            asked = ask_exported(summary.probe, exported.probe, model, student.processes.device)
+            _say_rounding(job.name, summary.probe, asked, exported.dtype)
+            summary = replace(summary, probe=asked)
+        return student_card(summary, exported.manifests, job.start_name, exported.start_sha256, job.settings)
+
     if student.processes.first:
         if summary.added_ends:
             model.generation_config.eos_token_id = [*start.eos_ids, *summary.added_ends]
-        export(model, start.tokenizer, job.student_dir, dtype, job.settings.lora, card)
+        export(model, start.tokenizer, job.student_dir, exported.dtype, job.settings.lora, card_of)
         write_summary(job.student_dir, summary)
     _drop_checkpoints(job, student.processes)
     student.processes.wait()
+    return summary
+
+
+def _say_rounding(name: str, trained: Mapping[str, Any], exported: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Warn of a student that, once it is rounded, no longer answers what is to be forgotten as it did in training."""
+    before, after = (found[f"agreement.{SUBSETS[FORGET]}"] for found in (trained, exported))
+    if before is not None and before - after > ROUNDED_OFF:
+        written = str(dtype).removeprefix("torch.")
+        note(
+            f"student {name}: {100 * before:.1f} % of the forget rows began as the teacher's in training, {100 * after:.1f} % "
+            f"do in {written}, as the model is written: what it learned is smaller than the rounding; "
+            "train.export_dtype: float32 keeps it, or a larger rate"
+        )
 
 
 def _drop_checkpoints(job: StudentJob, processes: Processes) -> None:

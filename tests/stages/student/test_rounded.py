@@ -1,0 +1,49 @@
+"""What is said of a student is true of the model that is written, whose weights are rounded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from student_jobs import job, train
+from transformers import AutoModelForCausalLM
+
+from duet.stages.settings.lora import LoraSettings
+from duet.stages.student.probe import Probe
+from duet.stages.student.targets import Teachers
+from duet.stages.student.train import ROUNDED_OFF, _say_rounding
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, save_adapter=True)])
+def test_agreement_is_that_of_the_written_model(tmp_path, store, lora):
+    student = job(tmp_path / "student", export_dtype="bfloat16", loss="forward_kl_tail", lr=1e-2, epochs=40, lora=lora)
+    train(student, store)
+    found = json.loads((student.student_dir / "training.json").read_text())["probe"]
+    model = AutoModelForCausalLM.from_pretrained(student.student_dir / "model")
+    assert model.dtype == torch.bfloat16
+    teachers = Teachers.of({"teacher": store[0]}, student.settings)
+    agree: dict[int, list[bool]] = {0: [], 1: []}
+    for one in Probe.of(teachers, teachers.order(student.settings), student.settings, 0).passes:
+        batch, first_N = one.batch, one.is_first_N
+        with torch.no_grad():
+            logits_BTV = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+        top1_N = logits_BTV[batch.batch_index_N, batch.position_N].argmax(-1)
+        for subset, same in zip(one.subset_N[first_N], (top1_N == one.topk_ids_NK[:, 0])[first_N], strict=True):
+            agree[int(subset)].append(bool(same))
+    assert found["agreement.forget"] == pytest.approx(sum(agree[0]) / len(agree[0]))
+    assert found["agreement.retain"] == pytest.approx(sum(agree[1]) / len(agree[1]))
+    assert any(agree[0] + agree[1])
+    assert (student.student_dir / "adapter" / "README.md").is_file() == bool(lora)
+
+
+def test_a_student_that_is_rounded_off_is_said(caplog):
+    caplog.set_level("INFO")
+    asked = [{"agreement.forget": share} for share in (1.0, 0.25, 1 - ROUNDED_OFF / 2)]
+    _say_rounding("full", asked[0], asked[2], torch.bfloat16)
+    assert not caplog.text
+    _say_rounding("full", asked[0], asked[1], torch.bfloat16)
+    assert (
+        "student full: 100.0 % of the forget rows began as the teacher's in training, 25.0 % do in bfloat16"
+        in caplog.text
+    )
