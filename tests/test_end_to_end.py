@@ -198,6 +198,7 @@ LONG = (
     "duet run --config configs/lab_deep.yaml --set name=sampled",
     "duet sample --config configs/lab_deep.yaml sampled.jsonl --questions 880",  # test_sample.py draws fewer
     "duet run --config configs/tofu_deep.yaml",
+    "duet compare --config configs/tofu.yaml",  # a model that knows TOFU
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "python scripts/which_ids.py",  # test_which_ids.py measures
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --set evaluate.likelihood=false --set name=nf4",
@@ -224,7 +225,6 @@ IN_SHORT = {
         )
     },
     "make compare CONFIG=configs/lab.yaml": f'make compare CONFIG=configs/lab.yaml ARGS="--jobs 1 {COMPARED}"',
-    "duet compare --config configs/tofu.yaml": None,  # a model that knows TOFU
     "duet evaluate --config configs/lab.yaml --set evaluate.attacks=all": None,  # a minute; test_battery.py makes them all
     "duet submit --config configs/lab.yaml": "duet submit --config configs/lab.yaml --print",  # test_slurm_cluster.py submits
     # the notebook makes these three, the demo compares students
