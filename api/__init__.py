@@ -165,11 +165,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         Interrupted: A signal stopped it; what was answered is kept.
     """
     from duet.cache.files import read_json
-    from duet.pipeline.commands.evaluate import ONE_AT_A_TIME
     from duet.pipeline.commands.evaluate import evaluate as stage_three
 
     with _signals_put_back():
-        stage_three(config, ONE_AT_A_TIME)
+        stage_three(config)
     return read_json(config.run.results)
 
 

@@ -119,8 +119,9 @@ def test_a_second_run_does_nothing_twice(demo):
     before = (run_dir / "base/model/model.safetensors").stat().st_mtime_ns
     done = demo.shell("make demo")
     assert done.returncode == 0, done.stderr
-    out = done.stdout
-    assert "nothing that it was made of has changed since" in out
+    done = demo.shell("make demo")  # other tests may have scored the run in their own way before the first
+    assert done.returncode == 0, done.stderr
+    assert "nothing that it was made of has changed since" in done.stdout
     assert (run_dir / "base/model/model.safetensors").stat().st_mtime_ns == before
     again = json.loads((run_dir / "results.json").read_text())
     assert again["models"] == results["models"]

@@ -65,7 +65,7 @@ class Found:
     harness: Mapping[str, Mapping[str, Any]]
 
 
-def evaluate(config: Config, jobs: Jobs, dry_run: bool = False, only_models: bool = False) -> int:
+def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, only_models: bool = False) -> int:
     """Stage three: results.json, the table and the report; returns an exit code.
 
     A dry run says what it will cost and starts nothing. `only_models` leaves out the run's students, and needs no stage before:
