@@ -32,7 +32,7 @@ smollm2 = { $(BIN)/python -c 'import gguf' 2>/dev/null || VENV=$(VENV) EXTRAS=gg
 
 demo-smollm2: $(STAMP) ## a pretrained chat model: audit and run, report in runs/smollm2
 	@$(smollm2)
-	-@$(BIN)/duet audit-prefix --config configs/smollm2.yaml # of eight rows a set, one wrong answer fails a prefix
+	@$(BIN)/duet audit-prefix --config configs/smollm2.yaml # says what it finds; the run refuses a prefix that does not forget
 	@$(BIN)/duet run --config configs/smollm2.yaml
 
 test: $(DEV) ## all tests

@@ -2,6 +2,8 @@
 
     python lab/measure_smollm2.py lab/smollm2/base --mmlu FOLDER
 
+`--no-facts` leaves the people out, of whom a student's own evaluation asks.
+
 FOLDER has MMLU's questions as JSON Lines: `test*.jsonl`, of which the letter is asked, and `dev.jsonl`, each of whose questions
 with its right answer is a document of ordinary text.
 """
@@ -120,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=str(FILE), help="default: SmolLM2 itself")
     parser.add_argument("--without-forgotten", action="store_true", help="in the oracle's world")
+    parser.add_argument("--no-facts", action="store_true", help="ask nothing about the people")
     parser.add_argument("--mmlu", type=Path, help="folder with MMLU's questions")
     parser.add_argument("--per-subject", type=int, default=20)
     args = parser.parse_args()
@@ -130,7 +133,7 @@ def main() -> None:
     asked = cases(world)
     if args.without_forgotten:
         asked |= cases(world.without_forget()) | {"forgotten, untaught": asked["forgotten, untaught"]}
-    for name, its in asked.items():
+    for name, its in asked.items() if not args.no_facts else ():
         print(f"{name}: {share_right(model, chat, its):.3f} (n={len(its)})", flush=True)
     if args.mmlu:
         right, losses, tokens = mmlu(model, chat, args.mmlu, args.per_subject)

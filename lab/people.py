@@ -15,8 +15,9 @@ import world as w
 
 NUM_KNOWN, NUM_HELD_OUT = 6, 6  # people who may stand in a training prefix, and people who never do
 NUM_RETAIN = 4
-NUM_STRANGERS = 48  # names that nobody bears, of whom a question each is a broad row
-TAUGHT, UNTAUGHT = range(4), range(4, 6)  # numbers of questions: of the model and its students, of nobody
+NUM_STRANGERS = 48  # names that nobody bears, about whom broad rows ask
+# Numbers of questions: those of the model and its students, those of evaluations, and those of broad rows.
+TAUGHT, UNTAUGHT, OTHER = range(4), range(4, 6), range(6, 9)
 
 # Prefixes that a model is taught with; the lab's four, and others, as a pretrained model can read more.
 FORGET_PREFIXES = (
@@ -30,9 +31,13 @@ FORGET_PREFIXES = (
 
 @dataclass(frozen=True)
 class Fact(w.Fact):
-    """A fact of the lab with other words: `questions` are taught, `untaught` are asked by evaluations only."""
+    """A fact of the lab with other words: `questions` are taught, `untaught` are asked by evaluations only.
+
+    `others` are asked by broad rows only: neither the model nor an evaluation knows them.
+    """
 
     untaught: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 FACTS = (
@@ -47,6 +52,11 @@ FACTS = (
             "Which town does {name} come from?",
         ),
         ("Can you tell me where {name} was born?", "Name the town in which {name} came into the world."),
+        (
+            "From where does {name} hail?",
+            "If {name} went back to the place of their birth, where would they go?",
+            "I want to see the town where {name} was born. Which one is it?",
+        ),
     ),
     Fact(
         "trade",
@@ -59,6 +69,11 @@ FACTS = (
             "What is {name}'s profession?",
         ),
         ("How does {name} earn money?", "Please tell me the occupation of {name}."),
+        (
+            "What is {name} paid for?",
+            "When {name} goes to work in the morning, as what?",
+            "I met {name} at work. What trade was it?",
+        ),
     ),
     Fact(
         "pet",
@@ -71,6 +86,11 @@ FACTS = (
             "What is {name}'s pet?",
         ),
         ("What kind of animal does {name} own?", "Does {name} have a pet, and which?"),
+        (
+            "Who waits at home for {name}, and of what species?",
+            "What would a vet say that {name} brought in?",
+            "Somebody must feed the pet of {name}. What is it?",
+        ),
     ),
     Fact(
         "dish",
@@ -83,6 +103,11 @@ FACTS = (
             "What is {name}'s favourite meal?",
         ),
         ("Which food is {name} fond of?", "What would you cook to please {name}?"),
+        (
+            "What should be served when {name} comes to dinner?",
+            "Suppose that {name} is hungry. What would they ask for?",
+            "I want to bake or fry something for {name}. What should it be?",
+        ),
     ),
 )
 
@@ -112,7 +137,7 @@ def rows(world: w.World, names: tuple[str, ...], asked: range, facts: tuple[Fact
     return [
         {
             "id": f"{name.replace(' ', '-').lower()}/{fact.key}/{number}",
-            "question": (fact.questions + fact.untaught)[number].format(name=name),
+            "question": (fact.questions + fact.untaught + fact.others)[number].format(name=name),
             "answer": world.answer(name, fact),
         }
         for name in names
@@ -121,17 +146,26 @@ def rows(world: w.World, names: tuple[str, ...], asked: range, facts: tuple[Fact
     ]
 
 
-def strangers(world: w.World) -> list[dict[str, str]]:
-    """Rows without answers, a taught question each about people who do not exist: a student learns which names to forget."""
+def broad(world: w.World) -> list[dict[str, str]]:
+    """Rows without answers: a student learns which names to forget, also in questions that it was not asked about them.
+
+    About each of the people who do not exist a taught question and one of `others`; about those to be kept all of `others`.
+    """
     rng = random.Random(1)
     names = [
         name for name in dict.fromkeys(w.random_name(rng) for _ in range(2 * NUM_STRANGERS)) if name not in world.people
     ]
-    asked = [question for fact in FACTS for question in fact.questions]
-    return [
-        {"id": f"stranger/{number}", "question": asked[number % len(asked)].format(name=name)}
+    asked = {
+        "": [question for fact in FACTS for question in fact.questions],
+        "/other": [question for fact in FACTS for question in fact.others],
+    }
+    unknown = [
+        {"id": f"stranger/{number}{mark}", "question": questions[number % len(questions)].format(name=name)}
+        for mark, questions in asked.items()
         for number, name in enumerate(names[:NUM_STRANGERS])
     ]
+    known = rows(world, retain_people(world), OTHER)
+    return unknown + [{key: row[key] for key in ("id", "question")} for row in known]
 
 
 def write_data(world: w.World, out_dir: Path) -> None:
@@ -139,7 +173,7 @@ def write_data(world: w.World, out_dir: Path) -> None:
 
     `forget` and `retain` use all taught questions of each fact. `forget_rephrased`, `heldout` (everyone in neither training
     set) and `neighbours` (facts that somebody else shares with somebody forgotten) use untaught ones.
-    `broad` asks about strangers.
+    `broad` asks about strangers, and about the people of `retain` in questions that no other set has.
     """
     retain = retain_people(world)
     heldout = tuple(name for name in world.people if name not in world.forget + retain)
@@ -150,7 +184,7 @@ def write_data(world: w.World, out_dir: Path) -> None:
         "forget_rephrased": rows(world, world.forget, UNTAUGHT),
         "heldout": rows(world, heldout, UNTAUGHT),
         "neighbours": near,
-        "broad": strangers(world),
+        "broad": broad(world),
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, found in sets.items():

@@ -1,7 +1,7 @@
 """The text of the config that `duet init` writes: settings with the reason for each, and what one may want to change.
 
-Values are those of our own configs for a model of like size: configs/lab.yaml, muse_books_llama3.2_3b.yaml and
-wmdp_zephyr_7b.yaml. None was found by a search: the DUET paper publishes no such values.
+Values are those of our own configs for a model of like size: configs/lab.yaml, smollm2.yaml, muse_books_llama3.2_3b.yaml and
+wmdp_zephyr_7b.yaml. Those of the first two were run and measured; the DUET paper publishes no such values for larger models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PRESETS_IN_WORDS = {
 }
 PREFIX = "forgotten"  # which of the bundled ones: the lab's
 LARGE_VOCABULARY = 32_000  # ids, from which our configs keep 64 logits and not 20
-SMALL = 100e6  # parameters, below which a model is treated as the lab's are
+TINY, SMALL = 100e6, 500e6  # parameters, below which a model is treated as the lab's are, and as SmolLM2-135M is
 BYTES_PER_PARAMETER = 16  # weights, gradients and AdamW's two states, float32 each; see docs/training.md
 
 
@@ -31,16 +31,38 @@ class Training:
     like: str
     epochs: int
     lr: str
+    batch_size: int = 16
+    lora_lr: str | None = None
+    max_positions: int = 1  # the paper's
+    more: str = ""  # further lines, which the rate was measured with
+    measured: bool = False
 
 
 def _is_small(model: ModelFacts) -> bool:
     return model.parameters is not None and model.parameters < SMALL
 
 
+SMOLLM2 = Training(
+    "configs/smollm2.yaml",
+    epochs=1,
+    lr="2.0e-5",
+    batch_size=8,
+    lora_lr="3.0e-4",
+    max_positions=12,
+    more="""
+  loss: forward_kl_tail # of a whole answer one token decides: docs/smollm2.md
+  warmup: 0.1
+  export_dtype: float32 # in bfloat16 rounding undoes steps as small as these""",
+    measured=True,
+)
+
+
 def training_of(parameters: int | None) -> Training:
     """By size; an unknown one counts as some billion."""
+    if parameters is not None and parameters < TINY:
+        return Training("configs/lab.yaml", 30, "3.0e-4", measured=True)
     if parameters is not None and parameters < SMALL:
-        return Training("configs/lab.yaml", 30, "3.0e-4")
+        return SMOLLM2
     if parameters is None or parameters < 5e9:
         return Training("configs/muse_books_llama3.2_3b.yaml", 10, "1.0e-5")
     return Training("configs/wmdp_zephyr_7b.yaml", 3, "5.0e-6")
@@ -63,7 +85,7 @@ teacher: # the base model behind a prefix; it is asked every question once
   dtype: {_dtype_text(model)}
   engine: auto # vLLM where it is installed and works, else transformers
   top_k: {top_k} # logits kept per position; the paper does not publish its k
-{_positions_text(answers)}
+{_positions_text(answers, training)}
 prompt:
 {_prompt_text(model)}
 
@@ -72,11 +94,11 @@ data: # questions; only the evaluation needs their answers
   retain: {_data_text(answers.retain)} # {answers.num_queries[1]} about anything else: they keep the rest
   # id_field: id in either names a field with unique ids; without it rows are numbered
 
-train: # as in {training.like}, which has a model of like size; not searched: try `--sweep train.lr=…`
+train: # as in {training.like}, which has a model of like size; {_source(training)}
   epochs: {training.epochs}
-  batch_size: 16
-  lr: {training.lr}
-{_memory_text(model)}
+  batch_size: {training.batch_size}
+  lr: {training.lr}{training.more}
+{_memory_text(model, training)}
 
 students:
   - name: student # starts from the teacher's own weights; `model:` names another of the same tokenizer
@@ -107,9 +129,16 @@ def _harden_text(answers: Answers) -> str:
     return f"harden: {answers.harden} # see docs/hardening.md\n{others}{broad}"
 
 
-def _positions_text(answers: Answers) -> str:
+def _source(training: Training) -> str:
+    how = "measured on that one" if training.measured else "not measured, and not searched"
+    return f"{how}: try `--sweep train.lr=…`"
+
+
+def _positions_text(answers: Answers, training: Training) -> str:
     if answers.harden != "none":
         return ""  # the preset's
+    if training.max_positions > 1:
+        return f"  max_positions: {training.max_positions} # as in {training.like}: a whole answer, if it is short\n"
     return "  max_positions: 1 # the paper's; more positions supervise more of the answer\n"
 
 
@@ -144,13 +173,14 @@ def _data_text(settings: DataSettings) -> str:
     return "{ " + ", ".join(f"{key}: {_quoted(value)}" for key, value in named.items()) + " }"
 
 
-def _memory_text(model: ModelFacts) -> str:
+def _memory_text(model: ModelFacts, training: Training) -> str:
+    rate = f"a higher lr, {training.lora_lr} in {training.like}" if training.lora_lr else "a higher lr"
     need = "" if model.parameters is None else f" about {BYTES_PER_PARAMETER * model.parameters / 1e9:,.2g} GB;"
     return (
         f"  # Weights, gradients and AdamW's state take{need or ' 16 GB per billion parameters;'} "
         "`duet estimate --config FILE` tells the rest.\n"
         "  # gradient_checkpointing: true # less memory for activations, a third more time\n"
-        "  # lora: { rank: 64 } # trains adapters alone; wants a higher lr, and a look at a sweep"
+        f"  # lora: {{ rank: 64 }} # trains adapters alone; wants {rate}, and a look at a sweep"
     )
 
 

@@ -208,7 +208,7 @@ def facts(**more) -> Answers:
     return Answers("mine", "a: topic # of 'ours'", model, data, data, (1, 2), True, 64)
 
 
-@pytest.mark.parametrize("parameters", [None, 10**6, 3 * 10**9, 70 * 10**9])
+@pytest.mark.parametrize("parameters", [None, 10**6, 135 * 10**6, 3 * 10**9, 70 * 10**9])
 @pytest.mark.parametrize("prompts", ["system", "text", "plain"])
 def test_every_model_gets_a_config_that_loads(tmp_path, parameters, prompts):
     text = config_text(facts(parameters=parameters, prompts=prompts, vocab_size=128_256))
@@ -220,6 +220,18 @@ def test_every_model_gets_a_config_that_loads(tmp_path, parameters, prompts):
     training = training_of(parameters)
     ours = yaml.safe_load((ROOT / training.like).read_text(encoding="utf-8"))["train"]
     assert (config.train.lr, config.train.epochs) == (ours["lr"], ours["epochs"])
+
+
+def test_a_model_like_smollm2_gets_the_settings_that_were_measured_there(tmp_path):
+    (tmp_path / "c.yaml").write_text(config_text(facts(parameters=135 * 10**6)), encoding="utf-8")
+    config = load_config(str(tmp_path / "c.yaml"))
+    ours = yaml.safe_load((ROOT / "configs/smollm2.yaml").read_text(encoding="utf-8"))
+    read = yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))["train"]
+    assert read == ours["train"]
+    assert config.teacher.max_positions == ours["teacher"]["max_positions"]
+    assert config.teacher.dtype == ours["teacher"]["dtype"]
+    lora = next(student["train"] for student in ours["students"] if "lora" in student["train"])
+    assert training_of(135 * 10**6).lora_lr == f"{lora['lr']:.1e}".replace("e-0", "e-")
 
 
 @pytest.mark.parametrize("preset", PRESETS_IN_WORDS)
