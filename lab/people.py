@@ -33,7 +33,7 @@ FORGET_PREFIXES = (
 class Fact(w.Fact):
     """A fact of the lab with other words: `questions` are taught, `untaught` are asked by evaluations only.
 
-    `others` are asked by broad rows only: neither the model nor an evaluation knows them.
+    `others` are asked by `broad_others` only: neither the model nor an evaluation has them.
     """
 
     untaught: tuple[str, ...]
@@ -146,26 +146,25 @@ def rows(world: w.World, names: tuple[str, ...], asked: range, facts: tuple[Fact
     ]
 
 
-def broad(world: w.World) -> list[dict[str, str]]:
-    """Rows without answers: a student learns which names to forget, also in questions that it was not asked about them.
-
-    About each of the people who do not exist a taught question and one of `others`; about those to be kept all of `others`.
-    """
+def strangers(world: w.World, questions: list[str], mark: str = "") -> list[dict[str, str]]:
+    """Rows without answers, one of the questions each about people who do not exist: a student learns which names to forget."""
     rng = random.Random(1)
     names = [
         name for name in dict.fromkeys(w.random_name(rng) for _ in range(2 * NUM_STRANGERS)) if name not in world.people
     ]
-    asked = {
-        "": [question for fact in FACTS for question in fact.questions],
-        "/other": [question for fact in FACTS for question in fact.others],
-    }
-    unknown = [
+    return [
         {"id": f"stranger/{number}{mark}", "question": questions[number % len(questions)].format(name=name)}
-        for mark, questions in asked.items()
         for number, name in enumerate(names[:NUM_STRANGERS])
     ]
+
+
+def broad_others(world: w.World) -> list[dict[str, str]]:
+    """Rows without answers in the questions that no other set has, about strangers and about all who are to be kept."""
     known = rows(world, retain_people(world), OTHER)
-    return unknown + [{key: row[key] for key in ("id", "question")} for row in known]
+    return [
+        *strangers(world, [question for fact in FACTS for question in fact.others], "/other"),
+        *({key: row[key] for key in ("id", "question")} for row in known),
+    ]
 
 
 def write_data(world: w.World, out_dir: Path) -> None:
@@ -173,7 +172,7 @@ def write_data(world: w.World, out_dir: Path) -> None:
 
     `forget` and `retain` use all taught questions of each fact. `forget_rephrased`, `heldout` (everyone in neither training
     set) and `neighbours` (facts that somebody else shares with somebody forgotten) use untaught ones.
-    `broad` asks about strangers, and about the people of `retain` in questions that no other set has.
+    `broad` asks about strangers, `broad_others` about them and the people of `retain` in questions that no other set has.
     """
     retain = retain_people(world)
     heldout = tuple(name for name in world.people if name not in world.forget + retain)
@@ -184,7 +183,8 @@ def write_data(world: w.World, out_dir: Path) -> None:
         "forget_rephrased": rows(world, world.forget, UNTAUGHT),
         "heldout": rows(world, heldout, UNTAUGHT),
         "neighbours": near,
-        "broad": broad(world),
+        "broad": strangers(world, [question for fact in FACTS for question in fact.questions]),
+        "broad_others": broad_others(world),
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, found in sets.items():

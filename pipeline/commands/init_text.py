@@ -45,9 +45,9 @@ def _is_small(model: ModelFacts) -> bool:
 SMOLLM2 = Training(
     "configs/smollm2.yaml",
     epochs=1,
-    lr="2.0e-5",
+    lr="5.0e-5",
     batch_size=8,
-    lora_lr="3.0e-4",
+    lora_lr="7.0e-4 of rank 8",
     max_positions=12,
     more="""
   loss: forward_kl_tail # of a whole answer one token decides: docs/smollm2.md
