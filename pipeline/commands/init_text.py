@@ -98,7 +98,7 @@ train: # as in {training.like}, which has a model of like size; {_source(trainin
   epochs: {training.epochs}
   batch_size: {training.batch_size}
   lr: {training.lr}{training.more}
-{_memory_text(model, training)}
+{_share_text(answers)}{_memory_text(model, training)}
 
 students:
   - name: student # starts from the teacher's own weights; `model:` names another of the same tokenizer
@@ -140,6 +140,12 @@ def _positions_text(answers: Answers, training: Training) -> str:
     if training.max_positions > 1:
         return f"  max_positions: {training.max_positions} # as in {training.like}: a whole answer, if it is short\n"
     return "  max_positions: 1 # the paper's; more positions supervise more of the answer\n"
+
+
+def _share_text(answers: Answers) -> str:
+    if answers.harden == "none":
+        return ""
+    return "  forget_share: 0.15 # of every batch, however many rows there are to be kept: see docs/hardening.md\n"
 
 
 def _dtype_text(model: ModelFacts) -> str:
