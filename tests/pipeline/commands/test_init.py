@@ -231,7 +231,9 @@ def test_a_model_like_smollm2_gets_the_settings_that_were_measured_there(tmp_pat
     assert config.teacher.max_positions == ours["teacher"]["max_positions"]
     assert config.teacher.dtype == ours["teacher"]["dtype"]
     lora = next(student["train"] for student in ours["students"] if student["name"] == "lora")
-    rate, rank = training_of(135 * 10**6).lora_lr.split(" of rank ")
+    said = training_of(135 * 10**6).lora_lr
+    assert said is not None
+    rate, rank = said.split(" of rank ")
     assert (float(rate), int(rank)) == (lora["lr"], lora["lora"]["rank"])
 
 
