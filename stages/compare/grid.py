@@ -183,13 +183,15 @@ def _train_method(plan: Comparison, trial: Trial, watch: Watch) -> dict[str, Any
 
 
 def best_of(
-    plan: Comparison, method: str, watch: Watch, tell: Callable[[str], None]
+    plans: Sequence[Comparison], method: str, watch: Watch, tell: Callable[[str], None]
 ) -> tuple[list[Trial], list[dict[str, Any]]]:
     """The method's trial with the largest performance shift on the validation part, broken or not, trained with every seed,
     the one that chose first; and the rows of all trials.
 
-    Leaves the weights of these only. `tell` gets a sentence for each trial that was scored.
+    A plan for each seed, which differ at most in the model that they start from. Leaves the weights of these trials only.
+    `tell` gets a sentence for each trial that was scored.
     """
+    plan = plans[0]
     trials = trials_of(plan, method)
     rows = []
     for trial in trials:
@@ -201,8 +203,8 @@ def best_of(
         )
     number = max(range(len(trials)), key=lambda number: rows[number]["validation_shift"])  # of equals the first
     best = trials[number]
-    chosen = [_trial(plan, method, best.lr, best.constant, repeat) for repeat in range(plan.settings.seeds)]
-    for trial in chosen:
+    chosen = [_trial(plan, method, best.lr, best.constant, repeat) for repeat, plan in enumerate(plans)]
+    for plan, trial in zip(plans, chosen, strict=True):
         train_trial(plan, trial, watch)
     for model_dir in best.folder.parent.glob("*/model"):
         if model_dir.parent not in {trial.folder for trial in chosen}:
