@@ -158,7 +158,7 @@ def render(found: Mapping[str, Any]) -> str:
 
 def _charts(found: Mapping[str, Any]) -> str:
     """A chart of the forget sets and one of the further sets: recall after each request, a line for each."""
-    numbers, rows = Numbers(found), _rows(found)
+    numbers, rows = Numbers(found), _rows(found)[1:]  # without base
     of_parts = {part: [title for of, title in _columns(numbers, rows) if of == part] for part in PARTS}
     palette = colours([title for titles in of_parts.values() for title in titles])
     panels = []
@@ -167,13 +167,14 @@ def _charts(found: Mapping[str, Any]) -> str:
         if series:
             axes = ("requests so far", "ROUGE-L recall, points")
             panels.append(lines(series, palette, axes, f"What is said: {PARTS[part]}", top=100))
-    explained = "0 is base, before the first request. A set's line begins at base where base was asked it."
+    explained = "A set's line begins at the first request after which it was asked. Bands are 95 % intervals."
     return note(explained) + legend_of_lines(palette) + side_by_side(panels)
 
 
 def _line(numbers: Numbers, rows: Sequence[Row], part: str, title: str) -> Line:
     """One set's scores in points, at the number of requests that it was asked after."""
-    at = [(x, row.path, score) for x, row in enumerate(rows) if (score := numbers.at(*row.path, part, title, HEADLINE))]
+    found = [(x, row.path, numbers.at(*row.path, part, title, HEADLINE)) for x, row in enumerate(rows, start=1)]
+    at = [(x, path, score) for x, path, score in found if score]
     return Line(
         [x for x, _, _ in at],
         [100 * score["value"] for _, _, score in at],
