@@ -7,8 +7,8 @@ Definitions
 * `evaluate.refill_saves`: share of stage three's seconds that decoding would lose if every batch were always full of rows that
   go on, over everything that one engine is asked: what is computed now (prompts with their padding, a row in each step, and
   PASS_TOKENS for each pass) against the prompts without padding, the rows that go on, and the fewest passes.
-* `evaluate.loads_save`, `evaluate.renders_save`: the shares of loading weights a second time and more often, and of
-  making prompts of questions.
+* `evaluate.loads_save`, `evaluate.renders_save`: the shares of loading weights a second time and more often, and of asking for
+  prompts beyond those seconds in which each is made for the first time.
 * In the table: how many rows of decoding steps had ended already, engines opened, weights loaded, prompts made.
 * `vllm`: seconds until the first answer and answers per second of both engines on prompts of benchmarks/evaluate.py, and the
   number of answers of one model from which vLLM is the faster one.
@@ -55,6 +55,8 @@ class Watched:
         self.seconds: Counter[str] = Counter()
         self.loaded: Counter[Path] = Counter()
         self.saved = 0.0  # seconds of decoding beyond the fewest that the same rows need
+        self.again = 0.0  # seconds of loading weights that were loaded before
+        self.first_time = 0.0  # seconds of making prompts that were not remembered
         self._inside = 0
 
     def timed(self, name: str, function: Any, note: Any = None) -> Any:
@@ -75,10 +77,12 @@ class Watched:
         return called
 
     def load(self, took: float, folder: Path, *_: Any) -> None:
-        self.loaded[Path(folder).resolve()] += 1
-        self.saved_by_loads = getattr(self, "saved_by_loads", 0.0) + (
-            took if self.loaded[Path(folder).resolve()] > 1 else 0
-        )
+        folder = Path(folder).resolve()
+        self.loaded[folder] += 1
+        self.again += took if self.loaded[folder] > 1 else 0
+
+    def render(self, took: float, *_: Any) -> None:
+        self.first_time += took
 
     def answers(self, function: Any) -> Any:
         """`TransformersEngine.answers`, whose batches are the stream of one engine and one call."""
@@ -122,7 +126,8 @@ class Watched:
         engine._decode = self.timed("decode", self.decode(engine._decode))
         engine._begin = self.timed("begin", engine._begin, self.begin)
         engine._go_on = self.timed("go on", engine._go_on, self.go_on)
-        Renderer.prompt = self.timed("render", Renderer.prompt)
+        Renderer.prompt = self.timed("prompt", Renderer.prompt)
+        Renderer._render = self.timed("render", Renderer._render, self.render)
         load = loading.load_model
         for module in [module for name, module in sys.modules.items() if name.startswith("duet.")]:
             if getattr(module, "load_model", None) is load:
@@ -162,9 +167,10 @@ def stage_three(name: str, folder: Path, quick: bool) -> dict[str, Any]:
         "refill at most, s": found.saved,
         "weights loaded": found.count["load"],
         "of them again": found.count["load"] - len(found.loaded),
-        "again, s": getattr(found, "saved_by_loads", 0.0),
-        "prompts made": found.count["render"],
-        "made, s": found.seconds["render"],
+        "again, s": found.again,
+        "prompts asked for": found.count["prompt"],
+        "of them made": found.count["render"],
+        "beyond that, s": max(0.0, found.seconds["prompt"] - found.first_time),
     }
 
 
@@ -206,7 +212,7 @@ def main() -> None:
             stage_three(name, Path(folder) / name, options.quick) for name in CASES if name in parts
         ]
     rows = details["stage three"]
-    keys = {"refill_saves": "refill at most, s", "loads_save": "again, s", "renders_save": "made, s"}
+    keys = {"refill_saves": "refill at most, s", "loads_save": "again, s", "renders_save": "beyond that, s"}
     claims = {f"evaluate.{name}": max(row[key] / row["seconds"] for row in rows) for name, key in keys.items() if rows}
     show({"machine": machine("torch", "transformers"), "claims": claims, "details": details}, BOUNDS, options.json)
 

@@ -145,7 +145,7 @@ def test_a_compared_chain_goes_on_from_each_methods_own_models_and_killed_anywhe
 BROAD = {"path": str(ROOT / "lab/data/broad.jsonl"), "id_field": "id", "rows": [0, 6]}
 KINDS = {
     "adapters": {"train__lora": {"rank": 4, "save_adapter": True}},
-    "wide": {"harden": "wide", "data__broad": {"people": BROAD}},
+    "wide": {"harden": "wide", "data__broad": {"people": BROAD}, "teacher__max_positions": 4},
     "deep": {"harden": "deep", "data__broad": {"people": BROAD}, "teacher__max_positions": 4},
 }
 
