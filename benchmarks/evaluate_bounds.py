@@ -1,15 +1,16 @@
-"""What one stream of questions and a refill of batches could save of stage three at most, and when vLLM pays on a CPU.
+"""What one stream of questions and a refill of batches could save of stage three, and when vLLM pays on a CPU.
 
 `--json` prints one object; `--quick` takes little data and says nothing of value. Seconds are the processor's, on one core, so
 that a busy machine does not change them; those of vLLM's start and of its rates are the wall's.
 
-Definitions
-* `evaluate.refill_saves`: share of stage three's seconds that decoding would lose if every batch were always full of rows that
-  go on, over everything that one engine is asked: what is computed now (prompts with their padding, a row in each step, and
-  PASS_TOKENS for each pass) against the prompts without padding, the rows that go on, and the fewest passes.
-* `evaluate.loads_save`, `evaluate.renders_save`: the shares of loading weights a second time and more often, and of asking for
-  prompts beyond those seconds in which each is made for the first time.
-* In the table: how many rows of decoding steps had ended already, engines opened, weights loaded, prompts made.
+Definitions. A batch's price is its prompts with their padding, a token for each row in each further step, and PASS_TOKENS for
+each pass, as `stages/engines/batches.py` has it. An engine is asked in several calls: the sets as they are, and each attack.
+* `evaluate.stream_saves`: share of stage three's seconds that decoding would lose if all calls of one engine were one, by the
+  prices of the batches that the engine then makes, with the answers' own lengths.
+* `evaluate.refill_saves`: the same if besides no prompt were padded and every pass full of rows that go on, but for the longest
+  answer: more than any engine reaches.
+* `evaluate.loads_save`: share of the seconds of loading weights that were loaded before.
+* `evaluate.renders_save`: share of asking for prompts beyond the seconds in which each is made for the first time.
 * `vllm`: seconds until the first answer and answers per second of both engines on prompts of benchmarks/evaluate.py, and the
   number of answers of one model from which vLLM is the faster one.
 """
@@ -21,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -37,106 +40,132 @@ from duet.stages.engines.transformers_engine import TransformersEngine
 from duet.stages.models import loading
 from duet.stages.questions.prompts import Renderer
 
-BOUNDS = {f"evaluate.{name}": ("<=", 0.1) for name in ("refill_saves", "loads_save", "renders_save")}
+BOUNDS = {f"evaluate.{name}": ("<=", 0.1) for name in ("stream_saves", "refill_saves", "loads_save", "renders_save")}
 CASES = {
     "lab": ("configs/lab.yaml", ("teacher.model=lab/models/base",)),
     "tofu": (
         "configs/tofu.yaml",
-        (f"data_dir={TOFU}", f"teacher.model={TOFU_MODEL}", "evaluate.attacks=[reverse, prefill]"),
+        (
+            f"data_dir={TOFU}",
+            f"teacher.model={TOFU_MODEL}",
+            "evaluate.attacks=[reverse, prefill]",
+            "evaluate.likelihood=false",
+            "evaluate.tofu=null",
+        ),
     ),
 }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What one call had an engine answer: prompts, and the forward passes that each answer took."""
+
+    prompts: list[list[int]]
+    steps: list[int]
+
+
 class Watched:
-    """Counts what the engine computes, and the seconds of decoding, of loading and of rendering, while it is entered."""
+    """Counts what engines decode, and the seconds of decoding, of loading and of rendering, while it is entered."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
         self.loaded: Counter[Path] = Counter()
-        self.saved = 0.0  # seconds of decoding beyond the fewest that the same rows need
-        self.again = 0.0  # seconds of loading weights that were loaded before
-        self.first_time = 0.0  # seconds of making prompts that were not remembered
-        self._inside = 0
+        self.calls: dict[TransformersEngine, list[Asked]] = {}
+        self.decoding: Counter[TransformersEngine] = Counter()  # seconds
+        self.saved: Counter[str] = Counter()  # seconds
+        self._kept: list[tuple[Any, str, Any]] = []
 
-    def timed(self, name: str, function: Any, note: Any = None) -> Any:
-        @functools.wraps(function)
-        def called(*given: Any, **named: Any) -> Any:
-            self.count[name] += 1
-            self._inside += 1
-            started = time.process_time()
-            try:
-                return function(*given, **named)
-            finally:
-                self._inside -= 1
-                if not self._inside:  # the seconds of one are not those of another within it
-                    self.seconds[name] += time.process_time() - started
-                if note:
-                    note(time.process_time() - started, *given)
+    def replace(self, owner: Any, name: str, made: Callable[[Any], Any]) -> None:
+        self._kept.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, made(getattr(owner, name)))
 
-        return called
+    def timed(self, name: str, then: Callable[..., None]) -> Callable[[Any], Any]:
+        def made(function: Any) -> Any:
+            @functools.wraps(function)
+            def called(*given: Any, **named: Any) -> Any:
+                started = time.process_time()
+                result = function(*given, **named)
+                took = time.process_time() - started
+                self.count[name] += 1
+                self.seconds[name] += took
+                then(took, *given)
+                return result
 
-    def load(self, took: float, folder: Path, *_: Any) -> None:
+            return called
+
+        return made
+
+    def loads(self, took: float, folder: Path, *_: Any) -> None:
         folder = Path(folder).resolve()
         self.loaded[folder] += 1
-        self.again += took if self.loaded[folder] > 1 else 0
+        self.saved["loads"] += took if self.loaded[folder] > 1 else 0
 
-    def render(self, took: float, *_: Any) -> None:
-        self.first_time += took
+    def decodes(self, took: float, engine: TransformersEngine, *_: Any) -> None:
+        self.decoding[engine] += took
 
     def answers(self, function: Any) -> Any:
-        """`TransformersEngine.answers`, whose batches are the stream of one engine and one call."""
-
         def called(engine: TransformersEngine, prompts: list[list[int]], most: int) -> Any:
-            before, started = Counter(self.count), self.seconds["decode"]
-            yield from function(engine, prompts, most)
-            of = Counter(self.count)
-            of.subtract(before)
-            real = of["prompt tokens"] + of["row steps"] + PASS_TOKENS * of["passes"]
-            fewest = (of["own tokens"] + of["live row steps"]) + PASS_TOKENS * (
-                of["live row steps"] / engine._spec.batch_size + len(prompts) / engine._spec.batch_size
-            )
-            self.saved += (self.seconds["decode"] - started) * (1 - fewest / real)
+            asked = Asked(list(prompts), [0] * len(prompts))
+            self.calls.setdefault(engine, []).append(asked)
+            for number, ids in function(engine, prompts, most):
+                asked.steps[number] = min(len(ids) + 1, most)
+                yield number, ids
 
         return called
 
-    def begin(self, _: float, engine: Any, batch: Any) -> None:
-        own = [len(prompt) - batch.begins_with for prompt in batch.prompts]
-        self.count.update(
-            {"passes": 1, "prompt tokens": max(own) * len(own), "own tokens": sum(own), "answers": len(own)}
-        )
-
-    def go_on(self, _: float, engine: Any, so_far: Any, ids_BT: Any) -> None:
-        self.count.update({"passes": 1, "row steps": len(ids_BT)})
-
-    def decode(self, function: Any) -> Any:
-        def called(engine: Any, batch: Any, most: int, choose: Any, collect: Any) -> None:
-            def counted(rows: Any, steps: Any, tokens_N: Any, logits_NV: Any) -> None:
-                self.count["live row steps"] += len(rows) if steps[0] else 0
-                collect(rows, steps, tokens_N, logits_NV)
-
-            function(engine, batch, most, choose, counted)
+    def closes(self, function: Any) -> Any:
+        def called(engine: TransformersEngine) -> None:
+            calls = self.calls.pop(engine, [])
+            if calls:
+                one = Asked([p for of in calls for p in of.prompts], [n for of in calls for n in of.steps])
+                now = sum(price(engine, of) for of in calls)
+                self.count.update({"calls": len(calls), "answers": len(one.prompts), "engines": 1})
+                self.saved["stream"] += self.decoding[engine] * (1 - price(engine, one) / now)
+                self.saved["refill"] += self.decoding[engine] * (1 - least(engine, one) / now)
+            function(engine)
 
         return called
 
     def __enter__(self) -> Watched:
-        engine = TransformersEngine
-        self._kept = {name: getattr(engine, name) for name in ("answers", "_decode", "_begin", "_go_on")}
-        engine.answers = self.answers(engine.answers)
-        engine._decode = self.timed("decode", self.decode(engine._decode))
-        engine._begin = self.timed("begin", engine._begin, self.begin)
-        engine._go_on = self.timed("go on", engine._go_on, self.go_on)
-        Renderer.prompt = self.timed("prompt", Renderer.prompt)
-        Renderer._render = self.timed("render", Renderer._render, self.render)
+        def nothing(*_: Any) -> None:
+            """Only its seconds count."""
+
+        self.replace(TransformersEngine, "answers", self.answers)
+        self.replace(TransformersEngine, "close", self.closes)
+        self.replace(TransformersEngine, "_decode", self.timed("decode", self.decodes))
+        self.replace(Renderer, "prompt", self.timed("prompt", nothing))
+        self.replace(Renderer, "_render", self.timed("render", nothing))
         load = loading.load_model
         for module in [module for name, module in sys.modules.items() if name.startswith("duet.")]:
             if getattr(module, "load_model", None) is load:
-                module.load_model = self.timed("load", load, self.load)
+                self.replace(module, "load_model", self.timed("load", self.loads))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, function in self._kept.items():
-            setattr(TransformersEngine, name, function)
+        for owner, name, function in reversed(self._kept):
+            setattr(owner, name, function)
+
+
+def price(engine: TransformersEngine, asked: Asked) -> float:
+    """The price of the batches that the engine makes of these prompts, in tokens."""
+    total = 0
+    for batch in engine._batches(asked.prompts, max(asked.steps)):
+        own = max(len(prompt) for prompt in batch.prompts) - batch.begins_with
+        steps = [asked.steps[row] for row in batch.rows]
+        total += own * len(steps) + sum(steps) - len(steps) + PASS_TOKENS * max(steps)
+    return total
+
+
+def least(engine: TransformersEngine, asked: Asked) -> float:
+    """The same without padding, in passes that are full but for those of the longest answer."""
+    own = sum(
+        len(prompt) - batch.begins_with
+        for batch in engine._batches(asked.prompts, max(asked.steps))
+        for prompt in batch.prompts
+    )
+    passes = max(*asked.steps, sum(asked.steps) / engine._spec.batch_size)
+    return own + sum(asked.steps) - len(asked.steps) + PASS_TOKENS * passes
 
 
 def stage_three(name: str, folder: Path, quick: bool) -> dict[str, Any]:
@@ -157,20 +186,20 @@ def stage_three(name: str, folder: Path, quick: bool) -> dict[str, Any]:
 
     with Watched() as found:
         total = seconds(whole, time.process_time)
-    ended = found.count["row steps"] - found.count["live row steps"]
     return {
         "evaluation": name,
         "seconds": total,
         "decoding, s": found.seconds["decode"],
         "answers": found.count["answers"],
-        "steps' rows ended, %": 100 * ended / max(found.count["row steps"], 1),
-        "refill at most, s": found.saved,
+        "engines": found.count["engines"],
+        "calls": found.count["calls"],
+        "one stream saves, s": found.saved["stream"],
+        "full passes save, s": found.saved["refill"],
         "weights loaded": found.count["load"],
-        "of them again": found.count["load"] - len(found.loaded),
-        "again, s": found.again,
+        "again, s": found.saved["loads"],
         "prompts asked for": found.count["prompt"],
         "of them made": found.count["render"],
-        "beyond that, s": max(0.0, found.seconds["prompt"] - found.first_time),
+        "beyond that, s": max(0.0, found.seconds["prompt"] - found.seconds["render"]),
     }
 
 
@@ -212,7 +241,12 @@ def main() -> None:
             stage_three(name, Path(folder) / name, options.quick) for name in CASES if name in parts
         ]
     rows = details["stage three"]
-    keys = {"refill_saves": "refill at most, s", "loads_save": "again, s", "renders_save": "beyond that, s"}
+    keys = {
+        "stream_saves": "one stream saves, s",
+        "refill_saves": "full passes save, s",
+        "loads_save": "again, s",
+        "renders_save": "beyond that, s",
+    }
     claims = {f"evaluate.{name}": max(row[key] / row["seconds"] for row in rows) for name, key in keys.items() if rows}
     show({"machine": machine("torch", "transformers"), "claims": claims, "details": details}, BOUNDS, options.json)
 
