@@ -7,8 +7,8 @@ Definitions. A batch's price is its prompts with their padding, a token for each
 each pass, as `stages/engines/batches.py` has it. An engine is asked in several calls: the sets as they are, and each attack.
 * `evaluate.stream_saves`: share of stage three's seconds that decoding would lose if all calls of one engine were one, by the
   prices of the batches that the engine then makes, with the answers' own lengths.
-* `evaluate.refill_saves`: the same if besides no prompt were padded and every pass full of rows that go on, but for the longest
-  answer: more than any engine reaches.
+* `evaluate.refill_saves`: what it would lose beyond that if no prompt were padded and every pass full of rows that go on, save
+  the longest answer's: more than any engine reaches, and without what refilling costs.
 * `evaluate.loads_save`: share of the seconds of loading weights that were loaded before.
 * `evaluate.renders_save`: share of asking for prompts beyond the seconds in which each is made for the first time.
 * `vllm`: seconds until the first answer and answers per second of both engines on prompts of benchmarks/evaluate.py, and the
@@ -122,7 +122,7 @@ class Watched:
                 now = sum(price(engine, of) for of in calls)
                 self.count.update({"calls": len(calls), "answers": len(one.prompts), "engines": 1})
                 self.saved["stream"] += self.decoding[engine] * (1 - price(engine, one) / now)
-                self.saved["refill"] += self.decoding[engine] * (1 - least(engine, one) / now)
+                self.saved["refill"] += self.decoding[engine] * (price(engine, one) - least(engine, one)) / now
             function(engine)
 
         return called
@@ -194,7 +194,7 @@ def stage_three(name: str, folder: Path, quick: bool) -> dict[str, Any]:
         "engines": found.count["engines"],
         "calls": found.count["calls"],
         "one stream saves, s": found.saved["stream"],
-        "full passes save, s": found.saved["refill"],
+        "full passes save beyond, s": found.saved["refill"],
         "weights loaded": found.count["load"],
         "again, s": found.saved["loads"],
         "prompts asked for": found.count["prompt"],
@@ -243,7 +243,7 @@ def main() -> None:
     rows = details["stage three"]
     keys = {
         "stream_saves": "one stream saves, s",
-        "refill_saves": "full passes save, s",
+        "refill_saves": "full passes save beyond, s",
         "loads_save": "again, s",
         "renders_save": "beyond that, s",
     }
