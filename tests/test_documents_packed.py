@@ -37,7 +37,7 @@ def test_no_way_reads_more_than_the_others_but_padding(script):
 
 
 def test_packed_documents_do_not_see_each_other(script):
-    """The first one has the logits that it has alone, and so has the second, whose positions a rotary model takes relatively."""
+    """Each has the logits that it has alone: of positions, a rotary model takes differences alone."""
     model = tiny_model(tiny_config("llama", LAB_VOCAB_SIZE))
     with torch.no_grad():
         own = torch.cat([logits_at(model, batch) for row in ROWS for batch in script.passes_of([row], 0)])
