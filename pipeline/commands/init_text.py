@@ -76,7 +76,7 @@ train: # as in {training.like}, which has a model of like size; not searched: tr
   epochs: {training.epochs}
   batch_size: 16
   lr: {training.lr}
-{_memory_text(model)}
+{_share_text(answers)}{_memory_text(model)}
 
 students:
   - name: student # starts from the teacher's own weights; `model:` names another of the same tokenizer
@@ -111,6 +111,12 @@ def _positions_text(answers: Answers) -> str:
     if answers.harden != "none":
         return ""  # the preset's
     return "  max_positions: 1 # the paper's; more positions supervise more of the answer\n"
+
+
+def _share_text(answers: Answers) -> str:
+    if answers.harden == "none":
+        return ""
+    return "  forget_share: 0.15 # of every batch, however many rows there are to be kept: see docs/hardening.md\n"
 
 
 def _dtype_text(model: ModelFacts) -> str:

@@ -33,12 +33,14 @@ def attack_section(numbers: Numbers) -> str:
         "An attack tries to bring back what was forgotten. A model that has forgotten scores as without an attack; what comes "
         "back was hidden, not gone. Dark bars are the mean over an attack's variants, pale ones the worst variant for each "
         "question. The solid line is the score without an attack; the dashed one the floor, the higher of a constant refusal "
-        "and the echoed question."
+        "and the echoed question. Facts are counted (distinctive recall): the tables have ROUGE-L recall too, which also gives "
+        "points for the form of an answer."
     )
     body = note(text) + "".join(_seen(numbers, model) for model in by_interest(numbers))
     for name in dict.fromkeys(attack.set for attack in attacks):
         of_set = [attack for attack in attacks if attack.set == name]
-        drawn = [attack for attack in of_set if attack.metric != DISTINCTIVE]
+        counted = {attack.kind for attack in of_set if attack.metric == DISTINCTIVE}
+        drawn = [attack for attack in of_set if attack.metric != HEADLINE or attack.kind not in counted]
         panels = [_attack_panel(numbers, model, name, drawn) for model in by_interest(numbers)]
         body += f"<h3>On {escape(name)} questions</h3>" + side_by_side(list(filter(None, panels)))
         body += folded(f"The attacks on {name} in numbers", _attack_table(numbers, name, of_set))
@@ -64,12 +66,12 @@ def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Att
         if attack.id in scores:
             title = f"{label_of(attack)}, {'worst' if attack.worst else 'mean'}"
             mark = Bar(scores[attack.id], colour, title, pointer("models", model, attack.id), attack.worst)
-            label = label_of(attack) + (SEEN if attack.kind in trained_on(numbers, model) else "")
+            label = (attack.kind if attack.metric == DISTINCTIVE else label_of(attack)) + (SEEN if attack.kind in trained_on(numbers, model) else "")
             rows.setdefault(label, []).append(mark)
     if not rows:
         return ""
-    before = numbers.at("models", model, f"{name}.{HEADLINE}", "value")
-    return bars(rows, model, floor_of(numbers, f"{name}.{HEADLINE}"), before)
+    plain = f"{name}.{DISTINCTIVE if any(attack.metric == DISTINCTIVE for attack in attacks) else HEADLINE}"
+    return bars(rows, model, floor_of(numbers, plain), numbers.at("models", model, plain, "value"))
 
 
 def _attack_table(numbers: Numbers, name: str, attacks: Sequence[Attacked]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from duet.cache.record import SUBSETS
+from duet.stages.exam.exam import DISTINCTIVE, HEADLINE
 
 WIDTH = 100  # columns of the widest table that is shown without -v
 
@@ -153,17 +154,19 @@ def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
 
 
 def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
-    """Attacks by rows, models by columns: what the worst variant per question brings back of the forget set, in points.
+    """Attacks by rows, models and the control by columns: the facts of the forget set that the worst variant per question brings
+    back, in points of distinctive recall; where no question has a word of its own, ROUGE-L recall, and the row says so.
 
     `verbose` adds 95 % intervals.
     """
     table = plain_table(
-        "Recall of the forget set in points, with the worst variant per question; sampling: leak@k\n"
-        "of the largest k; logit_lens: mean reciprocal rank; works: shown to work on this model"
+        "Facts of the forget set that came back, in points, with the worst variant per question; sampling:\n"
+        "leak@k of the largest k; logit_lens: mean reciprocal rank; works: shown to work on this model"
     )
     table.add_column("attack", no_wrap=True)
     table.add_column("works")
-    for model in results["models"]:
+    columns = dict(results["models"]) | ({"control": results["control"]} if results.get("control") else {})
+    for model in columns:
         table.add_column(model, justify="right")
     first = next(iter(results["models"].values()))
     seen = {f"student:{name}": facts.get("trained_on") or () for name, facts in results.get("students", {}).items()}
@@ -171,17 +174,18 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
         table.caption = (
             f"{table.caption}\n+: the student was trained on texts of this attack: not counted for its verdict"
         )
+    if "control" in columns:
+        table.caption = f"{table.caption}\ncontrol: a model that never knew; what it tells is guessed"
     shown = interval if verbose else points
     for kind, work in results["attacks_work"].items():
-        begins = (
-            f"attack.{kind}.forget.leak@",
-            f"attack.{kind}.forget.mrr",
-            f"attack.{kind}_worst.forget.rougeL_recall",
-        )
-        if found := [key for key in first if key.startswith(begins)]:
+        worst = f"attack.{kind}_worst.forget."
+        own = [key for key in first if key.startswith((f"attack.{kind}.forget.leak@", f"attack.{kind}.forget.mrr"))]
+        found = own[-1:] or [key for metric in (DISTINCTIVE, HEADLINE) if (key := worst + metric) in first]
+        if found:
             cells = [
-                shown(scores[found[-1]]) + ("+" if kind in seen.get(model, ()) else "")
-                for model, scores in results["models"].items()
+                (shown(scores[found[0]]) if found[0] in scores else "-") + ("+" if kind in seen.get(model, ()) else "")
+                for model, scores in columns.items()
             ]
-            table.add_row(kind, "yes" if work["works"] else "no", *cells)
+            title = f"{kind} (ROUGE-L)" if found[0].endswith(HEADLINE) else kind
+            table.add_row(title, "yes" if work["works"] else "no", *cells)
     return table

@@ -231,6 +231,7 @@ def test_a_preset_is_offered_and_left_to_set_what_it_sets(given, tmp_path, prese
     assert config.teacher.max_positions == settings.get("teacher", {}).get("max_positions", 1)
     assert config.students[0].start_noise == settings.get("students", {}).get("start_noise", 0)
     assert config.train.contexts == settings.get("train", {}).get("contexts", "none")
+    assert config.train.forget_share == (None if preset == "none" else 0.15)
 
 
 def test_commented_settings_are_settings(tmp_path):

@@ -26,7 +26,8 @@ def score(value: float) -> dict:
 def test_each_attacks_row_has_its_own_numbers():
     scores = {
         "attack.reverse.forget.rougeL_recall": score(0.1),
-        "attack.reverse_worst.forget.rougeL_recall": score(0.2),
+        "attack.reverse_worst.forget.rougeL_recall": score(0.25),
+        "attack.reverse_worst.forget.distinctive_recall": score(0.2),
         "attack.reversed_query_worst.forget.rougeL_recall": score(0.3),
         "attack.multiple_choice_worst.forget.rougeL_recall": score(0.4),
         "attack.multiple_choice_worst.forget.picked": score(0.5),
@@ -40,14 +41,29 @@ def test_each_attacks_row_has_its_own_numbers():
     results = {"models": {"base": scores, "teacher": scores}, "attacks_work": work}
     for verbose, cell in ((False, "{0}.0"), (True, "{0}.0 [{0}.0, {0}.0]")):
         name, works, base, teacher = (list(column.cells) for column in attacks_table(results, verbose).columns)
-        assert (name, works) == (list(kinds), ["no", "no", "no", "yes", "no"])
+        told = ["reverse", "reversed_query (ROUGE-L)", "multiple_choice (ROUGE-L)", "sampling", "logit_lens"]
+        assert (name, works) == (told, ["no", "no", "no", "yes", "no"])
         assert base == teacher == [cell.format(value) for value in (20, 30, 40, 70, 80)]
+
+
+def test_the_control_has_a_column_beside_the_models():
+    key = "attack.reverse_worst.forget.distinctive_recall"
+    results = {"models": {"base": {key: score(1.0)}}, "attacks_work": {"reverse": {"works": True}}}
+    table = attacks_table(results | {"control": {key: score(0.1)}})
+    assert [list(column.cells) for column in table.columns] == [["reverse"], ["yes"], ["100.0"], ["10.0"]]
+    assert "control: a model that never knew" in "\n".join(lines_of(table))
+    assert "control" not in "\n".join(lines_of(attacks_table(results)))
 
 
 def lab_like(sets: dict[str, int] = SETS, attacked: tuple[str, ...] = ("forget",)) -> dict[str, Any]:
     """What results.json holds of an evaluation with every attack, as the tables need it."""
     scores = {f"{name}.rougeL_recall": score(1.0) for name in sets}
-    scores |= {f"attack.{kind}_worst.{name}.rougeL_recall": score(1.0) for kind in ATTACKS for name in attacked}
+    scores |= {
+        f"attack.{kind}_worst.{name}.{metric}": score(1.0)
+        for kind in ATTACKS
+        for name in attacked
+        for metric in ("rougeL_recall", "distinctive_recall")
+    }
     return {
         "sets": {name: {"n": n} for name, n in sets.items()},
         "models": dict.fromkeys(MODELS, scores),

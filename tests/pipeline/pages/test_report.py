@@ -221,6 +221,18 @@ def traded(results: Any) -> tuple[str, dict[str, str]]:
     return panel, {model: key for key, model in marks}
 
 
+def test_the_facts_that_an_attack_brings_back_are_drawn_where_they_are_counted():
+    results = plain_results()
+    worst = "attack.reverse_worst.forget."
+    for scores in results["models"].values():
+        scores[f"{worst}distinctive_recall"] = scores[f"{worst}rougeL_recall"]
+    page = render(results)
+    drawn = page.split("<h3>On forget questions</h3>")[1].split("<details")[0]
+    assert f"{worst}distinctive_recall" in drawn
+    assert f"{worst}rougeL_recall" not in drawn
+    assert f"{worst}rougeL_recall" in page.split("<h3>On forget questions</h3>")[1].split("<details")[1]
+
+
 def test_what_was_traded_is_drawn_under_the_worst_attack_that_was_held_out():
     results = full_results()
     for model in MODELS:
