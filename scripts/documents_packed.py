@@ -57,7 +57,8 @@ def main() -> None:
                 [[packed(rows)] for rows in drawn],
                 [[even(rows)] for rows in drawn],
             )
-            times = " | ".join(f"{seconds(model, way) / seconds(model, cut):.2f}" for way in others)
+            default_s = seconds(model, cut)
+            times = " | ".join(f"{seconds(model, way) / default_s:.2f}" for way in others)
             say(f"| {file.name} | {spread} | {count} | {np.mean([len(b) for b in cut]):.1f} | {padded:.1%} | {times} |")
 
 

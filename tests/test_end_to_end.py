@@ -202,6 +202,7 @@ LONG = (
     "duet compare --config configs/tofu.yaml",  # a model that knows TOFU
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "python scripts/which_ids.py",  # test_which_ids.py measures
+    "python scripts/documents_packed.py",  # test_documents_packed.py compares
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --set evaluate.likelihood=false --set name=nf4",
     "duet run --config configs/lab.yaml --only base",
     "python examples/",  # test_examples.py trains by both, and asks TRL's student
