@@ -23,8 +23,11 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu.txt scripts/setup.sh
 $(DEV): pyproject.toml constraints.txt constraints-cpu.txt scripts/setup.sh
 	@VENV=$(VENV) EXTRAS=dev sh scripts/setup.sh
 
-demo: $(STAMP) ## the whole lab experiment: three people forgotten, report in runs/lab
+# The second run's relearning is cut short; `duet run --config configs/lab_deep.yaml` goes on from there.
+demo: $(STAMP) ## three people forgotten, by plain DUET and by a hardened student: reports in runs/lab and runs/lab_deep
 	@$(BIN)/duet run --config configs/lab.yaml
+	@$(BIN)/duet run --config configs/lab_deep.yaml --jobs 2 \
+	    --set 'evaluate.relearn={pairs: [5], draws: 1, benign: 0, lrs: [1.0e-3], steps: [1, 2, 5, 10]}'
 
 # SmolLM2's GGUF file, and what reads it.
 smollm2 = { $(BIN)/python -c 'import gguf' 2>/dev/null || VENV=$(VENV) EXTRAS=gguf sh scripts/setup.sh; } && \

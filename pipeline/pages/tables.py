@@ -159,25 +159,29 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
 
     `verbose` adds 95 % intervals.
     """
-    table = plain_table(
-        "Facts of the forget set that came back, in points, with the worst variant per question; sampling:\n"
-        "leak@k of the largest k; logit_lens: mean reciprocal rank; works: shown to work on this model"
-    )
+    columns = dict(results["models"]) | ({"control": results["control"]} if results.get("control") else {})
+    seen = {f"student:{name}": facts.get("trained_on") or () for name, facts in results.get("students", {}).items()}
+    work = results["attacks_work"]
+    caption = ["Facts that came back, in points, worst variant per question; works: shown to work on this model"]
+    for remarks in (
+        {
+            "sampling: leak@k of the largest k": "sampling" in work,
+            "logit_lens: mean reciprocal rank": "logit_lens" in work,
+        },
+        {
+            "+: trained on texts of this attack, not counted for its verdict": any(seen.values()),
+            "control: a model that never knew": "control" in columns,
+        },
+    ):
+        caption += filter(None, ["; ".join(text for text, holds in remarks.items() if holds)])
+    table = plain_table("\n".join(caption))
     table.add_column("attack", no_wrap=True)
     table.add_column("works")
-    columns = dict(results["models"]) | ({"control": results["control"]} if results.get("control") else {})
     for model in columns:
         table.add_column(model, justify="right")
     first = next(iter(results["models"].values()))
-    seen = {f"student:{name}": facts.get("trained_on") or () for name, facts in results.get("students", {}).items()}
-    if any(seen.values()):
-        table.caption = (
-            f"{table.caption}\n+: the student was trained on texts of this attack: not counted for its verdict"
-        )
-    if "control" in columns:
-        table.caption = f"{table.caption}\ncontrol: a model that never knew; what it tells is guessed"
     shown = interval if verbose else points
-    for kind, work in results["attacks_work"].items():
+    for kind, shown_to in work.items():
         worst = f"attack.{kind}_worst.forget."
         own = [key for key in first if key.startswith((f"attack.{kind}.forget.leak@", f"attack.{kind}.forget.mrr"))]
         found = own[-1:] or [key for metric in (DISTINCTIVE, HEADLINE) if (key := worst + metric) in first]
@@ -187,5 +191,5 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
                 for model, scores in columns.items()
             ]
             title = f"{kind} (ROUGE-L)" if found[0].endswith(HEADLINE) else kind
-            table.add_row(title, "yes" if work["works"] else "no", *cells)
+            table.add_row(title, "yes" if shown_to["works"] else "no", *cells)
     return table

@@ -111,7 +111,7 @@ def test_an_attack_that_a_student_was_trained_on_is_marked_in_its_column_alone()
     assert columns["student:base"]["reverse"] == "100.0+"
     marked = [(model, kind) for model in MODELS for kind, cell in columns[model].items() if cell.endswith("+")]  # type: ignore[union-attr]
     assert marked == [("student:base", "reverse")]
-    assert "+: the student was trained" in "\n".join(lines_of(table))
+    assert "+: trained on texts of this attack" in "\n".join(lines_of(table))
     assert max(map(len, lines_of(table))) <= WIDTH
 
 

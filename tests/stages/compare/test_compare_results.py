@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from duet.stages.compare.grid import chosen_row
 from duet.stages.compare.results import Row, results_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.questions.queries import Query
@@ -82,3 +83,14 @@ def test_verdicts_of_a_rows_models_are_counted():
     assert results["of_models"]["outcomes"]["npo:seed1"]["verdict"] == "broken"
     assert "broken 1" in results["outcomes"]["npo"]["verdict"]
     assert "1" not in results["outcomes"]["duet"]["verdict"], "all agree: no counts"
+
+
+@pytest.mark.parametrize(
+    ("shifts", "chosen"),
+    [((1.0, 2.0, 1.5), 1), ((2.0, 2.0, 1.0), 1), ((2.0, 2.0, 2.0), 1), ((2.0, 1.0, 2.0), 2), ((1.0, 1.0, 2.0), 2)],
+)
+def test_the_largest_shift_is_chosen_and_of_equals_the_rate_nearest_to_the_configs(shifts, chosen):
+    rows = [{"validation_shift": shift, "lr": lr} for shift, lr in zip(shifts, (1e-4, 1e-3, 9e-4), strict=True)]
+    configured = 1e-3 if chosen == 1 else 8e-4
+    assert chosen_row(rows, configured) == chosen
+    assert chosen_row([*rows, *rows], configured) == chosen, "of the same rate the first"
