@@ -187,7 +187,7 @@ def chosen_row(rows: Sequence[Mapping[str, Any]], configured_lr: float) -> int:
     """The number of the row with the largest validation shift; of equals the one whose learning rate is nearest to the
     config's, by its logarithm, and of these the first.
 
-    No attack takes part in the validation, so a rate at which a hardened student has hardly changed may tie with the recipe's.
+    No attack takes part in the validation: a rate at which a hardened student has hardly changed may tie with the recipe's.
     """
     return max(
         range(len(rows)),
