@@ -41,9 +41,11 @@ def trainer_of(model: Any, tokenizer: Any, rows: datasets.Dataset, config: SFTCo
 def main(export: str, start: str, target: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(Path(export, "duet", "tokenizer"))
+    gpu = torch.cuda.is_available()
     config = settings(
-        target, num_train_epochs=30, per_device_train_batch_size=16, learning_rate=3e-4, save_strategy="no"
-    )
+        target, num_train_epochs=30, per_device_train_batch_size=16, learning_rate=3e-4, save_strategy="no",
+        use_cpu=not gpu, bf16=gpu and torch.cuda.is_bf16_supported(),
+    )  # fmt: skip
     trainer = trainer_of(model, tokenizer, datasets.load_from_disk(export), config)
     trainer.train()
     trainer.save_model(target)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import evaluate as bench_evaluate
+import evaluate_bounds as bench_evaluate_bounds
 import exchange as bench_exchange
 import pytest
 import store as bench_store
@@ -50,6 +51,10 @@ def test_the_students_benchmark_makes_its_claims():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_the_evaluations_benchmark_makes_its_claims():
     claims_of("evaluate.py", bench_evaluate.BOUNDS)
+
+
+def test_the_benchmark_of_what_is_left_to_save_in_stage_three_makes_its_claims():
+    claims_of("evaluate_bounds.py", bench_evaluate_bounds.BOUNDS, "--part", "lab")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")

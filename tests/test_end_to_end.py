@@ -202,8 +202,11 @@ LONG = (
     "duet compare --config configs/tofu.yaml",  # a model that knows TOFU
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "python scripts/which_ids.py",  # test_which_ids.py measures
+    "python scripts/documents_packed.py",  # test_documents_packed.py compares
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --set evaluate.likelihood=false --set name=nf4",
     "duet run --config configs/lab.yaml --only base",
+    "python examples/",  # test_examples.py trains by both, and asks TRL's student
+    "duet evaluate --config configs/lab.yaml --only base --set evaluate.attacks=[] --set evaluate.models.loop",
     "duet compare --config configs/lab.yaml --jobs 1 --set name=lab_small",  # test_compare.py makes a small one
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
+from typing import Any
 
 import plain_loop
 import pytest
@@ -19,27 +21,32 @@ from duet.stages.models.loading import load_model
 BATCH, EPOCHS, LR = 4, 6, 1e-3
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(exports' folder, rows of each step, losses of `duet distill`) of a run that taught eight of the lab's questions."""
-    folder = tmp_path_factory.mktemp("run")
+def taught(folder: Path, rows: int | None, positions: int, **train: Any) -> tuple[str, Store]:
+    """The config, and the store, of a run that taught the lab's questions, or the first `rows` of both sets."""
     raw = yaml.safe_load((ROOT / "configs/lab.yaml").read_text(encoding="utf-8"))
     raw |= {"runs_dir": str(folder / "runs"), "device": "cpu", "students": [{"name": "base"}], "evaluate": {"sets": {}}}
-    raw["teacher"] |= {"model": str(LAB_BASE), "engine": "transformers", "max_positions": 3}
+    raw["teacher"] |= {"model": str(LAB_BASE), "engine": "transformers", "max_positions": positions}
     for subset in ("forget", "retain"):
-        lines = (ROOT / raw["data"][subset]["path"]).read_text(encoding="utf-8").splitlines()[:6]
+        lines = (ROOT / raw["data"][subset]["path"]).read_text(encoding="utf-8").splitlines()[:rows]
         raw["data"][subset]["path"] = str(folder / f"{subset}.jsonl")
         (folder / f"{subset}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    steady = {"warmup": 0.0, "decay": "constant"}
-    raw["train"] = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "dtype": "float32", **steady}
+    raw["train"] = {"dtype": "float32", **train}
     (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     for stage in ("teacher-logits", "distill"):
         done = duet(stage, "--config", str(folder / "config.yaml"))
         assert done.code == 0, done.err
+    [manifest] = (folder / "runs").rglob("manifest.json")
+    return str(folder / "config.yaml"), Store(Folder(manifest.parent))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(exports' folder, rows of each step, losses of `duet distill`) of a run that taught twelve of the lab's questions."""
+    folder = tmp_path_factory.mktemp("run")
+    train = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "warmup": 0.0, "decay": "constant"}
+    _, store = taught(folder, 6, 3, **train)
     [metrics] = (folder / "runs").rglob("metrics.jsonl")
     losses = [json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()]
-    [manifest] = (folder / "runs").rglob("manifest.json")
-    store = Store(Folder(manifest.parent))
     batches = itertools.islice(store.batches(store.order(seed=0), BATCH), len(losses))
     steps = [block.row_ids.to_pylist() for _, block in batches]
     for exchange_format in ("parquet", "hf"):
@@ -91,3 +98,45 @@ def test_trls_trainer_has_the_losses_of_duet_distill(trained, tmp_path):
     trainer.train()
     assert len(found) == len(losses)
     assert found == pytest.approx(losses, rel=1e-3, abs=1e-4)  # its log has four digits
+
+
+def test_the_student_of_trls_trainer_forgets_and_keeps_what_that_of_duet_distill_does(tmp_path):
+    """Each with the order of rows and the schedule of its own."""
+    pytest.importorskip("trl")
+    import datasets
+    import sft_trainer
+    from transformers import AutoTokenizer
+
+    config, store = taught(tmp_path, None, 1, epochs=12, batch_size=16, lr=LR)
+    export_store(store.location, tmp_path / "hf", "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf/duet/tokenizer")
+    settings = sft_trainer.settings(
+        tmp_path / "logs", num_train_epochs=12, per_device_train_batch_size=16, learning_rate=LR, use_cpu=True, bf16=False,
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = datasets.load_from_disk(str(tmp_path / "hf"))
+    trainer = sft_trainer.trainer_of(load_model(LAB_BASE, "float32"), tokenizer, rows, settings)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trl"))
+    people = (ROOT / "lab/data/heldout.jsonl").read_text(encoding="utf-8").splitlines()[::8]
+    (tmp_path / "heldout.jsonl").write_text("\n".join(people) + "\n", encoding="utf-8")
+    asked = {
+        "sets.heldout": {"path": str(tmp_path / "heldout.jsonl"), "id_field": "id", "expect": "kept"},
+        "models.trl": str(tmp_path / "trl"),
+        "attacks": [], "likelihood": False, "membership": None, "max_new_tokens": 16,
+    }  # fmt: skip
+    changes = [f"--set=evaluate.{key}={json.dumps(value)}" for key, value in asked.items()]
+    done = duet("evaluate", "--config", config, *changes)
+    assert done.code == 0, done.err
+    [results] = (tmp_path / "runs").rglob("results.json")
+    scores = json.loads(results.read_text(encoding="utf-8"))["models"]
+    found = {
+        model: [100 * scores[model][f"{name}.rougeL_recall"]["value"] for name in ("forget", "retain", "heldout")]
+        for model in ("base", "student:base", "model:trl")
+    }
+    assert min(found["base"]) > 95
+    for model in ("student:base", "model:trl"):
+        forgotten, *kept = found[model]
+        assert forgotten < 15, found
+        assert min(kept) > 90, found
+    assert found["model:trl"] == pytest.approx(found["student:base"], abs=10), found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from duet.cache.reader import Store
     from duet.stages.compare.grid import Comparison, Mode
     from duet.stages.compare.rows import TrainingRows
+    from duet.stages.exam.exam import Exam
 
 
 def with_preset(request: Selection, config: Config, preset: str) -> Selection:
@@ -76,7 +77,7 @@ def _check_preset(config: Config, student: StudentSettings, preset: str) -> None
                 )
 
 
-def _mode(config: Config, student: StudentSettings, preset: str) -> Mode:
+def mode_of(config: Config, student: StudentSettings, preset: str) -> Mode:
     """DUET with this preset, from the config of the run that has its teacher logits."""
     import torch
 
@@ -92,37 +93,54 @@ def _mode(config: Config, student: StudentSettings, preset: str) -> Mode:
     return Mode(preset, job_of(config, student, alone), own, *open_stores(stores_of_run(config), config.store.verify))
 
 
-def plan_of(config: Config, of_presets: Mapping[str, tuple[Config, StudentSettings]]) -> Comparison:
+def parts_of(configs: Sequence[Config]) -> list[tuple[Exam, Exam]]:
+    """Each config's exam in two: the questions that choose a setting, as they are, and those that are reported.
+
+    A question is on one side in all of them.
+    """
+    from duet.stages.exam.exam import part_of, split_by_answer
+
+    settings, exams, found = configs[0].compare, [exam_of(config) for config in configs], []
+    for exam in exams:
+        validation, reported = split_by_answer(
+            exam, settings.validation_share, settings.seed, "duet compare",
+            "give the set more questions, or move compare.validation_share towards 0.5", exams[::-1],
+        )  # fmt: skip
+        found.append((as_they_are(part_of(exam, validation)), part_of(exam, reported)))
+    return found
+
+
+def as_they_are(exam: Exam) -> Exam:
+    """The exam's sets that count, without attacks, and without shots in front."""
+    from duet.stages.exam.exam import QuerySet
+
+    return replace(
+        exam,
+        sets={name: QuerySet(s.queries, s.expect) for name, s in exam.judged.items()},
+        settings=exam.settings.model_copy(update={"attacks": (), "membership": None}),
+    )
+
+
+def plan_of(
+    config: Config, of_presets: Mapping[str, tuple[Config, StudentSettings]], validation: Exam, reported: Exam
+) -> Comparison:
     """Everything that is the same for all methods; `of_presets` is the config with each preset, and the student."""
     from duet.stages.compare.grid import Comparison, duet_row
-    from duet.stages.exam.exam import QuerySet, part_of, split_by_answer
     from duet.stages.models.directory import resolve_model
 
-    settings = config.compare
-    exam = exam_of(config)
-    validation, reported = split_by_answer(
-        exam, settings.validation_share, settings.seed, "duet compare",
-        "give the set more questions, or move compare.validation_share towards 0.5",
-    )  # fmt: skip
-    plain = part_of(exam, validation)  # as it is: no attacks, and no shots in front
-    plain = replace(
-        plain,
-        sets={name: QuerySet(s.queries, s.expect) for name, s in plain.judged.items()},
-        settings=plain.settings.model_copy(update={"attacks": (), "membership": None}),
-    )
-    modes = {duet_row(preset): _mode(*found, preset) for preset, found in of_presets.items()}
+    modes = {duet_row(preset): mode_of(*found, preset) for preset, found in of_presets.items()}
     first = next(iter(modes.values()))
     model_dir = resolve_model(config.teacher.model, "teacher.model")
     return Comparison(
-        settings=settings,
+        settings=config.compare,
         train=first.job.settings,
         modes=modes,
         model_dir=model_dir,
         start_name=model_name(config.teacher.model),
         folder=config.run.compare,
         training_rows=_training_rows(config, model_dir, next(iter(first.stores.values()))),
-        validation=plain,
-        reported=part_of(exam, reported),
+        validation=validation,
+        reported=reported,
         references=subjects_of(config, ()),
         trust_remote_code=config.teacher.trust_remote_code,
     )

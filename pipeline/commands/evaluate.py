@@ -27,7 +27,7 @@ from duet.pipeline.pages.tables import (
     refusal_lines,
     results_table,
 )
-from duet.pipeline.run.children import THIS_PROGRAM, environments_of_children, run_jobs, visible_gpus
+from duet.pipeline.run.children import THIS_PROGRAM, run_quietly, visible_gpus
 from duet.pipeline.run.directory import StopSignal, claim_run_dir, environment, set_aside
 from duet.pipeline.run.exam import exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
@@ -167,7 +167,7 @@ def _ask_in_children(subjects: Sequence[Subject], exam: Exam, jobs: Jobs, stop: 
         ", ".join(subject.name for subject in asked): [*THIS_PROGRAM, "evaluate", *jobs.arguments, "--part", str(part)]
         for part, asked in enumerate(models.values())
     }
-    return run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, lambda running: None)
+    return run_quietly(commands, num_jobs, devices, stop)
 
 
 def _ask_one(run: RunDir, subjects: Sequence[Subject], exam: Exam, part: int, stop: StopSignal) -> None:

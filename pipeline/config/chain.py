@@ -8,11 +8,11 @@ first base.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from duet.cache.errors import UserError
 from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.explain import validated
-from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config, check_bare, check_requests, check_students, check_tofu
 from duet.stages.settings.chain import FIRST
 from duet.stages.settings.data import ForgetRequest, RequestData
@@ -38,7 +38,11 @@ def check_chain(config: Config, where: str) -> None:
 
 def steps_of(config: Config) -> list[Config]:
     """The config of each further request's run, in order. UserError where the students do not make a chain."""
-    return [_step(config, number) for number in range(len(config.chain))]
+    student, steps = student_of(config), []
+    for number in range(len(config.chain)):
+        last = steps[-1].run if steps else config.run
+        steps.append(step_on(config, number, str(last.student(student.name).model), config.run.chain))
+    return steps
 
 
 def as_if_first(config: Config, step: Config) -> Config:
@@ -73,18 +77,15 @@ def set_names(config: Config, number: int) -> dict[str, str]:
     return {name: f"{name}.forget" for name in names} | {names[-1]: "forget"}
 
 
-def _step(config: Config, number: int) -> Config:
-    request, student = config.chain[number], student_of(config)
-    last = RunDir(config.run.chain / config.chain[number - 1].name) if number else config.run
+def step_on(config: Config, number: int, model: str, folder: Path) -> Config:
+    """The config of this further request's run (0: the first of them), below a folder, on a model that the ones before left."""
+    request = config.chain[number]
     sets = {name: one for of in config.chain[: number + 1] for name, one in of.sets.items()}
     raw = config.model_dump()
-    raw |= {"name": request.name, "runs_dir": str(config.run.chain), "topic": request.topic, "chain": ()}
+    raw |= {"name": request.name, "runs_dir": str(folder), "topic": request.topic, "chain": ()}
     raw["requests"] = _before(config, number)
     raw["data"] |= {"forget": request.forget, "retain": request.retain or config.data.retain}
-    raw["teacher"] |= {
-        "model": str(last.student(student.name).model),
-        "prefix": request.prefix or config.teacher.prefix,
-    }
+    raw["teacher"] |= {"model": model, "prefix": request.prefix or config.teacher.prefix}
     raw["evaluate"] |= {"base": config.base_model, "sets": config.evaluate.sets | sets}
     where = f"chain.{number}"
     step = validated(Config, raw, where)

@@ -54,6 +54,7 @@ class RunDir:
         self.compare_likelihoods = self.compare / "likelihoods"
         self.chain = path / "chain"  # a run for each further request of a chain
         self.chain_json = path / "chain.json"
+        self.chain_page = path / "chain.html"
 
         self.audit = path / "audit"
         self.audit_log = self.audit / "log.txt"

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from duet.pipeline.pages.chain import compared_section
 from duet.pipeline.pages.charts import Dot, scatter
 from duet.pipeline.pages.page import definition_list, legend, page
 from duet.stages.settings.attacks import ATTACKS
@@ -146,6 +147,7 @@ def render(results: Results) -> str:
         (
             f'<p class="lead">{lead}</p>',
             _html_table(results),
+            compared_section(results) if "chain" in results else "",
             _plot(results),
             _differences(results),
             _grids(results),

@@ -66,7 +66,9 @@ def _attack_panel(numbers: Numbers, model: str, name: str, attacks: Sequence[Att
         if attack.id in scores:
             title = f"{label_of(attack)}, {'worst' if attack.worst else 'mean'}"
             mark = Bar(scores[attack.id], colour, title, pointer("models", model, attack.id), attack.worst)
-            label = (attack.kind if attack.metric == DISTINCTIVE else label_of(attack)) + (SEEN if attack.kind in trained_on(numbers, model) else "")
+            label = (attack.kind if attack.metric == DISTINCTIVE else label_of(attack)) + (
+                SEEN if attack.kind in trained_on(numbers, model) else ""
+            )
             rows.setdefault(label, []).append(mark)
     if not rows:
         return ""

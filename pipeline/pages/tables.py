@@ -154,8 +154,8 @@ def costs_table(costs: Mapping[str, Any], num_models: int) -> Table:
 
 
 def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
-    """Attacks by rows, models and the control by columns: the facts of the forget set that the worst variant per question brings
-    back, in points of distinctive recall; where no question has a word of its own, ROUGE-L recall, and the row says so.
+    """Attacks by rows, models and the control by columns: the facts of the forget set that the worst variant per question
+    brings back, in points of distinctive recall; where no question has a word of its own, ROUGE-L recall, and the row says so.
 
     `verbose` adds 95 % intervals.
     """

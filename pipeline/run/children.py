@@ -122,6 +122,11 @@ def run_jobs(
     return code
 
 
+def run_quietly(commands: Mapping[str, Sequence[str]], num_jobs: int, devices: Sequence[str], stop: StopSignal) -> int:
+    """Run each job's command, `num_jobs` at a time, on these GPUs or shares of the cores; the first exit code not 0."""
+    return run_jobs(commands, environments_of_children(num_jobs, devices, os.environ), stop, lambda running: None)
+
+
 def last_line(path: Path) -> dict[str, Any] | None:
     """The last whole line of a metrics.jsonl, or None."""
     try:

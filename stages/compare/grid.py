@@ -187,7 +187,7 @@ def chosen_row(rows: Sequence[Mapping[str, Any]], configured_lr: float) -> int:
     """The number of the row with the largest validation shift; of equals the one whose learning rate is nearest to the
     config's, by its logarithm, and of these the first.
 
-    No attack takes part in the validation, so that a rate at which a hardened student has hardly changed may tie with the recipe's.
+    No attack takes part in the validation: a rate at which a hardened student has hardly changed may tie with the recipe's.
     """
     return max(
         range(len(rows)),
@@ -196,13 +196,15 @@ def chosen_row(rows: Sequence[Mapping[str, Any]], configured_lr: float) -> int:
 
 
 def best_of(
-    plan: Comparison, method: str, watch: Watch, tell: Callable[[str], None]
+    plans: Sequence[Comparison], method: str, watch: Watch, tell: Callable[[str], None]
 ) -> tuple[list[Trial], list[dict[str, Any]]]:
     """The method's trial with the largest performance shift on the validation part, broken or not, trained with every seed,
     the one that chose first; and the rows of all trials. Which of equals: `chosen_row`.
 
-    Leaves the weights of these only. `tell` gets a sentence for each trial that was scored.
+    A plan for each seed, which differ at most in the model that they start from. Leaves the weights of these trials only.
+    `tell` gets a sentence for each trial that was scored.
     """
+    plan = plans[0]
     trials = trials_of(plan, method)
     rows = []
     for trial in trials:
@@ -214,8 +216,8 @@ def best_of(
         )
     number = chosen_row(rows, _train_settings(plan, method).lr)
     best = trials[number]
-    chosen = [_trial(plan, method, best.lr, best.constant, repeat) for repeat in range(plan.settings.seeds)]
-    for trial in chosen:
+    chosen = [_trial(plan, method, best.lr, best.constant, repeat) for repeat, plan in enumerate(plans)]
+    for plan, trial in zip(plans, chosen, strict=True):
         train_trial(plan, trial, watch)
     for model_dir in best.folder.parent.glob("*/model"):
         if model_dir.parent not in {trial.folder for trial in chosen}:

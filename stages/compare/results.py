@@ -103,6 +103,20 @@ def results_of(
     }
 
 
+def scores_of_sets(
+    exam: Exam, rows: Sequence[Row], answers: Mapping[str, Mapping[str, list[str]]]
+) -> dict[str, dict[str, Any]]:
+    """By row, its scores of sets that are asked as they are, over its seeds, as `results_of` has them."""
+    seed = exam.settings.seed
+    return {
+        row.name: {
+            key: seeds.weighted_sum({key: v}, {key: c}, {key: 1.0}, seed)
+            for key, (v, c) in _scores(row, exam, answers).items()
+        }
+        for row in rows
+    }
+
+
 def _scores(
     row: Row, exam: Exam, answers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[np.ndarray, Sequence[object]]]:

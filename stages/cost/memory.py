@@ -188,9 +188,6 @@ def student_need(student: StudentOnMeta, lengths: np.ndarray, device: Device, de
     parts["activations"] = activation_bytes(
         sizes, tokens, student.layers, student.dtype, settings.gradient_checkpointing
     )
-    loading = 4 * sizes.parameters  # a process of FSDP holds the whole model before it is spread
-    if student.spread and loading > sum(parts.values()):
-        parts = {"weights, whole, while they are loaded": float(loading)}
     steps = settings.epochs * -(-len(lengths) // settings.batch_size)
     drawn = np.random.default_rng(0).choice(lengths, min(rows, len(lengths)), replace=False)
     passes = len(cut_by_length(drawn, settings.max_padding, settings.pass_tokens))

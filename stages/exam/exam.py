@@ -135,17 +135,17 @@ def references_of(query_set: QuerySet) -> list[str]:
 
 
 def split_by_answer(
-    exam: Exam, share: float, seed: int, what: str, hint: str
+    exam: Exam, share: float, seed: int, what: str, hint: str, among: Sequence[Exam] = ()
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Numbers of the queries of a `share` of each set, drawn by the seed, and of the others.
 
     Queries with the same answer stay together, in all sets: a paraphrase would otherwise tell of the question that is held
-    out. So do a question and its translation. `what` wants the split; where a set cannot be split, a UserError says so with
-    this hint.
+    out. So do a question and its translation. With `among`, exams of which this is one, an answer is on one side in all of
+    them. `what` wants the split; where a set cannot be split, a UserError says so with this hint.
     """
     rng = np.random.default_rng(seed)
     chosen: dict[str, bool] = {}
-    for query_set in exam.sets.values():
+    for query_set in (query_set for one in among or (exam,) for query_set in one.sets.values()):
         if query_set.translates:
             continue
         new = [answer for answer in dict.fromkeys(references_of(query_set)) if answer not in chosen]

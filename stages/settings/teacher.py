@@ -107,16 +107,20 @@ class TeacherSettings(Settings):
         if self.ids == "sampled":
             if self.top_k < 2:
                 raise ValueError(
-                    "ids: sampled needs a top_k of 2 or more: one entry is the likeliest, the others are drawn"
+                    "sampled ids need a top_k of 2 or more: one entry is the likeliest, the others are drawn"
                 )
             if not self.logsumexp:
-                raise ValueError("ids: sampled needs logsumexp: true: its loss compares probabilities over all ids")
+                raise ValueError(
+                    "sampled ids need the log-sum-exp, for their loss compares probabilities: leave logsumexp out"
+                )
         if (self.ids == "given") != (self.ids_from is not None):
-            raise ValueError("ids: given and ids_from belong together: set both, or leave both out")
+            raise ValueError("given ids and ids_from belong together: set both, or leave both out")
         if self.ids == "given" and self.top_k < 2:
-            raise ValueError("ids: given needs a top_k of 2 or more: one entry is the likeliest")
+            raise ValueError("given ids need a top_k of 2 or more: one entry is the likeliest")
         if self.ids != "top_k" and self.engine == "vllm":
-            raise ValueError(f"ids: {self.ids} is done by the engine transformers: set engine to it, or to auto")
+            raise ValueError(
+                f"the engine vllm keeps no {self.ids} ids, only the likeliest: set engine: transformers, or auto"
+            )
         return self
 
     @property

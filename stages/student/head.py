@@ -80,9 +80,15 @@ class Seen(NamedTuple):
 class Forward(nn.Module):
     """The student's forward pass up to what a loss needs: this is spread over the processes."""
 
-    def __init__(self, model: Any, head: Head, want_logsumexp: bool) -> None:
+    def __init__(self, model: Any, want_logsumexp: bool) -> None:
         super().__init__()
-        self.model, self._head, self._want_logsumexp = model, head, want_logsumexp
+        self.model, self._want_logsumexp = model, want_logsumexp
+        self._head = Head(False, "not tried out")
+
+    def try_head(self) -> Head:
+        """Find out how the head is computed from now on; to be called once, under the autocast of training."""
+        self._head = Head.of(self.model)
+        return self._head
 
     def forward(self, one: Pass) -> Seen:
         """The result of `student_at`, with the answer's id as one more; with the most likely ids in evaluation mode only."""

@@ -9,14 +9,14 @@ Shapes: N supervised positions of a pass, K kept ids.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from duet.cache.errors import UserError
 from duet.stages.models.layers import decoder_layers
@@ -30,7 +30,7 @@ from duet.stages.student.job import StudentJob
 from duet.stages.student.losses import LOSSES, TopK, loss_of
 from duet.stages.student.noise import damage
 from duet.stages.student.passes import Pass
-from duet.stages.student.ranks import Processes, on_first
+from duet.stages.student.ranks import Processes, in_parts_again, on_first
 
 
 def load_trainable(
@@ -51,6 +51,24 @@ def load_trainable(
 
 def made_trainable(model: Any, name: str, settings: TrainSettings, forward_dtype: torch.dtype, uniform: bool) -> Any:
     """Turn a loaded model, or one on the meta device, into that of `load_trainable`."""
+    model = _prepared(model, name, settings, forward_dtype, uniform)
+    set_dtypes(model.parameters(), forward_dtype, uniform)
+    return model
+
+
+def set_dtypes(parameters: Iterable[torch.nn.Parameter], forward_dtype: torch.dtype, uniform: bool) -> None:
+    """Give a prepared model's parameters, or some of them, the dtypes of `load_trainable`."""
+    for parameter in parameters:
+        frozen_matrix = not parameter.requires_grad and parameter.ndim > 1 and not uniform
+        if parameter.is_floating_point():  # not what is packed
+            parameter.data = parameter.data.to(forward_dtype if frozen_matrix else torch.float32)
+
+
+def _prepared(model: Any, name: str, settings: TrainSettings, forward_dtype: torch.dtype, uniform: bool) -> Any:
+    """The model in training mode with its adapters, what is frozen marked, all weights still in the dtypes of their files.
+
+    Weights that nothing changes here are still mapped from the files, so that they take no memory of this process.
+    """
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(
@@ -68,10 +86,6 @@ def made_trainable(model: Any, name: str, settings: TrainSettings, forward_dtype
     elif settings.freeze_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
-    for parameter in model.parameters():
-        frozen_matrix = not parameter.requires_grad and parameter.ndim > 1 and not uniform
-        if parameter.is_floating_point():  # not what is packed
-            parameter.data = parameter.data.to(forward_dtype if frozen_matrix else torch.float32)
     if settings.compile:
         for layer in decoder_layers(model):
             layer.compile(dynamic=True)
@@ -146,7 +160,7 @@ class Student:
 
     @staticmethod
     def of(job: StudentJob, loss: str, pad_id: int, processes: Processes, wide: Wide | None = None) -> Student:
-        """Load the model that the job starts from, with its noise, try its head out, and spread it over the processes."""
+        """Load the model that the job starts from, with its noise, spread it over the processes, and try its head out."""
         settings = job.settings
         spread = processes.rank.world > 1 and settings.parallel == "fsdp"
         dtype = forward_dtype_of(settings, processes.device)
@@ -154,17 +168,25 @@ class Student:
         def load(dtype: torch.dtype = torch.float32, uniform: bool = True) -> Any:
             return load_trainable(job.model_dir, job.start_name, settings, dtype, job.trust_remote_code, uniform)
 
-        model = load(dtype, uniform=spread)
-        if job.start_noise:
-            damage(model, job.start_noise, settings.seed)
-        model = model.to(processes.device)
-        parameters = list(model.parameters())
-        counts = (sum(map(num_weights, parameters)), sum(p.numel() for p in parameters if p.requires_grad))
+        mapped = load_model(job.model_dir, "auto", job.trust_remote_code)
+        model = _prepared(mapped, job.start_name, settings, dtype, uniform=spread)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+        def ready(part: torch.nn.Module) -> None:
+            own = [parameter for parameter in part.parameters() if not isinstance(parameter, DTensor)]
+            set_dtypes(own, dtype, uniform=spread)
+            if job.start_noise:
+                damage({names[id(parameter)]: parameter for parameter in own}, job.start_noise, settings.seed)
+            part.to(processes.device)
+
+        counts = (sum(map(num_weights, model.parameters())), sum(p.numel() for p in trained(model).values()))
         rounded = is_packed(settings) or (counts[0] != counts[1] and dtype != torch.float32)
+        forward = Forward(model, LOSSES[loss].needs_logsumexp or settings.answer_weight > 0)
+        layers = list(decoder_layers(model)) if spread else []
+        module = processes.spread(forward, layers, settings.parallel, ready)
         with autocast(settings, processes.device):
-            head = Head.of(model)
-        forward = Forward(model, head, LOSSES[loss].needs_logsumexp or settings.answer_weight > 0)
-        module = processes.spread(forward, list(decoder_layers(model)) if spread else [], settings.parallel)
+            head = forward.try_head()
+        in_parts_again(forward)
         optimizer = optimizer_of(list(trained(model).values()), settings)
         loss_fn = loss_of(loss, settings.huber_delta, settings.temperature)
         reload = load if spread or rounded else None
@@ -178,8 +200,7 @@ class Student:
                 loss_N, top1_N = losses_at(one, self.module, self.loss, self.autocast())
         finally:
             self.module.train()
-            if isinstance(self.module, FSDPModule):  # else the root's weights stay whole until the next backward pass
-                self.module.reshard()
+            in_parts_again(self.module)
         assert top1_N is not None  # it was in evaluation mode
         return loss_N, top1_N
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,21 @@ SCALE = "own"  # how the noise is scaled, in identities; those that do not say i
 BLOCK = 2**22  # weights that are squared at a time
 
 
-def damage(model: Any, alpha: float, seed: int) -> None:
+def damage(parameters: Mapping[str, torch.Tensor], alpha: float, seed: int) -> None:
     """theta <- (1 - alpha) theta + alpha N, in place, for every parameter of two dimensions or more; N is `noise_of`.
+
+    `parameters` are those of a model, or some of them, by the model's names for them.
 
     N has the parameter's own scale, so that alpha means the same of every model: UNDO takes the initial scale, which config
     files need not tell, or tell wrongly. Vectors (norms, biases) stay. A head that is tied to the embeddings is one parameter
     with them. The sum is taken in float32.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             if parameter.ndim > 1:
                 noise = noise_of(name, parameter.shape, scale_of(parameter), seed)
-                parameter.copy_(parameter.float().mul_(1 - alpha).add_(noise, alpha=alpha))
+                mixed = parameter.float().mul(1 - alpha).add_(noise, alpha=alpha)
+                parameter.data = mixed.to(parameter.dtype)  # in memory of its own, not in what is mapped from a file
 
 
 def scale_of(weights: torch.Tensor) -> float:

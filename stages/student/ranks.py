@@ -6,7 +6,7 @@ Every process runs the same loop on its own part of each batch. With one process
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,19 +67,31 @@ class Processes:
             raise FirstFailed
         yield
 
-    def spread(self, module: torch.nn.Module, layers: Sequence[torch.nn.Module], parallel: str) -> torch.nn.Module:
-        """The module with its gradients averaged over the processes: whole in each ("ddp"), or in parts ("fsdp")."""
-        if self.rank.world == 1:
-            return module
-        if parallel == "ddp":
-            return DistributedDataParallel(module)
+    def spread(
+        self,
+        module: torch.nn.Module,
+        layers: Sequence[torch.nn.Module],
+        parallel: str,
+        ready: Callable[[torch.nn.Module], None],
+    ) -> torch.nn.Module:
+        """The module with its gradients averaged over the processes: whole in each ("ddp"), or in parts ("fsdp").
+
+        `ready` brings the weights of a module into memory, those that are spread already left out. In parts, it is called for
+        one layer after the other, so that no process ever holds more than one whole, or what lies outside of the layers.
+        """
+        if self.rank.world == 1 or parallel == "ddp":
+            ready(module)
+            return module if self.rank.world == 1 else DistributedDataParallel(module)
         # A separate group: torch keeps a mesh and its group to the end of the process, which `joined` must not wait for.
         group = dist.new_group()
         assert isinstance(group, dist.ProcessGroup)  # not the mark of a process outside the group: all are in it
         mesh = DeviceMesh.from_group(group, self.device.type)
         for layer in layers:
+            ready(layer)
             fully_shard(layer, mesh=mesh)
+        ready(module)
         fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(module, "try_head")
         return module
 
 
@@ -109,6 +121,12 @@ def joined(rank: Rank, device: torch.device) -> Iterator[Processes]:
 def without_sync(module: torch.nn.Module) -> Any:
     """A context in which a backward pass leaves the exchange of gradients to a later one, where that saves time."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def in_parts_again(module: torch.nn.Module) -> None:
+    """After a forward pass without a backward one: weights outside of the layers stay whole until there is one."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ def test_only_missing_teacher_logits_start_stage_one(config, tmp_path, monkeypat
         begun.append(name)
         return EXIT_INTERRUPTED
 
-    monkeypatch.setattr("duet.pipeline.commands.compare.run_stage", run_stage)
+    monkeypatch.setattr("duet.pipeline.commands.compare_parts.run_stage", run_stage)
     command = ["compare", "--config", str(config), "--set", f"runs_dir={tmp_path}"]
     assert main(command) == EXIT_INTERRUPTED
     assert begun == ["teacher-logits"]

@@ -121,6 +121,12 @@ def test_greedy_continuations_are_those_of_the_reference(found, reference):
         assert found[route][1] == reference.generate(prompts, 6)
 
 
+def test_ids_that_others_name_are_not_to_be_had_of_vllm(found):
+    """Else docs/teacher.md is wrong, and `teacher.ids: given` could run on it."""
+    for route in ("rows", "lists"):
+        assert "prompt_logprob_token_ids requires the V2 model runner" in found[route][2]
+
+
 def test_what_prompts_begin_with_is_computed_once(found):
     """vLLM's own count: whole blocks of 32 tokens of the 300 that all begin with."""
     requests, _ = asked()["greedy"]

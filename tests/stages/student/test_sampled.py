@@ -93,8 +93,8 @@ def test_an_average_of_drawn_ids_and_a_mix_with_others_are_refused(drawn, store)
     ("settings", "message"),
     [
         ({"top_k": 1}, "top_k of 2 or more"),
-        ({"logsumexp": False}, "needs logsumexp: true"),
-        ({"engine": "vllm"}, "done by the engine transformers"),
+        ({"logsumexp": False}, "need the log-sum-exp"),
+        ({"engine": "vllm"}, "the engine vllm keeps no sampled ids"),
     ],
 )
 def test_a_teacher_that_cannot_draw_is_refused(settings, message):

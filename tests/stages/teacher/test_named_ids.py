@@ -126,7 +126,7 @@ def test_a_row_without_ids_and_a_store_of_other_responses_are_refused(tmp_path, 
         ({"ids": "given"}, "ids_from belong together"),
         ({"ids_from": "ids.jsonl"}, "ids_from belong together"),
         ({"ids": "given", "ids_from": "ids.jsonl", "top_k": 1}, "top_k of 2 or more"),
-        ({"ids": "given", "ids_from": "ids.jsonl", "engine": "vllm"}, "done by the engine transformers"),
+        ({"ids": "given", "ids_from": "ids.jsonl", "engine": "vllm"}, "the engine vllm keeps no given ids"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
