@@ -38,6 +38,8 @@ def check_chain(config: Config, where: str) -> None:
 
 def steps_of(config: Config) -> list[Config]:
     """The config of each further request's run, in order. UserError where the students do not make a chain."""
+    if not config.chain:
+        return []
     student, steps = student_of(config), []
     for number in range(len(config.chain)):
         last = steps[-1].run if steps else config.run

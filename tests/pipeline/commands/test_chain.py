@@ -15,6 +15,7 @@ from support import ROOT, run_duet
 from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE
+from duet.pipeline.config.chain import steps_of
 from duet.pipeline.config.load import load_config
 
 FORGET = str(ROOT / "lab/data/forget.jsonl")
@@ -60,6 +61,12 @@ def killed_when(folder: Path, path: str, command: str, pattern: str) -> None:
     assert process.poll() is None, f"it ended before {pattern} was there"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_without_a_chain_there_may_be_several_students_and_no_step():
+    config = load_config(str(ROOT / "configs/lab.yaml"))
+    assert len(config.students) == 2
+    assert steps_of(config) == []
 
 
 def test_a_chain_killed_anywhere_ends_as_one_that_was_not(config, tmp_path):
