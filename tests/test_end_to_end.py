@@ -207,7 +207,7 @@ LONG = (
     "duet run --config configs/lab.yaml --only base",
     "python examples/",  # test_examples.py trains by both, and asks TRL's student
     "duet evaluate --config configs/lab.yaml --only base --set evaluate.attacks=[] --set evaluate.models.loop",
-    "duet compare --config configs/lab.yaml --jobs 1 --set name=lab_small",  # test_compare.py makes a small one
+    "duet compare --config configs/lab_deep.yaml --jobs 1 --set name=lab_modes",  # test_compare.py makes a small one
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",
 )
 IN_SHORT = {
