@@ -230,7 +230,7 @@ def _show_results(results: dict[str, Any], run: RunDir) -> None:
     verbose = is_verbose()
     width = None if verbose else WIDTH
     say(f"results: {run.results}")
-    if len(results["attacks_work"]) > 1:
+    if results["attacks_work"]:
         show(attacks_table(results, verbose), width=width)
     show(results_table(results, verbose), width=width)
     for line in outcome_lines(results) + kept_lines(results):

@@ -13,7 +13,6 @@ from duet.pipeline.pages.results import (
     base_of,
     by_interest,
     is_share,
-    label_of,
     metric_ids,
     set_and_metric,
     students_of,
@@ -52,11 +51,19 @@ def summary(numbers: Numbers) -> str:
                 f"On {escape(name)} questions it has {numbers.show('score-brief', *after)}, before "
                 f"{numbers.show('points', *before, 'value')}."
             )
-    if worst := worst_attack(numbers, student, "forget"):
+    if worst := worst_held_out(numbers, student, "forget"):
+        beside = f", of a model that never knew {control}" if (control := _control(numbers, worst)) else ""
+        what = "facts" if worst.metric == DISTINCTIVE else "ROUGE-L recall"
         sentences.append(
-            f"The attack that brings most back, {escape(label_of(worst))}, has {_brief(numbers, student, worst.id)}."
+            f"The attack that brings most back, {escape(worst.kind)}, brings back {_brief(numbers, student, worst.id)} "
+            f"({what}){beside}."
         )
     return " ".join([*sentences, "In brackets: 95 % intervals."])
+
+
+def _control(numbers: Numbers, attack: Attacked) -> str:
+    """What the attack brings out of the control, in points; nothing where there is none."""
+    return numbers.show("points", "control", attack.id, "value") if numbers.at("control", attack.id) else ""
 
 
 def _teacher(numbers: Numbers, name: str) -> str:
@@ -103,9 +110,11 @@ def _card(numbers: Numbers, model: str) -> str:
         if numbers.at("models", model, key := f"{name}.{HEADLINE}")
     )
     for name in numbers.data["sets"]:
-        if worst := worst_attack(numbers, model, name):
+        if worst := worst_held_out(numbers, model, name):
             score = numbers.show("points", "models", model, worst.id, "value", tag="strong")
-            figures += f"<dt>{escape(name)}, worst attack ({escape(label_of(worst))})</dt><dd>{score}</dd>"
+            beside = f"; never knew {control}" if (control := _control(numbers, worst)) else ""
+            what = ", facts" if worst.metric == DISTINCTIVE else ""
+            figures += f"<dt>{escape(name)}, worst attack ({escape(worst.kind)}{what})</dt><dd>{score}{beside}</dd>"
     return (
         f'<article class="verdict {tone}"><h3>{escape(model)}</h3>{badge}{_reasons(numbers, model) if outcome else ""}'
         f'<p class="note">ROUGE-L recall in points, from {escape(base)} to {escape(model)}</p>'
@@ -165,9 +174,7 @@ def main_table(numbers: Numbers) -> str:
     for floor, words in (("refusal", "floor: constant refusal"), ("echo", "floor: echoed question")):
         cells = [numbers.cell("points", "floors", key, floor) for key in keys]
         rows.append(row(words, [*cells, *['<td class="number"></td>'] * (len(attacked) + 1)]))
-    caption = (
-        "ROUGE-L recall in points of 100 [95 % interval], n questions. The worst attack is that with the highest score."
-    )
+    caption = "ROUGE-L recall in points of 100 [95 % interval], n questions; under the worst attack facts, if they are counted."
     shift = numbers.at("definitions", "performance_shift")
     meaning = (
         f'<p class="note">Performance shift: {numbers.show("text", "definitions", "performance_shift")}</p>'

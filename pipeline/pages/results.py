@@ -41,7 +41,8 @@ def base_of(numbers: Numbers, model: str) -> str:
 
 def trained_on(numbers: Numbers, model: str) -> list[str]:
     """The attacks of whose kind a student saw texts in training, which do not speak for it."""
-    return numbers.at("students", model.removeprefix("student:"), "trained_on") or []
+    kind, _, student = model.partition(":")
+    return numbers.at("students", student, "trained_on") or [] if kind == "student" else []
 
 
 def floor_of(numbers: Numbers, metric_id: str) -> float | None:
@@ -87,19 +88,16 @@ def palette_of(numbers: Numbers, models: Collection[str]) -> dict[str, str]:
     return {model: colour for model, colour in colours(list(models_of(numbers))).items() if model in models}
 
 
-def worst_attack(numbers: Numbers, model: str, name: str) -> Attacked | None:
-    """The attack that brings most back of a set's recall."""
-    scores = models_of(numbers)[model]
-    tried = [a for a in attacks_of(numbers) if a.set == name and a.metric == HEADLINE and a.id in scores]
-    return max(tried, key=lambda attack: scores[attack.id]["value"], default=None)
+def worst_attack(numbers: Numbers, model: str, name: str, but: Collection[str] = ()) -> Attacked | None:
+    """The attack, of other kinds than `but`, that brings most back of a set: of its facts, where they are counted, else in
+    ROUGE-L recall. CONTROL is a model as well.
+    """
+    scores = numbers.at("control") if model == CONTROL else models_of(numbers)[model]
+    tried = [a for a in attacks_of(numbers) if a.set == name and a.kind not in but and a.id in (scores or {})]
+    counted = [a for a in tried if a.metric == DISTINCTIVE] or [a for a in tried if a.metric == HEADLINE]
+    return max(counted, key=lambda attack: scores[attack.id]["value"], default=None)
 
 
 def worst_held_out(numbers: Numbers, model: str, name: str) -> Attacked | None:
-    """The attack, of those on whose texts the model was not trained, that brings most back of a set: facts, where they are
-    counted. CONTROL is a model too.
-    """
-    scores = numbers.at("control") if model == CONTROL else models_of(numbers)[model]
-    seen = trained_on(numbers, model)
-    tried = [a for a in attacks_of(numbers) if a.set == name and a.kind not in seen and a.id in (scores or {})]
-    counted = [a for a in tried if a.metric == DISTINCTIVE] or [a for a in tried if a.metric == HEADLINE]
-    return max(counted, key=lambda attack: scores[attack.id]["value"], default=None)
+    """The worst of the attacks on whose texts the model was not trained."""
+    return worst_attack(numbers, model, name, trained_on(numbers, model))

@@ -56,15 +56,12 @@ def plain_table(caption: str) -> Table:
 
 
 def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
-    """Models by rows; by columns ROUGE-L recall per set in points, with the worst reverse prompt, and the verdict.
+    """Models by rows; by columns ROUGE-L recall per set in points, and the verdict.
 
     `verbose` adds numbers of questions, 95 % intervals, the performance shift, and two rows with the floors.
     """
     keys = _columns_of(results, verbose)
-    caption = "ROUGE-L recall in points"
-    if any(key.startswith("attack.") for key in keys):
-        caption += ", * with the worst reverse prompt per question"
-    table = plain_table(caption + ("; [95 % interval]" if verbose else "; -v adds intervals"))
+    table = plain_table("ROUGE-L recall in points; " + ("[95 % interval]" if verbose else "-v adds intervals"))
     table.add_column("model", no_wrap=True)
     for title in keys.values():
         table.add_column(title, justify="right")
@@ -90,18 +87,9 @@ def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
 
 
 def _columns_of(results: Mapping[str, Any], verbose: bool) -> dict[str, str]:
-    """Metric ids and their titles: each set's recall, then that of the attacked sets."""
+    """Metric ids and their titles: each set's recall."""
     sets = results["sets"]
-    attacks = {f"attack.reverse_worst.{name}.rougeL_recall": name for name in sets}
-    attacked = {
-        key: name for key, name in attacks.items() if any(key in scores for scores in results["models"].values())
-    }
-    plain = {f"{name}.rougeL_recall": name for name in sets}
-    worst = {key: "attacked*" if len(attacked) == 1 else f"{name}\nattacked*" for key, name in attacked.items()}
-    if not verbose:
-        return plain | worst
-    names = plain | attacked
-    return {key: f"{title}\nn={sets[names[key]]['n']}" for key, title in (plain | worst).items()}
+    return {f"{name}.rougeL_recall": f"{name}\nn={sets[name]['n']}" if verbose else name for name in sets}
 
 
 def outcome_lines(results: dict[str, Any]) -> list[str]:

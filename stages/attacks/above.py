@@ -53,7 +53,7 @@ class Above:
         low, high = (100 * end for end in self.share.ci95)
         values = f"{100 * self.model:.1f} points, base {100 * self.base:.1f}, control {100 * self.control:.1f}"
         share = f"{100 * self.share.value:.1f} % [{low:.1f}, {high:.1f}] of what base has above the control"
-        if low == high:
+        if low == high < 100:
             share += (
                 f"; {len(set(self.share.clusters))} questions that agree leave up to {100 * self.upper_end:.1f} % open"
             )

@@ -54,13 +54,13 @@ def score(values: np.ndarray, clusters: Sequence[object] | None = None, seed: in
 
 
 def upper_end(found: Score) -> float:
-    """Of the interval; where all questions agree, what their number leaves open: value + 1 - 0.05^(1/n).
+    """Of the interval; where all questions agree on less than 1, what their number leaves open: value + 1 - 0.05^(1/n), or 1.
 
     The exact 95 % bound on the share of questions that would differ, about 3/n (Hanley and Lippman-Hand 1983); questions of one
     answer count once.
     """
     low, high = found.ci95
-    return high if low < high else high + 1 - 0.05 ** (1 / len(set(found.clusters)))
+    return high if low < high or high >= 1 else min(1.0, high + 1 - 0.05 ** (1 / len(set(found.clusters))))
 
 
 def bootstrap_ci95(
