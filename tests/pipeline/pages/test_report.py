@@ -15,8 +15,10 @@ from report_results import HOSTILE, MODELS, full_results, plain_results
 
 from duet.cache.errors import UserError
 from duet.pipeline.pages.charts import Bar, Line, bars, colours, curves, lines
+from duet.pipeline.pages.page import Numbers
 from duet.pipeline.pages.report import render, rendered
 from duet.pipeline.pages.report_depth import SCRIPT
+from duet.pipeline.pages.results import trained_on
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -212,6 +214,8 @@ def test_an_attack_that_a_student_was_trained_on_is_marked_for_it_alone():
     marked = {(model, key.split(".")[1]) for model, key, mark in cells if mark}
     assert marked == {("student:a", "reverse"), ("student:a", "reverse_worst")}
     assert re.findall(r"<text[^>]*>reverse \(seen\)</text>", page)
+    namesake = Numbers({"students": {"base": {"trained_on": ["reverse"]}}})
+    assert [trained_on(namesake, model) for model in ("base", "teacher", "student:base")] == [[], [], ["reverse"]]
 
 
 def traded(results: Any) -> tuple[str, dict[str, str]]:

@@ -7,7 +7,16 @@ from itertools import product
 import numpy as np
 import pytest
 
-from duet.stages.metrics.uncertainty import MAX_EXACT, bootstrap_ci95, compare, score, sign_flip_p, unpaired_ci95
+from duet.stages.metrics.uncertainty import (
+    MAX_EXACT,
+    Score,
+    bootstrap_ci95,
+    compare,
+    score,
+    sign_flip_p,
+    unpaired_ci95,
+    upper_end,
+)
 
 
 def test_bootstrap_by_brute_force():
@@ -105,3 +114,12 @@ def test_two_intervals_hold_the_difference_of_independent_scores():
         low, high = unpaired_ci95(one, other)
         held += low <= 0.2 <= high
     assert held >= 180
+
+
+def test_what_questions_that_agree_leave_open_is_never_more_than_all():
+    def agreeing(value: float, n: int) -> float:
+        return upper_end(Score(value, n, (value, value), np.full(n, value), tuple(range(n))))
+
+    assert agreeing(0.0, 14) == pytest.approx(1 - 0.05 ** (1 / 14))
+    assert agreeing(0.9, 14) == agreeing(1.0, 14) == 1.0
+    assert upper_end(Score(0.5, 3, (0.2, 0.8), np.array([0.2, 0.5, 0.8]), (0, 1, 2))) == 0.8
