@@ -68,7 +68,7 @@ def requests_of(config: Config, of_preset: Config) -> list[Config]:
 
     `of_preset` is the config with the first preset of `compare.harden`. UserError where its students do not make a chain.
     """
-    steps = [as_if_first(of_preset, step) for step in steps_of(of_preset)] if config.chain else []
+    steps = [as_if_first(of_preset, step) for step in steps_of(of_preset)]
     return [config, *(step.model_copy(update={"runs_dir": str(config.run.compare / "chain")}) for step in steps)]
 
 

@@ -60,7 +60,7 @@ def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
 
     `verbose` adds numbers of questions, 95 % intervals, the performance shift, and two rows with the floors.
     """
-    keys = _columns_of(results, verbose)
+    keys = {f"{name}.{HEADLINE}": f"{name}\nn={of['n']}" if verbose else name for name, of in results["sets"].items()}
     table = plain_table("ROUGE-L recall in points; " + ("[95 % interval]" if verbose else "-v adds intervals"))
     table.add_column("model", no_wrap=True)
     for title in keys.values():
@@ -84,12 +84,6 @@ def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
         cells = [f"{100 * value:.1f}" if value is not None else "" for value in values]
         table.add_row(f"floor: {floor}", *cells, style="dim")
     return table
-
-
-def _columns_of(results: Mapping[str, Any], verbose: bool) -> dict[str, str]:
-    """Metric ids and their titles: each set's recall."""
-    sets = results["sets"]
-    return {f"{name}.rougeL_recall": f"{name}\nn={sets[name]['n']}" if verbose else name for name in sets}
 
 
 def outcome_lines(results: dict[str, Any]) -> list[str]:
