@@ -226,9 +226,10 @@ IN_SHORT = {
             "duet run --config mine/mine.yaml",
             "duet run --config configs/lab.yaml --set name=mine --set teacher.top_k=40 --set train.epochs=20",
             "duet run --config configs/lab.yaml --set name=lora --set train.lora.rank=64 --set train.lr=2e-4",
-            "duet run --config configs/lab_deep.yaml",
         )
     },
+    # runs/lab_deep holds the demo's own
+    "duet run --config configs/lab_deep.yaml": f"duet run --config configs/lab_deep.yaml {FEW} --set name=deep_in_short",
     "make compare CONFIG=configs/lab.yaml": f'make compare CONFIG=configs/lab.yaml ARGS="--jobs 1 {COMPARED}"',
     "duet evaluate --config configs/lab.yaml --set evaluate.attacks=all": None,  # a minute; test_battery.py makes them all
     "duet submit --config configs/lab.yaml": "duet submit --config configs/lab.yaml --print",  # test_slurm_cluster.py submits
