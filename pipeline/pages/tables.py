@@ -64,7 +64,7 @@ def results_table(results: dict[str, Any], verbose: bool = False) -> Table:
     table = plain_table("ROUGE-L recall in points; " + ("[95 % interval]" if verbose else "-v adds intervals"))
     table.add_column("model", no_wrap=True)
     for title in keys.values():
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     if verbose:
         table.add_column("performance\nshift", justify="right")
     table.add_column("verdict")
@@ -160,7 +160,7 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
     table.add_column("attack", no_wrap=True)
     table.add_column("works")
     for model in columns:
-        table.add_column(model, justify="right")
+        table.add_column(model, justify="right", overflow="fold")  # three seeds differ in their last letter
     first = next(iter(results["models"].values()))
     shown = interval if verbose else points
     for kind, shown_to in work.items():

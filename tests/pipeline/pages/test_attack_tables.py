@@ -164,3 +164,16 @@ def test_a_dry_run_tells_the_costs_and_starts_nothing(lab_config, tmp_path, caps
     )
     assert costs["logit_lens"][2:] == [0, 0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_names_of_three_seeds_students_stay_whole_in_the_head():
+    seeds = [f"student:base-seed{number}" for number in range(3)]
+    results = lab_like()
+    scores = results["models"]["base"]
+    results = results | {"models": dict.fromkeys(("base", "teacher", *seeds), scores), "control": scores}
+    head = []
+    for line in lines_of(attacks_table(results), 80):
+        if line.startswith(("reverse", "prefix_injection")):
+            break
+        head.append(line)
+    assert "…" not in "".join(head) and all("".join(head).count(f"d{number}") for number in range(3))
