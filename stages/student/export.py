@@ -52,7 +52,7 @@ def export(
                 parameter.data = parameter.data.to(dtype)
         model = model.merge_and_unload()
     unset_unread(model.generation_config)
-    model = model.to(dtype)
+    _cast(model, dtype)
     card = card_of(model)
     if adapter:
         (adapter / "README.md").write_text(card, encoding="utf-8")  # peft's own names the base's directory
@@ -60,6 +60,16 @@ def export(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Cast what is written, as loading does. `model.to` would also round buffers that are never written: the frequencies of
+    rotary positions, and with them the angle of every position far along.
+    """
+    written = model.state_dict()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in written and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def try_export(model_dir: Path, settings: TrainSettings, tokenizer: Any, trust_remote_code: bool) -> list[str]:
