@@ -176,4 +176,5 @@ def test_the_names_of_three_seeds_students_stay_whole_in_the_head():
         if line.startswith(("reverse", "prefix_injection")):
             break
         head.append(line)
-    assert "…" not in "".join(head) and all("".join(head).count(f"d{number}") for number in range(3))
+    assert "…" not in "".join(head)
+    assert all(f"d{number}" in "".join(head) for number in range(3))
