@@ -199,6 +199,7 @@ LONG = (
     "duet run --config configs/lab_deep.yaml --set name=sampled",
     "duet sample --config configs/lab_deep.yaml sampled.jsonl --questions 880",  # test_sample.py draws fewer
     "duet run --config configs/tofu_deep.yaml",
+    "duet run --config configs/smollm2.yaml --set name=",  # test_smollm2.py makes a slice
     "duet compare --config configs/tofu.yaml",  # a model that knows TOFU
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "python scripts/which_ids.py",  # test_which_ids.py measures
