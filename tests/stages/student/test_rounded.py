@@ -9,7 +9,6 @@ import torch
 from student_jobs import job, train
 from transformers import AutoModelForCausalLM
 
-from duet.cache.record import SUBSETS
 from duet.stages.settings.lora import LoraSettings
 from duet.stages.student.probe import Probe, ask_exported
 from duet.stages.student.targets import Teachers
@@ -24,8 +23,7 @@ def test_agreement_is_that_of_the_written_model(tmp_path, store, lora):
     model = AutoModelForCausalLM.from_pretrained(student.student_dir / "model")
     assert model.dtype == torch.bfloat16
     teachers = Teachers.of({"teacher": store[0]}, student.settings)
-    surely: dict[str, list[bool]] = {"forget": [], "retain": []}
-    perhaps: dict[str, list[bool]] = {"forget": [], "retain": []}
+    agree: dict[int, list[bool]] = {0: [], 1: []}
     probe = Probe.of(teachers, teachers.order(student.settings), student.settings, 0)
     of_the_written = ask_exported({"loss": found["loss"], "agreement.forget": -1.0}, probe, model, torch.device("cpu"))
     shares = {key: value for key, value in found.items() if key.startswith(("agreement.", "refusal."))}
@@ -33,20 +31,13 @@ def test_agreement_is_that_of_the_written_model(tmp_path, store, lora):
     for one in probe.passes:
         batch, first_N = one.batch, one.is_first_N
         with torch.no_grad():
-            logits_BTV = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits.float()
-        logits_NV = logits_BTV[batch.batch_index_N, batch.position_N][first_N]
-        teacher_N1 = one.topk_ids_NK[first_N, :1]
-        lead_N = (logits_NV.gather(-1, teacher_N1) - logits_NV.scatter(-1, teacher_N1, -torch.inf).amax(-1, True))[:, 0]
-        near_N = logits_NV.abs().amax(-1) / 128  # two of bfloat16's steps: which is first depends on the kernel
-        for subset, lead, near in zip(one.subset_N[first_N].tolist(), lead_N, near_N, strict=True):
-            surely[SUBSETS[subset]].append(bool(lead > near))
-            perhaps[SUBSETS[subset]].append(bool(lead > -near))
-    for subset in ("forget", "retain"):
-        count = round(found[f"agreement.{subset}"] * len(surely[subset]))
-        assert sum(surely[subset]) <= count <= sum(perhaps[subset]), subset
-    undecided = sum(perhaps["forget"] + perhaps["retain"]) - sum(surely["forget"] + surely["retain"])
-    assert any(surely["forget"] + surely["retain"])
-    assert undecided <= found["rows"] // 2
+            logits_BTV = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+        top1_N = logits_BTV[batch.batch_index_N, batch.position_N].argmax(-1)
+        for subset, same in zip(one.subset_N[first_N], (top1_N == one.topk_ids_NK[:, 0])[first_N], strict=True):
+            agree[int(subset)].append(bool(same))
+    assert found["agreement.forget"] == pytest.approx(sum(agree[0]) / len(agree[0]))
+    assert found["agreement.retain"] == pytest.approx(sum(agree[1]) / len(agree[1]))
+    assert any(agree[0] + agree[1])
     assert (student.student_dir / "adapter" / "README.md").is_file() == bool(lora)
 
 
