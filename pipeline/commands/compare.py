@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.watch import Watch
 from duet.pipeline.commands.compare_parts import Work, made, own_stage_one, parts_of_table, requests_of, stage_one
-from duet.pipeline.commands.compare_plan import parts_of, plan_of, student_of, with_preset
+from duet.pipeline.commands.compare_plan import parts_of, plan_of, compared_student, with_preset
 from duet.pipeline.commands.compare_results import results_of_parts
 from duet.pipeline.commands.distill import unasked_line
 from duet.pipeline.config.run_dir import RunDir
@@ -78,7 +78,7 @@ def _planned(
     """
     selections = {preset: with_preset(request, config, preset) for preset in config.compare.harden}
     presets = {preset: one.load() for preset, one in selections.items()}
-    modes = {preset: (one, student_of(one, preset)) for preset, one in presets.items()}
+    modes = {preset: (one, compared_student(one, preset)) for preset, one in presets.items()}
     (first, (of_first, student)), *_ = modes.items()
     requests = requests_of(config, of_first)
     exams = parts_of(requests)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet.cache.errors import EXIT_INTERRUPTED, IncompleteStore, Interrupted, UserError
 from duet.cache.watch import Watch
-from duet.pipeline.commands.compare_plan import as_they_are, mode_of, student_of
+from duet.pipeline.commands.compare_plan import as_they_are, mode_of, compared_student
 from duet.pipeline.commands.run import run_stage
 from duet.pipeline.config.chain import as_if_first, step_on, steps_of
 from duet.pipeline.config.schema import Config
@@ -159,7 +159,7 @@ def _started_from(work: Work, number: int, name: str, last: Trial) -> Comparison
     preset = work.plans[0].modes[name].harden
     step = step_on(work.presets[preset], number - 1, str(model_dir), last.folder / "chain")
     own_stage_one(step, work.stop)
-    return replace(started, modes={name: mode_of(step, student_of(step, preset), preset)})
+    return replace(started, modes={name: mode_of(step, compared_student(step, preset), preset)})
 
 
 def _of_seed(name: str, repeat: int) -> str:

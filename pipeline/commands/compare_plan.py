@@ -42,7 +42,7 @@ def with_preset(request: Selection, config: Config, preset: str) -> Selection:
     return replace(request, overrides=(*request.overrides, *(f"{key}={value}" for key, value in own.items())))
 
 
-def student_of(config: Config, preset: str) -> StudentSettings:
+def compared_student(config: Config, preset: str) -> StudentSettings:
     """The first student that starts from the teacher's own model: DUET's trials are trained with its settings.
 
     Refuses one that would be trained on texts of the attacks that all are asked under.

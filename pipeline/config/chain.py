@@ -40,7 +40,7 @@ def steps_of(config: Config) -> list[Config]:
     """The config of each further request's run, in order. UserError where the students do not make a chain."""
     if not config.chain:
         return []
-    student, steps = student_of(config), []
+    student, steps = chained_student(config), []
     for number in range(len(config.chain)):
         last = steps[-1].run if steps else config.run
         steps.append(step_on(config, number, str(last.student(student.name).model), config.run.chain))
@@ -54,7 +54,7 @@ def as_if_first(config: Config, step: Config) -> Config:
     return step.model_copy(update={"teacher": teacher, "evaluate": evaluate})
 
 
-def student_of(config: Config) -> StudentSettings:
+def chained_student(config: Config) -> StudentSettings:
     """The one student, from which the next request's starts. UserError where that would lose what was forgotten before."""
     names = [student.name for student in config.students]
     if len(names) > 1:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from duet.cache.files import publish_json, publishing, read_json
-from duet.pipeline.config.chain import set_names, steps_of, student_of
+from duet.pipeline.config.chain import set_names, steps_of, chained_student
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.charts import Line, colours, legend_of_lines, lines, side_by_side
 from duet.pipeline.pages.page import Numbers, note, page, pointer, section, table
@@ -38,7 +38,7 @@ def write_chain(config: Config) -> None:
 def chain_results(config: Config) -> dict[str, Any]:
     """The content of chain.json: base's scores, and after each request the student's, by set; of forget sets by request."""
     runs = [config.run, *(step.run for step in steps_of(config))]
-    student, after = f"student:{student_of(config).name}", []
+    student, after = f"student:{chained_student(config).name}", []
     for number, run in enumerate(runs):
         results, called = read_json(run.results), set_names(config, number)
         outcome, report = results["outcomes"][student], relpath(run.report, config.run.path)

@@ -98,6 +98,14 @@ def log_to(path: Path) -> None:
     log.addHandler(handler)
 
 
+def vanished_run() -> Path | None:
+    """The run directory with the log, if somebody removed or unmounted it since."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler) and not os.path.exists(handler.baseFilename):
+            return Path(handler.baseFilename).parent
+    return None
+
+
 def say(text: str) -> None:
     """One line of news on stdout (on stderr where stdout is for JSON), as it is; a quiet command prints the last one only."""
     log.info(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from support import LAB_BASE, ROOT, two_sets, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
+from duet.cache.files import sync_file
 from duet.pipeline.cli.main import main
 
 
@@ -140,6 +142,19 @@ def test_a_changed_config_does_not_go_on_with_another_run(desk, capsys):
     error, hint = capsys.readouterr().err.strip().splitlines()
     assert "data.forget.sample is None there and 2 now" in error
     assert "--set name=NEW_NAME" in hint
+
+
+def test_a_run_removed_while_it_trains_is_told_as_that(desk, capsys, monkeypatch):
+    def remove_and_sync(path: Path) -> None:
+        shutil.rmtree(desk.path / "runs/lab")
+        sync_file(path)
+
+    assert main(desk.set()) == EXIT_DONE
+    monkeypatch.setattr("duet.stages.student.loop.sync_file", remove_and_sync)
+    assert main(desk.set(command="distill")) == EXIT_USER
+    error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert f"{desk.path / 'runs/lab'} disappeared" in error
+    assert "until its command has ended" in hint
 
 
 def test_a_prefix_may_name_the_topic_in_its_own_words(desk):
