@@ -37,6 +37,7 @@ class Above:
     model: float
     base: float
     control: float
+    none_above: bool = False  # on no question does the model have more than the control
 
     @property
     def is_average(self) -> bool:
@@ -46,17 +47,17 @@ class Above:
     @property
     def upper_end(self) -> float:
         """Of the interval, see `uncertainty.upper_end`."""
-        return upper_end(self.share)
+        return upper_end(self.share, self.none_above)
 
     def in_words(self) -> str:
         """`forget: prefill attack, tokens_1: 13.0 points, base 100.0, control 7.0: 6.5 % [0.0, 21.0] of ...`."""
         low, high = (100 * end for end in self.share.ci95)
         values = f"{100 * self.model:.1f} points, base {100 * self.base:.1f}, control {100 * self.control:.1f}"
         share = f"{100 * self.share.value:.1f} % [{low:.1f}, {high:.1f}] of what base has above the control"
-        if low == high < 100:
-            share += (
-                f"; {len(set(self.share.clusters))} questions that agree leave up to {100 * self.upper_end:.1f} % open"
-            )
+        if self.upper_end > self.share.ci95[1]:
+            which = "that agree" if low == high else "without one above the control"
+            count = len(set(self.share.clusters))
+            share += f"; {count} questions {which} leave up to {100 * self.upper_end:.1f} % open"
         return f"{self.set}: {self.kind} attack, {self.case}: {values}: {share}"
 
     def as_json(self) -> dict[str, Any]:
@@ -107,7 +108,8 @@ def _above(
     if score(base_N - control_N, clusters, seed).ci95[0] <= 0:
         return []
     share = score(share_above(model_N, base_N, control_N), clusters, seed)
-    return [Above(kind, name, case, share, *(float(values.mean()) for values in (model_N, base_N, control_N)))]
+    means = (float(values.mean()) for values in (model_N, base_N, control_N))
+    return [Above(kind, name, case, share, *means, none_above=not (model_N > control_N).any())]
 
 
 def share_above(model_N: np.ndarray, base_N: np.ndarray, control_N: np.ndarray) -> np.ndarray:

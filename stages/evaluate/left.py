@@ -51,6 +51,7 @@ class Share:
     model: float
     base: float
     above: str = ""  # what the share is of, where it is not of the whole score
+    none_above: bool = False  # on no question does the model have more than the control or the floor
 
     @property
     def set(self) -> str:
@@ -58,7 +59,7 @@ class Share:
 
     @property
     def upper_end(self) -> float:
-        return upper_end(self.share)
+        return upper_end(self.share, self.none_above)
 
     def in_words(self) -> str:
         """`forget: 2.7 of base's 100.0 points, -1.4 % [-4.2, 3.3] of what is above the floor of 4.0`."""
@@ -83,7 +84,8 @@ def left(key: str, model: Score, beside: Beside) -> Share | None:
     if score(base.items - below_N, base.clusters, beside.seed).ci95[0] <= 0:
         return None
     ratio_N = linearised_ratio(base.items - below_N, model.items - below_N)
-    return Share(key, score(ratio_N, base.clusters, beside.seed), model.value, base.value, words)
+    none_above = not (model.items > below_N).any()
+    return Share(key, score(ratio_N, base.clusters, beside.seed), model.value, base.value, words, none_above)
 
 
 def kept(key: str, model: Score, beside: Beside) -> Share | None:

@@ -53,14 +53,18 @@ def score(values: np.ndarray, clusters: Sequence[object] | None = None, seed: in
     return Score(float(np.mean(values)), len(values), ci95, values, tuple(labels))
 
 
-def upper_end(found: Score) -> float:
+def upper_end(found: Score, none_above: bool = False) -> float:
     """Of the interval; where all questions agree on less than 1, what their number leaves open: value + 1 - 0.05^(1/n), or 1.
 
     The exact 95 % bound on the share of questions that would differ, about 3/n (Hanley and Lippman-Hand 1983); questions of one
-    answer count once.
+    answer count once. With `none_above`, no question lies above what a share is measured from: the interval then has a width
+    only because some lie below it, which says nothing of those that would lie above, and 1 - 0.05^(1/n) is left open at least.
     """
     low, high = found.ci95
-    return high if low < high or high >= 1 else min(1.0, high + 1 - 0.05 ** (1 / len(set(found.clusters))))
+    if not none_above and (low < high or high >= 1):
+        return high
+    left_open = 1 - 0.05 ** (1 / len(set(found.clusters)))
+    return max(high, left_open) if none_above else min(1.0, high + left_open)
 
 
 def bootstrap_ci95(

@@ -12,6 +12,7 @@ from test_verdict import BASE, FLOORS, MADE, evidence
 from duet.stages.attacks.above import Above, above_control, cases_of, share_above
 from duet.stages.attacks.parts import MEAN, WORST_TEXT
 from duet.stages.evaluate.attacked import Shown
+from duet.stages.evaluate.left import Beside, left
 from duet.stages.evaluate.verdict import outcome
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.metrics.uncertainty import Score, score
@@ -62,6 +63,30 @@ def test_few_questions_that_agree_leave_something_open(answers, verdict):
     told = found(Above("reverse", "forget", MEAN, agree, 0.0, 1.0, 0.0))
     assert told["verdict"] == verdict
     assert f"{answers} questions that agree leave up to" in " ".join(told["reasons"])
+
+
+@pytest.mark.parametrize("guessed", [0, 1, 2])
+def test_what_the_control_alone_guesses_does_not_make_few_questions_enough(guessed):
+    """Of 12 questions, of which the model answers none, 1 - 0.05^(1/12) is open, whatever the control guesses."""
+    facts = "amber basalt cobalt dolomite emerald fluorite garnet hematite iolite jasper kyanite lapis".split()
+    known, no = [f"It is {fact}" for fact in facts], ["no"] * 12
+    queries = [Query(str(i), f"What is {i}?", answer) for i, answer in enumerate(known)]
+    settings = EvaluateSettings(attacks=("quantize_nf4",))
+    exam = Exam({"forget": QuerySet(queries, "forgotten")}, "t", PromptSettings(), settings, "cpu")
+    said = {"base": known, "student:a": no, "control": [*known[:guessed], *no[guessed:]]}
+    answers = {name: {"attack.quantize_nf4.forget": {"blocks_64": texts}} for name, texts in said.items()}
+    subjects = [Subject(name, MADE, "", "base") for name in ("base", "student:a")]  # type: ignore[arg-type]
+    cases = (above_control(subjects, exam, answers) or {})["student:a"]
+    assert all(one.share.ci95[1] < 0.1 for one in cases)
+    assert [one.upper_end for one in cases] == pytest.approx([1 - 0.05 ** (1 / 12)] * 2)
+    told = found(*cases, works=("quantize_nf4",))
+    assert told["verdict"] == "suppressed under these tests"
+    assert "leave up to 22.1 % open" in told["reasons"][-1]
+    by_score = {name: score(np.array([text != "no" for text in texts], float)) for name, texts in said.items()}
+    key = "forget.distinctive_recall"
+    share = left(key, by_score["student:a"], Beside({key: by_score["base"]}, {}, {key: by_score["control"]}, 0))
+    assert share is not None
+    assert share.upper_end == pytest.approx(1 - 0.05 ** (1 / 12))
 
 
 @pytest.mark.parametrize(("answers", "counts"), [(4, False), (5, True)])
