@@ -170,12 +170,16 @@ def _shifts(
 def _comparisons(
     against: Mapping[str, str], exam: Exam, models: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of every model, each score less that of the one it is compared with, on the same items; nothing of one and itself."""
+    """Of every model, each score less that of the one it is compared with, on the same items; nothing of one and itself.
+
+    Left out are a score that is no mean over items, as an AUC, and one that the two have of different items, as of answers with
+    a reply of the judge that can be read.
+    """
     return {
         name: {
             key: {"against": other, **uncertainty.compare(found, models[other][key], exam.settings.seed)}
             for key, found in models[name].items()
-            if key in models[other] and len(found.items)  # an AUC or a perplexity is not a mean over items
+            if key in models[other] and len(found.items) and found.clusters == models[other][key].clusters
         }
         for name, other in against.items()
         if other != name

@@ -14,7 +14,7 @@ from duet.cache.watch import Watch
 from duet.stages.evaluate import judged
 from duet.stages.evaluate.results import Read, results_of
 from duet.stages.exam.exam import Exam, QuerySet, Subject
-from duet.stages.exam.judge import Judge, check_judge, judge_of, read_judge, verdict_of
+from duet.stages.exam.judge import Judge, Judged, check_judge, judge_of, read_judge, verdict_of
 from duet.stages.questions.queries import Query
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.evaluate import EvaluateSettings
@@ -105,6 +105,15 @@ def test_a_reply_that_is_neither_yes_nor_no_is_left_out_and_counted(server, tmp_
     replies = ["YES", " no, it is not", "**Yes**", "", "Noted: yes"]
     assert [verdict_of(reply) for reply in replies] == [True, False, True, None, None]
     assert np.isnan(judged.right(["?"])).all()
+
+
+def test_a_reply_that_cannot_be_read_of_one_model_alone_leaves_the_other_results_as_they_are(server):
+    replies = {"base": {"forget": ["Yes."] * 4}, "student:a": {"forget": ["Yes.", "?", "no", "no"]}}
+    results = results_of(SUBJECTS, EXAM, ANSWERS, Read(judged=Judged(judge(server), replies)))[0]
+    assert results["models"]["student:a"]["forget.judged_right"]["n"] == 3
+    compared = results["comparisons"]["student:a"]
+    assert "forget.judged_right" not in compared, "the two are not of the same questions"
+    assert compared["forget.distinctive_recall"]["n"] == 4
 
 
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(server, tmp_path):
