@@ -49,22 +49,41 @@ VARIANTS: dict[str, dict[str, tuple[int | str, int | None]]] = {
 }
 CALIBRATED = {"quantize_awq": (64, 8)}  # number of answered questions to be kept, and inputs of a layer kept of each
 SAME = 0.02  # difference of recall that rounding to 8 bits may make
+UNTOUCHED = "weights are quantised already, or most are not in linear layers"  # as reasons go on
+MOST = 0.9  # share of a model's matrices that must be rounded, by their weights, for the attack to have been one
 
 
 def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, Any]:
     """Per attacked set and variant, the answers to its questions, and under `rounded.<kind>` whether weights were rounded."""
-    found = on_sets(session, subject, kind, watch, lambda name: quantized_answers(session, subject, kind, name, watch))
-    return found | {f"rounded.{kind}": not is_quantised(session.config)}
+    reached: list[bool] = []
+
+    def attack(name: str) -> dict[str, list[str]]:
+        found, is_reached = quantized_answers(session, subject, kind, name, watch)
+        reached.append(is_reached)
+        return found
+
+    return on_sets(session, subject, kind, watch, attack) | {f"rounded.{kind}": all(reached)}
 
 
 def untouched(answers: Answers) -> list[str]:
-    """The attacks of this file that left one model as it is, since its weights are quantised already."""
+    """The attacks of this file that left one model as it is, or most of it: see `is_reached`."""
     return [kind for kind in VARIANTS if not answers.get(f"rounded.{kind}", True)]
 
 
 def is_quantised(config: Any) -> bool:
     """Whether a model's weights are packed: there is nothing to be rounded."""
     return any(getattr(part, "quantization_config", None) for part in (config, text_config(config)))
+
+
+def is_reached(model: Any) -> bool:
+    """Whether rounding changes MOST of a model: not one that is packed, nor one whose matrices are not those of linear layers,
+    such as GPT-2's or experts that are stored together.
+    """
+    head = model.get_output_embeddings()
+    modules = [m for m in model.modules() if m is not head and not isinstance(m, nn.Embedding)]
+    matrices = sum(weight.numel() for m in modules for weight in m.parameters(recurse=False) if weight.ndim > 1)
+    linear = sum(layer.weight.numel() for layer in _linear_layers(model).values())
+    return not is_quantised(model.config) and linear >= MOST * matrices
 
 
 def identity(session: ModelSession, subject: Subject, kind: str) -> str:
@@ -169,19 +188,20 @@ def _calibration(session: ModelSession, subject: Subject, kind: str) -> list[lis
 
 def quantized_answers(
     session: ModelSession, subject: Subject, kind: str, name: str, watch: Watch
-) -> dict[str, list[str]]:
-    """Per variant, the greedy answers of the quantised model to a set's questions."""
+) -> tuple[dict[str, list[str]], bool]:
+    """Per variant, the greedy answers of the quantised model to a set's questions; and whether rounding reached it."""
     from duet.stages.engines.transformers_engine import TransformersEngine
 
-    found = {}
+    found, reached = {}, False
     for number, (variant, (bits, group)) in enumerate(VARIANTS[kind].items()):
         spec = session.spec()
         model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
         texts = _calibration(session, subject, kind) if kind in CALIBRATED else []
+        reached = is_reached(model)
         quantize(model, bits, group, inputs_of_layers(model, texts, CALIBRATED[kind][1]) if texts else None)
         engine = TransformersEngine(spec, model)
         outputs = engine.generate(session.prompts(subject, name), session.exam.settings.max_new_tokens)
         engine.close()
         found[variant] = [session.text(ids) for ids in outputs]
         watch.on_progress(f"{subject.name}, {kind}", number + 1, len(VARIANTS[kind]))
-    return found
+    return found, reached

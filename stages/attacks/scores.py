@@ -52,7 +52,7 @@ def results_of(
     }
     for subject in subjects:
         for kind in quantize.untouched(answers[subject.name]):
-            found["attacks_skipped"][f"{kind}, {subject.name}"] = "its weights are quantised already: asked as it is"
+            found["attacks_skipped"][f"{kind}, {subject.name}"] = f"its {quantize.UNTOUCHED}: asked as it is"
     unchanged = quantize.untouched(answers["base"]) if "base" in answers else []
     return found | {"attacks_work": attacks_work(subjects, exam, models, found["relearning"], unchanged)}
 

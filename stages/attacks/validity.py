@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from duet.stages.attacks import quantize
 from duet.stages.attacks.chosen import chosen
 from duet.stages.attacks.kinds import OWN_FILES
 from duet.stages.attacks.parts import MIN_LEFT, PLAIN, Evidence, Models, points, said
@@ -33,7 +34,7 @@ def attacks_work(
     found = {}
     for kind in chosen(exam)[0]:
         if kind in untouched:
-            found[kind] = said(False, "base", "base's weights are quantised already: nothing was rounded")
+            found[kind] = said(False, "base", f"base's {quantize.UNTOUCHED}: rounding left it as it is")
             continue
         general = {"undoing": undoing, "still answering": still_answering}.get(ATTACKS[kind].proof)
         found[kind] = (general or OWN_FILES[kind].proof)(kind, evidence)

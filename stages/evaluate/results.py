@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from duet.stages.attacks import quantize
 from duet.stages.attacks import scores as attack_scores
 from duet.stages.attacks.above import above_control
 from duet.stages.attacks.names import CONTROL
@@ -77,7 +78,14 @@ def results_of(
     attacked, above = attack_scores.results_of(subjects, exam, answers, models), above_control(subjects, exam, answers)
     works = {kind: facts["works"] for kind, facts in attacked["attacks_work"].items()}
     control = _control(read.control, answers.get(CONTROL, {}), exam)
-    shown = {s.name: Shown(works, above[s.name] if above is not None else None, s.trained_on) for s in subjects}
+    shown = {
+        s.name: Shown(
+            {kind: ok and kind not in quantize.untouched(answers[s.name]) for kind, ok in works.items()},
+            above[s.name] if above is not None else None,
+            s.trained_on,
+        )
+        for s in subjects
+    }
     evidence = {s.name: ModelAnswers(answers[s.name], models[s.name], not_finite.get(s.name)) for s in subjects}
     results = {
         "models": {

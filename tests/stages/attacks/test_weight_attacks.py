@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_config, tiny_model
+from tiny_models import ARCHITECTURES, SIZES, tiny_config, tiny_model
+from transformers import GPT2Config, MixtralConfig
 
 from duet.cache.errors import UserError
+from duet.cache.watch import Watch
+from duet.stages.attacks import quantize as attack
 from duet.stages.attacks.logit_lens import final_norm, token_ranks
-from duet.stages.attacks.quantize import VARIANTS, inputs_of_layers, quantize, untouched
+from duet.stages.attacks.quantize import VARIANTS, inputs_of_layers, is_reached, quantize, untouched
 from duet.stages.attacks.rounding import NF4_LEVELS, rounded, rounded_nf4, scaled
 from duet.stages.attacks.teaching import Teaching, add_adapters
 from duet.stages.attacks.validity import attacks_work
@@ -72,8 +76,27 @@ def test_a_model_that_is_quantised_already_stays_as_it_is_and_that_is_said():
     assert work["quantize_nf4"] == {
         "works": False,
         "on": "base",
-        "text": "base's weights are quantised already: nothing was rounded",
+        "text": "base's weights are quantised already, or most are not in linear layers: rounding left it as it is",
     }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rounding_reaches_every_architecture_with_linear_layers(name):
+    model = tiny_model(tiny_config(name, VOCAB))
+    assert is_reached(model)
+    model.config.quantization_config = {"quant_method": "gptq"}
+    assert not is_reached(model)
+
+
+def test_a_model_whose_matrices_are_not_linear_layers_is_not_shown_to_withstand_rounding(monkeypatch):
+    """GPT-2's are of a class of their own, and a mixture's experts are stored together: rounding leaves them as they are."""
+    assert not is_reached(tiny_model(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB)))
+    assert not is_reached(tiny_model(MixtralConfig(**SIZES, num_local_experts=4, vocab_size=VOCAB)))
+    monkeypatch.setattr(attack, "quantized_answers", lambda *_: ({"blocks_64": ["no"]}, False))
+    exam = Exam({"forget": QuerySet([], "forgotten")}, "t", PromptSettings(), EvaluateSettings(), "cpu")
+    base = Subject("base", Path("b"), "", "base")
+    found = attack.run(SimpleNamespace(exam=exam), base, "quantize_nf4", Watch())  # type: ignore[arg-type]
+    assert untouched(found) == ["quantize_nf4"]
 
 
 def test_nf4_has_the_quantiles_of_a_normal_distribution_for_levels():

@@ -13,6 +13,7 @@ from duet.stages.attacks.above import Above, above_control, cases_of, share_abov
 from duet.stages.attacks.parts import MEAN, WORST_TEXT
 from duet.stages.evaluate.attacked import Shown
 from duet.stages.evaluate.left import Beside, left
+from duet.stages.evaluate.results import results_of
 from duet.stages.evaluate.verdict import outcome
 from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.metrics.uncertainty import Score, score
@@ -63,6 +64,23 @@ def test_few_questions_that_agree_leave_something_open(answers, verdict):
     told = found(Above("reverse", "forget", MEAN, agree, 0.0, 1.0, 0.0))
     assert told["verdict"] == verdict
     assert f"{answers} questions that agree leave up to" in " ".join(told["reasons"])
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_rounding_that_leaves_a_model_as_it_is_does_not_speak_for_it(rounded):
+    known = [f"It is {fact}" for fact in "amber basalt cobalt dolomite emerald fluorite".split()]
+    queries = [Query(str(i), f"What is {i}?", answer) for i, answer in enumerate(known)]
+    settings = EvaluateSettings(attacks=("quantize_nf4",))
+    exam = Exam({"forget": QuerySet(queries, "forgotten")}, "t", PromptSettings(), settings, "cpu")
+    subjects = [Subject(name, MADE, "", "base") for name in ("base", "student:a")]  # type: ignore[arg-type]
+    said = {"base": known, "student:a": ["no"] * len(known)}
+    answers = {
+        name: {"forget": texts, "attack.quantize_nf4.forget": {"blocks_64": texts}, "rounded.quantize_nf4": True}
+        for name, texts in said.items()
+    }
+    answers["student:a"]["rounded.quantize_nf4"] = rounded
+    told = " ".join(results_of(subjects, exam, answers)[0]["outcomes"]["student:a"]["reasons"])
+    assert ("no attack is shown to work here (quantize_nf4)" in told) is not rounded
 
 
 @pytest.mark.parametrize("guessed", [0, 1, 2])
