@@ -74,7 +74,7 @@ def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, 
     from duet.stages.evaluate import items, over_seeds
     from duet.stages.evaluate.answers import costs_of
     from duet.stages.evaluate.results import results_of
-    from duet.stages.evaluate.tofu import read_reference
+    from duet.stages.evaluate.tofu import check_reference, read_reference
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
 
@@ -87,6 +87,7 @@ def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, 
     if not dry_run:
         claim_run_dir(config)
     exam = exam_of(config)
+    check_reference(reference, exam, [subject.name for subject in subjects])
     if jobs.part is not None:
         _ask_one(config.run, subjects, exam, jobs.part, stop)
         return 0

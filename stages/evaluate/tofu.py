@@ -7,7 +7,7 @@ are kept in results.json so that a run can be another's reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,29 @@ def _of_model(by_model: Mapping[str, Any], settings: TofuSettings, where: str) -
     return by_model[model]
 
 
+def check_reference(reference: Reference | None, exam: Exam, models: Sequence[str]) -> None:
+    """Refuse, before anything is asked, a reference that is none of the run's models or is of other questions."""
+    settings = exam.settings.tofu
+    if settings is None or settings.forget is None:
+        return
+    if reference is None:
+        _of_model(dict.fromkeys(models), settings, "evaluate.tofu: this run")
+    else:
+        count = len(exam.sets[settings.forget].queries)
+        _check_same_items(reference, _questions_of(exam, settings.forget), count, settings.forget)
+
+
 def tofu_results(
     exam: Exam,
     given: Mapping[str, BySet],
     scores: Mapping[str, Scores],
     reference: Reference | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The aggregates as results.json has them, by model and metric id; and its `tofu`: the forget set's truth ratios."""
+    """The aggregates as results.json has them, by model and metric id; and its `tofu`: the forget set's truth ratios.
+
+    Where the settings name a file and its `reference` is not given, as in a comparison, which asks a part of the questions,
+    there is no forget quality: base must not stand in for a model that never saw them.
+    """
     settings = exam.settings.tofu
     models: dict[str, dict[str, Any]] = {name: {} for name in given}
     if settings is None:
@@ -86,14 +102,14 @@ def tofu_results(
                 found[f"tofu.model_utility{suffix}"] = _utility(
                     settings.utility_sets, exam.settings.seed, given[name], scores[name], variant
                 )
-    if settings.forget is None:
+    if settings.forget is None or (settings.reference is not None and reference is None):
         return models, {}
     forget = settings.forget
     ratios = {
         name: {variant: tofu.truth_ratios(variant, of[forget].right, of[forget].perturbed or []) for variant in NAMES}
         for name, of in given.items()
     }
-    questions = sha256_json([query.asked for query in exam.sets[forget].queries])
+    questions = _questions_of(exam, forget)
     reference = reference or Reference("this run", _of_model(ratios, settings, "evaluate.tofu: this run"), questions)
     _check_same_items(reference, questions, len(exam.sets[forget].queries), forget)
     for name, found in models.items():
@@ -120,6 +136,10 @@ def _utility(utility_sets: Mapping[str, str], seed: int, given: BySet, scores: S
         count += len(values_N3)
     utilities = [tofu.model_utility(row) for row in np.concatenate(resampled, axis=1)]
     return {"value": tofu.model_utility(means), "n": count, "ci95": list(interval(np.array(utilities)))}
+
+
+def _questions_of(exam: Exam, forget: str) -> str:
+    return sha256_json([query.asked for query in exam.sets[forget].queries])
 
 
 def _check_same_items(reference: Reference, questions: str, count: int, forget: str) -> None:

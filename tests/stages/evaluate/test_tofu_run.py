@@ -9,7 +9,7 @@ import pytest
 
 from duet.cache.errors import UserError
 from duet.cache.files import sha256_json
-from duet.stages.evaluate.tofu import read_reference, tofu_results
+from duet.stages.evaluate.tofu import check_reference, read_reference, tofu_results
 from duet.stages.exam.exam import Exam, QuerySet
 from duet.stages.exam.given_answers import Given
 from duet.stages.metrics.uncertainty import score
@@ -75,6 +75,25 @@ def test_forget_quality_against_a_model_of_this_run():
     with pytest.raises(UserError, match="this run has no model 'retrained'") as caught:
         tofu_results(exam(forget="forget", reference_model="retrained"), {"base": model()}, {"base": {}}, None)
     assert "base" in caught.value.hint
+
+
+def test_a_reference_that_cannot_be_one_is_refused_before_anything_is_asked(tmp_path):
+    asked = exam(forget="forget", reference_model="model:never")
+    check_reference(None, asked, ["base", "model:never"])
+    with pytest.raises(UserError, match="this run has no model 'model:never'"):
+        check_reference(None, asked, ["base", "teacher"])
+    ratios = {"questions": sha256_json(["another"]), "truth_ratios": {"base": {"geo": [1.0] * 3}}}
+    settings = TofuSettings(forget="forget", reference=write(tmp_path / "results.json", {"tofu": ratios}))
+    with pytest.raises(UserError, match="of other questions"):
+        check_reference(read_reference(settings), exam(**settings.model_dump()), ["base"])
+
+
+def test_base_does_not_stand_in_for_a_file_that_was_not_read():
+    asked = exam(forget="forget", reference="retrained/results.json", **UTILITY)
+    recall = {f"{name}.rougeL_recall": score(np.full(count, 0.5), list(range(count))) for name, count in SETS.items()}
+    found, kept = tofu_results(asked, {"base": model()}, {"base": recall}, None)
+    assert set(found["base"]) == {"tofu.model_utility", "tofu.model_utility/arith"}
+    assert kept == {}
 
 
 def write(path, content) -> str:
