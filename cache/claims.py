@@ -2,8 +2,8 @@
 
 A writer lists the store and the leases once. After that it probes shards one by one. Once it has met another writer it probes
 in random order, so that writers spread out, and it lists the store again only after exponentially many failed probes. On
-object storage there are no leases: two writers may write the same shard, which costs time and does no harm, since an upload
-appears whole or not at all.
+object storage there are no leases: two writers may compute the same shard, which costs time; the one that is done later throws
+its own away, for another may have rounded its logits otherwise.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hostile
+import numpy as np
 import pytest
 import storm
 from command_line import refused
@@ -239,3 +241,18 @@ def test_without_leases_a_writer_takes_no_shard_that_it_has_in_hand():
         assert again
         assert again.index == shards[1].index
         assert writer.claim() is None
+
+
+def test_without_leases_a_slower_writer_of_a_shard_leaves_the_quicker_ones_in_place():
+    """Its logits may be rounded otherwise, and the manifest has the hash of those that were there first."""
+    location, plan, rows = location_of("memory://slower/s"), make_plan(3), make_rows(range(3))
+    rounded = replace(rows, topk_logits_NK=rows.topk_logits_NK + np.float32(1e-6))
+    with StoreWriter(location, plan) as quick, StoreWriter(location, plan) as slow:
+        shards = [writer.claim() for writer in (quick, slow)]
+        for writer, shard, found in zip((quick, slow), shards, (rows, rounded), strict=True):
+            assert shard
+            shard.append(found)
+            writer.publish(shard)
+            writer.finalise({"python": "3"})
+    assert not list(maintain.verify(location, read_manifest(location)))
+    assert same_rows(read_all(location), rows)
