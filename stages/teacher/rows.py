@@ -117,7 +117,10 @@ def _document(
 
 
 def _check_apart(rows: Sequence[RenderedQuery]) -> None:
-    """Refuse ids that are not unique over all requests, and a query that is to be forgotten here and kept there."""
+    """Refuse ids that are not unique over all requests, and a query that is to be forgotten here and kept there.
+
+    Within a request that is refused where the teacher would answer the two rows differently.
+    """
     seen: set[str] = set()
     forgotten = {tuple(row.student_ids): row for row in rows if row.subset == "forget"}
     for row in rows:
@@ -128,10 +131,10 @@ def _check_apart(rows: Sequence[RenderedQuery]) -> None:
             )
         seen.add(row.row_id)
         other = forgotten.get(tuple(row.student_ids))
-        if other and row.subset == "retain" and row.request != other.request:
+        if other and row.subset == "retain" and (row.request, row.teacher_ids) != (other.request, other.teacher_ids):
             raise UserError(
                 f"the same query is to be kept and to be forgotten: {row.row_id!r} and {other.row_id!r}",
-                "take it out of the one request's retain set or out of the other's forget set",
+                "take it out of the retain set, or out of the forget set",
             )
         if other and row.subset == BROAD and not row.is_document:
             raise UserError(

@@ -79,6 +79,15 @@ def test_what_one_request_forgets_no_other_may_keep(tmp_path):
         prepared(tmp_path, request(tmp_path, "zoe", "Zoe"))
 
 
+def test_what_a_request_forgets_it_may_keep_only_where_the_teacher_answers_both_alike(tmp_path):
+    """Without the prefix on rows to be kept, one prompt would have two answers to learn."""
+    given = data(tmp_path).model_copy(update={"retain": asked(tmp_path, "both", "Zoe", "Ann")})
+    with pytest.raises(UserError, match="to be kept and to be forgotten: 'retain/q1' and 'forget/q0'"):
+        broad_rows(tmp_path, given)
+    for alike in ({"prefix_on": "all"}, {"prefix": ""}):
+        assert len(broad_rows(tmp_path, given, **alike).rows) == 4
+
+
 def test_ids_are_unique_over_all_requests(tmp_path):
     rows = [{"id": "bob/q0", "question": "Who is Ann?"}]
     main = data(tmp_path).model_copy(
