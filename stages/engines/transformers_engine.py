@@ -159,7 +159,7 @@ class TransformersEngine(Engine):
         share = self._spec.share_prefix and self._only_attention
         for shared, group in by_beginning(prompts, price) if share else [(0, np.arange(len(prompts)))]:
             own, new = lengths[group] - shared, added[group]
-            if self._can_pad(shared + int((own + new).max())):
+            if self._can_pad(shared + int(own.max() + new.max())):  # as wide as a batch of them may be
                 batches = filled(own + new, shared, most_rows, price)
             else:
                 batches = of_one_length(own, shared + int(new.max()), most_rows)

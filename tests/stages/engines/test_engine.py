@@ -221,6 +221,27 @@ def test_models_that_remember_more_than_keys_and_values(tmp_path, architecture):
     assert engine.usage.cached_tokens == 0
 
 
+def test_no_row_loses_its_beginning_to_the_padding_of_a_sliding_window():
+    """Long prompts with short responses beside short ones with long: each fits in the window, padded to both they do not."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=64, initializer_range=0.3,
+    )  # fmt: skip
+    spec = EngineSpec(LAB_SMALL, "float32", 100, 128, (0,), "cpu")
+    engine = TransformersEngine(spec, AutoModelForCausalLM.from_config(config).eval())
+    ids = np.random.default_rng(0).integers(1, 100, 100).tolist()
+    lengths = [(35, 3), (2, 36)] * 6
+    asked = [
+        Request(n, [*ids[:20], *ids[20 + n :][:own]], given_ids=ids[30 + n :][:new]) for n, (own, new) in enumerate(lengths)
+    ]
+    ask = Ask(100, 40)
+    for request, scored in zip(asked, engine.score_all(asked, ask), strict=True):
+        [alone] = engine.score_all([request], ask)
+        assert np.abs(scored.topk_logits_PK - alone.topk_logits_PK).max() < 1e-3
+    assert engine.usage.cached_tokens > 0
+
+
 def test_no_batch_has_more_rows_than_asked_for(spec):
     engine = TransformersEngine(replace(spec, batch_size=4))
     prompts = [[5] * 20 + [6 + n] for n in range(30)] + [[5] * 20 + list(range(6, 106))]
