@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from duet.cache.files import sha256_json
+from duet.cache.files import sha256_file, sha256_json
 from duet.stages.models.directory import described, load_config, text_config
 from duet.stages.models.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, ModelFiles, digest, read_object, tensors_of
 from duet.stages.models.loading import DTYPES, loaded
@@ -54,8 +54,9 @@ def same_model(one: Path, other: Path, trust_remote_code: bool = False) -> bool:
 
 def _meaning(files: ModelFiles) -> dict[str, Any]:
     """What differs from the defaults of the config's class, so that it does not matter which of them are written out."""
-    if "auto_map" in files.config:  # understood by its own code only
-        return {key: value for key, value in files.config.items() if key not in _VOLATILE_CONFIG_KEYS}
+    if "auto_map" in files.config:  # understood by its own code only, which decides the numbers as much as the weights
+        code = {path.name: sha256_file(path) for path in sorted(files.folder.glob("*.py"))}
+        return {key: value for key, value in files.config.items() if key not in _VOLATILE_CONFIG_KEYS} | {".py": code}
     config = load_config(files.folder)
     defaults = {} if config.has_no_defaults_at_init else _plain(type(config)().to_dict())
     found = {key: value for key, value in _plain(config.to_dict()).items() if value != defaults.get(key, ...)}

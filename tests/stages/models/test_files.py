@@ -402,6 +402,16 @@ def test_families_without_the_usual_names_have_shapes(tmp_path, config, heads):
     assert context_length(load_config(tmp_path / "m")) > 0
 
 
+def test_a_model_with_code_of_its_own_is_another_where_that_differs(tmp_path):
+    folder, code = saved(tmp_path / "m"), tmp_path / "m" / "modeling_own.py"
+    edited(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    found = []
+    for text in ("SCALE = 1\n", "SCALE = 2\n", "SCALE = 1\n"):
+        code.write_text(text)
+        found.append(weights_sha256(folder))
+    assert found[0] == found[2] != found[1]
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_of_a_model_on_the_hub_only_what_is_loaded_is_fetched(tmp_path, monkeypatch, sharded):
     hub, here = tmp_path / "hub", tmp_path / "here"
