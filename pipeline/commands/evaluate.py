@@ -75,6 +75,7 @@ def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, 
     from duet.stages.evaluate.answers import costs_of
     from duet.stages.evaluate.results import results_of
     from duet.stages.evaluate.tofu import check_reference, read_reference
+    from duet.stages.exam.given_texts import retrained_auc
     from duet.stages.models.tokenizers import load_tokenizer
     from duet.stages.questions.proof import cut_references
 
@@ -88,6 +89,7 @@ def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, 
         claim_run_dir(config)
     exam = exam_of(config)
     check_reference(reference, exam, [subject.name for subject in subjects])
+    retrained_auc(exam)
     if jobs.part is not None:
         _ask_one(config.run, subjects, exam, jobs.part, stop)
         return 0

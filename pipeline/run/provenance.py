@@ -63,7 +63,11 @@ def provenance(config: Config, subjects: Sequence[Subject], exam: Exam) -> dict[
 
 def _seeds(config: Config) -> dict[str, int]:
     """Every seed that a number of the run depends on."""
-    teachers = {name: teacher.seed or 0 for name, teacher in config.teacher_settings().items() if teacher.temperature}
+    teachers = {
+        name: teacher.seed or 0
+        for name, teacher in config.teacher_settings().items()
+        if teacher.temperature or teacher.ids == "sampled"
+    }
     students = {f"student:{student.name}": config.train_settings(student).seed for student in config.students}
     return teachers | students | {"evaluate": config.evaluate.seed}
 

@@ -110,9 +110,12 @@ def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
         for name, found in evidence.relearning.get(teacher, {}).items():
             before, best = (100 * recall for recall in (found["recall"][0], max(found["recall"])))
             text = f"{teacher}, {name}: recall {before:.1f} before, {best:.1f} at best"
-            if found["steps_to_half"] and found["n"] >= MIN_ANSWERS:
+            if (count := found["different_answers"]) < MIN_ANSWERS:
+                failed.append(f"{text}, of {found['n']} questions with {count} different answers, too few to say")
+            elif found["steps_to_half"]:
                 return said(True, teacher, f"{text}; half of base's after {found['steps_to_half']} steps")
-            failed.append(text if found["n"] >= MIN_ANSWERS else f"{text}, of {found['n']} questions, too few to say")
+            else:
+                failed.append(text)
     if not failed:
         return said(False, None, "no model with a prefix was trained, so it is not known whether it would recover")
     text = f"half of base's recall does not come back on this model. {'; '.join(failed)}"

@@ -116,6 +116,7 @@ def relearning(
 def _by_steps(curve: Curve, base: Curve, references: Sequence[str], exam: Exam) -> dict[str, Any]:
     settings = exam.settings.relearn
     found: dict[str, Any] = {"steps": list(steps_of(settings)), "n": len(references), "lrs": list(settings.lrs)}
+    found["different_answers"] = len(set(references))
     keys = {HEADLINE: ("recall", "ci95", "steps_to_half"), DISTINCTIVE: (DISTINCTIVE, f"{DISTINCTIVE}_ci95", "to_half")}
     for metric, (values, ci95, to_half) in keys.items():
         strongest_SN, best_S = curve.strongest(metric)

@@ -94,8 +94,10 @@ def _above_the_control(cases: Sequence[Above], found: Judged, shown: Shown, limi
     """Add what the cases say beside a control."""
     for kind in dict.fromkeys(case.kind for case in cases):
         of_kind = [case for case in cases if case.kind == kind]
-        average = max((case for case in of_kind if case.is_average), key=lambda case: case.share.value)
-        if average.share.value >= limits.max_attacked:
+        averages = [case for case in of_kind if case.is_average]
+        # None where base is above the control only in its best text of each question, which no single text is.
+        average = max(averages, key=lambda case: case.share.value, default=None)
+        if average is not None and average.share.value >= limits.max_attacked:
             found.brought_back.append(average.in_words())
         strongest = max(of_kind, key=lambda case: case.upper_end)
         if strongest.upper_end >= limits.max_above_control:

@@ -90,9 +90,10 @@ def outcome(
     limits, beside = exam.settings.outcome, Beside(base.scores, floors, control, exam.settings.seed)
     gone, stays = ([n for n, s in exam.judged.items() if s.expect == what] for what in ("forgotten", "kept"))
     attacked_sets = [name for name in gone if name in exam.attacked]
-    asked = {key: left(key, model.scores[key], beside) for key in measured(gone, SAID, model.scores)}
-    inside = {key: left(key, model.scores[key], beside) for key in measured(attacked_sets, HELD, model.scores)}
-    of_kept = {key: kept(key, model.scores[key], beside) for key in measured(stays, KEPT, model.scores)}
+    both = {key: found for key, found in model.scores.items() if key in base.scores}  # a broken base has no likelihoods
+    asked = {key: left(key, both[key], beside) for key in measured(gone, SAID, both)}
+    inside = {key: left(key, both[key], beside) for key in measured(attacked_sets, HELD, both)}
+    of_kept = {key: kept(key, both[key], beside) for key in measured(stays, KEPT, both)}
     said, held, remains = ([share for share in of.values() if share] for of in (asked, inside, of_kept))
     utility = [above_floor(share, beside) for share in remains if not share.key.endswith(f".{DISTINCTIVE}")]
     signs = signs_of(model, base, exam, utility)

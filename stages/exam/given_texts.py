@@ -19,7 +19,6 @@ from duet.stages.exam.exam import Exam, references_of
 from duet.stages.metrics import choices, membership, perplexity, uncertainty
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.questions.documents import load_documents
-from duet.stages.settings.evaluate import MembershipSettings
 
 SIDES = ("members", "nonmembers")
 
@@ -68,17 +67,24 @@ def scores_of(readings: Readings, exam: Exam) -> dict[str, Score]:
         for attack in members:
             values = (np.array(members[attack]), np.array(nonmembers[attack]))
             scores[f"mia.{attack}.{settings.members}"] = membership.auc_score(*values, clusters, seed)
-        if settings.retrained:
-            key = f"mia.min_k.{settings.members}"
-            scores[f"mia.privleak.{settings.members}"] = membership.privleak(scores[key], _retrained_auc(settings, key))
+        if (retrained := retrained_auc(exam)) is not None:
+            min_k = scores[f"mia.min_k.{settings.members}"]
+            scores[f"mia.privleak.{settings.members}"] = membership.privleak(min_k, retrained)
     if "neutral" in readings:
         losses, tokens = (np.array(readings["neutral"][name], np.float64) for name in ("losses", "tokens"))
         scores[perplexity.METRIC] = perplexity.perplexity(losses, tokens, seed)
     return scores
 
 
-def _retrained_auc(settings: MembershipSettings, key: str) -> float:
-    path, where = Path(settings.retrained or ""), "evaluate.membership.retrained"
+def retrained_auc(exam: Exam) -> float | None:
+    """Min-k's AUC of the retrained model that `evaluate.membership.retrained` names; None where it names none.
+
+    UserError where it cannot be one that PrivLeak is measured from.
+    """
+    settings, where = exam.settings.membership, "evaluate.membership.retrained"
+    if settings is None or not settings.retrained:
+        return None
+    path, key = Path(settings.retrained), f"mia.min_k.{settings.members}"
     if not path.is_file():
         raise UserError(
             f"{where}: no such file: {path}", "name the results.json of an evaluation of the retrained model"

@@ -94,6 +94,7 @@ class ModelSession:
             [
                 self._weights_sha256,
                 tokenizer_sha256(self.tokenizer),
+                sorted(self.renderer.stop_ids),
                 prompts if tasks is None else {task: prompts[task] for task in tasks},
                 self.exam.settings.model_dump(include=deciding),
                 *([] if anywhere else [self.exam.device]),

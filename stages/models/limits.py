@@ -39,11 +39,17 @@ NO_LIMIT = sys.maxsize  # context of a model whose config names none: recurrent 
 
 
 def context_length(config: Any) -> int:
-    """Tokens that the model can read, from its config; NO_LIMIT where that names no limit."""
+    """Tokens that the model can read, from its config; NO_LIMIT where that names no limit.
+
+    With `longrope` (Phi-3 and 4) or `dynamic` rotary frequencies no more than what it was trained on before it was stretched:
+    beyond that the frequencies, and so the logits, depend on the longest row of a batch and on the engine.
+    """
     config = text_config(config)
     found = next(filter(None, (getattr(config, key, None) for key in _CONTEXT_KEYS)), NO_LIMIT)
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") in ("longrope", "dynamic") and original:
+        found = min(found, original)
     if rope.get("rope_type") == "yarn" and original:  # some configs give the length before it is stretched
         found = max(found, original * rope.get("factor", 1))
     return int(found)

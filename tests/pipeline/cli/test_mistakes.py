@@ -59,6 +59,12 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str, str]] = {
     "--set without =": (lambda d: d.set("train.epochs"), "not of the form key=value", "--set train.lr=1e-5"),
     "--set out of range": (lambda d: d.set("train.lr=-1"), "--set train.lr=-1: train.lr", "lr is peak"),
     "text for a number": (lambda d: d.set("train.epochs=many"), "found 'many'", "epochs is passes over the store"),
+    "a truth value for a number": (
+        lambda d: d.set("teacher.top_k=yes"), "teacher.top_k: found true, expected a number", "top_k is ",
+    ),
+    "truth values for numbers": (
+        lambda d: d.set("train.seeds=[yes, 1]"), "train.seeds: found [true, 1], expected a number", "seeds is ",
+    ),
     "no config": (lambda d: ["run"], "Missing option '--config'", "`duet init` writes one"),
     "config as argument": (lambda d: ["run", d.config], "Missing option '--config'", "duet run --config FILE"),
     "mistyped config": (lambda d: ["run", "--config", d.config[:-6] + ".yaml"], "no such config", "config.yaml?"),

@@ -379,6 +379,17 @@ def test_an_adapter_for_another_model_is_refused_not_left_out(tmp_path):
             ),
             400,
         ),
+        (
+            hf.Phi3Config(
+                max_position_embeddings=128, original_max_position_embeddings=64, num_attention_heads=2, hidden_size=8,
+                pad_token_id=0,
+                rope_parameters={
+                    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+                    "short_factor": [1.0, 1.0], "long_factor": [2.0, 4.0],
+                },
+            ),
+            64,
+        ),
     ],
 )  # fmt: skip
 def test_every_family_says_how_long_its_context_is(config, expected):
