@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from duet.cache.errors import UserError
 from duet.cache.files import publishing_dir
+from duet.stages.models.directory import config_folder
 from duet.stages.models.sizes import meta_model
 from duet.stages.settings.lora import LoraSettings
 from duet.stages.settings.student import MODEL_DIR, TrainSettings
@@ -82,13 +83,14 @@ def try_export(model_dir: Path, settings: TrainSettings, tokenizer: Any, trust_r
 
     logging.disable_progress_bar()
     model = meta_model(model_dir, trust_remote_code)
+    whole = config_folder(model_dir)  # an adapter is loaded with its base's flags
     try:
-        if (model_dir / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(model_dir)
+        if (whole / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(whole)
         left_out = unset_unread(model.generation_config)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{model_dir}: its generation_config.json cannot be saved again: {_reason(error)}",
+            f"{whole}: its generation_config.json cannot be saved again: {_reason(error)}",
             "correct the flag in that file, or take it out",
         ) from error
     model = made_trainable(model, "", settings, torch.float32, uniform=True)

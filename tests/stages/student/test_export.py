@@ -69,6 +69,17 @@ def test_what_cannot_be_saved_again_is_refused_before_the_first_step(tmp_path, s
     assert not (tmp_path / "s").exists()
 
 
+def test_an_adapter_is_tried_out_with_the_flags_of_its_base(tmp_path, store):
+    base, adapter = changed(tmp_path / "base", do_sample=False, temperature=0.9), tmp_path / "adapter"
+    adapted = get_peft_model(load_model(base), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(adapter)
+    assert try_export(adapter, TrainSettings(), store[1], False) == ["temperature"]
+    (base / "generation_config.json").write_text('{"num_return_sequences": 2}')
+    with pytest.raises(UserError, match=r"base: its generation_config\.json cannot be saved again"):
+        try_export(adapter, TrainSettings(), store[1], False)
+
+
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_models_that_can_be_exported_pass_the_trial(tmp_path, name, lora):
