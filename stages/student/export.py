@@ -48,10 +48,7 @@ def export(
             # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
             model.save_pretrained(folder, save_embedding_layers=False)
     if lora:
-        for parameter in model.parameters():  # adapters are added to these: their product is then rounded only once
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        model = model.merge_and_unload()
+        model = model.merge_and_unload()  # in float32, rounded below: added to rounded weights, small changes would be lost
     unset_unread(model.generation_config)
     _cast(model, dtype)
     card = card_of(model)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from student_jobs import job, train
+from support import LAB_SMALL
+from tiny_models import noisy
 from transformers import AutoModelForCausalLM
 
+from duet.stages.models.loading import load_model
 from duet.stages.settings.lora import LoraSettings
 from duet.stages.student.probe import Probe, ask_exported
 from duet.stages.student.targets import Teachers
@@ -39,6 +44,18 @@ def test_agreement_is_that_of_the_written_model(tmp_path, store, lora):
     assert found["agreement.retain"] == pytest.approx(sum(agree[1]) / len(agree[1]))
     assert any(agree[0] + agree[1])
     assert (student.student_dir / "adapter" / "README.md").is_file() == bool(lora)
+
+
+def test_adapters_and_their_base_are_rounded_together(tmp_path, store):
+    """Of a start in float32. Small changes are lost where the base is rounded before: the sum then rounds back to it."""
+    start, lora = tmp_path / "start", LoraSettings(rank=4, save_adapter=True)
+    shutil.copytree(LAB_SMALL, start)
+    noisy(load_model(LAB_SMALL, "float32")).save_pretrained(start)
+    train(job(tmp_path / "s", start, export_dtype="bfloat16", epochs=1, lora=lora), store)
+    written = load_model(tmp_path / "s/model").state_dict()
+    exact = PeftModel.from_pretrained(load_model(start), tmp_path / "s/adapter").merge_and_unload().state_dict()
+    assert exact["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32
+    assert [name for name, weight in written.items() if not torch.equal(weight, exact[name].bfloat16())] == []
 
 
 def test_a_student_that_is_rounded_off_is_said(caplog):
