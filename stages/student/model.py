@@ -162,7 +162,7 @@ class Student:
     def of(job: StudentJob, loss: str, pad_id: int, processes: Processes, wide: Wide | None = None) -> Student:
         """Load the model that the job starts from, with its noise, spread it over the processes, and try its head out."""
         settings = job.settings
-        spread = processes.rank.world > 1 and settings.parallel == "fsdp"
+        spread = in_parts(settings, processes)
         dtype = forward_dtype_of(settings, processes.device)
 
         def load(dtype: torch.dtype = torch.float32, uniform: bool = True) -> Any:
@@ -208,8 +208,17 @@ class Student:
         """The precision of the forward pass."""
         return autocast(self.settings, self.processes.device)
 
+    def has_room_for(self, dtype: torch.dtype) -> bool:
+        """Whether the device of one process, which had the trained model, has room for the exported one in its place."""
+        if self.load is None:  # it is the trained one itself
+            return True
+        if in_parts(self.settings, self.processes):
+            return False
+        held = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        return self.processes.device.type == "cpu" or dtype.itemsize * self.num_parameters <= held
+
     def whole_model(self) -> Any:
-        """The model in one piece; in the first process only, but all must ask."""
+        """The model in one piece; in the first process only, but all must ask. Another one than the trained takes its place."""
         if self.load is None:
             return self.model
         parameters = {n: on_first(p.detach(), self.processes) for n, p in trained(self.model).items()}
@@ -219,7 +228,14 @@ class Student:
         with torch.no_grad():
             for name, parameter in trained(model).items():
                 parameter.copy_(parameters[name])
+        if self.processes.device.type != "cpu" and not in_parts(self.settings, self.processes):
+            self.model.cpu()
         return model
+
+
+def in_parts(settings: TrainSettings, processes: Processes) -> bool:
+    """Whether each process holds a part of the model only."""
+    return processes.rank.world > 1 and settings.parallel == "fsdp"
 
 
 def forward_dtype_of(settings: TrainSettings, device: torch.device) -> torch.dtype:

@@ -48,7 +48,7 @@ class TrainingSummary:
     left_out: Sequence[str]  # flags of the start's generation_config.json that could not be saved again
     added_ends: Sequence[int]  # ids that end its responses beside those of the model that it starts from
     curve: Sequence[Sequence[float]]  # step and loss, of each step
-    probe: Mapping[str, Any]  # as `probe.ask` gives it, of the exported weights
+    probe: Mapping[str, Any]  # as `probe.ask` gives it; shares of the exported weights, where a device held them
 
     @property
     def teacher_weights(self) -> dict[str, float]:

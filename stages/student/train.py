@@ -249,9 +249,7 @@ def _finish(
 
     def card_of(model: Any) -> str:
         nonlocal summary
-        if (
-            student.load is None
-        ):  # else it is too large for one process's device, and only its trained weights were asked
+        if student.has_room_for(exported.dtype):  # else only its trained weights were asked
             asked = ask_exported(summary.probe, exported.probe, model, student.processes.device)
             _say_rounding(job.name, summary.probe, asked, exported.dtype)
             summary = replace(summary, probe=asked)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from duet.stages.models.loading import load_model
 from duet.stages.settings.lora import LoraSettings
+from duet.stages.student import train as training
 from duet.stages.student.probe import Probe, ask_exported
 from duet.stages.student.targets import Teachers
 from duet.stages.student.train import ROUNDED_OFF, _say_rounding
@@ -44,6 +45,15 @@ def test_agreement_is_that_of_the_written_model(tmp_path, store, lora):
     assert found["agreement.retain"] == pytest.approx(sum(agree[1]) / len(agree[1]))
     assert any(agree[0] + agree[1])
     assert (student.student_dir / "adapter" / "README.md").is_file() == bool(lora)
+
+
+@pytest.mark.parametrize("frozen", [{"lora": {"rank": 4}}, {"last_layers": 1}, {"lora": {"rank": 4, "base_bits": 4}}])
+def test_a_student_with_frozen_weights_is_asked_as_it_is_written(tmp_path, store, monkeypatch, frozen):
+    asked = {"agreement.forget": 0.25, "agreement.retain": 0.75}
+    monkeypatch.setattr(training, "ask_exported", lambda trained, *of_the_written: {**trained, **asked})
+    train(job(tmp_path / "s", epochs=1, dtype="bfloat16", export_dtype="bfloat16", **frozen), store)
+    assert asked.items() <= json.loads((tmp_path / "s/training.json").read_text())["probe"].items()
+    assert "forget 25.0 %, retain 75.0 %" in (tmp_path / "s/model/README.md").read_text()
 
 
 def test_adapters_and_their_base_are_rounded_together(tmp_path, store):
