@@ -64,10 +64,16 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     """Cast what is written, as loading does. `model.to` would also round buffers that are never written: the frequencies of
     rotary positions, and with them the angle of every position far along.
     """
-    written = model.state_dict()
+    written, wide = model.state_dict(), _kept_wide(model, dtype)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in written and tensor.is_floating_point():
+        if name in written and tensor.is_floating_point() and not any(re.search(part, name) for part in wide):
             tensor.data = tensor.data.to(dtype)
+
+
+def _kept_wide(model: Any, dtype: torch.dtype) -> list[str]:
+    """Patterns of the names of what transformers leaves in float32 when it loads the model in `dtype`, as a router's biases."""
+    always, in_float16 = (getattr(model, f"_keep_in_fp32_modules{kind}", None) or () for kind in ("_strict", ""))
+    return [part.replace("*", ".*") for part in (*always, *(in_float16 if dtype == torch.float16 else ()))]
 
 
 def try_export(model_dir: Path, settings: TrainSettings, tokenizer: Any, trust_remote_code: bool) -> list[str]:

@@ -7,15 +7,18 @@ import shutil
 
 import pytest
 import torch
+import transformers as hf
 from peft import PeftModel
-from student_jobs import job, train
+from student_jobs import TINY, job, train
 from support import LAB_SMALL
-from tiny_models import noisy
+from tiny_models import noisy, tiny_model
 from transformers import AutoModelForCausalLM
 
 from duet.stages.models.loading import load_model
+from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.settings.lora import LoraSettings
 from duet.stages.student import train as training
+from duet.stages.student.export import export
 from duet.stages.student.probe import Probe, ask_exported
 from duet.stages.student.targets import Teachers
 from duet.stages.student.train import ROUNDED_OFF, _say_rounding
@@ -66,6 +69,19 @@ def test_adapters_and_their_base_are_rounded_together(tmp_path, store):
     exact = PeftModel.from_pretrained(load_model(start), tmp_path / "s/adapter").merge_and_unload().state_dict()
     assert exact["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32
     assert [name for name, weight in written.items() if not torch.equal(weight, exact[name].bfloat16())] == []
+
+
+def test_what_transformers_keeps_in_float32_is_not_rounded(tmp_path):
+    """The bias by which a router of DeepSeek's chooses experts."""
+    widths = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    model = tiny_model(hf.DeepseekV3Config(**TINY, **widths, **experts, first_k_dense_replace=1))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    exact = model.state_dict()[name].normal_().clone()
+    export(model, load_tokenizer(LAB_SMALL), tmp_path, torch.bfloat16, None, lambda model: "")
+    written = load_model(tmp_path / "model")
+    assert written.dtype == torch.bfloat16
+    assert torch.equal(written.state_dict()[name], exact)
 
 
 def test_a_student_that_is_rounded_off_is_said(caplog):
