@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from duet.cache.files import publish_json, publishing, read_json
 from duet.cache.watch import Watch
 from duet.pipeline.commands.compare_parts import Work, made, own_stage_one, parts_of_table, requests_of, stage_one
-from duet.pipeline.commands.compare_plan import parts_of, plan_of, compared_student, with_preset
+from duet.pipeline.commands.compare_plan import compared_student, parts_of, plan_of, with_preset
 from duet.pipeline.commands.compare_results import results_of_parts
 from duet.pipeline.commands.distill import unasked_line
 from duet.pipeline.config.run_dir import RunDir
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from duet.pipeline.run.terminal import ProgressBar
     from duet.stages.compare.grid import Comparison
 
+NOT_COMPARED = ("depth", "judge", "membership", "neutral_text", "lm_eval")  # of the settings evaluate
 CPU_JOBS = 2  # parts at a time without a GPU, where --jobs is not given: each holds up to two models
 
 
@@ -50,6 +51,11 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
         resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not be found after hours
     if "repselect" in config.compare.methods:
         check_matrices(resolve_model(config.teacher.model, "teacher.model"), config.teacher.trust_remote_code)
+    if part is None and (left_out := [name for name in NOT_COMPARED if getattr(config.evaluate, name)]):
+        names = ", ".join(f"evaluate.{name}" for name in left_out)
+        say(
+            f"a comparison does not measure {names}: `duet evaluate` does, of each model that you name in evaluate.models"
+        )
     presets, plans = _planned(request, config, stop, with_stage_one=part is None)
     parts = parts_of_table(config)
     if part is None and (code := _in_children(request, parts, num_jobs, plans, stop)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from duet.cache.errors import EXIT_INTERRUPTED, IncompleteStore, Interrupted, UserError
 from duet.cache.watch import Watch
-from duet.pipeline.commands.compare_plan import as_they_are, mode_of, compared_student
+from duet.pipeline.commands.compare_plan import as_they_are, compared_student, mode_of
 from duet.pipeline.commands.run import run_stage
 from duet.pipeline.config.chain import as_if_first, step_on, steps_of
 from duet.pipeline.config.schema import Config

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from duet.cache.files import publish_json, publishing, read_json
-from duet.pipeline.config.chain import set_names, steps_of, chained_student
+from duet.pipeline.config.chain import chained_student, set_names, steps_of
 from duet.pipeline.config.schema import Config
 from duet.pipeline.pages.charts import Line, colours, legend_of_lines, lines, side_by_side
 from duet.pipeline.pages.page import Numbers, note, page, pointer, section, table

@@ -184,16 +184,22 @@ def _asks_the_clock(renderer: Renderer) -> bool:
 
 
 def _evaluation(config: Config) -> str:
-    """Stage three's questions to base and teachers, given answers too where they are scored."""
+    """Stage three's questions to base and teachers, given answers too where they are scored, and the files that it names."""
     from duet.pipeline.run.exam import base_and_teachers, exam_of, trained_on
     from duet.stages.evaluate.answers import session_of
-    from duet.stages.exam import given_answers
+    from duet.stages.evaluate.tofu import check_reference, read_reference
+    from duet.stages.exam import given_answers, given_texts
     from duet.stages.exam.exam import by_directory
     from duet.stages.models.directory import small_files
     from duet.stages.questions.proof import cut_references
 
     exam = exam_of(config)
     subjects = base_and_teachers(config, small_files, lambda one, other: one.resolve() == other.resolve())
+    students = [f"student:{student.name}" for student in config.students]
+    names = [*(subject.name for subject in subjects), *students, *(f"model:{name}" for name in config.evaluate.models)]
+    check_reference(read_reference(config.evaluate.tofu), exam, names)
+    given_texts.texts_of(exam)
+    given_texts.retrained_auc(exam)
     tasks, remarks = 0, dict.fromkeys(trained_on(config, exam.sets))
     for model_dir, of_model in by_directory(subjects).items():
         session = session_of(model_dir, exam, of_model)

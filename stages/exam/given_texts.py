@@ -19,6 +19,7 @@ from duet.stages.exam.exam import Exam, references_of
 from duet.stages.metrics import choices, membership, perplexity, uncertainty
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.questions.documents import load_documents
+from duet.stages.settings.evaluate import MembershipSettings
 
 SIDES = ("members", "nonmembers")
 

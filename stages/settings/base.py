@@ -23,7 +23,9 @@ class Settings(BaseModel):
         if any(isinstance(one, bool) for one in values):
             types = _types_in(field.annotation)
             if bool not in types and (int in types or float in types):
-                raise ValueError(f"found {str(value).lower()}, expected a number: {info.field_name} is {field.description}")
+                raise ValueError(
+                    f"found {str(value).lower()}, expected a number: {info.field_name} is {field.description}"
+                )
         return value
 
 

@@ -74,6 +74,11 @@ class StepReport:
         return line if loss is None else line | {"loss_broad": loss}
 
 
+def steps_of(order: Order, settings: TrainSettings) -> int:
+    """The steps of a training that nothing ends early."""
+    return settings.epochs * math.ceil(order.num_slots / settings.batch_size)
+
+
 def run_loop(
     job: StudentJob, teachers: Teachers, order: Order, student: Student, probe: Probe, watch: Watch
 ) -> tuple[TrainingState, list[dict[str, Any]]]:
@@ -86,7 +91,7 @@ def run_loop(
     checkpoint_dir, metrics_path = job.student_dir / CHECKPOINTS_NAME, job.student_dir / METRICS_NAME
     reset_peak_memory(processes.device)
     state = checkpoint.load_newest(checkpoint_dir, student.model, student.optimizer) or TrainingState()
-    total = settings.epochs * math.ceil(order.num_slots / settings.batch_size)
+    total = steps_of(order, settings)
     with processes.first_first():
         lines = _metrics_until(metrics_path, state.step, write=processes.first)
     batches = Prefetch(
@@ -247,7 +252,7 @@ def lr_at(step: int, total_steps: int, settings: TrainSettings) -> float:
 
 def lr_factor(step: int, total_steps: int, warmup: float, decay: str) -> float:
     """Share of the peak learning rate for step `step` (from 0): linear warm-up over `warmup` of the steps, then `decay`."""
-    warmup_steps = math.ceil(warmup * total_steps)
+    warmup_steps = math.ceil(round(warmup * total_steps, 9))  # 0.07 * 100 is a little more than 7
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)

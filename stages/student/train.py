@@ -6,6 +6,7 @@ claimed, all parts are checked against each other, and the results are written; 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from duet.stages.student.checks import Start, check_settings, loss_by_store
 from duet.stages.student.contexts import Wide, check_asked
 from duet.stages.student.export import export
 from duet.stages.student.job import StudentJob
-from duet.stages.student.loop import run_loop
+from duet.stages.student.loop import run_loop, steps_of
 from duet.stages.student.losses import LOSSES
 from duet.stages.student.model import Student, export_dtype_of
 from duet.stages.student.noise import noise_identity
@@ -99,7 +100,9 @@ def train_student(
     probe = Probe.of(teachers, order, job.settings, pad_id)
     student = Student.of(job, loss, pad_id, processes, wide)
     dtype = export_dtype_of(job.settings, start.config)
-    check_room(job.student_dir, student, dtype)
+    check_room(
+        job.student_dir, student, dtype, math.ceil(steps_of(order, job.settings) / job.settings.checkpoint_steps)
+    )
     state, lines = run_loop(job, teachers, order, student, probe, watch)
     if job.settings.probe and job.settings.probe.patience:
         checkpoint.load_parameters(job.student_dir / CHECKPOINTS_NAME / checkpoint.BEST_NAME, student.model)
@@ -163,10 +166,18 @@ def _checked_start(job: StudentJob, teachers: Teachers, tokenizer: Any, loss: st
     return start
 
 
-def check_room(student_dir: Path, student: Student, dtype: torch.dtype) -> None:
-    """Refuse to begin where the disk has no room for the end of training: a checkpoint, and the model beside it."""
-    states = 8 if student.settings.optimizer == "adamw" else 2  # bytes of a weight's two
-    needed = (4 + states) * student.num_trained + dtype.itemsize * student.num_parameters
+def check_room(student_dir: Path, student: Student, dtype: torch.dtype, num_checkpoints: int) -> None:
+    """Refuse to begin where the disk has no room for what training keeps: checkpoints, the best weights, and the model.
+
+    A new checkpoint is written before the oldest is removed, and the model beside those that are kept.
+    """
+    settings = student.settings
+    states = 8 if settings.optimizer == "adamw" else 2  # bytes of a weight's two
+    checkpoint_bytes, model_bytes = (4 + states) * student.num_trained, dtype.itemsize * student.num_parameters
+    more = num_checkpoints > settings.keep_last
+    needed = min(num_checkpoints, settings.keep_last) * checkpoint_bytes + max(more * checkpoint_bytes, model_bytes)
+    if settings.probe and settings.probe.patience:
+        needed += 4 * student.num_trained
     there = sum(path.stat().st_size for path in student_dir.rglob("*") if path.is_file())
     if (free := free_bytes(student_dir)) + there < needed:
         raise UserError(

@@ -65,6 +65,11 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str, str]] = {
     "truth values for numbers": (
         lambda d: d.set("train.seeds=[yes, 1]"), "train.seeds: found [true, 1], expected a number", "seeds is ",
     ),
+    # the evaluation's files
+    "no retrained model's results": (
+        lambda d: d.set("evaluate.membership={members: forget, nonmembers: retain, retrained: gone.json}", command="run"),
+        "evaluate.membership.retrained: no such file: gone.json", "name the results.json",
+    ),
     "no config": (lambda d: ["run"], "Missing option '--config'", "`duet init` writes one"),
     "config as argument": (lambda d: ["run", d.config], "Missing option '--config'", "duet run --config FILE"),
     "mistyped config": (lambda d: ["run", "--config", d.config[:-6] + ".yaml"], "no such config", "config.yaml?"),

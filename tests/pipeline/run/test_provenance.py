@@ -58,6 +58,8 @@ def test_every_seed_is_named(lab_config):
     )
     found = provenance(config, SUBJECTS, exam_of(config))["seeds"]
     assert found == {"teacher": 9, "student:a": 3, "student:b": 7, "evaluate": 5}
+    drawn = load_config(str(lab_config(teacher__ids="sampled", teacher__seed=4)))
+    assert provenance(drawn, SUBJECTS, exam_of(drawn))["seeds"]["teacher"] == 4
 
 
 def test_the_cluster_is_not_told(lab_config):

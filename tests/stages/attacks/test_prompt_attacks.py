@@ -13,11 +13,12 @@ from support import LAB_BASE
 
 from duet.cache.errors import UserError
 from duet.pipeline.config.load import load_config
+from duet.stages.attacks import relearn
 from duet.stages.attacks import scores as attack_scores
 from duet.stages.attacks.chosen import chosen, prompt_kinds
 from duet.stages.attacks.multiple_choice import picked
 from duet.stages.attacks.names import task
-from duet.stages.attacks.parts import worst_of_variants
+from duet.stages.attacks.parts import Evidence, worst_of_variants
 from duet.stages.attacks.prompts import prompts_of, without_synonyms
 from duet.stages.attacks.relearn_curves import relearning, with_curves
 from duet.stages.attacks.relearn_sets import relearn_sets
@@ -307,6 +308,16 @@ def test_relearning_tells_the_steps_to_half_of_bases_recall():
     }
     scores = scores_of(answers["teacher"], exam)
     assert scores["attack.relearn.forget.rougeL_recall"].value == 1
+
+
+@pytest.mark.parametrize(("different", "works"), [(1, False), (4, False), (5, True)])
+def test_relearning_is_shown_to_work_on_five_different_answers(different, works):
+    of_teacher = {
+        "forget 1": {"recall": [0, 1], "steps_to_half": 2, "n": 8, "different_answers": different},
+    }
+    found = relearn.proof("relearn", Evidence(exam_of(["relearn"]), {}, ["teacher"], {"teacher": of_teacher}))
+    assert found["works"] is works
+    assert works or f"of 8 questions with {different} different answers, too few to say" in found["text"]
 
 
 def test_an_attack_works_only_where_it_brings_something_back():

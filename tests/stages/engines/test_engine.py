@@ -233,7 +233,8 @@ def test_no_row_loses_its_beginning_to_the_padding_of_a_sliding_window():
     ids = np.random.default_rng(0).integers(1, 100, 100).tolist()
     lengths = [(35, 3), (2, 36)] * 6
     asked = [
-        Request(n, [*ids[:20], *ids[20 + n :][:own]], given_ids=ids[30 + n :][:new]) for n, (own, new) in enumerate(lengths)
+        Request(n, [*ids[:20], *ids[20 + n :][:own]], given_ids=ids[30 + n :][:new])
+        for n, (own, new) in enumerate(lengths)
     ]
     ask = Ask(100, 40)
     for request, scored in zip(asked, engine.score_all(asked, ask), strict=True):

@@ -107,6 +107,21 @@ def test_what_the_control_alone_guesses_does_not_make_few_questions_enough(guess
     assert share.upper_end == pytest.approx(1 - 0.05 ** (1 / 12))
 
 
+def test_a_case_may_be_above_the_control_in_its_worst_texts_alone():
+    """Base knows each answer under one of two texts, the control half of each under both: equal on average."""
+    told = found(case(0.0, 0.0, case=WORST_TEXT), works=("reverse",))
+    assert told["verdict"] == "withstands these tests"
+
+
+def test_a_base_whose_likelihoods_are_no_numbers_is_no_measure_of_a_students():
+    said = {key: of for key, of in BASE.scores.items() if not key.endswith("extraction_strength")}
+    held = {"forget.extraction_strength": BASE.scores["forget.rougeL_recall"]}
+    told = outcome(
+        replace(evidence(), scores=evidence().scores | held), replace(BASE, scores=said), MADE, FLOORS, Shown({})
+    )
+    assert "extraction" not in " ".join(told["reasons"])
+
+
 @pytest.mark.parametrize(("answers", "counts"), [(4, False), (5, True)])
 def test_a_case_of_too_few_questions_counts_in_neither_direction(answers, counts):
     """Of 4 that agree 1 - 0.05^(1/4), 53 %, may still differ; of 5 it is 45 %. Questions of one answer count once."""

@@ -21,7 +21,7 @@ from warm import PROGRAM
 from duet.cache.errors import UserError
 from duet.cache.files import DiskFull
 from duet.stages.models.layers import decoder_layers
-from duet.stages.models.loading import load_model
+from duet.stages.models.loading import load_model, num_parameters
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.settings.student import TrainSettings
 from duet.stages.student import train as training
@@ -176,6 +176,15 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path, store,
     with pytest.raises(UserError, match=r"student 's': .* GB are needed") as found:
         train(job(tmp_path / "s"), store)
     assert "make space" in found.value.hint
+
+
+def test_a_disk_has_room_for_the_checkpoint_that_is_written_before_the_last_is_removed(tmp_path, store, monkeypatch):
+    """24 bytes a weight for two checkpoints; 16 for one and the model."""
+    weights = num_parameters(LAB_SMALL)
+    monkeypatch.setattr(training, "free_bytes", lambda folder: 20 * weights)
+    train(job(tmp_path / "one", epochs=1), store)
+    with pytest.raises(UserError, match=f"{24 * weights / 1e9:.2f} GB are needed"):
+        train(job(tmp_path / "several", epochs=1, checkpoint_steps=1), store)
 
 
 def test_a_disk_that_fills_up_while_weights_are_written_is_told_and_lost_nothing(tmp_path, store, monkeypatch):

@@ -74,7 +74,13 @@ def test_adapters_and_their_base_are_rounded_together(tmp_path, store):
 def test_what_transformers_keeps_in_float32_is_not_rounded(tmp_path):
     """The bias by which a router of DeepSeek's chooses experts."""
     widths = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
     model = tiny_model(hf.DeepseekV3Config(**TINY, **widths, **experts, first_k_dense_replace=1))
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     exact = model.state_dict()[name].normal_().clone()

@@ -188,6 +188,7 @@ def test_learning_rate_schedule():
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors[-1] == pytest.approx(1 / 8)
     assert lr_factor(6, 10, 0.2, "cosine") == pytest.approx(0.5)
+    assert lr_factor(6, 100, 0.07, "constant") == 1, "0.07 * 100 is a little more than 7"
     assert {lr_factor(step, 10, 0.0, "constant") for step in range(10)} == {1.0}
 
 
