@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         from duet.pipeline.run.terminal import vanished_run
 
         if isinstance(error, OSError) and (run := vanished_run()):
-            hint = "leave a run's directory alone until its command has ended; the same command begins it anew"
+            hint = "leave a run's directory alone until its command has ended; the same command begins again"
             tell(f"error: {run} disappeared while the command was writing there\nhint: {hint}")
             return EXIT_USER
         tell(f"{traceback.format_exc()}error: this is a bug in Duet\nhint: please report it with the lines above")

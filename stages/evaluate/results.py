@@ -180,8 +180,8 @@ def _comparisons(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Of every model, each score less that of the one it is compared with, on the same items; nothing of one and itself.
 
-    Left out are a score that is no mean over items, as an AUC, and one that the two have of different items, as of answers with
-    a reply of the judge that can be read.
+    Left out: a score that is not a mean over items, as an AUC; and one that the two have of different items, as of the answers
+    on which a judge's reply can be read.
     """
     return {
         name: {

@@ -38,7 +38,7 @@ def is_over(state: TrainingState, settings: TrainSettings) -> bool:
 
 def _judged(state: TrainingState, loss: float, checkpoint_dir: Path, student: Student) -> TrainingState:
     """Keep the weights where the loss on held-out rows is the lowest so far, and count the probes since."""
-    if state.best_loss is not None and not loss < state.best_loss:  # nor is a loss that is no number any better
+    if state.best_loss is not None and not loss < state.best_loss:  # a loss that is not a number is not better
         return replace(state, probes_since=state.probes_since + 1)
     checkpoint.save_best(checkpoint_dir, student.model, student.processes)
     return replace(state, best_loss=loss, probes_since=0)
