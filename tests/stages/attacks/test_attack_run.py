@@ -132,8 +132,8 @@ def test_relearning_brings_the_teacher_back_on_questions_that_it_was_not_taught(
     assert found["base"]["benign"]["steps_to_half"] == found["base"]["benign"]["to_half"] == 0
     work = results["attacks_work"]["relearn"]
     assert not work["works"]
-    assert "at best, of 4 questions, too few to say" in work["text"]
-    enough = Evidence(exam, {}, ["teacher"], {"teacher": {"forget 1": one | {"n": 5}}})
+    assert "at best, of 4 questions with 4 different answers, too few to say" in work["text"]
+    enough = Evidence(exam, {}, ["teacher"], {"teacher": {"forget 1": one | {"n": 5, "different_answers": 5}}})
     assert relearn.proof("relearn", enough) == {
         "works": True,
         "on": "teacher",
