@@ -209,6 +209,8 @@ LONG = (
     "python examples/",  # test_examples.py trains by both, and asks TRL's student
     "duet evaluate --config configs/lab.yaml --only base --set evaluate.attacks=[] --set evaluate.models.loop",
     "duet compare --config configs/lab_deep.yaml --jobs 1 --set name=lab_modes",  # test_compare.py makes a small one
+    "duet compare --config configs/lab.yaml --jobs 2 --set name=lab_methods",  # the same
+    "duet compare --config configs/tofu_deep.yaml",  # a model that knows TOFU
     "duet compare --config configs/lab_chain.yaml",  # test_chain.py compares a short one
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --only base --sweep start_noise",
 )

@@ -139,7 +139,7 @@ def _stages(work: Work, name: str) -> list[Stage]:
     for number, plan in enumerate(work.plans):
         of_seeds = [_started_from(work, number, name, last) for last in trials] or [plan] * seeds
         trials, grid = best_of(of_seeds, name, work.watch, say)
-        seen = (read_summary(trials[0].folder).trained_on or ()) if name in first.modes else ()
+        seen = METHODS[name].trained_on if name in METHODS else read_summary(trials[0].folder).trained_on or ()
         subjects = [
             Subject(_of_seed(name, one.repeat), one.folder / MODEL_DIR, "", "base", trained_on=seen) for one in trials
         ]

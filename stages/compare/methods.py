@@ -219,6 +219,11 @@ class Method:
     in_context: bool = False  # wants rows in context
     smooth: bool = False  # takes the forget gradient where the forget loss is worst within the constant, SAM
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The attacks of whose kinds of text it is trained on others: rows in context hold begun answers too."""
+        return ("in_context", "prefill") if self.in_context else ()
+
 
 METHODS: dict[str, Method] = {
     "ga": Method("gradient ascent", "2401.06121", _ga),

@@ -222,6 +222,15 @@ def test_sam_takes_the_forget_gradient_at_the_worst_point_nearby(training_rows, 
     assert any(not torch.allclose(a, b, atol=1e-4, rtol=1e-3) for a, b in zip(first, at_worst, strict=True))
 
 
+def test_the_method_that_begins_answers_says_so(training_rows):
+    rows = training_rows.batch(np.arange(8), 0, 0, in_context=True).refused_in_context
+    assert any(row.begun for row in rows)
+    assert any(not row.begun for row in rows)
+    assert {name: method.trained_on for name, method in METHODS.items() if method.trained_on} == {
+        "jensun": ("in_context", "prefill")
+    }
+
+
 def test_jensun_scales_the_forget_loss_to_the_retain_losss_gradient_at_the_logits(training_rows):
     batch = training_rows.batch(np.arange(8), 0, 0, in_context=True)
     models = models_of(LAB_SMALL)
