@@ -21,7 +21,7 @@ from duet.pipeline.run.hub import push
 from duet.pipeline.run.launch import Launch, check_launcher, launched
 from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.preflight import left_out_line
-from duet.pipeline.run.stores import store_line, stores_of_run
+from duet.pipeline.run.stores import check_trained_on, store_line, stores_of_run
 from duet.pipeline.run.terminal import be_silent, progress_bar, say
 from duet.pipeline.run.trackers import check_trackers, tracking
 from duet.stages.settings.student import StudentSettings
@@ -67,6 +67,7 @@ def distill(request: Selection, num_jobs: int | None, child: bool = False) -> in
     check_launcher(os.environ, kind)
     stop = StopSignal()
     stored = stores_of_run(config)
+    check_trained_on(config, config.students, stored)
     devices = visible_gpus(kind)
     unfinished = [student.name for student in config.students if not _is_done(config, student)]
     num_jobs = min(num_jobs or len(devices) or 1, len(unfinished))

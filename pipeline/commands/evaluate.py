@@ -32,7 +32,7 @@ from duet.pipeline.run.directory import StopSignal, claim_run_dir, environment, 
 from duet.pipeline.run.exam import exam_of, subjects_of
 from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.provenance import provenance, without_places
-from duet.pipeline.run.stores import store_summary, stores_of_run
+from duet.pipeline.run.stores import check_trained_on, store_summary, stores_of_run
 from duet.pipeline.run.terminal import is_verbose, log, progress_bar, say, say_engine, show
 from duet.stages.settings.attacks import ATTACKS
 from duet.stages.settings.student import StudentSettings
@@ -84,6 +84,7 @@ def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, 
     students = () if only_models else config.students
     subjects = subjects_of(config, students)
     stores = {} if only_models else stores_of_run(config)
+    check_trained_on(config, students, stores)
     judge = _judge_of(config, is_asked=not dry_run and jobs.part is None)
     if not dry_run:
         claim_run_dir(config)

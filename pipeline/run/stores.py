@@ -5,17 +5,19 @@ Heavy libraries are imported inside the functions, so that `duet --help` and `du
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from duet.cache.errors import IncompleteStore
+from duet.cache.errors import IncompleteStore, UserError
 from duet.cache.files import publish_json, read_json
 from duet.cache.location import Location
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.plan import PLAN_NAME, Plan, store_name
 from duet.cache.record import MAIN_SUBSETS
 from duet.pipeline.config.schema import Config
+from duet.stages.settings.student import StudentSettings
 from duet.stages.settings.teacher import rows_with_prefix
+from duet.stages.student.summary import read_summary
 
 if TYPE_CHECKING:
     from duet.stages.teacher.plan import TeacherStore
@@ -101,3 +103,17 @@ def stores_of_run(config: Config) -> dict[str, Location]:
             f"{config.run_dir} has no teacher logits yet", "run `duet teacher-logits` with this config first"
         )
     return stores
+
+
+def check_trained_on(config: Config, students: Sequence[StudentSettings], stored: Mapping[str, Location]) -> None:
+    """Refuse a student that is done but was trained on another store than the run's: data or teacher have changed since."""
+    now = {name: read_manifest(location).fingerprint for name, location in stored.items()}
+    for files in (config.run.student(student.name) for student in students):
+        for name, teacher in read_summary(files.path).teachers.items() if files.is_done else ():
+            if teacher.fingerprint != now.get(name):
+                raise UserError(
+                    f"{files.path} was trained on another store of {name} than the run has now: {teacher.fingerprint[:16]} "
+                    f"there and {str(now.get(name))[:16]} now",
+                    "bring back the data and the teacher as they were, choose another run with --set name=NEW_NAME, or remove "
+                    "the student's folder, so that `duet distill` trains it again",
+                )
