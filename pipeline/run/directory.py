@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 import signal
 import subprocess
@@ -188,8 +189,12 @@ class StopSignal:
 
 def set_aside(what: str, *paths: Path) -> None:
     """Give earlier files of one folder the first free number: `results.json` becomes `results-1.json`."""
-    number = 1 + len(list(paths[0].parent.glob(paths[0].name.replace(".", "-*."))))
+
+    def aside(path: Path, number: int) -> Path:
+        return path.with_name(path.name.replace(".", f"-{number}."))
+
+    number = next(n for n in itertools.count(1) if not any(aside(path, n).exists() for path in paths))
     for path in filter(Path.is_file, paths):
-        kept = path.with_name(path.name.replace(".", f"-{number}."))
+        kept = aside(path, number)
         path.rename(kept)
         say(f"kept the earlier {what}: {kept}")

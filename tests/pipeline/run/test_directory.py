@@ -12,7 +12,7 @@ from duet.cache.errors import UserError
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
-from duet.pipeline.run.directory import claim_run_dir
+from duet.pipeline.run.directory import claim_run_dir, set_aside
 from duet.pipeline.run.terminal import log
 from duet.stages.settings.student import FREE_TRAIN
 
@@ -113,3 +113,16 @@ def test_the_run_keeps_every_student_in_whatever_order_they_are_named(claim):
     assert students_of(run_dir) == ["a", "b", "c"]
     with pytest.raises(UserError, match=r"students\.b\.train\.lr is 0\.1 there and 0\.2 now"):
         claim(students=[{"name": "b", "train": {"lr": 0.2}}])
+
+
+def test_what_is_set_aside_takes_no_place_of_what_was_kept_before(tmp_path):
+    (tmp_path / "results-2.json").write_text("the second, of which somebody has removed the first")
+    (tmp_path / "report-1.html").write_text("the first's page")
+    (tmp_path / "results.json").write_text("the third")
+    set_aside("evaluation", tmp_path / "results.json", tmp_path / "report.html")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {
+        "results-2.json": "the second, of which somebody has removed the first",
+        "report-1.html": "the first's page",
+        "results-3.json": "the third",
+    }
