@@ -104,7 +104,8 @@ def _planned(
 
 def _publish(run: RunDir, results: dict[str, Any]) -> None:
     """Write numbers and page, earlier ones kept aside, and show what came out."""
-    if run.compare_json.is_file() and read_json(run.compare_json)["compare"] != results["compare"]:
+    earlier = read_json(run.compare_json) if run.compare_json.is_file() else results
+    if any(earlier.get(settings) != results[settings] for settings in ("compare", "evaluate", "train")):
         set_aside("comparison", run.compare_json, run.compare_page)
     publish_json(run.compare_json, results)
     with publishing(run.compare_page) as temporary:

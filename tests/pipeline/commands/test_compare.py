@@ -15,7 +15,9 @@ from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from duet.pipeline.cli.main import main
+from duet.pipeline.commands import compare
 from duet.pipeline.config.load import load_config
+from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.pages.comparison import cells, heads, render, sentences
 from duet.stages.questions.contexts import context_texts
 
@@ -239,3 +241,16 @@ def test_the_page_in_a_real_browser(browser, done, width, scheme):
     ratio, text, seen = browser.execute_script(in_browser.CONTRAST)
     assert ratio >= 4.5, (ratio, text)
     assert seen > 30
+
+
+@pytest.mark.parametrize("settings", ["compare", "evaluate", "train"])
+def test_a_comparison_with_other_settings_is_kept(tmp_path, monkeypatch, settings):
+    for name in ("render", "compare_table"):
+        monkeypatch.setattr(compare, name, lambda results: "")
+    monkeypatch.setattr(compare, "sentences", lambda results: [])
+    first = {"compare": {}, "evaluate": {"attacks": "all"}, "train": {}}
+    for results in (first, first, first | {settings: {"other": 1}}):
+        compare._publish(RunDir(tmp_path), results)
+    assert json.loads((tmp_path / "compare-1.json").read_text()) == first
+    assert (tmp_path / "compare-1.html").is_file()
+    assert not (tmp_path / "compare-2.json").exists()
