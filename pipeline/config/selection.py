@@ -11,7 +11,7 @@ from typing import Any
 from duet.cache.errors import UserError
 from duet.pipeline.config.explain import merged, validated
 from duet.pipeline.config.load import load_config, parse_value
-from duet.pipeline.config.schema import Config, check_students
+from duet.pipeline.config.schema import Config, check_students, seeded_name
 from duet.stages.settings.student import StudentSettings
 
 # What a student has of its own and a sweep may set, beside entries of `train`.
@@ -57,18 +57,20 @@ def choose(config: Config, sweeps: tuple[str, ...], only: tuple[str, ...]) -> Co
 
 
 def _variants(student: StudentSettings, sweeps: tuple[str, ...]) -> list[StudentSettings]:
-    """One student per combination of values, named after them: `base-lr1e-05-top_k5`."""
+    """One student per combination of values, named after them: `base-lr1e-05-top_k5`; a seed of several stays the last word."""
     axes = [_axis(sweep) for sweep in sweeps]
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"--sweep {key} is given twice", "list all its values in one, separated by commas")
+    origin = student.name.removesuffix(seeded_name("", student.train.get("seed", 0)))
     variants = []
     for values in itertools.product(*(values for _, values in axes)):
-        raw = student.model_dump()
+        raw = student.model_dump() | {"name": origin}
         for key, value in zip(keys, values, strict=True):
             raw = merged(raw, _nested(key, value))
             raw["name"] += f"-{key.removeprefix(TRAIN)}{_as_name(value)}"
+        raw["name"] += student.name.removeprefix(origin)
         variants.append(validated(StudentSettings, raw, "--sweep"))
     return variants
 

@@ -8,6 +8,7 @@ from support import ROOT
 
 from duet.cache.errors import UserError
 from duet.pipeline.config.load import load_config
+from duet.pipeline.config.selection import choose
 from duet.stages.settings.student import TrainSettings, deciding_settings
 
 LAB = str(ROOT / "configs" / "lab.yaml")
@@ -27,6 +28,15 @@ def test_each_student_is_trained_once_with_each_seed(tmp_path):
     resolved = tmp_path / "config.yaml"
     resolved.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(str(resolved)) == config
+
+
+def test_a_sweep_has_a_row_of_all_seeds_for_each_of_its_values():
+    config = choose(load_config(LAB, (TWO,)), ("train.lr=1e-4,1e-3",), ())
+    assert config.seed_rows(config.students) == {
+        f"{student}-lr{lr}": [f"{student}-lr{lr}-seed{seed}" for seed in (0, 7)]
+        for student in ("base", "small")
+        for lr in ("0.0001", "0.001")
+    }
 
 
 def test_a_row_is_of_students_that_differ_in_nothing_else():
