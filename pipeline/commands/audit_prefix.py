@@ -20,6 +20,7 @@ from duet.pipeline.pages.audit import audit_table, render, search_note
 from duet.pipeline.pages.tables import refusal_lines
 from duet.pipeline.run.directory import StopSignal, environment, set_aside
 from duet.pipeline.run.exam import exam_of
+from duet.pipeline.run.provenance import without_places
 from duet.pipeline.run.terminal import log_to, progress_bar, say, say_engine, show
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def audit_prefixes(config: Config, prefixes: tuple[str, ...], search: int) -> No
         "topic": config.topic,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "audit": config.audit.model_dump(mode="json"),
-        "evaluate": plan.exam.settings.model_dump(mode="json"),
+        "evaluate": without_places(plan.exam.settings.model_dump(mode="json")),
         "top_k": config.teacher.top_k,
         **found,
         "environment": environment(),

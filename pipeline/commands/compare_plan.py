@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,10 @@ def with_preset(request: Selection, config: Config, preset: str) -> Selection:
         "name": preset,
         "prompt.date": config.prompt.date,
     }
-    return replace(request, overrides=(*request.overrides, *(f"{key}={value}" for key, value in own.items())))
+    return replace(
+        request,
+        overrides=(*request.overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in own.items())),
+    )
 
 
 def compared_student(config: Config, preset: str) -> StudentSettings:

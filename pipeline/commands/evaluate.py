@@ -260,11 +260,13 @@ def _write_tofu_logs(folder: Path, exam: Exam, found: Found, results: Mapping[st
 
 
 def _keep_earlier(run: RunDir, results: dict[str, Any]) -> None:
-    """Move the results of an evaluation with other settings or students aside: `results-1.json` and so on."""
+    """Move the results of an evaluation with other settings, questions or models aside: `results-1.json` and so on."""
     if not run.results.is_file():
         return
     earlier = read_json(run.results)
-    if earlier["evaluate"] == results["evaluate"] and set(earlier["models"]) <= set(results["models"]):
+    before, now = earlier["provenance"], results["provenance"]
+    others = [n for part in ("data", "models") for n, found in before[part].items() if now[part].get(n) != found]
+    if earlier["evaluate"] == results["evaluate"] and not others:
         return
     set_aside("evaluation", run.results, run.items, run.report, run.pdf)
 

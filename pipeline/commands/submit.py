@@ -27,7 +27,7 @@ from duet.pipeline.run.children import THIS_PROGRAM
 from duet.pipeline.run.directory import claim_run_dir
 from duet.pipeline.run.preflight import check_students, preflight
 from duet.pipeline.run.progress import files_answered, newest_checkpoint, shards_left, stores_progress, student_progress
-from duet.pipeline.run.provenance import without_places
+from duet.pipeline.run.provenance import of_data, without_places
 from duet.pipeline.run.slurm import SlurmJob, Submission
 from duet.pipeline.run.terminal import say
 from duet.stages.questions.yaml_text import dump_yaml
@@ -123,14 +123,24 @@ def _check_before(config: Config, names: Sequence[str]) -> None:
 
 
 def _is_evaluated(config: Config) -> bool:
-    """Whether results.json has the numbers that these settings and students ask for."""
+    """Whether results.json has the numbers that these settings and students ask for, on today's questions and models."""
+    from duet.pipeline.run.exam import exam_of
+    from duet.stages.models.directory import resolve_model
+    from duet.stages.models.identity import weights_sha256
+
     path = config.run.results
     if not path.is_file():
         return False
     results = read_json(path)
     wanted = {f"student:{student.name}" for student in config.students}
-    return results["evaluate"] == without_places(config.evaluate.model_dump(mode="json")) and wanted <= set(
-        results["models"]
+    settings = without_places(config.evaluate.model_dump(mode="json"))
+    if results["evaluate"] != settings or not wanted <= set(results["models"]):
+        return False
+    found = results["provenance"]
+    return found["data"] == of_data(exam_of(config)) and all(
+        found["models"][f"model:{name}"]["weights_sha256"]
+        == weights_sha256(resolve_model(model, f"evaluate.models.{name}"))
+        for name, model in config.evaluate.models.items()
     )
 
 

@@ -42,13 +42,7 @@ def provenance(config: Config, subjects: Sequence[Subject], exam: Exam) -> dict[
     return {
         "config": settings,
         "config_sha256": sha256_json(settings),
-        "data": {
-            name: {
-                "rows": len(query_set.queries),
-                "sha256": sha256_json([[query.row_id, query.asked, query.answer] for query in query_set.queries]),
-            }
-            for name, query_set in exam.sets.items()
-        },
+        "data": of_data(exam),
         "models": {
             subject.name: {
                 "weights_sha256": weights[subject.model_dir],
@@ -58,6 +52,17 @@ def provenance(config: Config, subjects: Sequence[Subject], exam: Exam) -> dict[
             for subject in subjects
         },
         "seeds": _seeds(config),
+    }
+
+
+def of_data(exam: Exam) -> dict[str, dict[str, Any]]:
+    """Each set's number of rows and hash."""
+    return {
+        name: {
+            "rows": len(query_set.queries),
+            "sha256": sha256_json([[query.row_id, query.asked, query.answer] for query in query_set.queries]),
+        }
+        for name, query_set in exam.sets.items()
     }
 
 
