@@ -151,7 +151,8 @@ def _at_worst(job: BaselineJob, models: Models, batch: Batch) -> Iterator[None]:
     """Within, the weights are theta + rho g / |g|, g the gradient of the forget loss at theta; rho is the constant.
 
     Sharpness-aware minimisation (Foret et al., arXiv 2010.01412, equation 2) of the forget loss alone, as Fan et al. (arXiv
-    2502.05374) unlearn with it: a forgetting that holds in a neighbourhood is not undone by a small step.
+    2502.05374) unlearn with it: a forgetting that holds in a neighbourhood is not undone by a small step. Autocast keeps its
+    copies of weights that it has rounded, and would read those at theta again.
     """
     weights = list(trained(models.model).values())
     loss = job.method.forget(models, batch, job.constant)
@@ -162,12 +163,14 @@ def _at_worst(job: BaselineJob, models: Models, batch: Batch) -> Iterator[None]:
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is not None and norm > 0:
                 weight.add_(job.constant * gradient / norm)
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
         with torch.no_grad():
             for weight, before in zip(weights, kept, strict=True):
                 weight.copy_(before)
+        torch.clear_autocast_cache()
 
 
 def _stepped(
