@@ -123,8 +123,9 @@ def untrained_models(job: BaselineJob, tokenizer: Any) -> Models:
 def _with_reference(job: BaselineJob, model: Any, tokenizer: Any) -> Models:
     reference = None
     if job.method.reference:
-        dtype = forward_dtype_of(job.settings, job.device)
-        reference = load_model(job.model_dir, "auto", job.trust_remote_code).to(job.device, dtype).requires_grad_(False)
+        dtype = str(forward_dtype_of(job.settings, job.device)).removeprefix("torch.")
+        # Loaded in its dtype: `to` would also round the frequencies of rotary positions, which the model in training keeps.
+        reference = load_model(job.model_dir, dtype, job.trust_remote_code).to(job.device).requires_grad_(False)
     pad_id = pad_id_of(tokenizer, model.get_input_embeddings().weight.shape[0])
     return Models(model.to(job.device), reference, pad_id, job.device, job.seed)
 

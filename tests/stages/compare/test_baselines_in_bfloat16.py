@@ -45,3 +45,10 @@ def test_sam_reads_the_moved_weights_as_in_float32():
         assert loss is not None
         found[dtype] = loss.item()
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
+
+
+def test_the_frozen_model_keeps_the_angles_of_positions_that_the_one_in_training_has():
+    models = _models(job_of("npo", "bfloat16"), load_tokenizer(LAB_SMALL))
+    frozen = dict(models._reference.named_buffers())
+    assert all(torch.equal(buffer, frozen[name]) for name, buffer in models.model.named_buffers())
+    assert {weight.dtype for weight in models._reference.parameters()} == {torch.bfloat16}
