@@ -106,7 +106,7 @@ def jobs_of(config: Config, of: Submission, stages: Sequence[str]) -> list[Slurm
         alone = ("--jobs", "1") if resources.processes == 1 else ()
         command = (STAGE_TWO, *read, "--only", name, *alone)
         jobs.append(SlurmJob(f"{STAGE_TWO}-{name}", command, resources, after=(FINALISE,), ranks=True))
-    if STAGE_THREE in stages and (jobs or not _is_evaluated(config)):
+    if STAGE_THREE in stages and (jobs or not is_evaluated(config)):
         students = tuple(f"{STAGE_TWO}-{student.name}" for student in config.students)
         jobs.append(SlurmJob(STAGE_THREE, (STAGE_THREE, *read), asks("evaluate"), after=students))
     return jobs
@@ -122,7 +122,7 @@ def _check_before(config: Config, names: Sequence[str]) -> None:
             raise UserError(f"student {student.name!r} is not trained", f"submit --stage {STAGE_TWO}, too")
 
 
-def _is_evaluated(config: Config) -> bool:
+def is_evaluated(config: Config) -> bool:
     """Whether results.json has the numbers that these settings and students ask for, on today's questions and models."""
     from duet.pipeline.run.exam import exam_of
     from duet.stages.models.directory import resolve_model

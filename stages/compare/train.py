@@ -80,7 +80,7 @@ def train_baseline(job: BaselineJob, watch: Watch) -> dict[str, Any]:
     state = checkpoint.load_newest(checkpoint_dir, model, optimizer) or TrainingState()
     curve: list[list[float]] = []
     diverged_at = None
-    while state.step < total and diverged_at is None:
+    while state.step < total:
         started, step = time.perf_counter(), state.step
         batch = job.rows.batch(job.steps.numbers(step), job.seed, step, job.method.in_context)
         with autocast(settings, device):
@@ -93,6 +93,8 @@ def train_baseline(job: BaselineJob, watch: Watch) -> dict[str, Any]:
         if math.isfinite(value):
             curve.append([step + 1, value])
         watch.on_progress(job.name, step + 1, total, f"loss {value:.3g}")
+        if diverged_at is not None:
+            break  # without a checkpoint, behind which it would go on
         stop = watch.should_stop() and state.step < total
         if stop or state.step % settings.checkpoint_steps == 0:
             checkpoint.save(checkpoint_dir, model, optimizer, state, alone, settings.keep_last)

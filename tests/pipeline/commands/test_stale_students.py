@@ -1,12 +1,16 @@
-"""A student that is done, and a store that the run has made anew since."""
+"""A student or results that are done, and data or models that have changed since."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 from command_line import duet, refused, small_run
+from support import LAB_BASE, LAB_SMALL
 
 from duet.cache.errors import EXIT_DONE
+from duet.pipeline.commands.submit import is_evaluated
+from duet.pipeline.config.load import load_config
 
 
 def test_a_student_of_an_earlier_store_is_refused_before_others_are_trained_and_before_it_is_scored(
@@ -25,3 +29,23 @@ def test_a_student_of_an_earlier_store_is_refused_before_others_are_trained_and_
         assert said in refused(capsys, *command, "--config", config)[0]
     assert not list((tmp_path / "runs/lab").glob("[bc]"))
     assert duet("distill", "--config", config, "--only", "b").code == EXIT_DONE
+
+
+def test_results_of_other_models_of_one_name_are_kept_and_do_not_count_as_done(lab_config, tmp_path):
+    config = str(small_run(lab_config, tmp_path, students=[{"name": "a"}], evaluate__attacks=[]))
+    for name, model in (("x", LAB_BASE), ("y", LAB_SMALL)):
+        shutil.copytree(model, tmp_path / name / "model")
+
+    def asked(name: str) -> tuple[str, ...]:
+        return ("--config", config, "--set", f"evaluate.models={{m: {tmp_path / name / 'model'}}}")
+
+    for command in ("teacher-logits", "distill", "evaluate"):
+        assert duet(command, *asked("x")).code == EXIT_DONE
+    first = (tmp_path / "runs/lab/results.json").read_text(encoding="utf-8")
+    assert is_evaluated(load_config(config, (asked("x")[-1],)))
+    assert not is_evaluated(load_config(config, (asked("y")[-1],)))
+    assert duet("evaluate", *asked("y")).code == EXIT_DONE
+    assert (tmp_path / "runs/lab/results-1.json").read_text(encoding="utf-8") == first
+    path = tmp_path / "retain.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("born", "raised"), encoding="utf-8")
+    assert not is_evaluated(load_config(config, (asked("y")[-1],)))

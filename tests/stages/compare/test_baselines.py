@@ -129,8 +129,10 @@ def test_it_goes_on_bit_for_bit_where_it_was_stopped(training_rows, tmp_path):
 
 
 def test_a_method_that_blows_up_ends_with_the_weights_before_that_step(training_rows, tmp_path):
+    """It goes on from no checkpoint behind that step, so a request to stop changes nothing."""
     broken = replace(METHODS["ga"], forget=lambda models, batch, _: models(batch.forget).logprob_N.mean() / 0)
-    done = trained(replace(job_of(tmp_path, training_rows, "ga"), method=broken))
+    job = replace(job_of(tmp_path, training_rows, "ga"), method=broken)
+    done = train_baseline(job, Watch(should_stop=lambda: True))
     assert (done["diverged_at"], done["steps"], done["curve"]) == (1, 0, [])
     before, after = (load_file(folder / "model.safetensors") for folder in (LAB_SMALL, tmp_path / "model"))
     assert all(torch.equal(before[key], after[key]) for key in before)
