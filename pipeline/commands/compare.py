@@ -82,10 +82,16 @@ def _planned(
 
     All that can be refused is, before the missing teacher logits are made `with_stage_one`.
     """
+    from duet.stages.compare.methods import check_rmus_layers
+    from duet.stages.models.directory import resolve_model
+
     selections = {preset: with_preset(request, config, preset) for preset in config.compare.harden}
     presets = {preset: one.load() for preset, one in selections.items()}
     modes = {preset: (one, compared_student(one, preset)) for preset, one in presets.items()}
     (first, (of_first, student)), *_ = modes.items()
+    if "rmu" in config.compare.methods:
+        settings, model_dir = of_first.train_settings(student), resolve_model(config.teacher.model, "teacher.model")
+        check_rmus_layers(model_dir, settings.last_layers, config.teacher.trust_remote_code)
     requests = requests_of(config, of_first)
     exams = parts_of(requests)
     if with_stage_one:

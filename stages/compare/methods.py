@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
 
+from duet.cache.errors import UserError
 from duet.stages.compare import losses
 from duet.stages.compare.rows import Batch, QuestionAnswer
 from duet.stages.models.alignment import AlignedBatch, align
 from duet.stages.models.layers import decoder_layers
+from duet.stages.models.sizes import meta_model
 from duet.stages.settings.compare import CONSTANTS
 from duet.stages.student.head import logits_at
 
@@ -276,6 +279,17 @@ def loss_of(method: Method, models: Models, batch: Batch, constant: float) -> to
     terms = [(method.forget, batch.forget), (method.retain, batch.retain)]
     found = [term(models, batch, constant) for term, rows in terms if term is not None and rows]
     return torch.stack(found).sum() if found else None
+
+
+def check_rmus_layers(model_dir: Path, last_layers: int | None, trust_remote_code: bool) -> None:
+    """Refuse, before any weights are read, to train only layers that come after all of RMU's."""
+    model = meta_model(model_dir, trust_remote_code)
+    last, count = rmu_layer(model), len(decoder_layers(model))
+    if last_layers is not None and last < count - last_layers:
+        raise UserError(
+            f"train.last_layers: {last_layers} trains layers from {count - last_layers} on, and rmu none after layer {last}",
+            "leave rmu out of compare.methods, or train more layers",
+        )
 
 
 def train_only_rmus_layers(model: Any) -> None:

@@ -232,6 +232,14 @@ def test_what_a_user_can_mend_is_told_before_anything_is_trained(config, overrid
     assert not (config.parent / "runs" / "other").exists()
 
 
+def test_layers_that_rmu_would_not_train_are_told_before_anything_is_trained(config):
+    own = ("name=other", "compare.methods=[ga, rmu]", "compare.harden=[none]", "train.last_layers=1")
+    found = duet("compare", "--config", str(config), *(part for text in own for part in ("--set", text)))
+    assert found.code == EXIT_USER, found.err
+    assert "rmu none after layer 1" in found.err
+    assert not (config.parent / "runs" / "other").exists()
+
+
 @pytest.mark.skipif(bool(in_browser.MISSING), reason="no Chromium, see in_browser.py")
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1200, "dark")])
 def test_the_page_in_a_real_browser(browser, done, width, scheme):
