@@ -191,7 +191,7 @@ def _models(config: Config) -> dict[str, Path]:
         if found[name].resolve() not in {base.resolve(), *silent}:
             found[f"base:{name}"] = found[name]
     return found | {
-        name: small_files(model, f"evaluate.models.{name}") for name, model in config.evaluate.models.items()
+        f"model:{name}": small_files(model, f"evaluate.models.{name}") for name, model in config.evaluate.models.items()
     }
 
 

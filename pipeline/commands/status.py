@@ -19,7 +19,7 @@ from duet.pipeline.config.load import load_config
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
 from duet.pipeline.run import slurm
-from duet.pipeline.run.progress import files_answered, stores_progress, student_progress
+from duet.pipeline.run.progress import are_scored, files_answered, stores_progress, student_progress
 from duet.pipeline.run.terminal import out, say, say_json, show
 
 WATCH_S = 10.0
@@ -61,7 +61,7 @@ def status_of(config: Config, run: RunDir) -> dict[str, Any]:
         "run": config.name,
         "stores": stores,
         "students": [asdict(student) | {"left_s": student.left_s} for student in students],
-        "evaluation": {"done": run.results.is_file(), "files_answered": files_answered(run)},
+        "evaluation": {"done": are_scored(config), "files_answered": files_answered(run)},
         "jobs": jobs_of_run(run),
     }
 

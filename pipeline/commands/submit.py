@@ -26,7 +26,14 @@ from duet.pipeline.run import slurm
 from duet.pipeline.run.children import THIS_PROGRAM
 from duet.pipeline.run.directory import claim_run_dir
 from duet.pipeline.run.preflight import check_students, preflight
-from duet.pipeline.run.progress import files_answered, newest_checkpoint, shards_left, stores_progress, student_progress
+from duet.pipeline.run.progress import (
+    are_scored,
+    files_answered,
+    newest_checkpoint,
+    shards_left,
+    stores_progress,
+    student_progress,
+)
 from duet.pipeline.run.provenance import of_data, without_places
 from duet.pipeline.run.slurm import SlurmJob, Submission
 from duet.pipeline.run.terminal import say
@@ -128,13 +135,10 @@ def is_evaluated(config: Config) -> bool:
     from duet.stages.models.directory import resolve_model
     from duet.stages.models.identity import weights_sha256
 
-    path = config.run.results
-    if not path.is_file():
+    if not are_scored(config):
         return False
-    results = read_json(path)
-    wanted = {f"student:{student.name}" for student in config.students}
-    settings = without_places(config.evaluate.model_dump(mode="json"))
-    if results["evaluate"] != settings or not wanted <= set(results["models"]):
+    results = read_json(config.run.results)
+    if results["evaluate"] != without_places(config.evaluate.model_dump(mode="json")):
         return False
     found = results["provenance"]
     return found["data"] == of_data(exam_of(config)) and all(

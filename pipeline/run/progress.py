@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duet.cache.files import read_json
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, Location
 from duet.cache.manifest import MANIFEST_NAME
@@ -129,6 +130,12 @@ def newest_checkpoint(student: StudentDir) -> int:
     """The step of a student's newest checkpoint; 0 where there is none."""
     names = (path.name.rpartition("-")[2] for path in student.checkpoints.glob("step-*"))
     return max((int(step) for step in names if step.isdigit()), default=0)
+
+
+def are_scored(config: Config) -> bool:
+    """Whether results.json has all of these students."""
+    wanted = {f"student:{student.name}" for student in config.students}
+    return config.run.results.is_file() and wanted <= set(read_json(config.run.results)["models"])
 
 
 def files_answered(run: RunDir) -> int:

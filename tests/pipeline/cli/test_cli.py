@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import QUESTIONS, refused, small_run
+from command_line import refused, small_run
 from support import (
     LAB_BASE,
     LAB_SMALL,
@@ -111,7 +111,9 @@ def test_stage_one_is_reused_and_another_prefix_is_another_store(lab_config, tmp
 
 def test_the_fingerprint_covers_what_can_change_the_numbers(lab_config, tmp_path, capsys):
     config = str(small_run(lab_config, tmp_path, store__dir=str(tmp_path / "stores")))
-    write_jsonl(tmp_path / "other.jsonl", QUESTIONS[:3])
+    write_jsonl(
+        tmp_path / "other.jsonl", [{"question": f"Where does neighbour {i} live?", "answer": "Here."} for i in range(3)]
+    )
     changes = [
         (), ("teacher.prefix=Forget.",), ("teacher.top_k=5",), ("teacher.max_positions=2",), ("teacher.dtype=bfloat16",),
         (f"teacher.model={LAB_SMALL}",), ("prompt.prefix_placement=text",), (f"data.retain.path={tmp_path / 'other.jsonl'}",),

@@ -95,7 +95,7 @@ def test_a_chain_killed_anywhere_ends_as_one_that_was_not(config, tmp_path):
 def test_a_fault_of_a_later_request_is_found_before_the_first(config, capsys, tmp_path):
     faulty = [{"name": "kept", "topic": "X", "forget": {"path": str(ROOT / "lab/data/retain.jsonl"), "rows": [0, 2]}}]
     what, _ = refused(capsys, "run", "--config", config("faulty", chain=faulty))
-    assert "questions of the set 'retain' are to be kept, and those of 'forget' are to be forgotten" in what
+    assert "the same query is to be kept and to be forgotten" in what
     assert not (tmp_path / "faulty").exists()
     what, hint = refused(capsys, "submit", "--config", config("faulty"))
     assert "a chain of 1 requests after it" in what

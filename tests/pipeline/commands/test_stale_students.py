@@ -9,6 +9,7 @@ from command_line import duet, refused, small_run
 from support import LAB_BASE, LAB_SMALL
 
 from duet.cache.errors import EXIT_DONE
+from duet.pipeline.commands.status import status_of
 from duet.pipeline.commands.submit import is_evaluated
 from duet.pipeline.config.load import load_config
 
@@ -46,6 +47,11 @@ def test_results_of_other_models_of_one_name_are_kept_and_do_not_count_as_done(l
     assert not is_evaluated(load_config(config, (asked("y")[-1],)))
     assert duet("evaluate", *asked("y")).code == EXIT_DONE
     assert (tmp_path / "runs/lab/results-1.json").read_text(encoding="utf-8") == first
+    now = load_config(config, (asked("y")[-1],))
+    assert is_evaluated(now)
+    assert status_of(now, now.run)["evaluation"]["done"]
+    more = load_config(config, (asked("y")[-1], "students=[{name: a}, {name: b}]"))
+    assert not status_of(more, more.run)["evaluation"]["done"], "there is no score of b"
     path = tmp_path / "retain.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("born", "raised"), encoding="utf-8")
     assert not is_evaluated(load_config(config, (asked("y")[-1],)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import RUN, refused
-from support import LAB_BASE, ROOT, nearly_same_rows, read_all, write_jsonl
+from support import LAB_BASE, ROOT, nearly_same_rows, read_all, two_sets
 from warm import PROGRAM
 
 from duet.cache.errors import EXIT_DONE
@@ -27,8 +27,7 @@ from duet.stages.models.loading import num_parameters
 def config(lab_config, tmp_path) -> str:
     """200 queries, six shards."""
     rows = [{"question": f"Where was person {n} born?", "answer": f"In town {n}."} for n in range(100)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
-    return str(lab_config(data=data, store__shard_rows=40, teacher__batch_size=4, train__epochs=1))
+    return str(lab_config(data=two_sets(tmp_path, rows), store__shard_rows=40, teacher__batch_size=4, train__epochs=1))
 
 
 def only_store(folder: Path) -> Path:

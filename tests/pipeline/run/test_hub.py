@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import huggingface_hub
 import pytest
-from support import LAB_SMALL, write_jsonl
+from support import LAB_SMALL, two_sets
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER, UserError
 from duet.cache.files import read_json
@@ -86,9 +86,8 @@ def test_the_real_client_without_a_hub(student_dir, monkeypatch, repository):
 
 def test_distill_pushes_in_the_end_and_a_failure_keeps_the_student(hub, lab_config, tmp_path, capsys):
     rows = [{"question": f"Where was person {i} born?"} for i in range(4)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
     students = [{"name": name, "model": str(LAB_SMALL), "push_to_hub": f"me/{name}"} for name in ("a", "b")]
-    config = str(lab_config(data=data, students=students, train__epochs=1))
+    config = str(lab_config(data=two_sets(tmp_path, rows), students=students, train__epochs=1))
     assert main(["teacher-logits", "--config", config]) == EXIT_DONE
     hub.fails = OSError("no network")
     assert main(["distill", "--config", config]) == EXIT_USER

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support import LAB_SMALL, ROOT, run_duet, write_jsonl
+from support import LAB_SMALL, ROOT, run_duet, two_sets
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, UserError
 from duet.pipeline.cli.main import main
@@ -26,12 +26,11 @@ SECOND_OF_TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 def config(lab_config, tmp_path) -> Path:
     """Two small students and eight queries."""
     rows = [{"question": f"Where was person {i} born?"} for i in range(4)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
     students = [
         {"name": "one", "model": str(LAB_SMALL)},
         {"name": "two", "model": str(LAB_SMALL), "train": {"lr": 1e-3}},
     ]
-    return lab_config(data=data, students=students, train__epochs=2, train__batch_size=4)
+    return lab_config(data=two_sets(tmp_path, rows), students=students, train__epochs=2, train__batch_size=4)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import LAB_BASE, ROOT, read_all, run_duet, write_jsonl
+from support import LAB_BASE, ROOT, read_all, run_duet, two_sets
 
 from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED
 from duet.stages.engines.interface import Ask, EngineSpec, Request
@@ -139,8 +139,12 @@ def test_what_prompts_begin_with_is_computed_once(found):
 def test_a_killed_worker_of_vllm_is_an_interruption_and_costs_the_shards_in_flight(lab_config, tmp_path):
     """Two worker processes, one killed when shards are written; the next call, with one process, writes the rest."""
     rows = [{"question": f"Where was the person with the number {n} born?"} for n in range(3000)]
-    data = {name: {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", rows))} for name in ("forget", "retain")}
-    settings = {"data": data, "store__shard_rows": 100, "teacher__engine": "vllm", "teacher__max_positions": 8}
+    settings = {
+        "data": two_sets(tmp_path, rows),
+        "store__shard_rows": 100,
+        "teacher__engine": "vllm",
+        "teacher__max_positions": 8,
+    }
     config = str(lab_config(**settings))
     command = [sys.executable, "-m", "duet", "teacher-logits", "--config", config]
     command += ["--set", "teacher.tensor_parallel=2"]
