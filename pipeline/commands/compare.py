@@ -43,14 +43,11 @@ def compare(request: Selection, num_jobs: int | None = None, part: str | None = 
     A part is one method, the oracle, or base and teacher together. With `part`, in a child process, that one only: the parent
     finds its results on disk.
     """
-    from duet.stages.compare.repselect import check_matrices
     from duet.stages.models.directory import resolve_model
 
     config, stop, started = request.load(), StopSignal(), time.perf_counter()
     if isinstance(config.compare.oracle, str):
         resolve_model(config.compare.oracle, "compare.oracle")  # a wrong name should not be found after hours
-    if "repselect" in config.compare.methods:
-        check_matrices(resolve_model(config.teacher.model, "teacher.model"), config.teacher.trust_remote_code)
     if part is None and (left_out := [name for name in NOT_COMPARED if getattr(config.evaluate, name)]):
         names = ", ".join(f"evaluate.{name}" for name in left_out)
         say(
@@ -82,16 +79,12 @@ def _planned(
 
     All that can be refused is, before the missing teacher logits are made `with_stage_one`.
     """
-    from duet.stages.compare.methods import check_rmus_layers
-    from duet.stages.models.directory import resolve_model
-
     selections = {preset: with_preset(request, config, preset) for preset in config.compare.harden}
     presets = {preset: one.load() for preset, one in selections.items()}
     modes = {preset: (one, compared_student(one, preset)) for preset, one in presets.items()}
     (first, (of_first, student)), *_ = modes.items()
-    if "rmu" in config.compare.methods:
-        settings, model_dir = of_first.train_settings(student), resolve_model(config.teacher.model, "teacher.model")
-        check_rmus_layers(model_dir, settings.last_layers, config.teacher.trust_remote_code)
+    if with_stage_one:
+        _check_methods(config, of_first.train_settings(student).last_layers)
     requests = requests_of(config, of_first)
     exams = parts_of(requests)
     if with_stage_one:
@@ -106,6 +99,22 @@ def _planned(
         if warning := unasked_line(replace(mode.job, name=row), mode.stores):
             say(warning)
     return presets, plans
+
+
+def _check_methods(config: Config, last_layers: int | None) -> None:
+    """Refuse methods that have nothing to train in the model."""
+    from duet.stages.compare.methods import check_rmus_layers
+    from duet.stages.compare.repselect import check_matrices
+    from duet.stages.models.directory import resolve_model
+
+    model_dir, trust_remote_code = (
+        resolve_model(config.teacher.model, "teacher.model"),
+        config.teacher.trust_remote_code,
+    )
+    if "repselect" in config.compare.methods:
+        check_matrices(model_dir, trust_remote_code)
+    if "rmu" in config.compare.methods:
+        check_rmus_layers(model_dir, last_layers, trust_remote_code)
 
 
 def _publish(run: RunDir, results: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
+from duet.stages.models.sizes import meta_model
 
 # variant -> bits, or NF4; and weights per scale (None: a whole row)
 VARIANTS: dict[str, dict[str, tuple[int | str, int | None]]] = {
@@ -55,14 +56,8 @@ MOST = 0.9  # share of a model's matrices that must be rounded, by their weights
 
 def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, Any]:
     """Per attacked set and variant, the answers to its questions, and under `rounded.<kind>` whether weights were rounded."""
-    reached: list[bool] = []
-
-    def attack(name: str) -> dict[str, list[str]]:
-        found, is_reached = quantized_answers(session, subject, kind, name, watch)
-        reached.append(is_reached)
-        return found
-
-    return on_sets(session, subject, kind, watch, attack) | {f"rounded.{kind}": all(reached)}
+    found = on_sets(session, subject, kind, watch, lambda name: quantized_answers(session, subject, kind, name, watch))
+    return found | {f"rounded.{kind}": is_reached(meta_model(session.model_dir, session.exam.trust_remote_code))}
 
 
 def untouched(answers: Answers) -> list[str]:
@@ -188,20 +183,19 @@ def _calibration(session: ModelSession, subject: Subject, kind: str) -> list[lis
 
 def quantized_answers(
     session: ModelSession, subject: Subject, kind: str, name: str, watch: Watch
-) -> tuple[dict[str, list[str]], bool]:
-    """Per variant, the greedy answers of the quantised model to a set's questions; and whether rounding reached it."""
+) -> dict[str, list[str]]:
+    """Per variant, the greedy answers of the quantised model to a set's questions."""
     from duet.stages.engines.transformers_engine import TransformersEngine
 
-    found, reached = {}, False
+    found = {}
     for number, (variant, (bits, group)) in enumerate(VARIANTS[kind].items()):
         spec = session.spec()
         model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
         texts = _calibration(session, subject, kind) if kind in CALIBRATED else []
-        reached = is_reached(model)
         quantize(model, bits, group, inputs_of_layers(model, texts, CALIBRATED[kind][1]) if texts else None)
         engine = TransformersEngine(spec, model)
         outputs = engine.generate(session.prompts(subject, name), session.exam.settings.max_new_tokens)
         engine.close()
         found[variant] = [session.text(ids) for ids in outputs]
         watch.on_progress(f"{subject.name}, {kind}", number + 1, len(VARIANTS[kind]))
-    return found, reached
+    return found

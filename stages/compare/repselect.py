@@ -22,7 +22,7 @@ from duet.cache.errors import Interrupted, UserError
 from duet.cache.watch import Watch
 from duet.stages.compare.methods import Models, QuestionAnswer
 from duet.stages.compare.train import BaselineJob, untrained_models
-from duet.stages.models.directory import load_config
+from duet.stages.models.sizes import meta_model
 from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.student.card import compared_card
 from duet.stages.student.export import export
@@ -49,11 +49,7 @@ def selected(gradient: torch.Tensor, count: int) -> torch.Tensor:
 
 def check_matrices(model_dir: Any, trust_remote_code: bool) -> None:
     """Refuse, before any weights are read, a model whose MLPs have other matrices than RepSelect's."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(model_dir, trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = meta_model(model_dir, trust_remote_code)
     if not list(_matrices(model)):
         raise UserError(
             f"repselect changes the matrices {', '.join(MATRICES)} of MLPs, and {type(model).__name__} has none",

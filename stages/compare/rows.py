@@ -16,6 +16,7 @@ from duet.cache.order import Cursor, Order
 from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.queries import Query
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student.loop import steps_of
 
 MAX_EXAMPLES = 2  # answered questions in front of one in context, 0 to this (arXiv 2607.09236)
 BEGUN_SHARE = 0.5  # share of refusals in context that follow a begun answer (same paper)
@@ -154,15 +155,15 @@ class Steps:
 
 def store_order(order: Order, settings: TrainSettings) -> Steps:
     """The steps of a student that is trained on a store in this order: the same rows in each."""
-    per_epoch = math.ceil(order.num_slots / settings.batch_size)
+    total = steps_of(order, settings)
 
     def numbers(step: int) -> np.ndarray:
-        epoch, at = divmod(step, per_epoch)
+        epoch, at = divmod(step, total // settings.epochs)
         places = order.draw(Cursor(epoch, at * settings.batch_size), settings.batch_size)
         rows = [np.concatenate([np.arange(*block) for block in order.ranges(window)])[at] for window, at in places]
         return np.concatenate(rows)
 
-    return Steps(settings.epochs * per_epoch, numbers)
+    return Steps(total, numbers)
 
 
 def shuffled_order(num_rows: int, settings: TrainSettings) -> Steps:

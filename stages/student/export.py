@@ -48,9 +48,8 @@ def export(
             # Not "auto", which would look for the base model on the hub; modules_to_save are saved all the same.
             model.save_pretrained(folder, save_embedding_layers=False)
     if lora:
-        model = (
-            model.merge_and_unload()
-        )  # in float32, rounded below: added to rounded weights, small changes would be lost
+        # In float32, and rounded below: added to rounded weights, small changes would be lost.
+        model = model.merge_and_unload()
     unset_unread(model.generation_config)
     _cast(model, dtype)
     card = card_of(model)

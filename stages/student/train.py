@@ -100,9 +100,7 @@ def train_student(
     probe = Probe.of(teachers, order, job.settings, pad_id)
     student = Student.of(job, loss, pad_id, processes, wide)
     dtype = export_dtype_of(job.settings, start.config)
-    check_room(
-        job.student_dir, student, dtype, math.ceil(steps_of(order, job.settings) / job.settings.checkpoint_steps)
-    )
+    check_room(job.student_dir, student, dtype, steps_of(order, job.settings))
     state, lines = run_loop(job, teachers, order, student, probe, watch)
     if job.settings.probe and job.settings.probe.patience:
         checkpoint.load_parameters(job.student_dir / CHECKPOINTS_NAME / checkpoint.BEST_NAME, student.model)
@@ -166,7 +164,7 @@ def _checked_start(job: StudentJob, teachers: Teachers, tokenizer: Any, loss: st
     return start
 
 
-def check_room(student_dir: Path, student: Student, dtype: torch.dtype, num_checkpoints: int) -> None:
+def check_room(student_dir: Path, student: Student, dtype: torch.dtype, num_steps: int) -> None:
     """Refuse to begin where the disk has no room for what training keeps: checkpoints, the best weights, and the model.
 
     A new checkpoint is written before the oldest is removed, and the model beside those that are kept.
@@ -174,6 +172,7 @@ def check_room(student_dir: Path, student: Student, dtype: torch.dtype, num_chec
     settings = student.settings
     states = 8 if settings.optimizer == "adamw" else 2  # bytes of a weight's two
     checkpoint_bytes, model_bytes = (4 + states) * student.num_trained, dtype.itemsize * student.num_parameters
+    num_checkpoints = math.ceil(num_steps / settings.checkpoint_steps)
     more = num_checkpoints > settings.keep_last
     needed = min(num_checkpoints, settings.keep_last) * checkpoint_bytes + max(more * checkpoint_bytes, model_bytes)
     if settings.probe and settings.probe.patience:

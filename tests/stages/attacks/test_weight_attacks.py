@@ -88,14 +88,16 @@ def test_rounding_reaches_every_architecture_with_linear_layers(name):
     assert not is_reached(model)
 
 
-def test_a_model_whose_matrices_are_not_linear_layers_is_not_shown_to_withstand_rounding(monkeypatch):
+def test_a_model_whose_matrices_are_not_linear_layers_is_not_shown_to_withstand_rounding(monkeypatch, tmp_path):
     """GPT-2's are of a class of their own, and a mixture's experts are stored together: rounding leaves them as they are."""
-    assert not is_reached(tiny_model(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB)))
+    gpt2 = tiny_model(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB))
+    gpt2.save_pretrained(tmp_path)
+    assert not is_reached(gpt2)
     assert not is_reached(tiny_model(MixtralConfig(**SIZES, num_local_experts=4, vocab_size=VOCAB)))
-    monkeypatch.setattr(attack, "quantized_answers", lambda *_: ({"blocks_64": ["no"]}, False))
+    monkeypatch.setattr(attack, "quantized_answers", lambda *_: {"blocks_64": ["no"]})
     exam = Exam({"forget": QuerySet([], "forgotten")}, "t", PromptSettings(), EvaluateSettings(), "cpu")
     base = Subject("base", Path("b"), "", "base")
-    found = attack.run(SimpleNamespace(exam=exam), base, "quantize_nf4", Watch())  # type: ignore[arg-type]
+    found = attack.run(SimpleNamespace(exam=exam, model_dir=tmp_path), base, "quantize_nf4", Watch())  # type: ignore[arg-type]
     assert untouched(found) == ["quantize_nf4"]
 
 
