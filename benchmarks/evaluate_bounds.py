@@ -42,7 +42,7 @@ from duet.stages.questions.prompts import Renderer
 
 BOUNDS = {
     **{f"evaluate.{name}": ("<=", 0.1) for name in ("stream_saves", "loads_save", "renders_save")},
-    "evaluate.refill_saves": ("<=", 0.35),  # more than a tenth: how much of it a refill would bring is not known
+    "evaluate.refill_saves": ("<=", 0.35),  # to refill costs more: docs/performance.md
 }
 CASES = {
     "lab": ("configs/lab.yaml", ("teacher.model=lab/models/base",)),
