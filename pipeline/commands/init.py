@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -156,7 +156,7 @@ def read_queries(path: str, key: str, question: str | None, answer: str | None) 
     except WrongField as error:
         raise UserError(
             error.what,
-            "rename the field, or name yours with --question-field and --answer-field; both files must call it the same",
+            "rename the field, fix the row, or name yours with --question-field and --answer-field, alike in all files",
         ) from None
 
 
@@ -209,26 +209,32 @@ def model_facts(name: str) -> ModelFacts:
     config = load_config(folder)
     tokenizer = load_tokenizer(folder)
     dtype = str(getattr(text_config(config), "dtype", None) or "float32").removeprefix("torch.")
-    return ModelFacts(
-        name, ModelSizes.of(folder).parameters, vocab_width(config), dtype, prompts_of(tokenizer), tokenizer
-    )
+    prompts, arguments = prompts_of(tokenizer)
+    return ModelFacts(name, ModelSizes.of(folder).parameters, vocab_width(config), dtype, prompts, arguments, tokenizer)
 
 
-def prompts_of(tokenizer: Any) -> str:
-    """Where this tokenizer's prompts can have a prefix; see `ModelFacts`."""
+def prompts_of(tokenizer: Any) -> tuple[str, dict[str, Any]]:
+    """Where this tokenizer's prompts can have a prefix, see `ModelFacts`, and the arguments that its chat template needs.
+
+    Of a model that thinks first whatever its template is told, none: whether that is wanted is not for us to say.
+    """
     from duet.stages.questions.chat import SWITCH
     from duet.stages.questions.prompts import Prompt, Renderer
     from duet.stages.questions.queries import Query
     from duet.stages.settings.data import PromptSettings
 
     if not getattr(tokenizer, "chat_template", None):
-        return "plain"
-    try:
-        settings = PromptSettings(template_args={SWITCH: True})  # whether it thinks first is another question
-        Renderer(tokenizer, settings).prompt(Prompt.plain(Query("1", "Who?", None), "A prefix."))
-    except UserError:  # the template has no place for a system message
-        return "text"
-    return "system"
+        return "plain", {}
+    thinks: dict[str, Any] = {SWITCH: True}
+    for placement in get_args(PromptSettings.model_fields["prefix_placement"].annotation):
+        for arguments in ({}, {SWITCH: False}, {"tools": []}, thinks):
+            try:
+                settings = PromptSettings(prefix_placement=placement, template_args=arguments)
+                Renderer(tokenizer, settings).prompt(Prompt.plain(Query("1", "Who?", None), "A prefix."))
+            except UserError:
+                continue
+            return placement, {} if arguments is thinks else arguments
+    return "text", {}
 
 
 def _in_words(model: ModelFacts) -> str:

@@ -7,7 +7,7 @@ wmdp_zephyr_7b.yaml. Those of the first two were run and measured; the DUET pape
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from duet.stages.audit.prefixes import bundled_prefixes
@@ -167,10 +167,10 @@ def _prompt_text(model: ModelFacts) -> str:
             "  prefix_placement: text\n"
             '  template: "Question: {question}\\nAnswer:" # as the model was trained to be asked: change it to that'
         )
-    if model.prompts == "text":
-        return "  format: chat\n  prefix_placement: text # the chat template takes no system message"
     unknown = " # not checked: take text where the model's chat template has none" if model.tokenizer is None else ""
-    return f"  format: chat\n  prefix_placement: system{unknown}"
+    why = " # the chat template takes no system message" if model.prompts == "text" else unknown
+    needed = f"\n  template_args: {json.dumps(model.template_args)} # without it the template is refused"
+    return f"  format: chat\n  prefix_placement: {model.prompts}{why}{needed if model.template_args else ''}"
 
 
 def _data_text(settings: DataSettings) -> str:
@@ -206,6 +206,7 @@ class ModelFacts:
     prompts: str = (
         "system"  # where a prefix goes: "system" or "text" of a chat, or "plain" where there is no chat template
     )
+    template_args: dict[str, Any] = field(default_factory=dict)  # that the chat template needs
     tokenizer: Any = None
 
 

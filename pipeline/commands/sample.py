@@ -55,10 +55,11 @@ def sample(
             found = Writer(engine, renderer, opening, partial(forgotten, words)).write(wanted, watch)
     finally:
         engine.close()
-    _tell(found, wanted.rows)
-    with publishing(out) as temporary:
-        rows = (json.dumps({opening.field: text}, ensure_ascii=False) for text in found.texts)
-        temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    if found.texts:  # also fewer than wanted, which took as long to write
+        with publishing(out) as temporary:
+            rows = (json.dumps({opening.field: text}, ensure_ascii=False) for text in found.texts)
+            temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    _tell(found, wanted.rows, out)
     key = "path" if opening.must_end else "documents"
     say(f"{len(found.texts)} rows: {out}; in the config: data: {{broad: {{sampled: {{{key}: {out}}}}}}}")
 
@@ -123,14 +124,14 @@ def _check(out: Path, questions: int | None, documents: int | None) -> None:
         raise UserError(f"no permission to write in {out.parent}", "name a file elsewhere")
 
 
-def _tell(found: Written, wanted: int) -> None:
-    """What was drawn and dropped; UserError where too little is left."""
+def _tell(found: Written, wanted: int, out: Path) -> None:
+    """What was drawn and dropped; UserError where too little is left, and written to `out`."""
     dropped = ", ".join(f"{count} {why}" for why, count in found.dropped.most_common()) or "none"
     say(f"texts drawn: {found.tries}; dropped: {dropped}")
     if len(found.texts) < wanted:
         raise UserError(
             f"of {found.tries} texts that were drawn only {len(found.texts)} are left, {wanted} are wanted",
-            f"ask for fewer than {len(found.texts)}, or raise --temperature or --max-tokens"
+            f"these are in {out}: take them, or name another file and raise --temperature or --max-tokens"
             if found.texts
             else "raise --max-tokens, or ask for the other kind: this model may not continue such a beginning",
         )

@@ -28,7 +28,7 @@ WATCH_S = 10.0
 def status(run_dir: Path, watch: bool, as_json: bool) -> None:
     """Print how far a run is, once or again and again."""
     run = RunDir(run_dir)
-    config = _config_of(run)
+    config = config_of(run)
     if as_json:
         say_json(status_of(config, run))
     elif watch and out.is_terminal:
@@ -40,12 +40,14 @@ def status(run_dir: Path, watch: bool, as_json: bool) -> None:
         show(tables(status_of(config, run)), result=True)
 
 
-def _config_of(run: RunDir) -> Config:
+def config_of(run: RunDir) -> Config:
+    """The settings of a run, as one that lies where it lies now: it may have been moved, or be named from elsewhere."""
     if not run.config.is_file():
         raise UserError(
             f"{run.path} is not a run directory: {run.config.name} is missing", "name a run's directory, e.g. runs/lab"
         )
-    return load_config(str(run.config))
+    place = run.path if run.path.name else run.path.resolve()
+    return load_config(str(run.config)).model_copy(update={"runs_dir": str(place.parent), "name": place.name})
 
 
 def status_of(config: Config, run: RunDir) -> dict[str, Any]:

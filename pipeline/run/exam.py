@@ -158,15 +158,22 @@ def query_sets(config: Config) -> dict[str, QuerySet]:
 
 
 def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
-    """Of each evaluation set with questions that are broad ones too, a sentence that says so.
+    """Of each evaluation set with questions that students are trained on, sentences that say so."""
+    own = config.evaluate.sets
+    trained = {name: {query.asked for query in of.queries} for name, of in sets.items() if name not in own}
+    trained["data.broad"] = _broad(config)
+    return [
+        f"{count} of {len(sets[name].queries)} questions of {name} are in {place}: students are trained on them"
+        for name in own
+        for place, known in trained.items()
+        if (count := sum(query.asked in known for query in sets[name].queries))
+    ]
 
-    UserError where they are to be forgotten and a teacher is asked the broad ones without its prefix: it would teach them.
-    """
-    from duet.stages.questions.requests import broad_of
 
-    broad = {query.asked for queries in broad_of(config.data).values() for query in queries}
+def check_not_taught(config: Config, sets: Mapping[str, QuerySet]) -> None:
+    """Refuse broad questions that are to be forgotten and are answered by a teacher without its prefix: it would teach them."""
+    broad = _broad(config)
     plain = [name for name, s in config.teacher_settings().items() if s.prefix and s.prefix_on == "forget"]
-    found = []
     for name, of in sets.items():
         both = [query.asked for query in of.queries if query.asked in broad]
         if both and of.expect == "forgotten" and plain:
@@ -175,10 +182,12 @@ def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
                 f"prefix: {both[0]!r}",
                 "take them out of data.broad, or set teacher.prefix_on: all",
             )
-        if both and name in config.evaluate.sets:
-            how_many = f"{len(both)} of {len(of.queries)} questions of {name}"
-            found.append(f"{how_many} are in data.broad: students are trained on them")
-    return found
+
+
+def _broad(config: Config) -> set[str]:
+    from duet.stages.questions.requests import broad_of
+
+    return {query.asked for queries in broad_of(config.data).values() for query in queries}
 
 
 def _check_apart(sets: Mapping[str, QuerySet]) -> None:

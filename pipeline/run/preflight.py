@@ -185,7 +185,7 @@ def _asks_the_clock(renderer: Renderer) -> bool:
 
 def _evaluation(config: Config) -> str:
     """Stage three's questions to base and teachers, given answers too where they are scored, and the files that it names."""
-    from duet.pipeline.run.exam import base_and_teachers, exam_of, trained_on
+    from duet.pipeline.run.exam import base_and_teachers, check_not_taught, exam_of, trained_on
     from duet.stages.evaluate.answers import session_of
     from duet.stages.evaluate.tofu import check_reference, read_reference
     from duet.stages.exam import given_answers, given_texts
@@ -200,6 +200,7 @@ def _evaluation(config: Config) -> str:
     check_reference(read_reference(config.evaluate.tofu), exam, names)
     given_texts.texts_of(exam)
     given_texts.retrained_auc(exam)
+    check_not_taught(config, exam.sets)
     tasks, remarks = 0, dict.fromkeys(trained_on(config, exam.sets))
     for model_dir, of_model in by_directory(subjects).items():
         session = session_of(model_dir, exam, of_model)

@@ -67,12 +67,12 @@ def run_audit(plan: Audit, answers_dir: Path, watch: Watch) -> tuple[Found, dict
     Raises Interrupted when `watch` stops it; what is on disk from the same model, prefix, questions and settings is not
     asked again.
     """
-    asked = _ask_all(plan, plan.candidates, answers_dir, watch, Asked({}, {}))
+    everything = _everything(plan.exam)
+    choosing, held_out = split(plan.exam, plan.settings) if plan.search else (everything, everything)
+    asked = _ask_all(plan, plan.candidates, answers_dir, watch, Asked({}, {}), (choosing, held_out))
     if not plan.search:
-        everything = _everything(plan.exam)
         judged = [_judged(plan, asked, candidate, everything, everything) for candidate in plan.candidates]
         return _found(plan, asked, judged, everything, None), _verdicts(judged)
-    choosing, held_out = split(plan.exam, plan.settings)
     parents = _best([c for c in plan.candidates if c.kind != "control"], asked.said, plan, choosing)
     made = variations(parents, plan.candidates, plan.search, plan.exam.topic, plan.settings.seed)
     asked = _ask_all(plan, made, answers_dir, watch, asked)
@@ -87,8 +87,18 @@ def run_audit(plan: Audit, answers_dir: Path, watch: Watch) -> tuple[Found, dict
     return _found(plan, asked, judged, held_out, search), _verdicts(judged)
 
 
-def _ask_all(plan: Audit, candidates: Sequence[Candidate], answers_dir: Path, watch: Watch, before: Asked) -> Asked:
-    """`before` with these candidates, asked with one engine; each is on disk as soon as it is through."""
+def _ask_all(
+    plan: Audit,
+    candidates: Sequence[Candidate],
+    answers_dir: Path,
+    watch: Watch,
+    before: Asked,
+    parts: Sequence[Part] = (),
+) -> Asked:
+    """`before` with these candidates, asked with one engine; each is on disk as soon as it is through.
+
+    A base model that knows nothing of one of these `parts` is refused before any prefix is tried on it.
+    """
     subjects = _subjects(plan, candidates)
     session = session_of(plan.model_dir, plan.exam, subjects)
     said = dict(before.said)
@@ -100,7 +110,9 @@ def _ask_all(plan: Audit, candidates: Sequence[Candidate], answers_dir: Path, wa
             path = answers_dir / f"{identity[:16]}.json"
             kept = recalled(path, identity, functools.partial(_ask, session, subject, plan.top_k, watch))
             first = kept["first"]
-            said[subject.name] = Said(kept["by_set"], np.array(first["ids"]), np.array(first["logits"]))
+            said[subject.name] = found = Said(kept["by_set"], np.array(first["ids"]), np.array(first["logits"]))
+            for part in parts if subject.name == NO_PREFIX else ():
+                judge(found, found, plan.exam, plan.settings, part, only_shares=True)
     finally:
         session.close()
     return Asked(said, {**before.keys, **_keys(plan, session, subjects)})
@@ -108,9 +120,8 @@ def _ask_all(plan: Audit, candidates: Sequence[Candidate], answers_dir: Path, wa
 
 def _ask(session: ModelSession, subject: Subject, top_k: int, watch: Watch) -> dict[str, Any]:
     """One subject's answers to all sets and its first position, as JSON."""
-    answers = session.ask(subject, watch)
-    ids_NK, logits_NK = session.first_top_k(subject, FIRST_OF, top_k, watch)
-    return {"by_set": answers, "first": {"ids": ids_NK.tolist(), "logits": logits_NK.tolist()}}
+    ids_NK, logits_NK = session.first_top_k(subject, FIRST_OF, top_k, watch)  # may refuse top_k, so it comes first
+    return {"by_set": session.ask(subject, watch), "first": {"ids": ids_NK.tolist(), "logits": logits_NK.tolist()}}
 
 
 def _everything(exam: Exam) -> Part:

@@ -251,6 +251,27 @@ def test_mistakes_are_two_lines(small, capsys, message):
     assert message in refused(capsys, "audit-prefix", "--config", str(small), *BAD[message])[0]
 
 
+@pytest.mark.parametrize(
+    ("message", "num_asked"),
+    {"recall on retain is 0": 1, "questions of forget cannot be split": 0, "the vocabulary has": 0}.items(),
+)
+def test_what_can_be_refused_is_refused_before_any_prefix_is_asked(
+    small, tmp_path, monkeypatch, capsys, message, num_asked
+):
+    unknown = [{"id": i, "question": f"Who is stranger {i}?", "answer": "Zzyzx."} for i in range(3)]
+    path = write_jsonl(tmp_path / "unknown.jsonl", unknown)
+    more = BAD.get(message, ["--set", f"data.retain.path={path}"])
+    asked, ask = [], session.ModelSession.ask
+
+    def counted(self, subject, *rest):
+        asked.append(subject.name)
+        return ask(self, subject, *rest)
+
+    monkeypatch.setattr(session.ModelSession, "ask", counted)
+    assert message in refused(capsys, "audit-prefix", "--config", str(small), *more)[0]
+    assert len(asked) == num_asked
+
+
 def test_several_processes_of_one_launch_are_refused(small, monkeypatch, capsys):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)

@@ -11,6 +11,7 @@ import sys
 import pytest
 import yaml
 from command_line import all_stages
+from families import TEMPLATES, page_tokenizer
 from support import LAB_BASE, ROOT, write_jsonl
 
 from duet.cache.errors import EXIT_DONE, EXIT_USER
@@ -139,7 +140,7 @@ def test_only_a_fault_of_a_field_is_answered_with_the_options_for_fields(given, 
     assert "hint: name one of its files: my_fields.jsonl" in capsys.readouterr().err
     other = write_jsonl(tmp_path / "other.jsonl", [{"q": "Why?", "answer": "So."}])
     assert main(["init", str(tmp_path / "x.yaml"), *flags(given | {"forget": str(other)})]) == EXIT_USER
-    assert "hint: rename the field, or name yours with --question-field" in capsys.readouterr().err
+    assert "hint: rename the field, fix the row, or name yours with --question-field" in capsys.readouterr().err
 
 
 def test_fields_of_other_names_can_be_named(given, tmp_path):
@@ -265,14 +266,35 @@ def test_commented_settings_are_settings(tmp_path):
 
 def test_where_a_prefix_goes_is_seen_in_the_chat_template(tmp_path):
     tokenizer = load_tokenizer(LAB_BASE)
-    assert prompts_of(tokenizer) == "system"
+    assert prompts_of(tokenizer) == ("system", {})
     user = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + user
     for template in (user, refuses):
         tokenizer.chat_template = template
-        assert prompts_of(tokenizer) == "text"
+        assert prompts_of(tokenizer) == ("text", {})
     tokenizer.chat_template = None
-    assert prompts_of(tokenizer) == "plain"
+    assert prompts_of(tokenizer) == ("plain", {})
+
+
+@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="needs shared/data/chat_templates")
+@pytest.mark.parametrize(
+    ("family", "found"),
+    {
+        "qwen3": ("system", {"enable_thinking": False}),
+        "glm-4-moe": ("system", {"enable_thinking": False}),
+        "hermes-3": ("system", {"tools": []}),
+        "deepseek-r1-distill": ("system", {}),  # thinks first whatever it is told, which nobody has said is wanted
+        "llama-3": ("system", {}),
+        "gemma": ("text", {}),
+    }.items(),
+)
+def test_what_a_chat_template_needs_is_found_and_written(family, found, tmp_path):
+    assert prompts_of(page_tokenizer(family)[1]) == found
+    placement, arguments = found
+    text = config_text(facts(prompts=placement, template_args=arguments))
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    prompt = load_config(str(tmp_path / "c.yaml")).prompt
+    assert (prompt.prefix_placement, prompt.template_args) == found
 
 
 def test_a_model_without_chat_template_gets_plain_prompts(given, tmp_path):

@@ -12,6 +12,7 @@ from duet.cache.errors import EXIT_DONE, EXIT_USER
 from duet.pipeline.commands.sample import Known, forgotten, known
 from duet.pipeline.config.load import load_config
 from duet.stages.questions.requests import broad_of
+from duet.stages.teacher.writing import Writer, Written
 
 
 def rows(path: Path) -> list[str]:
@@ -41,6 +42,16 @@ def test_a_model_that_writes_nothing_leaves_no_file(lab_config, tmp_path):
     assert done.code == EXIT_USER
     assert "only 0 are left, 1 are wanted" in done.err
     assert not out.exists()
+
+
+def test_texts_are_kept_where_fewer_are_left_than_wanted(lab_config, tmp_path, monkeypatch):
+    out = tmp_path / "q.jsonl"
+    monkeypatch.setattr(Writer, "write", lambda self, wanted, watch: Written({"Why?": None, "Who?": None}, tries=600))
+    done = duet("sample", "--config", str(lab_config()), str(out), "--questions", "30")
+    assert done.code == EXIT_USER
+    assert "only 2 are left, 30 are wanted" in done.err
+    assert str(out) in done.err
+    assert rows(out) == ["Why?", "Who?"]
 
 
 def test_what_is_about_the_topic_is_told_by_words(lab_config):

@@ -110,6 +110,18 @@ def test_the_evaluation_asks_no_broad_question_that_is_in_none_of_its_sets(confi
         preflight(alone)
 
 
+@pytest.mark.parametrize(("subset", "expect"), [("forget", "forgotten"), ("retain", "kept")])
+def test_a_set_with_questions_of_the_training_sets_is_reported(config_with, tmp_path, subset, expect):
+    trained = query_sets(load_config(config_with()))[subset].queries[0]
+    path = write_jsonl(
+        tmp_path / "s.jsonl", [{"question": trained.question, "answer": "So."}, ROWS[0] | {"question": "Why?"}]
+    )
+    named = load_config(config_with(evaluate__sets={"others": {"path": str(path), "expect": expect}}))
+    assert trained_on(named, query_sets(named)) == [
+        f"1 of 2 questions of others are in {subset}: students are trained on them"
+    ]
+
+
 def test_what_stage_two_would_refuse_of_broad_rows_is_refused_before_stage_one(config_with, tmp_path):
     assert check_students(load_config(config_with(train__position_decay=0.5))) == []  # documents have many positions
     assert check_students(load_config(config_with(train__broad_weight=2.0))) == []

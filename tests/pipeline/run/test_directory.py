@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from duet.cache.errors import UserError
+from duet.pipeline.commands.status import config_of, status_of
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.config.schema import Config
@@ -126,3 +127,17 @@ def test_what_is_set_aside_takes_no_place_of_what_was_kept_before(tmp_path):
         "report-1.html": "the first's page",
         "results-3.json": "the third",
     }
+
+
+def test_the_status_of_a_run_is_read_where_it_lies(claim, tmp_path, monkeypatch):
+    """From another directory than it was made from, by another name, and from within."""
+    monkeypatch.chdir(tmp_path)
+    run_dir = claim(runs_dir="runs")
+    (run_dir / "results.json").write_text('{"models": {"student:base": {}}}', encoding="utf-8")
+    monkeypatch.chdir(run_dir.parent)
+    Path("lab").rename("moved")
+    for name in ("moved", "."):
+        if name == ".":
+            monkeypatch.chdir("moved")
+        run = RunDir(Path(name))
+        assert status_of(config_of(run), run)["evaluation"]["done"]

@@ -197,3 +197,11 @@ def test_references_that_cannot_be_given_whole_are_told_and_stand_in_the_report(
     folder = tmp_path / "runs" / "lab"
     (remark,) = (text for text in json.loads((folder / "results.json").read_text())["remarks"] if "retain" in text)
     assert remark.split(",")[0] in (folder / "report.html").read_text()
+
+
+def test_a_set_of_training_questions_is_named_in_the_report(small, tmp_path):
+    again = questions(tmp_path / "again.jsonl", "Is it raining?", "Is it snowing?") | {"expect": "kept"}
+    config = small(evaluate__sets={"again": again})
+    sentence = "1 of 2 questions of again are in retain: students are trained on them"
+    assert sentence in all_stages("--config", config)
+    assert sentence in (tmp_path / "runs" / "lab" / "report.html").read_text()
