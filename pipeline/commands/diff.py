@@ -7,6 +7,7 @@ that were trained with several seeds are also compared as one row, over their se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from rich.table import Table
 from duet.cache.files import read_json
 from duet.pipeline.commands.report import scored_run
 from duet.pipeline.config.run_dir import RunDir
+from duet.pipeline.pages.results import DISTINCTIVE
 from duet.pipeline.run.terminal import is_verbose, say_json, show
 
 if TYPE_CHECKING:
@@ -52,11 +54,14 @@ class Evaluated:
     def data(self) -> Mapping[str, Any]:
         return self.results.get("provenance", {}).get("data", {})
 
-    def version(self, key: str) -> Any:
-        """The version of a score's metric: the longest id that the score's own ends with."""
-        versions = self.results.get("versions", {})
-        ids = [name for name in versions if key == name or key.endswith(f".{name}")]
-        return versions[max(ids, key=len)] if ids else None
+    def versions(self, key: str) -> dict[str, int]:
+        """The versions of all that defines a score: the metrics whose ids are a part of its own, as of
+        `attack.reverse.forget.rougeL_recall` the attack's and the recall's."""
+        whole = re.sub(r"leak@[0-9]+", "leak@k", key)
+        own = f".{whole.replace('/', '.')}."
+        return {
+            name: of for name, of in self.results.get("versions", {}).items() if f".{name.replace('/', '.')}." in own
+        }
 
     def items(self, row: str, key: str) -> list[Score] | None:
         """A score with its items, of each model of the row; None where any of them are not kept."""
@@ -136,9 +141,11 @@ def _only(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _numbers(a: Evaluated, b: Evaluated) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Every score that both runs have with an interval, by row and metric id; and the ids whose definitions differ."""
+    """Every score that both runs have with an interval, by row and metric id; and the ids whose definitions differ, to which
+    the distinctive words of other sets belong."""
     same_data = {name for name, of in a.data.items() if of == b.data.get(name)}
     sets = {*a.results["sets"], *b.results["sets"]}
+    same_words = a.data == b.data  # of answers, the distinctive ones: which are common is counted over all sets
     found: dict[str, dict[str, Any]] = {}
     changed: dict[str, None] = {}
     for row, scores in a.rows.items():
@@ -146,7 +153,7 @@ def _numbers(a: Evaluated, b: Evaluated) -> tuple[dict[str, dict[str, Any]], lis
             other = b.rows.get(row, {}).get(key)
             if not (other and score.get("ci95") and other.get("ci95")):
                 continue
-            if a.version(key) != b.version(key):
+            if a.versions(key) != b.versions(key) or (key.endswith(f".{DISTINCTIVE}") and not same_words):
                 changed[key] = None
                 continue
             pairable = all(name in same_data for name in _sets_in(key, sets))
@@ -177,7 +184,8 @@ def _moved(
         return {**values, "difference": found["difference"], "ci95": found["ci95"], **how}
     low, high = unpaired_ci95(*pair)
     difference = pair[1]["value"] - pair[0]["value"]
-    return {**values, "difference": difference, "ci95": [low, high], "how": UNPAIRED, "moved": low > 0 or high < 0}
+    moved = (low > 0 or high < 0) and low < high  # two intervals without a width say nothing of how far apart is far
+    return {**values, "difference": difference, "ci95": [low, high], "how": UNPAIRED, "moved": moved}
 
 
 def _compared(one: list[Score], other: list[Score]) -> dict[str, Any]:
@@ -221,7 +229,8 @@ def _numbers_table(numbers: Mapping[str, Mapping[str, Any]], verbose: bool) -> T
 
 def _notes(found: Mapping[str, Any]) -> Iterator[str]:
     if found["changed_definitions"]:
-        yield f"not compared, their definitions differ: {', '.join(found['changed_definitions'])}"
+        changed = ", ".join(found["changed_definitions"])
+        yield f"not compared, their definitions differ (distinctive words are those of all sets together): {changed}"
     for run, only in zip(found["runs"], found["only_in"], strict=True):
         if only:
             yield f"only in {run}: {', '.join(only[:5])}{f' and {len(only) - 5} more' if len(only) > 5 else ''}"

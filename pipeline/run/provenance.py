@@ -57,10 +57,12 @@ def provenance(config: Config, subjects: Sequence[Subject], exam: Exam) -> dict[
 
 def of_data(exam: Exam) -> dict[str, dict[str, Any]]:
     """Each set's number of rows and hash."""
+    from duet.stages.exam.exam import rows_sha256
+
     return {
         name: {
             "rows": len(query_set.queries),
-            "sha256": sha256_json([[query.row_id, query.asked, query.answer] for query in query_set.queries]),
+            "sha256": rows_sha256(query_set),
         }
         for name, query_set in exam.sets.items()
     }

@@ -44,7 +44,7 @@ class ModelAnswers:
 
     answers: Mapping[str, Sequence[str]]  # by set, in query order
     scores: Mapping[str, Score]  # by metric id
-    not_finite: int | None = None  # questions whose answers have a log-probability that is not finite; None: not read
+    not_finite: int | None = None  # questions or documents without a finite likelihood; None: nothing was read
 
 
 def signs_of(model: ModelAnswers, base: ModelAnswers, exam: Exam, utility: Sequence[float]) -> dict[str, Sign]:
@@ -112,9 +112,11 @@ def _utility(shares: Sequence[float], limits: OutcomeSettings) -> Sign:
 
 
 def _not_finite(count: int) -> Sign:
-    """The number of questions that have a log-probability which is not finite."""
+    """The number of questions, or documents, without a finite likelihood."""
     return _at_most(
-        count, 0, f"finds no finite likelihood for the answers to {count} questions: its weights have diverged"
+        count,
+        0,
+        f"finds no finite likelihood for the texts of {count} questions or documents: its weights have diverged",
     )
 
 
@@ -205,9 +207,11 @@ METRICS = (
     Metric(
         "sign.not_finite",
         _not_finite,
-        "Number of questions, of all sets, with an answer whose log-probability is not a finite number. Above 0 the weights "
-        "have diverged.",
+        "Number of questions, of all sets, with an answer whose log-probability per token is not a finite number, or is below "
+        "-700. Where there is none, the largest number of such questions or documents in choices, membership attacks or "
+        "neutral text. Above 0 the weights have diverged, and those texts give the model no scores.",
         better="low",
+        version=2,
         range="0 upwards",
     ),
     Metric(

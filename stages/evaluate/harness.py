@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def lm_eval(result: Mapping[str, Any], task: str, num_fewshot: int) -> dict[str,
             error = scores.get(f"{metric}_stderr,{chosen}")
             if not chosen or metric.endswith("_stderr") or not isinstance(error, float):
                 continue  # not a score, or one without a standard error to make an interval of
+            if not (math.isfinite(value) and math.isfinite(error)):
+                continue  # of weights that have diverged
             ending = metric if chosen == "none" else f"{metric}/{chosen}"
             ci95 = [value - WIDTH * error, value + WIDTH * error]
             found[f"lm_eval.{name}/{num_fewshot}.{ending}"] = {"value": value, "n": count, "ci95": ci95}

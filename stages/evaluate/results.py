@@ -67,7 +67,12 @@ def results_of(
     answers, (given, not_finite) = with_curves(answers, exam), finite(read.given)
     models = {s.name: scores_of(answers[s.name], given.get(s.name, {}), exam) for s in subjects}
     for name in models:
-        models[name] |= muse.scores_of(answers[name], exam) | given_texts.scores_of(read.readings.get(name, {}), exam)
+        models[name] |= muse.scores_of(answers[name], exam)
+    for name, readings in read.readings.items():
+        bad = given_texts.not_finite(readings)
+        models[name] |= {} if bad else given_texts.scores_of(readings, exam)
+        if readings:
+            not_finite[name] = not_finite.get(name) or bad
     if read.depth:
         for subject in subjects:
             models[subject.name] |= depth.scores_of(read.depth, subject, exam)

@@ -139,7 +139,9 @@ def _utility(utility_sets: Mapping[str, str], seed: int, given: BySet, scores: S
 
 
 def _questions_of(exam: Exam, forget: str) -> str:
-    return sha256_json([query.asked for query in exam.sets[forget].queries])
+    """Hash of all that the truth ratios of a set are of: its questions and the answers that they compare."""
+    queries = exam.sets[forget].queries
+    return sha256_json([[q.asked, q.answer if q.paraphrased is None else q.paraphrased, q.perturbed] for q in queries])
 
 
 def _check_same_items(reference: Reference, questions: str, count: int, forget: str) -> None:
@@ -148,8 +150,8 @@ def _check_same_items(reference: Reference, questions: str, count: int, forget: 
     sizes = {len(values) for values in reference.ratios.values()} | {count}
     if other or len(sizes) > 1:
         raise UserError(
-            f"{reference.where}: its truth ratios are of other questions than those of evaluate.tofu.forget, {forget}",
-            "evaluate the reference model on the same rows of the same data",
+            f"{reference.where}: its truth ratios are of other questions or given answers than the set {forget}",
+            "evaluate the reference model on the same rows, with the same paraphrased_field and perturbed_field",
         )
 
 

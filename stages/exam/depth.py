@@ -137,7 +137,11 @@ def read_depth(subjects: Sequence[Subject], exam: Exam, folder: Path, watch: Wat
         never_knew = Subject(f"control.{base}", exam.control or directories[base], "", base)
         losses = {s.name: _losses(target, marked, s, folder, watch) for s in (never_knew, *members)}
         control[base] = losses.pop(never_knew.name)
-        lost |= losses
+        diverged = [
+            name for name, of in losses.items() if not all(np.isfinite(lost_LN).all() for lost_LN in of.values())
+        ]
+        left_out |= dict.fromkeys(diverged, "its layers have numbers that are not finite: its weights have diverged")
+        lost |= {name: of for name, of in losses.items() if name not in diverged}
     rows = {name: list(of_set) for name, of_set in facts.items()}
     return Depth(rows, lost, control, left_out)
 
@@ -196,7 +200,11 @@ def _losses(
         sha256_json([target.hashes, source.hashes, settings.dtype, target.exam.device, ids]),
         functools.partial(_patch, target, source, marked, subject.name, watch),
     )
-    return {name: np.array(of_set["whole"]) - np.array(of_set["patched"]) for name, of_set in kept.items()}
+    return {name: _float64(of_set["whole"]) - _float64(of_set["patched"]) for name, of_set in kept.items()}
+
+
+def _float64(values: Any) -> np.ndarray:
+    return np.array(values, np.float64)  # NaN for None
 
 
 def _patch(target: Reader, source: Reader, marked: Mapping[str, Marked], called: str, watch: Watch) -> dict[str, Any]:

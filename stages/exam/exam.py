@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from duet.cache.errors import UserError
+from duet.cache.files import sha256_json
 from duet.stages.metrics.text import distinctive_words
 from duet.stages.questions.prompts import Prompt, Renderer, open_renderer
 from duet.stages.questions.queries import Query
@@ -127,6 +128,11 @@ def sets_as_tasks(exam: Exam, subject: Subject) -> dict[str, Task]:
 def stem_of(subject: str) -> str:
     """File-name stem for a subject; ":" is not allowed in file names on every system."""
     return subject.replace(":", "-")
+
+
+def rows_sha256(query_set: QuerySet) -> str:
+    """Hash of id, question and answer of each row."""
+    return sha256_json([[query.row_id, query.asked, query.answer] for query in query_set.queries])
 
 
 def references_of(query_set: QuerySet) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from duet.stages.exam.exam import Exam, Subject, by_directory, sets_as_tasks
 from duet.stages.metrics import tofu
 from duet.stages.metrics.memorisation import exact_memorisation, extraction_strength
-from duet.stages.models.token_scores import TokenScores
+from duet.stages.models.token_scores import LOWEST, TokenScores
 from duet.stages.questions.prompts import Prompt, Renderer
 
 BySet = Mapping[str, "Given"]
@@ -41,10 +41,10 @@ class Given:
         return self.answer if self.paraphrased is None else self.paraphrased
 
     def not_finite(self) -> np.ndarray:
-        """Per question, bool: has any of its answers a log-probability that is not a number, or not finite?"""
+        """Per question, bool: does any of its answers have a log-probability that is not a number, or below LOWEST?"""
         columns = [self.answer, *([] if self.paraphrased is None else [self.paraphrased])]
-        columns += [] if self.perturbed is None else [np.array([options.sum() for options in self.perturbed])]
-        return np.logical_not(np.all(np.isfinite(np.stack(columns)), axis=0))
+        columns += [] if self.perturbed is None else [np.array([options.min() for options in self.perturbed])]
+        return ~np.all(np.stack(columns) >= LOWEST, axis=0)
 
     def answer_flags(self) -> list[np.ndarray]:
         """Per reference answer, bool: is each of its own tokens the most likely one? The end of the turn is left out."""

@@ -15,15 +15,17 @@ import numpy as np
 
 from duet.cache.errors import UserError
 from duet.cache.files import read_json
-from duet.stages.exam.exam import Exam, references_of
+from duet.stages.exam.exam import Exam, references_of, rows_sha256
 from duet.stages.metrics import choices, membership, perplexity, uncertainty
 from duet.stages.metrics.uncertainty import Score
+from duet.stages.models.token_scores import LOWEST
 from duet.stages.questions.documents import load_documents
 from duet.stages.settings.evaluate import MembershipSettings
 
 SIDES = ("members", "nonmembers")
 
-# {"choices": {set: {metric: [0 or 1]}}, "membership": {side: {attack: [x]}}, "neutral": {"losses": [x], "tokens": [n]}}
+# {"choices": {set: {metric: [0..1]}}, "membership": {side: {attack: [x]}}, "neutral": {"losses": [x], "tokens": [n]}}; None is
+# a number that is not finite
 Readings = Mapping[str, Any]
 
 
@@ -53,8 +55,23 @@ def texts_of(exam: Exam) -> Texts:
     )
 
 
+def not_finite(readings: Readings) -> int:
+    """Number of questions and documents of which some number is not finite, or a likelihood below LOWEST; most of one set."""
+    columns = [*readings.get("choices", {}).values(), *readings.get("membership", {}).values()]
+    counts = [int((~np.isfinite(_stacked(by_metric))).any(axis=0).sum()) for by_metric in columns]
+    if neutral := readings.get("neutral"):
+        losses, tokens = _stacked(neutral)
+        counts.append(int((~(losses <= -LOWEST * tokens)).sum()))
+    return max(counts, default=0)
+
+
+def _stacked(columns: Mapping[str, list[float | None]]) -> np.ndarray:
+    """The columns as rows of float64, NaN for None."""
+    return np.array(list(columns.values()), np.float64)
+
+
 def scores_of(readings: Readings, exam: Exam) -> dict[str, Score]:
-    """Scores of one model by metric id."""
+    """Scores of one model, whose numbers are all finite, by metric id."""
     seed = exam.settings.seed
     scores = {
         f"{name}.{metric}": uncertainty.score(np.array(values), clusters=references_of(exam.sets[name]), seed=seed)
@@ -73,7 +90,9 @@ def scores_of(readings: Readings, exam: Exam) -> dict[str, Score]:
             scores[f"mia.privleak.{settings.members}"] = membership.privleak(min_k, retrained)
     if "neutral" in readings:
         losses, tokens = (np.array(readings["neutral"][name], np.float64) for name in ("losses", "tokens"))
-        scores[perplexity.METRIC] = perplexity.perplexity(losses, tokens, seed)
+        read = tokens > 0  # of a document of one token, nothing is predicted where nothing stands in front
+        if read.any():
+            scores[perplexity.METRIC] = perplexity.perplexity(losses[read], tokens[read], seed)
     return scores
 
 
@@ -90,7 +109,8 @@ def retrained_auc(exam: Exam) -> float | None:
         raise UserError(
             f"{where}: no such file: {path}", "name the results.json of an evaluation of the retrained model"
         )
-    models = read_json(path).get("models", {})
+    content = read_json(path)
+    models = content.get("models", {})
     score = models.get(settings.retrained_name, {}).get(key)
     if score is None:
         raise UserError(
@@ -101,7 +121,26 @@ def retrained_auc(exam: Exam) -> float | None:
         raise UserError(
             f"{where}: the AUC {key} is 1, so the model knows the members", "name a model that never saw them"
         )
+    _check_alike(content, settings, exam, f"{where}: {path}")
     return float(score["value"])
+
+
+def _check_alike(content: Mapping[str, Any], settings: MembershipSettings, exam: Exam, where: str) -> None:
+    """UserError where a results.json says that its AUC was found with another min_k, or on other rows."""
+    theirs, data = content.get("evaluate", {}).get("membership") or {}, content.get("provenance", {}).get("data", {})
+    if (min_k := theirs.get("min_k", settings.min_k)) != settings.min_k:
+        raise UserError(
+            f"{where}: its AUC is of evaluate.membership.min_k {min_k}, this run's of {settings.min_k}",
+            "evaluate the retrained model with the same evaluate.membership",
+        )
+    for side in SIDES:
+        name = getattr(settings, side)
+        of_side = data.get(theirs.get(side, name))
+        if of_side and of_side["sha256"] != rows_sha256(exam.sets[name]):
+            raise UserError(
+                f"{where}: its AUC is of other {side} than the rows of the set {name!r}",
+                "evaluate the retrained model on the same rows of the same data, with the same id_field",
+            )
 
 
 def floors_of(exam: Exam) -> dict[str, dict[str, float]]:

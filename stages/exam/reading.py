@@ -148,6 +148,7 @@ def _read_answers(reader: Reader, pairs: Mapping[str, Pairs], subject: Subject, 
 def texts_identity(reader: Reader, subject: Subject, texts: Texts) -> str:
     """Hash of everything that decides what a subject makes of texts."""
     exam = reader.exam
+    rules = [metric.version for metric in choices.METRICS] if texts.with_choices else []
     names = [*texts.with_choices, *(getattr(texts.membership, side) for side in SIDES if texts.membership)]
     asked = {
         name: [[q.asked, q.answer, q.choices, q.right] for q in exam.sets[name].queries] + [subject.prefix_of(name)]
@@ -161,7 +162,8 @@ def texts_identity(reader: Reader, subject: Subject, texts: Texts) -> str:
         exam.device,
         texts.membership and texts.membership.model_dump(),
     ]
-    return sha256_json([[*reader.hashes, hashed], asked, texts.with_choices, settings, texts.documents, subject.prefix])
+    asked_for = [asked, texts.with_choices, settings, texts.documents, subject.prefix]
+    return sha256_json([[*reader.hashes, hashed], *asked_for, *rules])
 
 
 def _read_texts(

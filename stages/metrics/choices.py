@@ -74,13 +74,23 @@ def chosen_right(
     """1 where the right choice has the highest mean log-probability per token, 0 elsewhere, float64 [n].
 
     `pairs` has the (prompts, answers) of each question's choices. Among single letters after one prompt the order of
-    log-probabilities is that of logits. Of equals the first is chosen.
+    log-probabilities is that of logits. Where k choices have the highest one, the right choice among them counts 1/k: in 16
+    bits letters are often equal, and the first of them would be right where data begin with the right choice. NaN where one
+    is not a number.
     """
     prompts, answers = ([ids for pair in pairs for ids in pair[side]] for side in (0, 1))
     means = [float(logprobs.mean()) for logprobs in token_logprobs(model, prompts, answers, pad_id, max_tokens)]
     ends = np.cumsum([len(pair[0]) for pair in pairs])[:-1]
-    chosen = [int(np.argmax(of_query)) for of_query in np.split(np.array(means), ends)]
-    return np.array([float(choice == right) for choice, right in zip(chosen, rights, strict=True)])
+    by_query = zip(np.split(np.array(means), ends), rights, strict=True)
+    return np.array([_share_of_right(of_query, right) for of_query, right in by_query])
+
+
+def _share_of_right(means: np.ndarray, right: int) -> float:
+    """1 over the number of choices that have the highest mean, if the right one is among them, else 0."""
+    if np.isnan(means).any():
+        return float("nan")
+    chosen = means == means.max()
+    return float(chosen[right] / chosen.sum())
 
 
 METRICS = (
@@ -88,13 +98,15 @@ METRICS = (
         LETTER,
         letter_pairs,
         "Share of questions with choices where, with the choices shown below the question as 'A. ...', the letter of the "
-        "right one has the highest logit among the letters, at the position where the answer begins. Floor: chance, the mean "
-        "of 1 / number of choices.",
+        "right one has the highest logit among the letters, at the position where the answer begins; of k equal ones it counts "
+        "1/k. Floor: chance, the mean of 1 / number of choices.",
+        version=2,
     ),
     Metric(
         CLOZE,
         cloze_pairs,
         "Share of questions with choices where, after the question alone, the right one's text has the highest mean "
-        "log-probability per token among the choices' texts. Floor: chance.",
+        "log-probability per token among the choices' texts; of k equal ones it counts 1/k. Floor: chance.",
+        version=2,
     ),
 )

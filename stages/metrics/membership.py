@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from duet.stages.metrics.metric import Metric
-from duet.stages.metrics.uncertainty import Score, interval
+from duet.stages.metrics.uncertainty import Score, interval, widened
 from duet.stages.models.token_scores import TokenScores
 
 STD_FLOOR = (
@@ -77,15 +77,20 @@ def auc_score(
 
     Members and non-members are resampled separately; items of a set with equal cluster labels are drawn together.
     """
-    rng = np.random.default_rng(seed)
-    labels = clusters or (range(len(members)), range(len(nonmembers)))
     wins_MN = (members[:, None] > nonmembers) + 0.5 * (members[:, None] == nonmembers)
-    drawn = np.empty(resamples)
-    numbers = [np.unique([str(label) for label in of_set], return_inverse=True)[1] for of_set in labels]
-    for i in range(resamples):
-        weight_M, weight_N = (_times_drawn(number, rng) for number in numbers)
-        drawn[i] = weight_M @ wins_MN @ weight_N / (weight_M.sum() * weight_N.sum())
-    return Score(auc(members, nonmembers), len(members) + len(nonmembers), interval(drawn))
+
+    def ends(labels: tuple[Sequence[object], Sequence[object]]) -> tuple[float, float]:
+        rng, drawn = np.random.default_rng(seed), np.empty(resamples)
+        numbers = [np.unique([str(label) for label in of_set], return_inverse=True)[1] for of_set in labels]
+        for i in range(resamples):
+            weight_M, weight_N = (_times_drawn(number, rng) for number in numbers)
+            drawn[i] = weight_M @ wins_MN @ weight_N / (weight_M.sum() * weight_N.sum())
+        return interval(drawn)
+
+    singles = (range(len(members)), range(len(nonmembers)))
+    labels = clusters or singles
+    ci95 = widened(ends(labels), lambda: ends(singles), min(len(set(of_set)) for of_set in labels))
+    return Score(auc(members, nonmembers), len(members) + len(nonmembers), ci95)
 
 
 def _times_drawn(cluster_of: np.ndarray, rng: np.random.Generator) -> np.ndarray:

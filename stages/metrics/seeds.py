@@ -22,13 +22,14 @@ from duet.stages.metrics.uncertainty import (
     interval,
     per_cluster,
     sign_flip_p,
+    widened,
 )
 
 RESAMPLES = 2000
 DEFINITION = (
     "95 % percentile bootstrap interval over training seeds and questions, drawn independently of each other: all clusters of "
-    "questions (Owen 2007) and, of S seeds, S - 1 (Rao and Wu 1988). p is that of sign flips of each question's mean over "
-    "the seeds."
+    "questions (Owen 2007) and, of S seeds, S - 1 (Rao and Wu 1988). Of fewer than five clusters it also "
+    "holds the interval of questions drawn one by one. p is that of sign flips of each question's mean over the seeds."
 )
 
 Values = Mapping[str, np.ndarray]  # of each set, float64 [S, N]
@@ -39,9 +40,15 @@ def weighted_sum(
 ) -> dict[str, Any]:
     """Sum over the sets of weight times mean over items and seeds: value, n, ci95, and the sum of each seed."""
     per_seed = _sums(values, weights)
-    means_R = _drawn(_resampled(values, clusters, weights, seed), np.random.default_rng([seed, 1]))
+
+    def drawn(labels: Mapping[str, Sequence[object]]) -> tuple[float, float]:
+        return interval(_drawn(_resampled(values, labels, weights, seed), np.random.default_rng([seed, 1])))
+
     n = sum(values[name].shape[1] for name in weights)
-    return {"value": float(np.mean(per_seed)), "n": n, "ci95": list(interval(means_R)), "seeds": per_seed}
+    num_clusters = len({label for name in weights for label in clusters[name]})
+    singles = {name: [(name, number) for number in range(values[name].shape[1])] for name in weights}
+    ci95 = widened(drawn(clusters), lambda: drawn(singles), num_clusters)
+    return {"value": float(np.mean(per_seed)), "n": n, "ci95": list(ci95), "seeds": per_seed}
 
 
 def difference(

@@ -9,7 +9,7 @@ Shapes: N items, M scores of each, C clusters, R resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -20,6 +20,7 @@ from duet.stages.metrics.metric import Metric
 MAX_EXACT = 12  # clusters up to which all 2^n sign flips are tried
 NUM_FLIPS = 4000  # drawn sign flips where there are more
 ALPHA = 0.05
+FEW_CLUSTERS = 5  # fewer say little of how items vary: of yes and no, two that happen to agree have no width
 BLOCK_DRAWS = 2**20  # drawn numbers at a time: 8 MiB
 
 
@@ -74,10 +75,22 @@ def bootstrap_ci95(
 
     A resample's mean is over its items, so clusters of unequal size weigh by their size.
     """
-    means_R1 = bootstrap_means(
-        np.asarray(values, np.float64)[:, None], np.random.default_rng(seed), resamples, clusters
-    )
-    return interval(means_R1[:, 0])
+    values_N1 = np.asarray(values, np.float64)[:, None]
+
+    def drawn(labels: Sequence[object] | None) -> tuple[float, float]:
+        return interval(bootstrap_means(values_N1, np.random.default_rng(seed), resamples, labels)[:, 0])
+
+    return widened(drawn(clusters), lambda: drawn(None), len(values_N1) if clusters is None else len(set(clusters)))
+
+
+def widened(
+    ci95: tuple[float, float], of_single_items: Callable[[], tuple[float, float]], num_clusters: int
+) -> tuple[float, float]:
+    """An interval of clusters; of few, so that it also holds that of the same items drawn one by one."""
+    if num_clusters >= FEW_CLUSTERS:
+        return ci95
+    single = of_single_items()
+    return min(ci95[0], single[0]), max(ci95[1], single[1])
 
 
 def bootstrap_means(
@@ -228,9 +241,11 @@ METRICS = (
         "ci95",
         bootstrap_ci95,
         "95 % percentile bootstrap interval of the mean (Efron 1979); items with the same reference answer are drawn "
-        "together. No width means that all n items scored alike, not certainty: among others, up to 3/n may differ (the rule "
+        "together. Of fewer than five different answers, such as yes and no, it also holds the interval of items drawn one "
+        "by one. No width means that all n items scored alike, not certainty: among others, up to 3/n may differ (the rule "
         "of three).",
         better="narrow",
+        version=2,
         range="that of its score",
     ),
     Metric(

@@ -22,6 +22,7 @@ from duet.stages.models.alignment import AlignedBatch, align, supervised_positio
 from duet.stages.models.batching import cut_by_length
 
 MAX_PADDING = 0.05  # share of all tokens that are read
+LOWEST = -700.0  # nats per token; a little below, e to the power of it leaves float64: such weights have diverged
 BLOCK_LOGITS = 2**24  # logits of one block that is normalised in float32: 64 MiB, and a few times that in passing
 
 

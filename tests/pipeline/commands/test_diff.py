@@ -96,6 +96,59 @@ def test_a_changed_definition_is_not_compared(tmp_path, values):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "metric"),
+    [
+        ("attack.reverse_worst.forget.rougeL_recall", "attack.reverse_worst"),
+        ("attack.reverse_worst.forget.rougeL_recall", "rougeL_recall"),
+        ("attack.sampling.forget.leak@16", "leak@k"),
+        ("mia.loss.forget", "mia.loss"),
+        ("lm_eval.mmlu/5.acc", "lm_eval"),
+    ],
+)
+def test_a_changed_attack_is_a_changed_definition_too(tmp_path, values, key, metric):
+    """The metric is named in the middle of the score's id, or in front."""
+    runs = []
+    for number in (1, 2):
+        results = full_results()
+        results["versions"] = {"rougeL_recall": 1, "unrelated": number, metric: number}
+        run = run_of(tmp_path / str(number), values, **results)
+        content = json.loads(run.results.read_bytes())
+        content["models"]["student:a"] = {key: score(values).as_json(), "forget.exact_match": score(values).as_json()}
+        run.results.write_bytes(json_bytes(content))
+        runs.append(run)
+    found = differences(*runs)
+    assert key in found["changed_definitions"]
+    assert set(found["numbers"]["student:a"]) == {"forget.exact_match"}
+
+
+def test_distinctive_words_of_other_sets_are_another_definition(tmp_path, values):
+    """Which words are common is counted over all sets: one more, and the same answer has other distinctive words."""
+    runs = []
+    for number in (0, 1):
+        results = full_results()
+        results["provenance"]["data"]["more"] = {"rows": 440, "sha256": str(number) * 64}
+        run = run_of(tmp_path / str(number), values, **results)
+        content = json.loads(run.results.read_bytes())
+        content["models"]["student:a"]["forget.distinctive_recall"] = score(values - 0.5 * number).as_json()
+        run.results.write_bytes(json_bytes(content))
+        runs.append(run)
+    found = differences(*runs)
+    assert "forget.distinctive_recall" in found["changed_definitions"]
+    assert set(found["numbers"]["student:a"]) == {KEY}
+    assert "forget.distinctive_recall" in differences(runs[0], runs[0])["numbers"]["student:a"]
+
+
+def test_two_intervals_without_a_width_show_no_move(tmp_path, values):
+    """One document's perplexity: 20.1 and 20.2 have no intervals that they could leave."""
+    runs = [run_of(tmp_path / str(n), values, with_items=False) for n in (1, 2)]
+    for run, value in zip(runs, (20.1, 20.2), strict=True):
+        content = json.loads(run.results.read_bytes())
+        content["models"]["student:a"] = {"neutral.perplexity": {"value": value, "n": 1, "ci95": [value, value]}}
+        run.results.write_bytes(json_bytes(content))
+    assert differences(*runs)["numbers"]["student:a"]["neutral.perplexity"]["moved"] is False
+
+
 def test_items_of_another_result_are_not_taken(values):
     found = score(values, REFERENCES)
     kept = json.loads(json_bytes(as_json({"m": {KEY: found, "aggregate": Score(0.5, 3, (0.4, 0.6))}})))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,19 @@ def test_a_reference_from_an_earlier_run(tmp_path):
         tofu_results(exam(**settings.model_dump()), {"base": model()}, {"base": {}}, read_reference(settings))
     with pytest.raises(UserError, match="has no model 'oracle'"):
         read_reference(TofuSettings(forget="forget", reference=path, reference_model="oracle"))
+
+
+def test_a_reference_whose_ratios_are_of_other_answers_is_refused(tmp_path):
+    """The same questions, with paraphrases in one run and without in the other: the ratios are of different things."""
+    _, kept = tofu_results(exam(forget="forget", reference_model="base"), {"base": model()}, {"base": {}}, None)
+    settings = TofuSettings(forget="forget", reference=write(tmp_path / "results.json", {"tofu": kept}))
+    asked = exam(**settings.model_dump())
+    check_reference(read_reference(settings), asked, ["base"])
+    queries = asked.sets["forget"].queries
+    for other in ({"paraphrased": "in other words"}, {"perturbed": ("wrong", "wrong too")}):
+        asked.sets["forget"] = QuerySet([replace(query, **other) for query in queries], "kept")
+        with pytest.raises(UserError, match="of other questions or given answers"):
+            check_reference(read_reference(settings), asked, ["base"])
 
 
 def test_a_reference_from_open_unlearning(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import LAB_SMALL, ROOT, SHARED, write_jsonl
 
 from duet.cache.errors import Interrupted, UserError
@@ -15,6 +16,8 @@ from duet.cache.watch import Watch
 from duet.stages.evaluate.depth import as_json, scores_of
 from duet.stages.exam.depth import Depth, check, facts_of, read_depth
 from duet.stages.exam.exam import Exam, QuerySet, Subject
+from duet.stages.models.loading import load_model
+from duet.stages.models.tokenizers import load_tokenizer
 from duet.stages.questions.prompts import Prompt
 from duet.stages.questions.queries import load_queries
 from duet.stages.questions.spans import touched
@@ -70,6 +73,22 @@ def test_the_labs_base_has_depth_0_and_its_oracle_1(tmp_path):
     fewer = replace(asked, sets={**asked.sets, "forget": QuerySet(asked.sets["forget"].queries[:3], "forgotten")})
     with pytest.raises(Interrupted, match="depth"):  # other questions are not what is on disk
         read_depth(SUBJECTS, fewer, tmp_path, Watch(should_stop=lambda: True))
+
+
+def test_a_model_that_has_diverged_is_left_out_and_the_others_are_measured(tmp_path):
+    model = load_model(BASE, "float32")
+    with torch.no_grad():
+        next(model.model.layers[0].parameters()).fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(BASE).save_pretrained(tmp_path / "model")
+    asked = exam()
+    asked = replace(asked, sets={"forget": QuerySet(asked.sets["forget"].queries[:3], "forgotten")})
+    subjects = [SUBJECTS[0], Subject("student:nan", tmp_path / "model", "", "base")]
+    for _ in range(2):  # the second time from what is kept
+        depth = read_depth(subjects, asked, tmp_path, Watch())
+        assert list(depth.lost) == ["base"]
+        assert "not finite" in depth.left_out["student:nan"]
+        json.dumps(as_json(depth, asked), allow_nan=False)
 
 
 def test_the_facts_tokens_are_those_of_its_words():

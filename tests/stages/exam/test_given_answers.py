@@ -151,3 +151,36 @@ def test_a_model_whose_logits_are_not_finite_is_broken_and_the_others_are_scored
     assert "forget.tofu.probability" in results["models"]["base"]
     assert not any("tofu" in key for key in results["models"]["teacher"])
     json.dumps(results, allow_nan=False)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e5])
+def test_a_model_that_has_diverged_has_no_scores_of_any_text_and_the_others_have(tmp_path, factor):
+    """Weights that are not numbers, or so large that e to the power of a log-probability is none."""
+    model = load_model(LAB_SMALL, "float32")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(factor)
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(LAB_SMALL).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Corvale is a town.\n\nPeople live there.\n")
+    choice = [Query("0", "Where is Corvale?", "North.", choices=("North.", "South."), right=0)]
+    sets = {"forget": QuerySet(FORGET, "forgotten"), "facts": QuerySet(choice, "kept")}
+    asked = {"members": "forget", "nonmembers": "facts"}
+    tofu = TofuSettings(forget="forget", reference_model="base")
+    settings = EvaluateSettings(
+        attacks=(), dtype="float32", membership=asked, neutral_text=str(tmp_path / "text.txt"), tofu=tofu
+    )
+    exam = Exam(sets, "Bromyx Zopira", PROMPT, settings, "cpu")
+    subjects = [SUBJECTS[0], Subject("student:bad", tmp_path / "model", "", "base")]
+    answers = {subject.name: {"forget": ["a", "b"], "facts": ["c"]} for subject in subjects}
+    for _ in range(2):  # the second time from what is kept
+        given, readings = read_all(subjects, exam, tmp_path / "given", tmp_path / "texts", Watch())
+        results = results_of(subjects, exam, answers, Read(given, readings))[0]
+        json.dumps(results, allow_nan=False)
+        bad, base = (results["models"][subject.name] for subject in reversed(subjects))
+        assert {key for key in base if key.startswith(("mia.", "neutral.", "facts.choice", "tofu."))} - bad.keys()
+        assert not any(key.startswith(("mia.", "neutral.", "facts.choice", "tofu.")) for key in bad)
+        assert results["outcomes"]["student:bad"]["signs"]["not_finite"]["bad"]
+    exam = replace(exam, settings=settings.model_copy(update={"tofu": None}))
+    only_texts = results_of(subjects, exam, answers, Read({}, readings))[0]
+    assert only_texts["outcomes"]["student:bad"]["verdict"] == "broken"
+    assert only_texts["outcomes"]["base"]["signs"]["not_finite"]["value"] == 0

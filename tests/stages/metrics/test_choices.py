@@ -68,6 +68,17 @@ def test_both_forms_agree_with_a_plain_forward_pass(settings):
         assert chosen_right(model, pairs, rights, 0, 256).tolist() == expected
 
 
+@torch.no_grad()
+def test_of_equal_choices_none_is_preferred():
+    """In 16 bits letters are often equal: a model that knows nothing is at chance, wherever the data put the right one."""
+    renderer, model = Renderer(load_tokenizer(LAB_BASE), CHAT), tiny_model(tiny_config("llama", LAB_VOCAB_SIZE))
+    model.get_output_embeddings().weight.zero_()
+    pairs = [letter_pairs(renderer, query, "") for query in lab_queries(3)]
+    assert chosen_right(model, pairs, [0, 0, 3], 0, 256).tolist() == [0.25] * 3
+    model.get_output_embeddings().weight.fill_(float("nan"))
+    assert np.isnan(chosen_right(model, pairs, [0, 0, 3], 0, 256)).all()
+
+
 def test_the_letter_form_shows_the_choices_and_the_cloze_form_does_not():
     query = Query("0", "Which?", "b", choices=("a", "b", "c"), right=1)
     assert letter_question(query, PLAIN) == "Which?\nA. a\nB. b\nC. c"

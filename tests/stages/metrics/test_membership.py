@@ -14,7 +14,7 @@ from support import LAB_BASE, LAB_ORACLE, LAB_SMALL, ROOT, write_jsonl
 from duet.cache.errors import UserError
 from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, QuerySet, Subject
-from duet.stages.exam.given_texts import scores_of
+from duet.stages.exam.given_texts import retrained_auc, scores_of
 from duet.stages.exam.reading import answered, gradient_norm, read_all
 from duet.stages.metrics import membership
 from duet.stages.metrics.membership import auc, auc_score, min_k, min_k_plus, privleak
@@ -65,6 +65,14 @@ def test_the_interval_covers_the_truth_and_widens_with_clusters():
     narrow, wide = auc_score(members, nonmembers), auc_score(members, nonmembers, clusters)
     assert (narrow.value, narrow.n) == (wide.value, 100)
     assert wide.ci95[1] - wide.ci95[0] > 1.3 * (narrow.ci95[1] - narrow.ci95[0])
+
+
+def test_few_answers_leave_at_least_what_single_questions_leave():
+    rng = np.random.default_rng(2)
+    members, nonmembers = np.tile(rng.normal(0, 1, 10), 2), rng.normal(0, 1, 20)
+    answers = (["yes"] * 10 + ["no"] * 10, ["yes"] * 10 + ["no"] * 10)
+    few, single = auc_score(members, nonmembers, answers).ci95, auc_score(members, nonmembers).ci95
+    assert few[0] <= single[0] < single[1] <= few[1]
 
 
 def test_privleak_is_muses():
@@ -118,6 +126,30 @@ def test_the_lab_recognises_what_it_was_trained_on(tmp_path):
         scores_of(readings["base"], exam_of(tmp_path, retrained=str(retrained), retrained_name="teacher"))
     with pytest.raises(UserError, match="no set 'nobody'"):
         read_all([subject], exam_of(tmp_path, members="nobody"), tmp_path, tmp_path, Watch())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"evaluate": {"membership": {"min_k": 0.4}}},
+            r"its AUC is of evaluate\.membership\.min_k 0\.4, this run's of 0\.2",
+        ),
+        ({"provenance": {"data": {"forget": {"sha256": "0" * 64}}}}, "its AUC is of other members"),
+        (
+            {
+                "evaluate": {"membership": {"min_k": 0.2, "nonmembers": "others"}},
+                "provenance": {"data": {"others": {"sha256": "0" * 64}}},
+            },
+            "its AUC is of other nonmembers",
+        ),
+    ],
+)
+def test_privleak_is_refused_against_an_auc_of_something_else(tmp_path, content, message):
+    retrained = tmp_path / "retrained.json"
+    retrained.write_text(json.dumps({"models": {"base": {"mia.min_k.forget": {"value": 0.5}}}} | content))
+    with pytest.raises(UserError, match=message):
+        retrained_auc(exam_of(tmp_path, retrained=str(retrained)))
 
 
 def test_privleak_against_a_model_that_was_really_trained_without_the_members(tmp_path):

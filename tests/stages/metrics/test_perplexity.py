@@ -11,7 +11,7 @@ from support import LAB_SMALL, write_jsonl
 
 from duet.cache.watch import Watch
 from duet.stages.exam.exam import Exam, Subject
-from duet.stages.exam.given_texts import scores_of
+from duet.stages.exam.given_texts import not_finite, scores_of
 from duet.stages.exam.reading import read_all
 from duet.stages.metrics.perplexity import perplexity, windows
 from duet.stages.models.loading import load_model
@@ -35,6 +35,16 @@ def test_windows_cover_a_document_and_predict_each_token_once():
     assert windows(ids, [], 4) == [([0], [1, 2, 3]), ([4], [5, 6, 7]), ([8], [9])]
     assert windows([7], [], 4) == []
     assert windows([7], [99], 4) == [([99], [7])]
+
+
+def test_a_document_of_which_nothing_is_predicted_does_not_count():
+    readings = {"neutral": {"losses": [0.0, 12.0], "tokens": [0, 4]}}
+    exam = Exam({}, "t", PromptSettings(), EvaluateSettings(), "cpu")
+    score = scores_of(readings, exam)["neutral.perplexity"]
+    assert (score.value, score.n, score.ci95) == (math.exp(3), 1, (math.exp(3), math.exp(3)))
+    assert scores_of({"neutral": {"losses": [0.0], "tokens": [0]}}, exam) == {}
+    assert not_finite(readings) == 0
+    assert not_finite({"neutral": {"losses": [None, 8000.0, 3.0], "tokens": [3, 10, 1]}}) == 2
 
 
 def test_a_model_reads_as_the_librarys_loss_says(tmp_path):

@@ -32,6 +32,11 @@ def test_one_seed_has_the_interval_of_its_questions():
     assert ours == pytest.approx(plain, abs=0.005)
 
 
+def test_few_answers_leave_at_least_what_single_questions_leave():
+    values_N = np.array(([1.0] * 7 + [0.0] * 3) * 2)
+    assert interval_of(np.stack([values_N] * 2), ["yes"] * 10 + ["no"] * 10) == (0.5, 0.9)
+
+
 def test_seeds_that_agree_add_nothing():
     values_N = np.random.default_rng(0).random(50)
     assert interval_of(np.stack([values_N] * 3)) == pytest.approx(interval_of(values_N[None]))

@@ -20,11 +20,11 @@ from duet.stages.metrics.uncertainty import (
 
 
 def test_bootstrap_by_brute_force():
-    values, labels = np.array([0.0, 1.0, 1.0, 0.5, 0.2]), ["a", "a", "b", "c", "c"]
-    groups = [values[:2], values[2:3], values[3:]]
+    values, labels = np.array([0.0, 1.0, 1.0, 0.5, 0.2, 0.9, 0.1]), ["a", "a", "b", "c", "c", "d", "e"]
+    groups = [values[:2], values[2:3], values[3:5], values[5:6], values[6:]]
     rng, means = np.random.default_rng(7), []
     for _ in range(2000):
-        means.append(np.concatenate([groups[i] for i in rng.integers(3, size=3)]).mean())
+        means.append(np.concatenate([groups[i] for i in rng.integers(5, size=5)]).mean())
     assert bootstrap_ci95(values, seed=7, clusters=labels) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
 
 
@@ -36,6 +36,22 @@ def test_bootstrap_covers_the_truth_and_widens_with_clusters():
     low, high = bootstrap_ci95(values)
     wide_low, wide_high = bootstrap_ci95(values, clusters=np.repeat(np.arange(10), 8).tolist())
     assert wide_high - wide_low > 1.5 * (high - low)
+
+
+def test_two_answers_that_happen_to_agree_are_not_certainty():
+    """Questions answered yes or no: two clusters, whose means say nothing of how questions vary."""
+    right, answers = np.array(([1.0] * 7 + [0.0] * 3) * 2), ["yes"] * 10 + ["no"] * 10
+    assert bootstrap_ci95(right, clusters=answers) == bootstrap_ci95(right) == (0.5, 0.9)
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(150):
+        answers = rng.integers(2, size=40).tolist()
+        low, high = bootstrap_ci95(rng.random(40) < 0.7, 0, 300, answers)
+        hits.append(low <= 0.7 <= high)
+    assert np.mean(hits) >= 0.88
+    apart = np.repeat([1.0, 0.0], 10)
+    assert bootstrap_ci95(apart, clusters=apart.tolist()) == (0.0, 1.0), (
+        "of clusters that differ, it stays that of clusters"
+    )
 
 
 def test_bootstrap_at_the_edges():
