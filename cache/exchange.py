@@ -22,7 +22,7 @@ from duet.cache.codec import Block
 from duet.cache.errors import DamagedStore, UserError, first_line
 from duet.cache.exchange_distillkit import BESIDE, Grid
 from duet.cache.files import json_bytes, publishing_dir, read_signed, sha256_file, signed
-from duet.cache.location import Folder, Location
+from duet.cache.location import Folder, Location, read_attachments
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
 from duet.cache.plan import Plan, store_name
 from duet.cache.reader import Store
@@ -55,7 +55,7 @@ class Export:
 def export_store(source: Location, target: Path, exchange_format: str) -> Export:
     """Write a complete store's rows to a new folder. Rows are read block by block, so memory does not grow with the store.
 
-    UserError where the folder exists, or the format needs a log-sum-exp that the store has not.
+    UserError where the folder exists, the format needs what the store has not, or its tokenizer is not as it was written.
     """
     store = Store(source)
     manifest = store.manifest
@@ -71,13 +71,14 @@ def export_store(source: Location, target: Path, exchange_format: str) -> Export
             f"the ids of {source} were drawn, and DistillKit has no column for the number of their draws",
             "export it as parquet, or write a store with teacher.ids: top_k",
         )
+    beside = {MANIFEST_NAME: source.read(MANIFEST_NAME) or b"", **read_attachments(source, manifest.attachments)}
     with publishing_dir(target) as folder:
         write = _write_distillkit if exchange_format == "distillkit" else _write_rows
         errors = [write(folder, store, index, exchange_format) for index in range(len(manifest.shards))]
         _describe(folder, manifest, exchange_format)
-        for name in (MANIFEST_NAME, *manifest.attachments):
+        for name, raw in beside.items():
             (folder / OURS / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / OURS / name).write_bytes(source.read(name) or b"")
+            (folder / OURS / name).write_bytes(raw)
         files = {
             str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }

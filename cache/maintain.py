@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from duet.cache.errors import DamagedStore, NotPermitted
 from duet.cache.files import TEMPORARY, NotAsWritten, json_bytes
 from duet.cache.leases import Leases
-from duet.cache.location import Folder, Location, check_file
+from duet.cache.location import Folder, Location, check_file, read_attachments
 from duet.cache.manifest import MANIFEST_NAME, Manifest, Shard, no_manifest, read_entry, read_manifest
 from duet.cache.plan import PLAN_NAME, Plan, check_same_plan, is_signed, read_plan, side_name
 from duet.cache.reader import Store
@@ -196,7 +196,7 @@ def convert(source: Location, target: Location, store_format: str, compression: 
         compression=compression,
         values=manifest.value_dtype,
     )
-    attachments = {name: source.read(name) or b"" for name in manifest.attachments}
+    attachments = read_attachments(source, manifest.attachments)
     with StoreWriter(target, plan, attachments) as writer:
         while writer.missing():
             while shard := writer.claim():

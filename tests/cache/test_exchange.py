@@ -18,6 +18,7 @@ from duet.cache.errors import DamagedStore, UserError
 from duet.cache.exchange import export_store, import_store
 from duet.cache.exchange_distillkit import Grid
 from duet.cache.location import Folder
+from duet.cache.maintain import convert
 from duet.cache.manifest import read_manifest
 from duet.cache.reader import Store
 
@@ -159,6 +160,19 @@ def test_what_is_there_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="there already"):
         export_store(Folder(tmp_path / "store"), tmp_path / "out", "parquet")
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"[]", None])
+def test_a_store_whose_tokenizer_was_changed_is_not_written_anew(tmp_path, content):
+    """An export vouches for its files, and a converted store for its own: a fault of before would no longer show."""
+    a_store(tmp_path / "store")
+    file = tmp_path / "store/tokenizer/tokenizer.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DamagedStore, match=r"tokenizer\.json is missing or is not as it was written"):
+        export_store(Folder(tmp_path / "store"), tmp_path / "out", "parquet")
+    with pytest.raises(DamagedStore, match=r"tokenizer\.json is missing or is not as it was written"):
+        convert(Folder(tmp_path / "store"), Folder(tmp_path / "other"), "zarr", "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
