@@ -184,7 +184,7 @@ def _restore(location: Location, name: str, data: bytes) -> None:
 def convert(source: Location, target: Location, store_format: str, compression: str) -> Manifest:
     """Write the same rows in another format; stored bits are taken over as they are. Resumes like any writing."""
     store = Store(source)
-    manifest = store.manifest
+    manifest, begun = store.manifest, _undamaged(read_plan, source)
     plan = Plan(
         subsets=manifest.subsets,
         shard_rows=manifest.shard_rows,
@@ -194,7 +194,7 @@ def convert(source: Location, target: Location, store_format: str, compression: 
         provenance=manifest.provenance,
         format=store_format,
         compression=compression,
-        values=manifest.value_dtype,
+        values=begun.values if begun else manifest.value_dtype,  # as the config says that may repair it
     )
     attachments = read_attachments(source, manifest.attachments)
     with StoreWriter(target, plan, attachments) as writer:
