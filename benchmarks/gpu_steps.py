@@ -176,7 +176,8 @@ def loss(setting: Setting) -> dict[str, Any]:
 
     def kl_blocked(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, ids_NK: torch.Tensor) -> None:
         parts: Parts = [(hidden_ND, weight_VD)]
-        student = TopK(gathered_logits(parts, ids_NK), logsumexp(parts, lambda logits: logits))
+        logits_NK = gathered_logits(parts, ids_NK)
+        student = TopK(logits_NK, logsumexp(parts, lambda logits: logits, ids_NK, logits_NK))
         forward_kl_tail(student, teacher).sum().backward()
 
     ways = {"raw_logits_gathered": gathered_head, "kl_blocked": kl_blocked, "kl_whole": kl_whole}

@@ -22,9 +22,9 @@ from duet.cache.codec import Block
 from duet.cache.errors import DamagedStore, UserError, first_line
 from duet.cache.exchange_distillkit import BESIDE, Grid
 from duet.cache.files import json_bytes, publishing_dir, read_signed, sha256_file, signed
-from duet.cache.location import Folder, Location
+from duet.cache.location import Folder, Location, read_attachments
 from duet.cache.manifest import MANIFEST_NAME, Manifest, read_manifest
-from duet.cache.plan import Plan, store_name
+from duet.cache.plan import PLAN_NAME, Plan, read_plan, store_name
 from duet.cache.reader import Store
 from duet.cache.record import Rows
 from duet.cache.writer import StoreWriter
@@ -55,7 +55,7 @@ class Export:
 def export_store(source: Location, target: Path, exchange_format: str) -> Export:
     """Write a complete store's rows to a new folder. Rows are read block by block, so memory does not grow with the store.
 
-    UserError where the folder exists, or the format needs a log-sum-exp that the store has not.
+    UserError where the folder exists, the format needs what the store has not, or its tokenizer is not as it was written.
     """
     store = Store(source)
     manifest = store.manifest
@@ -71,13 +71,17 @@ def export_store(source: Location, target: Path, exchange_format: str) -> Export
             f"the ids of {source} were drawn, and DistillKit has no column for the number of their draws",
             "export it as parquet, or write a store with teacher.ids: top_k",
         )
+    beside = read_attachments(source, manifest.attachments)
+    beside[MANIFEST_NAME] = source.read(MANIFEST_NAME) or b""
+    if plan := read_plan(source):
+        beside[PLAN_NAME] = json_bytes(plan.as_json())
     with publishing_dir(target) as folder:
         write = _write_distillkit if exchange_format == "distillkit" else _write_rows
         errors = [write(folder, store, index, exchange_format) for index in range(len(manifest.shards))]
         _describe(folder, manifest, exchange_format)
-        for name in (MANIFEST_NAME, *manifest.attachments):
+        for name, raw in beside.items():
             (folder / OURS / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / OURS / name).write_bytes(source.read(name) or b"")
+            (folder / OURS / name).write_bytes(raw)
         files = {
             str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
@@ -174,7 +178,7 @@ def import_store(source: Path, root: Location, store_format: str, compression: s
     plan = Plan(
         subsets=manifest.subsets, shard_rows=manifest.shard_rows, top_k=manifest.top_k,
         max_positions=manifest.max_positions, vocab_size=manifest.vocab_size, provenance=provenance,
-        format=store_format, compression=compression, values=_values(manifest),
+        format=store_format, compression=compression, values=_values(manifest, read_plan(Folder(source / OURS))),
     )  # fmt: skip
     target = root / store_name(plan.fingerprint, store_format)
     attachments = {name: (source / OURS / name).read_bytes() for name in manifest.attachments}
@@ -212,8 +216,10 @@ def read_export(source: Path) -> Export:
     return export
 
 
-def _values(manifest: Manifest) -> str:
+def _values(manifest: Manifest, plan: Plan | None) -> str:
     """How logits are kept again: as before, but for linear16, whose decoded values only float32 holds."""
+    if plan and plan.values != "linear16":
+        return plan.values  # as the config says that may repair it
     found = {"float32" if shard.value_dtype == "linear16" else shard.value_dtype for shard in manifest.shards}
     return found.pop() if len(found) == 1 else "lossless"
 

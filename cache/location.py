@@ -209,16 +209,22 @@ def damaged(location: Location, name: str, found: str, expected: str, whose: str
     return f"{location.name_of(name)} is damaged: sha256 {found[:16]}…, {whose} says {expected[:16]}…"
 
 
-def local_folder(location: Location, folder: str, attachments: dict[str, str]) -> Path:
-    """A local folder with the store's attachments of `folder`, each checked; of a remote store, a copy in the local cache."""
-    wanted = {name: digest for name, digest in attachments.items() if name.startswith(f"{folder}/")}
-    found = {name: location.read(name) or b"" for name in wanted}
+def read_attachments(location: Location, attachments: dict[str, str]) -> dict[str, bytes]:
+    """The content of these files of a store, each checked against its sha256."""
+    found = {name: location.read(name) or b"" for name in attachments}
     for name, raw in found.items():
-        if hashlib.sha256(raw).hexdigest() != wanted[name]:
+        if hashlib.sha256(raw).hexdigest() != attachments[name]:
             raise DamagedStore(
                 f"{location.name_of(name)} is missing or is not as it was written",
                 "`duet cache repair` with the store's config restores it",
             )
+    return found
+
+
+def local_folder(location: Location, folder: str, attachments: dict[str, str]) -> Path:
+    """A local folder with the store's attachments of `folder`, each checked; of a remote store, a copy in the local cache."""
+    wanted = {name: digest for name, digest in attachments.items() if name.startswith(f"{folder}/")}
+    found = read_attachments(location, wanted)
     if isinstance(location, Folder):
         return location.path / folder
     assert isinstance(location, Remote)

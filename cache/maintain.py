@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from duet.cache.errors import DamagedStore, NotPermitted
 from duet.cache.files import TEMPORARY, NotAsWritten, json_bytes
 from duet.cache.leases import Leases
-from duet.cache.location import Folder, Location, check_file
+from duet.cache.location import Folder, Location, check_file, read_attachments
 from duet.cache.manifest import MANIFEST_NAME, Manifest, Shard, no_manifest, read_entry, read_manifest
 from duet.cache.plan import PLAN_NAME, Plan, check_same_plan, is_signed, read_plan, side_name
 from duet.cache.reader import Store
@@ -184,7 +184,7 @@ def _restore(location: Location, name: str, data: bytes) -> None:
 def convert(source: Location, target: Location, store_format: str, compression: str) -> Manifest:
     """Write the same rows in another format; stored bits are taken over as they are. Resumes like any writing."""
     store = Store(source)
-    manifest = store.manifest
+    manifest, begun = store.manifest, _undamaged(read_plan, source)
     plan = Plan(
         subsets=manifest.subsets,
         shard_rows=manifest.shard_rows,
@@ -194,9 +194,9 @@ def convert(source: Location, target: Location, store_format: str, compression: 
         provenance=manifest.provenance,
         format=store_format,
         compression=compression,
-        values=manifest.value_dtype,
+        values=begun.values if begun else manifest.value_dtype,  # as the config says that may repair it
     )
-    attachments = {name: source.read(name) or b"" for name in manifest.attachments}
+    attachments = read_attachments(source, manifest.attachments)
     with StoreWriter(target, plan, attachments) as writer:
         while writer.missing():
             while shard := writer.claim():

@@ -159,6 +159,17 @@ def _check_ids(loss: str, kind: str, settings: TrainSettings, combine: str | Non
         )
 
 
+def _check_one_id(loss: str, settings: TrainSettings, top_k: int, key: str) -> None:
+    """Refuse a loss that compares the k ids with each other only where there is but one: it is 0, and nothing is learned."""
+    fact = LOSSES.get(loss)
+    if fact and fact.offset_free and not fact.needs_logsumexp and (settings.top_k or top_k) == 1:
+        raise UserError(
+            f"{key}.loss: {loss} compares the ids of a position with each other, and with one id it is always 0",
+            f"{'raise train.top_k' if settings.top_k else 'make a store with a larger teacher.top_k'}, or set train.loss: "
+            "forward_kl_tail",
+        )
+
+
 def _check_answers(settings: TrainSettings, manifests: Sequence[Manifest | Expected], key: str) -> None:
     """Refuse a cross-entropy on given answers where there are none, and none to be kept."""
     if not settings.answer_weight:
@@ -228,6 +239,7 @@ def check_settings(
             )
     for one in manifests:
         _check_ids(loss, ids_kind(one.provenance), settings, combine, key)
+    _check_one_id(loss, settings, manifest.top_k, key)
     needs_logsumexp = loss != "auto" and LOSSES[loss].needs_logsumexp
     if needs_logsumexp and combine == "average":
         raise UserError(

@@ -101,35 +101,45 @@ def _scattered(
     return grad_weight
 
 
-def logsumexp(parts: Parts, tail: Tail) -> torch.Tensor:
+def logsumexp(
+    parts: Parts, tail: Tail, ids_NK: torch.Tensor | None = None, logits_NK: torch.Tensor | None = None
+) -> torch.Tensor:
     """log sum_v exp(tail(logit[n, v])) over the whole vocabulary, [N] in float32 (float64 for float64 parts).
 
     The vocabulary is taken in blocks, and each block's logits are computed again for the gradient, so that [N, V] never
-    exists. Products are computed in autocast's dtype, else each in its weight's.
+    exists. Products are computed in autocast's dtype, else each in its weight's; a product in bfloat16 is rounded to 8 bits.
+    `logits_NK` are what `gathered_logits` gives at `ids_NK`, and are taken there in place of the products: probabilities that
+    are computed of both would else sum to more than 1 over the ids.
     """
     inputs, weights = zip(*parts, strict=True)
-    return _LogSumExp.apply(tail, autocast_dtype(inputs[0].device.type), *inputs, *weights)
+    if ids_NK is None or logits_NK is None:
+        ids_NK, logits_NK = torch.empty((2, len(inputs[0]), 0), device=inputs[0].device).unbind()
+    dtype = autocast_dtype(inputs[0].device.type)
+    return _LogSumExp.apply(tail, dtype, _first_of_equals(ids_NK.long()), logits_NK, *inputs, *weights)
 
 
 class _LogSumExp(torch.autograd.Function):
     """`logsumexp` of p inputs, then p weights. The gradient of a logit is exp(logit - logsumexp) that of the result."""
 
     @staticmethod
-    def forward(ctx: Any, tail: Tail, dtype: torch.dtype | None, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, tail: Tail, dtype: torch.dtype | None, ids: torch.Tensor, known: torch.Tensor, *tensors: torch.Tensor
+    ) -> torch.Tensor:
         ctx.tail, ctx.dtype = tail, dtype
         inputs, weights = _halves(tensors)
         total_N = _wide(inputs[0]).new_full((len(inputs[0]),), -torch.inf)
         for cut in _blocks(inputs[0], weights[0]):
-            logits = tail(_block_logits(inputs, [weight[cut] for weight in weights], dtype))
-            total_N = torch.logaddexp(total_N, logits.logsumexp(-1))
-        ctx.save_for_backward(total_N, *tensors)
+            logits = _block_logits(inputs, [weight[cut] for weight in weights], dtype)
+            total_N = torch.logaddexp(total_N, tail(_with_known(logits, cut, ids, known)).logsumexp(-1))
+        ctx.save_for_backward(total_N, ids, known, *tensors)
         return total_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore
-        total_N, *tensors = ctx.saved_tensors
-        (inputs, weights), (inputs_wanted, weights_wanted) = _halves(tensors), _halves(ctx.needs_input_grad[2:])
+        total_N, ids, known, *tensors = ctx.saved_tensors
+        (inputs, weights), (inputs_wanted, weights_wanted) = _halves(tensors), _halves(ctx.needs_input_grad[4:])
+        known = _leaf(known, ctx.needs_input_grad[3])
         leaves = [_leaf(_wide(values), wanted) for values, wanted in zip(inputs, inputs_wanted, strict=True)]
         grad_weights = [
             torch.empty_like(weight) if wanted else None for weight, wanted in zip(weights, weights_wanted, strict=True)
@@ -137,7 +147,7 @@ class _LogSumExp(torch.autograd.Function):
         for cut in _blocks(inputs[0], weights[0]):
             cuts = [_leaf(weight[cut], wanted) for weight, wanted in zip(weights, weights_wanted, strict=True)]
             with torch.enable_grad():
-                logits = ctx.tail(_block_logits(leaves, cuts, ctx.dtype))
+                logits = ctx.tail(_with_known(_block_logits(leaves, cuts, ctx.dtype), cut, ids, known))
             logits.backward((logits.detach() - total_N[:, None]).exp_().mul_(grad_N[:, None]))  # adds to leaves' grad
             for grad, weight in zip(grad_weights, cuts, strict=True):
                 if grad is not None and weight.grad is not None:
@@ -146,7 +156,21 @@ class _LogSumExp(torch.autograd.Function):
             None if leaf.grad is None else leaf.grad.to(values.dtype)
             for leaf, values in zip(leaves, inputs, strict=True)
         ]
-        return None, None, *grad_inputs, *grad_weights
+        return None, None, None, known.grad, *grad_inputs, *grad_weights
+
+
+def _first_of_equals(ids_NK: torch.Tensor) -> torch.Tensor:
+    """The ids, with -1 for each that stands at its position a second time."""
+    ids, order = ids_NK.sort(dim=-1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    return ids_NK.masked_fill(again.scatter(1, order, again), -1)
+
+
+def _with_known(logits: torch.Tensor, cut: slice, ids_NK: torch.Tensor, known_NK: torch.Tensor) -> torch.Tensor:
+    """A block's logits, changed in place at those of the ids that lie in it."""
+    at_N, at_K = ((ids_NK >= cut.start) & (ids_NK < cut.stop)).nonzero(as_tuple=True)
+    return logits.index_put_((at_N, ids_NK[at_N, at_K] - cut.start), known_NK[at_N, at_K].to(logits.dtype))
 
 
 def largest(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -143,12 +143,13 @@ def student_at(
     def at_rows(module: nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
         nonlocal logsumexp_N, top1_N
         parts = parts_of(module, hidden_ND)
+        logits_NK = gathered_logits(parts, ids_NK)
         if want_logsumexp:
-            logsumexp_N = logsumexp(parts, tail_of(model.config)).float()
+            logsumexp_N = logsumexp(parts, tail_of(model.config), ids_NK, logits_NK).float()
         if want_top1:  # scale and soft-cap do not change which it is
             with torch.no_grad():
                 _, top1_N = largest(parts)
-        return torch.stack([gathered_logits(parts, ids_NK)])  # no view: FSDP2 warns of those
+        return torch.stack([logits_NK])  # no view: FSDP2 warns of those
 
     return Seen(_forward(model, batch, at_rows).float(), logsumexp_N, top1_N)
 

@@ -18,7 +18,9 @@ from duet.cache.errors import DamagedStore, UserError
 from duet.cache.exchange import export_store, import_store
 from duet.cache.exchange_distillkit import Grid
 from duet.cache.location import Folder
+from duet.cache.maintain import convert, invalidate
 from duet.cache.manifest import read_manifest
+from duet.cache.plan import read_plan
 from duet.cache.reader import Store
 
 TOKENIZER = {"tokenizer/tokenizer.json": b"{}"}
@@ -159,6 +161,32 @@ def test_what_is_there_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="there already"):
         export_store(Folder(tmp_path / "store"), tmp_path / "out", "parquet")
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("values", ["lossless", "float16", "float32"])
+def test_a_store_that_was_imported_or_converted_is_repaired_by_the_config_that_made_it(tmp_path, values):
+    a_store(tmp_path / "store", values)
+    plan = read_plan(Folder(tmp_path / "store"))
+    assert plan is not None
+    export_store(Folder(tmp_path / "store"), tmp_path / "out", "parquet")
+    imported, _ = import_store(tmp_path / "out", Folder(tmp_path / "back"), "arrow", "none")
+    convert(Folder(tmp_path / "store"), Folder(tmp_path / "other"), "zarr", "none")
+    for location, shard in ((imported, "shard-00001.arrow"), (Folder(tmp_path / "other"), "shard-00001.zarr.zip")):
+        location.remove(shard)
+        assert invalidate(location, replace(plan, format="zarr" if shard.endswith("zip") else "arrow")) == [1]
+
+
+@pytest.mark.parametrize("content", [b"[]", None])
+def test_a_store_whose_tokenizer_was_changed_is_not_written_anew(tmp_path, content):
+    """An export vouches for its files, and a converted store for its own: a fault of before would no longer show."""
+    a_store(tmp_path / "store")
+    file = tmp_path / "store/tokenizer/tokenizer.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DamagedStore, match=r"tokenizer\.json is missing or is not as it was written"):
+        export_store(Folder(tmp_path / "store"), tmp_path / "out", "parquet")
+    with pytest.raises(DamagedStore, match=r"tokenizer\.json is missing or is not as it was written"):
+        convert(Folder(tmp_path / "store"), Folder(tmp_path / "other"), "zarr", "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):

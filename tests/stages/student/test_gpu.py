@@ -27,7 +27,8 @@ def test_the_gathered_head_is_the_whole_one(dtype, tolerance):
         hidden, weight = hidden_ND.clone().requires_grad_(), weight_VD.clone().requires_grad_()
         if gathered:
             parts = [(hidden, weight)]
-            logits_NK, sums_N = gathered_logits(parts, ids_NK), logsumexp(parts, lambda logits: logits)
+            logits_NK = gathered_logits(parts, ids_NK)
+            sums_N = logsumexp(parts, lambda logits: logits, ids_NK, logits_NK)
         else:
             logits_NV = linear(hidden.float(), weight.float())
             logits_NK, sums_N = logits_NV.gather(1, ids_NK), logits_NV.logsumexp(-1)

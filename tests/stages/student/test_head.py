@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from duet.stages.models.alignment import AlignedBatch, align
 from duet.stages.student import gather
 from duet.stages.student.gather import dots_chunked, dots_fused, gathered_logits, largest, logsumexp
-from duet.stages.student.head import Head, student_at
+from duet.stages.student.head import Head, parts_of, student_at, tail_of
+from duet.stages.student.losses import TopK, forward_kl_tail, reverse_kl_tail
 
 V, K = 307, 9  # no other size of these models is 307
 CONFIGS = {name: tiny_config(name, V) for name in ARCHITECTURES}
@@ -316,7 +318,37 @@ def test_gradients_against_finite_differences():
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     assert gradcheck(lambda *t: gathered_logits(again(t), ids_NK), tensors, fast_mode=True)
-    assert gradcheck(lambda *t: logsumexp(again(t), lambda z: torch.tanh(z / 5) * 5), tensors, fast_mode=True)
+
+    def sums(*tensors: torch.Tensor, known: bool) -> torch.Tensor:
+        logits_NK = gathered_logits(again(tensors), ids_NK) if known else None
+        return logsumexp(again(tensors), lambda z: torch.tanh(z / 5) * 5, ids_NK, logits_NK)
+
+    for known in (False, True):
+        assert gradcheck(partial(sums, known=known), tensors, fast_mode=True)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("cap", [40.0, None])
+def test_probabilities_under_autocast_are_those_of_one_head(cap):
+    """Products in bfloat16 are rounded by up to 2^-9 of a logit of 30, and their sum with them."""
+    model = model_of("phi")  # a head with a bias
+    model.config.final_logit_softcapping = cap
+    head = model.get_output_embeddings()
+    hidden_ND = 6 * torch.randn(200, head.in_features, generator=torch.Generator().manual_seed(4))
+    parts = [(value.detach(), weight.detach()) for value, weight in parts_of(head, hidden_ND)]
+    parts[0] = (parts[0][0], parts[0][1] * 12 / parts[0][1].std() / 6 / head.in_features**0.5)
+    tail = tail_of(model.config)
+    exact_NV = tail(sum(value.double() @ weight.double().T for value, weight in parts))
+    assert isinstance(exact_NV, torch.Tensor)
+    assert exact_NV.max() > 30
+    ids_NK = exact_NV.topk(K).indices
+    ids_NK[:, -1] = ids_NK[:, 0]  # the answer may be one of the others
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_NK = gathered_logits(parts, ids_NK)
+        student = TopK(tail(logits_NK)[:, :-1], logsumexp(parts, tail, ids_NK, logits_NK))
+    teacher = TopK(exact_NV.gather(1, ids_NK)[:, :-1], exact_NV.logsumexp(-1))
+    for loss in (forward_kl_tail, reverse_kl_tail):
+        assert loss(student, teacher).abs().max() < 1e-4  # 0, but for rounding; else up to 0.1
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from duet.stages.models.tokenizers import load_tokenizer, tokenizer_files, token
 from duet.stages.questions.same_prompts import check_same_tokenizer
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student.checks import check_settings
 from duet.stages.student.loop import lr_factor
-from duet.stages.student.losses import LOSSES
+from duet.stages.student.losses import LOSSES, TopK, loss_of
 from duet.stages.student.train import chosen_loss, open_store, train_student
 
 
@@ -103,6 +105,21 @@ def test_the_loss_is_chosen_by_what_the_student_starts_from(tmp_path, store):
     ours = replace(theirs, provenance=theirs.provenance | {"weights_sha256": start})
     assert chosen_loss(TrainSettings(), start, [ours, ours])[0] == "huber_raw"
     assert chosen_loss(TrainSettings(), start, [ours, theirs])[0] == "huber_centred"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_that_is_0_with_one_id_is_refused_there(store, loss):
+    one = replace(store[0].manifest, top_k=1)
+    sides = (TopK(torch.tensor([[x]]), torch.tensor([5.0]), share_NK=torch.ones(1, 1)) for x in (1.0, 3.0))
+    zero = not loss_of(loss)(*sides)
+    if LOSSES[loss].needs_draws:  # for other stores, whose top_k is at least 2
+        return
+    for settings, manifest in (
+        (TrainSettings(loss=loss, top_k=1), store[0].manifest),
+        (TrainSettings(loss=loss), one),
+    ):
+        with pytest.raises(UserError, match="with one id it is always 0") if zero else nullcontext():
+            check_settings(settings, loss, [manifest], None, None)
 
 
 def test_fewer_ids_and_weights_change_what_is_learned(tmp_path, store):
