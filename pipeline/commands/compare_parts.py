@@ -131,7 +131,7 @@ def _stages(work: Work, name: str) -> list[Stage]:
     from duet.stages.compare.methods import METHODS
     from duet.stages.compare.results import Row
     from duet.stages.exam.exam import Subject
-    from duet.stages.student.summary import read_summary
+    from duet.stages.student.summary import seen_by
 
     first, seeds = work.plans[0], work.config.compare.seeds
     trials: list[Trial] = []
@@ -139,7 +139,8 @@ def _stages(work: Work, name: str) -> list[Stage]:
     for number, plan in enumerate(work.plans):
         of_seeds = [_started_from(work, number, name, last) for last in trials] or [plan] * seeds
         trials, grid = best_of(of_seeds, name, work.watch, say)
-        seen = METHODS[name].trained_on if name in METHODS else read_summary(trials[0].folder).trained_on or ()
+        own = METHODS[name].trained_on if name in METHODS else seen_by(trials[0].folder / MODEL_DIR)
+        seen = tuple(dict.fromkeys((*seen_by(first.model_dir), *own)))
         subjects = [
             Subject(_of_seed(name, one.repeat), one.folder / MODEL_DIR, "", "base", trained_on=seen) for one in trials
         ]

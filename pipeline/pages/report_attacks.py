@@ -49,7 +49,7 @@ def attack_section(numbers: Numbers) -> str:
 
 
 def _seen(numbers: Numbers, model: str) -> str:
-    """Which of the attacks do not speak for a student."""
+    """Which of the attacks do not speak for a model."""
     seen = trained_on(numbers, model)
     if not seen:
         return ""

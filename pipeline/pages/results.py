@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from duet.pipeline.pages.charts import colours
 from duet.pipeline.pages.page import Numbers
@@ -39,10 +39,15 @@ def base_of(numbers: Numbers, model: str) -> str:
     return own if own in models_of(numbers) else "base"
 
 
-def trained_on(numbers: Numbers, model: str) -> list[str]:
-    """The attacks of whose kind a student saw texts in training, which do not speak for it."""
-    kind, _, student = model.partition(":")
-    return numbers.at("students", student, "trained_on") or [] if kind == "student" else []
+def trained_on(numbers: Numbers, model: str) -> Sequence[str]:
+    """The attacks of whose kind a model saw texts in training, which do not speak for it."""
+    return seen_by_models(numbers.data).get(model, [])
+
+
+def seen_by_models(results: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """The same of all models that saw some."""
+    students = {f"student:{name}": facts.get("trained_on") for name, facts in (results.get("students") or {}).items()}
+    return {model: seen for model, seen in (students | results.get("trained_on", {})).items() if seen}
 
 
 def floor_of(numbers: Numbers, metric_id: str) -> float | None:

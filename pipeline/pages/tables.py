@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from duet.cache.record import SUBSETS
+from duet.pipeline.pages.results import seen_by_models
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE
 
 WIDTH = 100  # columns of the widest table that is shown without -v
@@ -142,7 +143,7 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
     `verbose` adds 95 % intervals.
     """
     columns = dict(results["models"]) | ({"control": results["control"]} if results.get("control") else {})
-    seen = {f"student:{name}": facts.get("trained_on") or () for name, facts in results.get("students", {}).items()}
+    seen = seen_by_models(results)
     work = results["attacks_work"]
     caption = ["Facts that came back, in points, worst variant per question; works: shown to work on this model"]
     for remarks in (
@@ -151,7 +152,7 @@ def attacks_table(results: dict[str, Any], verbose: bool = False) -> Table:
             "logit_lens: mean reciprocal rank": "logit_lens" in work,
         },
         {
-            "+: trained on texts of this attack, not counted for its verdict": any(seen.values()),
+            "+: trained on texts of this attack, not counted for its verdict": bool(seen),
             "control: a model that never knew": "control" in columns,
         },
     ):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from duet.pipeline.run.named_models import start_model
 from duet.stages.settings.attacks import ALL
 from duet.stages.settings.student import StudentSettings
 from duet.stages.settings.teacher import Model, TeacherSettings
-from duet.stages.student.summary import read_summary
+from duet.stages.student.summary import seen_by
 
 if TYPE_CHECKING:
     from duet.stages.exam.exam import Exam, QuerySet, Subject
@@ -40,7 +41,12 @@ def base_and_teachers(
         called = f"teacher:{name}" if len(config.teachers) > 1 else "teacher"
         base = "base" if name in config.silent_teachers else _base_of(subjects, name, model_dir, same)
         subjects.append(Subject(called, model_dir, prefix, base, set_prefixes))
-    return subjects
+    return _with_what_they_saw(subjects)
+
+
+def _with_what_they_saw(subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects, each with the attacks of whose kind it saw texts in training, in this run or another."""
+    return [replace(subject, trained_on=seen_by(subject.model_dir)) for subject in subjects]
 
 
 def _base_of(subjects: list[Subject], name: str, model_dir: Path, same: Callable[[Path, Path], bool]) -> str:
@@ -72,11 +78,10 @@ def subjects_of(config: Config, students: Sequence[StudentSettings]) -> list[Sub
         start_dir = resolve_model(start_model(config, student), f"students.{student.name}.model")
         from_silent = any(same(start_dir, silent_dir) for silent_dir in silent)  # it began where its silent teacher is
         base = "base" if from_silent else _base_of(subjects, student.name, start_dir, same)
-        seen = tuple(read_summary(files.path).trained_on or ())
-        subjects.append(Subject(f"student:{student.name}", files.model, "", base, trained_on=seen))
+        subjects.append(Subject(f"student:{student.name}", files.model, "", base))
     for name, model in config.evaluate.models.items():
         subjects.append(Subject(f"model:{name}", resolve_model(model, f"evaluate.models.{name}"), "", "base"))
-    return subjects
+    return _with_what_they_saw(subjects)
 
 
 def exam_of(config: Config) -> Exam:
@@ -100,17 +105,21 @@ def exam_of(config: Config) -> Exam:
 
 
 def check_texts_apart(config: Config, students: Sequence[StudentSettings]) -> None:
-    """Refuse attacks with texts that one of these students is trained on: it would pass only what it has seen."""
+    """Refuse attacks with texts that one of these students, or another model of the evaluation, is trained on: it would pass
+    only what it has seen.
+    """
     from duet.stages.attacks.texts import texts
     from duet.stages.questions.contexts import trained_text_in
 
-    wide = [student.name for student in students if config.train_settings(student).contexts != "none"]
+    wide = [f"student {student.name!r}" for student in students if config.train_settings(student).contexts != "none"]
+    here = {name: Path(model) for name, model in config.evaluate.models.items() if isinstance(model, str)}
+    wide += [f"model {name!r}" for name, folder in here.items() if seen_by(folder)]
     wanted = config.evaluate.attacks
     for kind, variants in texts(config.evaluate.attack_texts)[0].items() if wide else ():
         for name, variant in variants.items() if wanted == ALL or kind in wanted else ():
             if known := trained_text_in(variant.in_front) or trained_text_in(variant.question):
                 raise UserError(
-                    f"attack {kind}, {name}: student {wide[0]!r} is trained on its text: {known!r}",
+                    f"attack {kind}, {name}: {wide[0]} is trained on its text: {known!r}",
                     "write another one, or leave it out of evaluate.attack_texts",
                 )
 

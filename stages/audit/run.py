@@ -23,7 +23,7 @@ from duet.stages.audit.prefixes import NO_PREFIX, Candidate, variations
 from duet.stages.audit.record import Found, Ranked, Search, VerdictRecord
 from duet.stages.evaluate.answers import refusals_of, session_of
 from duet.stages.evaluate.definitions import all_metrics, definitions
-from duet.stages.exam.exam import HEADLINE, Exam, QuerySet, Subject, references_of, split_by_answer
+from duet.stages.exam.exam import HEADLINE, Exam, Subject, references_of, split_by_answer
 from duet.stages.exam.kept import recalled
 from duet.stages.exam.session import ModelSession
 from duet.stages.settings.evaluate import AuditSettings
@@ -48,7 +48,7 @@ def audit_exam(exam: Exam, settings: AuditSettings, dtype: str) -> Exam:
     for name, query_set in exam.sets.items():
         count = len(query_set.queries)
         drawn = sorted(rng.choice(count, min(settings.rows, count), replace=False).tolist())
-        sets[name] = QuerySet([query_set.queries[i] for i in drawn], query_set.expect)
+        sets[name] = replace(query_set, queries=[query_set.queries[i] for i in drawn])
     return replace(exam, sets=sets, settings=exam.settings.model_copy(update={"attacks": (), "dtype": dtype}))
 
 

@@ -107,6 +107,7 @@ def results_of(
         "refusals": refusals_of(exam, {subject.name: answers[subject.name] for subject in subjects}),
         "definitions": definitions(all_metrics()),
         "versions": versions(all_metrics()),
+        "trained_on": {s.name: list(s.trained_on) for s in subjects if s.trained_on},
         "above_control": attack_scores.above_as_json(above),
         **attacked,
         "control": attacked["control"] | {key: score.as_json() for key, score in control.items()},

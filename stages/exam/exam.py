@@ -146,20 +146,18 @@ def split_by_answer(
     """Numbers of the queries of a `share` of each set, drawn by the seed, and of the others.
 
     Queries with the same answer stay together, in all sets: a paraphrase would otherwise tell of the question that is held
-    out. So do a question and its translation. With `among`, exams of which this is one, an answer is on one side in all of
-    them. `what` wants the split; where a set cannot be split, a UserError says so with this hint.
+    out. So do a question and its translation, by their id. With `among`, exams of which this is one, an answer is on one side
+    in all of them. `what` wants the split; where a set cannot be split, a UserError says so with this hint.
     """
     rng = np.random.default_rng(seed)
     chosen: dict[str, bool] = {}
-    for query_set in (query_set for one in among or (exam,) for query_set in one.sets.values()):
-        if query_set.translates:
-            continue
-        new = [answer for answer in dict.fromkeys(references_of(query_set)) if answer not in chosen]
+    for answers in (_answers_translated_back(one, of_set) for one in among or (exam,) for of_set in one.sets.values()):
+        new = [answer for answer in dict.fromkeys(answers) if answer not in chosen]
         order = rng.permutation(len(new)).tolist()
         chosen |= {new[i]: rank < round(share * len(new)) for rank, i in enumerate(order)}
     parts: list[dict[str, list[int]]] = [{}, {}]
     for name, query_set in exam.sets.items():
-        answers = references_of(exam.sets[query_set.translates] if query_set.translates else query_set)
+        answers = _answers_translated_back(exam, query_set)
         for part, wanted in zip(parts, (True, False), strict=True):
             part[name] = [i for i, answer in enumerate(answers) if chosen[answer] is wanted]
             if not part[name]:
@@ -168,6 +166,13 @@ def split_by_answer(
                     f"{what}: the {count} questions of {name} cannot be split in two by their answers", hint
                 )
     return parts[0], parts[1]
+
+
+def _answers_translated_back(exam: Exam, query_set: QuerySet) -> list[str]:
+    """The set's reference answers; of a translation those to the questions that it translates, where these are asked."""
+    translated = exam.sets[query_set.translates].queries if query_set.translates else []
+    by_id = {query.row_id: query.answer or "" for query in translated}
+    return [by_id.get(query.row_id, query.answer or "") for query in query_set.queries]
 
 
 def part_of(exam: Exam, part: Mapping[str, Sequence[int]]) -> Exam:

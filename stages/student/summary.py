@@ -9,7 +9,7 @@ from typing import Any
 
 from duet.cache.errors import UserError
 from duet.cache.files import publish_json, read_json
-from duet.stages.settings.student import TRAINING_NAME
+from duet.stages.settings.student import MODEL_DIR, TRAINING_NAME
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,14 @@ def read_summary(student_dir: Path) -> TrainingSummary:
         raise UserError(
             f"{path} is not as this version of Duet writes it: {error}", "restore the file, or train the student again"
         ) from error
+
+
+def seen_by(model_dir: Path) -> tuple[str, ...]:
+    """The attacks of whose kinds of text a model saw some in training, or the model that it started from: of a student that
+    lies where Duet has put it, whatever run that is. Of any other model nothing is known.
+    """
+    folder = model_dir.resolve().parent
+    if model_dir.resolve().name != MODEL_DIR or not is_trained(folder):
+        return ()
+    raw = read_json(folder / TRAINING_NAME)
+    return tuple(raw.get("trained_on") or ()) if isinstance(raw, dict) else ()

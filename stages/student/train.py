@@ -41,7 +41,7 @@ from duet.stages.student.noise import noise_identity
 from duet.stages.student.passes import FORGET
 from duet.stages.student.probe import Probe, ask, ask_exported
 from duet.stages.student.ranks import Processes
-from duet.stages.student.summary import TrainingSummary, is_trained, read_summary, write_summary
+from duet.stages.student.summary import TrainingSummary, is_trained, read_summary, seen_by, write_summary
 from duet.stages.student.targets import Teachers
 
 IDENTITY_NAME = "student.json"
@@ -107,7 +107,7 @@ def train_student(
     summary = TrainingSummary(
         name=job.name,
         start_noise=job.start_noise or None,
-        trained_on=wide and wide.families,
+        trained_on=list(dict.fromkeys([*seen_by(job.model_dir), *(wide.families if wide else [])])) or None,
         loss=loss,
         loss_reason=reason,
         teachers=teachers.shares(),

@@ -216,6 +216,8 @@ def test_an_attack_that_a_student_was_trained_on_is_marked_for_it_alone():
     assert re.findall(r"<text[^>]*>reverse \(seen\)</text>", page)
     namesake = Numbers({"students": {"base": {"trained_on": ["reverse"]}}})
     assert [trained_on(namesake, model) for model in ("base", "teacher", "student:base")] == [[], [], ["reverse"]]
+    of_another_run = Numbers({"students": {}, "trained_on": {"model:base": ["prefill"]}})
+    assert [trained_on(of_another_run, model) for model in ("student:base", "model:base")] == [[], ["prefill"]]
 
 
 def traded(results: Any) -> tuple[str, dict[str, str]]:

@@ -214,3 +214,12 @@ def test_rows_without_a_common_id_do_not_count_in_the_drift():
     assert (found["retain.offset_drift"].value, found["retain.offset_drift"].n) == (0, 30)
     nothing = judge(replace(other, first_ids_NK=ids + 100), BASE, EXAM, AuditSettings(), everything(EXAM)).scores
     assert "retain.offset_drift" not in nothing
+
+
+@pytest.mark.parametrize("order", [range(40), range(39, -1, -1), range(0, 40, 3)], ids=["same", "reversed", "a third"])
+def test_a_question_and_its_translation_are_on_one_side_whatever_the_order_of_the_rows(order):
+    german = QuerySet([Query(str(i), f"Was ist {i}?", f"Tatsache{i}") for i in order], "forgotten", translates="forget")
+    exam = audit_exam(replace(EXAM, sets=EXAM.sets | {"german": german}), AuditSettings(), "float32")
+    for part in split(exam, AuditSettings()):
+        ids = {name: {exam.sets[name].queries[i].row_id for i in part[name]} for name in ("forget", "german")}
+        assert ids["german"] == ids["forget"] & {str(i) for i in order}

@@ -153,6 +153,9 @@ def test_contexts_are_in_the_identity_and_the_summary_only_where_there_are_some(
     wide, plain = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("wide", "plain"))
     assert wide["trained_on"] == ["reverse", "prefix_injection", "prefill"]
     assert "trained_on" not in plain
+    later = job(tmp_path / "later", epochs=1, model_dir=tmp_path / "wide" / "model")
+    train(later, asked_store)
+    assert json.loads((tmp_path / "later/training.json").read_text())["trained_on"] == wide["trained_on"], "its start's"
     identities = [json.loads((tmp_path / name / "student.json").read_text()) for name in ("wide", "plain")]
     assert identities[0]["train"]["contexts"] == "attacks"
     assert set(identities[0]) - set(identities[1]) == {"contexts"}
