@@ -45,7 +45,7 @@ def _config_of(run: RunDir) -> Config:
         raise UserError(
             f"{run.path} is not a run directory: {run.config.name} is missing", "name a run's directory, e.g. runs/lab"
         )
-    return load_config(str(run.config))
+    return load_config(str(run.config)).lying_in(run.path)
 
 
 def status_of(config: Config, run: RunDir) -> dict[str, Any]:
