@@ -155,7 +155,13 @@ def _locked(directory: Path) -> Iterator[None]:
     """One at a time, thread or process, fills the local cache: its size stays bounded and nothing is fetched twice."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems, as they are often mounted
+            raise UserError(
+                f"store.cache_dir: {directory} lies on a file system without locks: {os.strerror(error.errno or 0)}",
+                "set store.cache_dir to a folder on a local disk, e.g. /tmp/duet",
+            ) from error
         yield
 
 

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from duet.cache.errors import DamagedStore, NotPermitted, UserError
 
 MAX_JSON_BYTES = 256 * 2**20  # a manifest of a million shards
 TEMPORARY = re.compile(r"(.*/)?\..*\.tmp")  # what a killed `publishing` leaves
-NOT_WRITABLE_HINT = "name a folder of your own (for a store: store.dir), or ask its owner to let your group write"
+NOT_WRITABLE_HINT = (
+    "name a folder of your own (for runs: runs_dir, for a store: store.dir), or ask its owner to let your group write"
+)
+
+
+MAKE_SPACE_HINT = "make space and run the same command again: it goes on from there"
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFull(UserError):
@@ -40,19 +48,27 @@ def publishing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
             sync_dir(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that cannot be written: what was raised above says so
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def publishing_dir(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; when the block ends well, flush its files and put it in `path`'s place."""
+    """Yield a temporary folder beside `path`; when the block ends well, flush its files and put it in `path`'s place.
+
+    Whoever the umask lets read the folder may read its files: safetensors writes files for their owner alone.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    readable = temporary.stat().st_mode & 0o666
     with telling_of_full_disks(path):
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                if readable & ~(mode := stat.S_IMODE(file.stat().st_mode)):
+                    with suppress(PermissionError):  # a file system that has no modes
+                        file.chmod(mode | readable)
                 sync_file(file)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
@@ -85,13 +101,13 @@ def telling_of_full_disks(path: Path, needed_bytes: int | None = None) -> Iterat
     except DiskFull as error:
         raise DiskFull(error.what + needed, error.hint) from error
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in NOT_ALLOWED:
             raise NotPermitted(f"cannot write {path}: {os.strerror(error.errno)}", NOT_WRITABLE_HINT) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_ROOM:
             raise
         raise DiskFull(
             f"cannot write {path}: {os.strerror(error.errno)}; {free_bytes(path.parent) / 1e6:.2f} MB are free{needed}",
-            "make space and run the same command again: it goes on from there",
+            MAKE_SPACE_HINT,
         ) from error
 
 

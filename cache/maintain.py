@@ -220,16 +220,20 @@ class Found:
 
 
 def find_stores(root: Location) -> list[Found]:
-    """The stores among a folder and its sub-folders, or the folder itself."""
+    """The stores among a folder and its sub-folders, or the folder itself; one that others may not enter counts as a store."""
     places = [root, *(root / name for name in root.folders())]
-    return [_found(at) for at in places if any(at.size(name) is not None for name in (PLAN_NAME, MANIFEST_NAME))]
+    return [found for found in map(_found, places) if found]
 
 
-def _found(location: Location) -> Found:
-    sizes = location.sizes()
-    num_bytes = sum(sizes.values())
-    unused = _unused_days(location, sizes) if isinstance(location, Folder) else None
+def _found(location: Location) -> Found | None:
+    """What lies there; None where that is not a store."""
+    num_bytes, unused = 0, None
     try:
+        if all(location.size(name) is None for name in (PLAN_NAME, MANIFEST_NAME)):
+            return None
+        sizes = location.sizes()
+        num_bytes = sum(sizes.values())
+        unused = _unused_days(location, sizes) if isinstance(location, Folder) else None
         if location.size(MANIFEST_NAME) is not None:
             manifest = read_manifest(location)
             return Found(location, "complete", manifest.rows, num_bytes, manifest.format, unused)

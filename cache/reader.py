@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from duet.cache.zarr_format import ZarrShard
 
 REPAIR_HINT = "`duet cache repair` with the store's config writes only the damaged shards again"
 FORMAT_READERS = {"arrow": ArrowShard, "zarr": ZarrShard}
+NOTE_S = 3600.0  # between notes of a use: a training may take days
 _checked: set[tuple[str, int, int, str]] = set()  # (file, its inode, its time of change, sha256) hashed by this process
 
 
@@ -54,9 +56,14 @@ class Store:
         for shard in self.manifest.shards:
             if fault := wrong_size(location, shard.name, sizes.get(shard.name), shard.bytes):
                 raise DamagedStore(fault, REPAIR_HINT)
-        if isinstance(location, Folder):
+        self._note_use()
+
+    def _note_use(self) -> None:
+        """Note when the store was last used; `duet cache gc` asks."""
+        self._used = time.monotonic()
+        if isinstance(self.location, Folder):
             with suppress(OSError):  # somebody else's store, in which we may only read
-                os.utime(location.path / MANIFEST_NAME)  # when it was last used; `duet cache gc` asks
+                os.utime(self.location.path / MANIFEST_NAME)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -77,6 +84,8 @@ class Store:
         recycler = Recycler()
         while True:
             while cursor.slot < order.num_slots:
+                if time.monotonic() > self._used + NOTE_S:
+                    self._note_use()
                 num_rows = min(batch_size, order.num_slots - cursor.slot)
                 first, end = (cursor.slot + num_rows * part // rank.world for part in (rank.number, rank.number + 1))
                 picks: list[tuple[OpenWindow, np.ndarray]] = []

@@ -13,7 +13,7 @@ import click
 
 from duet.cache.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted, UserError
 from duet.pipeline.cli.arguments import Group, experiment, files, students
-from duet.pipeline.cli.faults import hint_for, rank, tell
+from duet.pipeline.cli.faults import hint_for, of_the_place, rank, tell
 from duet.pipeline.cli.machine import MACHINE_COMMANDS
 from duet.pipeline.cli.runs import RUN_COMMANDS
 from duet.pipeline.cli.stores import cache_group
@@ -274,12 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
             tell(f"interrupted: {error}\nhint: run the same command again: it resumes")
         return EXIT_INTERRUPTED
     except Exception as error:
-        log.exception("a bug")
-        from duet.pipeline.run.terminal import vanished_run
-
-        if isinstance(error, OSError) and (run := vanished_run()):
-            hint = "leave a run's directory alone until its command has ended; the same command begins again"
-            tell(f"error: {run} disappeared while the command was writing there\nhint: {hint}")
+        log.exception("an unexpected error")
+        if fault := of_the_place(error):
+            tell(f"error: {fault}")
             return EXIT_USER
         tell(f"{traceback.format_exc()}error: this is a bug in Duet\nhint: please report it with the lines above")
         return EXIT_BUG

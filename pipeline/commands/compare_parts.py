@@ -102,7 +102,18 @@ def own_stage_one(config: Config, stop: StopSignal) -> None:
 
 
 def made(work: Work, name: str) -> Part:
-    """Bring one part to the end: train and choose its models, and ask them the questions that are reported."""
+    """Bring one part to the end: train and choose its models, and ask them the questions that are reported. Waits while
+    another process does."""
+    from duet.stages.exam.exam import stem_of
+    from duet.stages.student.alone import alone_in
+
+    if name == REFERENCES:
+        return _made(work, name)
+    with alone_in(work.plans[0].folder / stem_of(name), f"compare, {name}", work.watch) as watch:
+        return _made(replace(work, watch=watch), name)
+
+
+def _made(work: Work, name: str) -> Part:
     from duet.stages.compare.results import Row
     from duet.stages.evaluate.answers import answer_all
     from duet.stages.exam.exam import Subject

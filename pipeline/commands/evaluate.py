@@ -126,8 +126,7 @@ def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, 
     }
     for name, of_harness in found.harness.items():
         results["models"][name] |= of_harness
-    _publish(config.run, results, exam, found)
-    publish_json(config.run.items, items.as_json(scores))
+    _publish(config.run, results, items.as_json(scores), exam, found)
     return 0
 
 
@@ -217,16 +216,17 @@ def _ask(run: RunDir, subjects: Sequence[Subject], exam: Exam, judge: Judge | No
         )
 
 
-def _publish(run: RunDir, results: dict[str, Any], exam: Exam, found: Found) -> None:
-    """Write results and report, earlier ones kept aside, and say what came out."""
+def _publish(run: RunDir, results: dict[str, Any], of_questions: Mapping[str, Any], exam: Exam, found: Found) -> None:
+    """Write scores of questions, report and, the sign of the end, results, earlier ones kept aside; say what came out."""
     from duet.pipeline.pages.report import write_report
 
     _keep_earlier(run, results)
     run.pdf.unlink(missing_ok=True)  # it shows the results that are replaced now
-    publish_json(run.results, results)
+    publish_json(run.items, of_questions)
     if exam.settings.tofu:
         _write_tofu_logs(run.open_unlearning, exam, found, results)
     write_report(results, run.report)
+    publish_json(run.results, results)
     _show_results(results, run)
 
 

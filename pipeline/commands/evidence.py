@@ -109,8 +109,7 @@ def _manifests(run: RunDir, results: Mapping[str, Any]) -> dict[str, bytes]:
     from duet.pipeline.config.schema import Config
     from duet.pipeline.run.stores import stores_of_run
 
-    config = validated(Config, _run_settings(run), str(run.config))
-    here = config.model_copy(update={"runs_dir": str(run.path.parent), "name": run.path.name})
+    here = validated(Config, _run_settings(run), str(run.config)).lying_in(run.path)
     found = {}
     for name, place in stores_of_run(here).items():
         raw = place.read(MANIFEST_NAME)

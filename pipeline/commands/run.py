@@ -5,10 +5,11 @@ Heavy libraries are imported inside the functions, so that `duet --help` and `du
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Sequence
 
-from duet.cache.errors import EXIT_INTERRUPTED, Interrupted
+from duet.cache.errors import Interrupted
 from duet.cache.files import read_json
 from duet.pipeline.config.chain import steps_of
 from duet.pipeline.config.schema import Config
@@ -70,10 +71,12 @@ def _run_one(config: Config, request: Selection | None, num_jobs: int | None, st
 
 
 def run_stage(stage: str, request: Selection, stop: StopSignal, more: Sequence[str] = ()) -> int:
-    """One stage in a process of its own, which gets the signals to this one; its exit code, or an interruption's if killed."""
+    """One stage in a process of its own, which gets the signals to this one; its exit code. Interrupted if it was killed."""
     arguments = [*request.arguments(), *more]
     log.debug("starting %s %s", stage, arguments)
     child = subprocess.Popen([*THIS_PROGRAM, stage, *arguments])
     stop.forward_to(child)
     code = child.wait()
-    return code if code >= 0 else EXIT_INTERRUPTED
+    if code < 0:  # it could not say so itself
+        raise Interrupted(f"the process of {stage} was killed by {signal.Signals(-code).name}")
+    return code

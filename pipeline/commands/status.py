@@ -46,8 +46,7 @@ def config_of(run: RunDir) -> Config:
         raise UserError(
             f"{run.path} is not a run directory: {run.config.name} is missing", "name a run's directory, e.g. runs/lab"
         )
-    place = run.path if run.path.name else run.path.resolve()
-    return load_config(str(run.config)).model_copy(update={"runs_dir": str(place.parent), "name": place.name})
+    return load_config(str(run.config)).lying_in(run.path)
 
 
 def status_of(config: Config, run: RunDir) -> dict[str, Any]:

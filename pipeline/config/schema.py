@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -143,6 +143,11 @@ class Config(Settings):
     def run(self) -> RunDir:
         """The files in the run's directory."""
         return RunDir(self.run_dir)
+
+    def lying_in(self, run_dir: Path) -> Self:
+        """The settings of a run whose directory is here now: it may have been moved, renamed or copied."""
+        place = run_dir.resolve() if run_dir.name in ("", "..") else run_dir
+        return self.model_copy(update={"runs_dir": str(place.parent), "name": place.name})
 
     @property
     def store_root(self) -> Location:

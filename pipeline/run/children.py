@@ -64,7 +64,12 @@ class Child:
         self.name, self.place = name, place
         log.debug("starting %s with %s: %s", name, environment, command)
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",  # a library may print other bytes than UTF-8: unread, they would fill the pipe and stop the child
+            env={**os.environ, **environment},
         )
         streams = ((self.process.stdout, False), (self.process.stderr, True))
         self._threads = [threading.Thread(target=_pass_on, args=stream, daemon=True) for stream in streams]

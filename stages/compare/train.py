@@ -77,7 +77,7 @@ def train_baseline(job: BaselineJob, watch: Watch) -> dict[str, Any]:
     model = models.model
     optimizer = optimizer_of(list(trained(model).values()), settings)
     checkpoint_dir, alone = job.folder / CHECKPOINTS_NAME, Processes(Rank(), device)
-    state = checkpoint.load_newest(checkpoint_dir, model, optimizer) or TrainingState()
+    state = checkpoint.load_newest(checkpoint_dir, model, optimizer, alone) or TrainingState()
     curve: list[list[float]] = []
     diverged_at = None
     while state.step < total:

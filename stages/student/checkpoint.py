@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from duet.cache.errors import UserError
 from duet.cache.files import publish_json, publishing, publishing_dir, read_json
 from duet.cache.order import Cursor
 from duet.stages.student.export import disk_errors
@@ -69,14 +70,26 @@ def save(
         shutil.rmtree(stale)
 
 
-def load_newest(checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState | None:
-    """Restore the newest checkpoint into model and optimizer; None where there is none."""
-    found = sorted(checkpoint_dir.glob("step-*"))
-    if not found:
+def load_newest(
+    checkpoint_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, processes: Processes
+) -> TrainingState | None:
+    """Restore the newest checkpoint that the first process finds, in all; None where there is none.
+
+    UserError where another process does not see it: it would begin elsewhere, and their weights would differ.
+    """
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoint_dir.glob("step-*")]
+    newest = int(processes.tell([max(steps, default=0)])[0, 0])
+    if newest == 0:
         return None
-    load_parameters(found[-1] / "model.safetensors", model)
-    _restore_optimizer(model, optimizer, load_file(found[-1] / "optimizer.safetensors"))
-    raw = read_json(found[-1] / "progress.json")
+    folder = checkpoint_dir / f"step-{newest:09d}"
+    if not processes.tell([folder.is_dir()]).all():
+        raise UserError(
+            f"the checkpoint {folder} is not there on every machine",
+            "set runs_dir to a folder that all machines share; if they do, run the same command again: it may show it late",
+        )
+    load_parameters(folder / "model.safetensors", model)
+    _restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+    raw = read_json(folder / "progress.json")
     return TrainingState(**{**raw, "cursor": Cursor(**raw["cursor"])})
 
 

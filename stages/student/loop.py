@@ -90,7 +90,7 @@ def run_loop(
     settings, processes = student.settings, student.processes
     checkpoint_dir, metrics_path = job.student_dir / CHECKPOINTS_NAME, job.student_dir / METRICS_NAME
     reset_peak_memory(processes.device)
-    state = checkpoint.load_newest(checkpoint_dir, student.model, student.optimizer) or TrainingState()
+    state = checkpoint.load_newest(checkpoint_dir, student.model, student.optimizer, processes) or TrainingState()
     total = steps_of(order, settings)
     with processes.first_first():
         lines = _metrics_until(metrics_path, state.step, write=processes.first)

@@ -29,6 +29,7 @@ from duet.stages.questions.prompts import Renderer
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.student import CHECKPOINTS_NAME, TrainSettings, check_start_noise, deciding_settings
 from duet.stages.student import checkpoint
+from duet.stages.student.alone import one_launch
 from duet.stages.student.card import student_card
 from duet.stages.student.checks import Start, check_settings, loss_by_store
 from duet.stages.student.contexts import Wide, check_asked
@@ -83,6 +84,13 @@ def train_student(
     first process, `watch.on_progress` gets a StepReport after each step. UserError where the folder belongs to other settings
     or a setting would do nothing; Interrupted (after a checkpoint) when `watch.should_stop()` is true in any process.
     """
+    with one_launch(job, processes, watch) as watch_alone:
+        return _train(job, stores, tokenizer, processes, watch_alone)
+
+
+def _train(
+    job: StudentJob, stores: Mapping[str, Store], tokenizer: Any, processes: Processes, watch: Watch
+) -> TrainingSummary:
     start_sha256 = weights_sha256(job.model_dir)
     teachers = Teachers.of(stores, job.settings)
     loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests, job.start_noise, teachers.combine)

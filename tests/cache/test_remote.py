@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import logging
 import os
 import re
@@ -393,6 +395,15 @@ def test_a_full_local_disk_is_told_as_such(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"cannot write {tmp_path / 'cache'}"):
         read_all(remote(tmp_path))
     assert not cached_files(tmp_path)
+
+
+def test_a_local_cache_without_locks_is_told_as_such(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "")  # Lustre, unless it is mounted with flock
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"store\.cache_dir: .* without locks: Function not implemented"):
+        location_of("memory://stores/s", str(tmp_path)).open("shard", 1, "0" * 64)
 
 
 def test_stores_are_read_without_torch_and_without_naming_s3fs(server, tmp_path):

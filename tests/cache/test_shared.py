@@ -6,21 +6,25 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support import make_plan, make_rows, read_all, same_rows, write_store
+from safetensors.numpy import save_file
+from support import make_plan, make_rows, read_all, same_rows, small_disk, write_store
 
-from duet.cache import maintain
-from duet.cache.errors import UserError
+from duet.cache import maintain, reader
+from duet.cache.errors import NotPermitted, UserError
 from duet.cache.files import DiskFull, publish_json, publishing_dir
 from duet.cache.leases import Leases
 from duet.cache.location import Folder, local_folder
 from duet.cache.manifest import read_manifest
+from duet.cache.reader import Store
 from duet.cache.writer import LEASES_NAME, StoreWriter
 
 ROWS = make_rows(range(40), positions=None, forget=4)
@@ -96,6 +100,8 @@ def test_all_files_follow_the_umask_and_the_folders_group(group_folder, umask, f
     check_modes(folder, umask)
     with publishing_dir(folder / "folder") as temporary:
         (temporary / "file").write_bytes(b"")
+        save_file({"weight": np.zeros(3)}, temporary / "model.safetensors")
+        assert stat.S_IMODE((temporary / "model.safetensors").stat().st_mode) == 0o600, "the library does it itself now"
     publish_json(folder / "file.json", {})
     check_modes(folder, umask)
 
@@ -206,3 +212,39 @@ def test_a_quota_and_a_limit_of_file_sizes_are_told_like_a_full_disk(tmp_path, m
         with pytest.raises(DiskFull, match=f"cannot write .*: {os.strerror(number)}") as caught:
             publish_json(tmp_path / "file.json", {})
         assert "MB are free" in caught.value.what
+
+
+def test_a_store_that_is_read_for_days_is_not_taken_for_unused(tmp_path, monkeypatch):
+    write_store(tmp_path / "s", make_plan(40, 4), ROWS, FILES)
+    opened = Store(Folder(tmp_path / "s"))
+    batches = opened.batches(opened.order(0), 8)
+    next(batches)
+    for path in (tmp_path / "s").rglob("*"):
+        os.utime(path, (0, 0))  # as if it had been opened then
+    monkeypatch.setattr(reader, "NOTE_S", -1.0)
+    assert maintain.removable(Folder(tmp_path), 1.0)
+    next(batches)
+    assert not maintain.removable(Folder(tmp_path), 1.0)
+
+
+def test_a_disk_that_cannot_be_written_is_told_as_such(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        done = subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot make it read-only here: {done.stderr.strip()}")
+        with pytest.raises(NotPermitted, match=r"file\.json: Read-only"):
+            publish_json(disk / "file.json", {})
+
+
+@only_root
+def test_a_store_that_one_may_not_enter_does_not_hide_the_others(group_folder):
+    for name in ("mine", "theirs"):
+        write_store(group_folder / name, make_plan(40, 4), ROWS, FILES)
+    (group_folder / "theirs").chmod(0o700)
+
+    def look() -> None:
+        found = {Path(str(one.location)).name: one.state for one in maintain.find_stores(Folder(group_folder))}
+        assert found == {"mine": "complete", "theirs": "not readable"}
+        assert not maintain.removable(Folder(group_folder), None)
+
+    assert ended(as_user(ALICE, 0o002, look))

@@ -1,4 +1,7 @@
-"""One of several processes that train a student together: `ranks.py STORE MODEL STUDENT_DIR SETTINGS [STOP_AFTER]`."""
+"""One of several processes that train a student together: `ranks.py STORE MODEL STUDENT_DIR SETTINGS [STOP_AFTER]`.
+
+`{rank}` in STUDENT_DIR becomes the number of the process: a folder on a disk of its own.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ def num_threads() -> int:
 
 def main(store_dir: str, model_dir: str, student_dir: str, settings: str, stop_after: str = "0") -> None:
     torch.set_num_threads(1)
-    job = StudentJob("s", Path(model_dir), "start", Path(student_dir), TrainSettings(**json.loads(settings)))
+    folder = Path(student_dir.format(rank=os.environ["RANK"]))
+    job = StudentJob("s", Path(model_dir), "start", folder, TrainSettings(**json.loads(settings)))
     steps = 0
 
     def count(report: object) -> None:

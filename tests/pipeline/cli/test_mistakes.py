@@ -88,6 +88,7 @@ MISTAKES: dict[str, tuple[Callable[[Desk], list[str]], str, str]] = {
         "Git LFS pointer",
         "git lfs pull",
     ),
+    "a place that cannot be written": (lambda d: d.set("runs_dir=/sys/runs"), "cannot read or write /sys/runs", "runs_dir"),
     # the data
     "no answers, before stage one": (
         lambda d: d.set(f"data.forget.path={write_jsonl(d.path / 'x.jsonl', [{'question': 'Who?'}])}", command="run"),

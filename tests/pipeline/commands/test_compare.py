@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import in_browser
 import pytest
@@ -13,13 +15,16 @@ from html_page import Page
 from support import ROOT, run_duet, write_jsonl
 from warm import PROGRAM
 
-from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
+from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted
+from duet.cache.watch import Watch
 from duet.pipeline.cli.main import main
 from duet.pipeline.commands import compare
+from duet.pipeline.commands.compare_parts import Work, made
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.run_dir import RunDir
 from duet.pipeline.pages.comparison import cells, heads, render, sentences
 from duet.stages.questions.contexts import context_texts
+from duet.stages.student.alone import alone_in
 
 browser = in_browser.browser  # the fixture
 
@@ -262,3 +267,12 @@ def test_a_comparison_with_other_settings_is_kept(tmp_path, monkeypatch, setting
     assert json.loads((tmp_path / "compare-1.json").read_text()) == first
     assert (tmp_path / "compare-1.html").is_file()
     assert not (tmp_path / "compare-2.json").exists()
+
+
+def test_a_method_that_another_process_is_at_is_waited_for(tmp_path):
+    """Here until a signal comes. Both would otherwise remove each other's checkpoints and models that were not chosen."""
+    nothing: Any = None  # is asked for before the folder is free
+    plan: Any = SimpleNamespace(folder=tmp_path)
+    work = Work(nothing, {}, [plan], Watch(should_stop=lambda: True), nothing)
+    with alone_in(tmp_path / "npo", "npo", Watch()), pytest.raises(Interrupted, match="compare, npo"):
+        made(work, "npo")

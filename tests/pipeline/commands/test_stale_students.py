@@ -1,9 +1,10 @@
-"""A student or results that are done, and data or models that have changed since."""
+"""A student or results that are done, and data, models or the run's place that have changed since."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 from command_line import duet, refused, small_run
 from support import LAB_BASE, LAB_SMALL
@@ -12,6 +13,7 @@ from duet.cache.errors import EXIT_DONE
 from duet.pipeline.commands.status import status_of
 from duet.pipeline.commands.submit import is_evaluated
 from duet.pipeline.config.load import load_config
+from duet.pipeline.run.directory import claim_run_dir
 
 
 def test_a_student_of_an_earlier_store_is_refused_before_others_are_trained_and_before_it_is_scored(
@@ -40,8 +42,15 @@ def test_results_of_other_models_of_one_name_are_kept_and_do_not_count_as_done(l
     def asked(name: str) -> tuple[str, ...]:
         return ("--config", config, "--set", f"evaluate.models={{m: {tmp_path / name / 'model'}}}")
 
-    for command in ("teacher-logits", "distill", "evaluate"):
+    for command in ("teacher-logits", "distill"):
         assert duet(command, *asked("x")).code == EXIT_DONE
+    (tmp_path / "runs/lab/report.html").mkdir()  # in the way, so that the report cannot be written
+    assert duet("evaluate", *asked("x")).code != EXIT_DONE
+    assert not is_evaluated(load_config(config, (asked("x")[-1],))), (
+        "an evaluation without report and scores of questions"
+    )
+    (tmp_path / "runs/lab/report.html").rmdir()
+    assert duet("evaluate", *asked("x")).code == EXIT_DONE
     first = (tmp_path / "runs/lab/results.json").read_text(encoding="utf-8")
     assert is_evaluated(load_config(config, (asked("x")[-1],)))
     assert not is_evaluated(load_config(config, (asked("y")[-1],)))
@@ -55,3 +64,17 @@ def test_results_of_other_models_of_one_name_are_kept_and_do_not_count_as_done(l
     path = tmp_path / "retain.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("born", "raised"), encoding="utf-8")
     assert not is_evaluated(load_config(config, (asked("y")[-1],)))
+
+
+def test_the_state_of_a_copied_or_renamed_run_is_that_of_the_folder_that_was_named(lab_config, tmp_path):
+    run = claim_run_dir(load_config(str(small_run(lab_config, tmp_path, students=[{"name": "a"}]))))
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (run / "a").mkdir()
+    (run / "a/training.json").write_text("{}")
+
+    def is_done(folder: Path) -> bool:
+        return json.loads(duet("status", str(folder), "--json").out)["students"][0]["done"]
+
+    assert is_done(run)
+    assert not is_done(copy), "the state of the original"
+    assert is_done(run.rename(tmp_path / "renamed"))

@@ -206,6 +206,13 @@ def test_lines_of_children_are_not_mixed(stop, capfd):
     assert sorted(lines) == ["a" * 80] * 200 + ["b" * 80] * 200
 
 
+def test_bytes_that_are_not_utf8_are_passed_on_and_do_not_stop_a_child(stop, capfd):
+    """As a library prints a path in another encoding; the alarm ends a child that waits for someone to read its lines."""
+    text = "signal.alarm(60); os.write(2, b'\\xff\\n'); [os.write(2, b'x' * 80 + b'\\n') for _ in range(3000)]"
+    assert run({"a": script(text)}, 1, stop) == 0
+    assert len(capfd.readouterr().err.splitlines()) == 3001
+
+
 def test_a_signal_reaches_every_child_and_no_further_one_is_started(stop, tmp_path, capfd):
     """The first child sends the parent the signal once the second is there too."""
     waits = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); open('{folder}/{name}', 'w').close()\n"

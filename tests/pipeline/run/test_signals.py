@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from support import LAB_SMALL, ROOT, nearly_same_rows, read_all, two_sets
 from warm import PROGRAM
 
-from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
+from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Interrupted
 from duet.cache.location import Folder
 from duet.cache.reader import Store
 from duet.pipeline.cli.main import main
+from duet.pipeline.commands import run
+from duet.pipeline.config.selection import Selection
+from duet.pipeline.run.directory import StopSignal
 
 # Sends itself a signal when the stage has come so far: no sleep, no race, and the handler is the real one.
 STAGE_ONE = """
@@ -91,16 +94,23 @@ def test_both_stages_stop_resumably_and_go_on_to_the_same_result(config, tmp_pat
 def test_run_hands_a_signal_to_its_stage(config):
     """`duet run` is told to stop while stage one works: the stage ends with 75 and so does the run."""
     command = [*PROGRAM, "run", "--config", str(config)]
-    run = subprocess.Popen(
+    whole = subprocess.Popen(
         command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert run.stdout is not None
-    assert run.stdout.readline().startswith("engine: ")  # the stage runs, its handlers are set
-    run.send_signal(signal.SIGTERM)
-    _, err = run.communicate()
-    assert run.returncode == EXIT_INTERRUPTED, err
+    assert whole.stdout is not None
+    assert whole.stdout.readline().startswith("engine: ")  # the stage runs, its handlers are set
+    whole.send_signal(signal.SIGTERM)
+    _, err = whole.communicate()
+    assert whole.returncode == EXIT_INTERRUPTED, err
     assert "interrupted: " in err
+
+
+def test_a_stage_that_was_killed_is_told(monkeypatch):
+    """By the system where memory is short, for example; the stage itself can say nothing."""
+    monkeypatch.setattr(run, "THIS_PROGRAM", ("sh", "-c", "kill -9 $$"))
+    with pytest.raises(Interrupted, match="the process of distill was killed by SIGKILL"):
+        run.run_stage("distill", Selection("x.yaml"), StopSignal())

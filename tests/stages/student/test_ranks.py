@@ -21,15 +21,19 @@ SETTINGS = {"epochs": 3, "batch_size": 8, "lr": 1e-3, "checkpoint_steps": 3, "ex
 
 def together(world: int, store, student_dir: Path, stop_after: int = 0, **train) -> list[dict]:
     """Train the student of `student_jobs.job` in `world` processes; the lines of metrics.jsonl."""
-    a_job = job(student_dir)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += ["tests/helpers/ranks.py", str(store[0].location), str(a_job.model_dir), str(student_dir)]
-    command += [json.dumps(SETTINGS | train), str(stop_after)]
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = launched(world, store, str(student_dir), stop_after, **train)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("interrupted" in done.stdout) == bool(stop_after)
     return [json.loads(line) for line in (student_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def launched(world: int, store, student_dir: str, stop_after: int = 0, **train) -> subprocess.CompletedProcess[str]:
+    a_job = job(Path(student_dir))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command += ["tests/helpers/ranks.py", str(store[0].location), str(a_job.model_dir), student_dir]
+    command += [json.dumps(SETTINGS | train), str(stop_after)]
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +83,13 @@ def test_adapters_are_trained_by_two_processes_as_by_one(tmp_path, store):
     one = job(tmp_path / "one", **SETTINGS, lora=lora)
     train_student(one, {"teacher": store[0]}, store[1], ONE, Watch())
     assert_same(tmp_path / "one", together(2, store, tmp_path / "two", lora=lora), tmp_path / "two")
+
+
+def test_processes_that_do_not_see_the_same_checkpoint_do_not_go_on(store, tmp_path):
+    """A run's directory on each machine's own disk, or a file system that shows late what another machine wrote."""
+    folders = str(tmp_path / "{rank}")
+    assert launched(2, store, folders, stop_after=4).returncode == 0
+    done = launched(2, store, folders)
+    assert done.returncode != 0
+    assert "step-000000004 is not there on every machine" in done.stderr
+    assert not list(tmp_path.glob("*/training.json"))

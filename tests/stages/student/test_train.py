@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +20,7 @@ from safetensors.torch import load_file
 from student_jobs import ONE, TINY, job, train
 from support import LAB_SMALL, LAB_VOCAB_SIZE, ROOT, make_plan, make_rows, write_store
 
-from duet.cache.errors import Interrupted, UserError
+from duet.cache.errors import LOGGER, Interrupted, UserError
 from duet.cache.location import Folder
 from duet.cache.watch import Watch
 from duet.stages.models.identity import weights_sha256
@@ -24,6 +28,7 @@ from duet.stages.models.tokenizers import load_tokenizer, tokenizer_files, token
 from duet.stages.questions.same_prompts import check_same_tokenizer
 from duet.stages.settings.data import PromptSettings
 from duet.stages.settings.student import TrainSettings
+from duet.stages.student.alone import LEASES_NAME
 from duet.stages.student.checks import check_settings
 from duet.stages.student.loop import lr_factor
 from duet.stages.student.losses import LOSSES, TopK, loss_of
@@ -87,6 +92,44 @@ def test_ten_kills_at_random_moments_end_in_the_same_weights(tmp_path, store):
     assert [(line["step"], line["loss"], line["grad_norm"]) for line in a] == [
         (line["step"], line["loss"], line["grad_norm"]) for line in b
     ]
+
+
+def test_a_second_process_waits_for_the_first_and_finds_the_student_done(tmp_path, store):
+    """As where `duet run` was killed and called again, while the stage that it had started is still at work."""
+    waits, second = threading.Event(), []
+
+    class Waits(logging.Handler):
+        def emit(self, record):
+            assert "another process trains in" in record.getMessage()
+            waits.set()
+
+    handler = Waits()
+    with ThreadPoolExecutor() as pool:
+
+        def start_another(report):
+            if report.step == 2:
+                second.append(pool.submit(train, job(tmp_path / "s"), store))
+                assert waits.wait(60)
+
+        logging.getLogger(LOGGER).addHandler(handler)
+        try:
+            train_student(job(tmp_path / "s"), {"teacher": store[0]}, store[1], ONE, Watch(start_another))
+        finally:
+            logging.getLogger(LOGGER).removeHandler(handler)
+        assert second[0].result() == [], "it took steps of its own"
+    lines = [json.loads(line) for line in (tmp_path / "s/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_process_whose_student_was_taken_over_writes_nothing_more(tmp_path, store):
+    def take_over(report):
+        if report.step == 2:
+            shutil.rmtree(tmp_path / LEASES_NAME)
+
+    with pytest.raises(UserError, match="another process trains in"):
+        train_student(job(tmp_path / "s"), {"teacher": store[0]}, store[1], ONE, Watch(take_over))
+    assert not list((tmp_path / "s").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.needs_draws])
