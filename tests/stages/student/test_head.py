@@ -338,8 +338,7 @@ def test_probabilities_under_autocast_are_those_of_one_head(cap):
     parts = [(value.detach(), weight.detach()) for value, weight in parts_of(head, hidden_ND)]
     parts[0] = (parts[0][0], parts[0][1] * 12 / parts[0][1].std() / 6 / head.in_features**0.5)
     tail = tail_of(model.config)
-    exact_NV = tail(sum(value.double() @ weight.double().T for value, weight in parts))
-    assert isinstance(exact_NV, torch.Tensor)
+    exact_NV = tail(torch.stack([value.double() @ weight.double().T for value, weight in parts]).sum(0))
     assert exact_NV.max() > 30
     ids_NK = exact_NV.topk(K).indices
     ids_NK[:, -1] = ids_NK[:, 0]  # the answer may be one of the others
