@@ -15,8 +15,8 @@ The rules, in this order; the first that applies gives the verdict, and the reas
   holds what it does not say: the interval of what is left of extraction strength, or by the unlearning depth score, lies above
   `max_left`.
 * **unclear**: an interval reaches beyond its limit, nothing can be judged because base itself is not above the control or the
-  floor, extraction strength was not measured, no attack held out from training was shown to work, or the sign `membership` is
-  bad.
+  floor, extraction strength was not measured, no attack held out from training was shown to work, none of those that were has
+  facts of enough questions to count, or the sign `membership` is bad.
 * **withstands these tests**: measured against a model that never knew, no attack that is shown to work and was held out from
   training brings anything back (`attacked.py`), and every measure of what is left lies below `max_above_control`.
 * **suppressed under these tests** otherwise. What the worst case of an attack brings back is then named as a reservation, as
@@ -170,7 +170,7 @@ METRICS = (
         "What is said is judged in distinctive recall, under attack too; each measure relative to the control where there is "
         "one. No verdict says that knowledge is gone: tests can only fail to bring it back.",
         better="withstands these tests",
-        version=4,
+        version=5,
         range="seven words",
     ),
 )
