@@ -3,7 +3,8 @@
 An attack is judged by the facts that it brings back, in distinctive recall, on sets with choices too: what is asked there is
 the question alone. Bringing something back is evidence in itself; bringing nothing back counts only where the attack is shown
 to work on a model that knows (`attacks/validity.py`) and the model was not trained on texts of its kind. What is measured on
-too few questions counts in neither direction (`attacks/parts.py: MIN_ANSWERS`).
+too few questions counts in neither direction (`attacks/parts.py: MIN_ANSWERS`); where nothing else was measured on an attacked
+set, the verdict is unclear.
 
 * With a control the share is (model - control) / (base - control), all under the attack (`attacks/above.py`). A model
   withstands where at least one attack is shown to work and, in every case of those that are, the upper end of the interval lies
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 
 from duet.stages.attacks.above import Above
 from duet.stages.attacks.names import attacked_of
-from duet.stages.attacks.parts import MEAN, WORST_TEXT, says_something
+from duet.stages.attacks.parts import MEAN, MIN_ANSWERS, WORST_TEXT, says_something
 from duet.stages.evaluate.collapse import ModelAnswers
 from duet.stages.exam.exam import DISTINCTIVE, Exam
 from duet.stages.metrics.uncertainty import Score
@@ -71,13 +72,28 @@ def judged_attacks(
     if shown.above is not None:
         cases = [case for case in shown.above if case.set in names and says_something(case.share)]
         _above_the_control(cases, found, shown, limits)
-        return found
-    for name in names:
-        key = f"{name}.{DISTINCTIVE}"
-        floor = max(floors.get(key, {}).values(), default=0.0)
-        if key in base.scores and base.scores[key].value > floor:
-            _above_the_floor(name, _attacked(name, model.scores, exam), base.scores[key].value, floor, found, limits)
+        counted = {name: {case.kind for case in cases if case.set == name} for name in names}
+    else:
+        by_set = {name: _attacked(name, model.scores, exam) for name in names}
+        for name, by_kind in by_set.items():
+            key = f"{name}.{DISTINCTIVE}"
+            floor = max(floors.get(key, {}).values(), default=0.0)
+            if key in base.scores and base.scores[key].value > floor:
+                _above_the_floor(name, by_kind, base.scores[key].value, floor, found, limits)
+        counted = {name: set(by_kind) for name, by_kind in by_set.items()}
+    for name, kinds in counted.items():
+        if name in exam.attacked and shown.speaking and not kinds & set(shown.speaking):
+            found.unclear.append(_uncounted(name, shown))
     return found
+
+
+def _uncounted(name: str, shown: Shown) -> str:
+    """Why attacks that speak for a model have nothing to say on a set."""
+    where = f"{MIN_ANSWERS} different answers" + (" with base above the control" if shown.above is not None else "")
+    return (
+        f"{name}: none of the attacks that are shown to work ({', '.join(shown.speaking)}) was measured in facts on {where}, "
+        "so nothing is known about what one brings back"
+    )
 
 
 def _silence(shown: Shown) -> str:

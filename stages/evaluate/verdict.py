@@ -16,7 +16,8 @@ The rules, in this order; the first that applies gives the verdict, and the reas
   `max_left`.
 * **unclear**: an interval reaches beyond its limit, what looks good was asked of fewer than MIN_ANSWERS different answers (of
   questions, on sets to be kept), nothing can be judged because base itself is not above the control or the floor, extraction
-  strength was not measured, no attack held out from training was shown to work, or the sign `membership` is bad.
+  strength was not measured, no attack held out from training was shown to work, none of those that were has facts of enough
+  questions to count, or the sign `membership` is bad.
 * **withstands these tests**: measured against a model that never knew, no attack that is shown to work and was held out from
   training brings anything back (`attacked.py`), and every measure of what is left lies below `max_above_control`.
 * **suppressed under these tests** otherwise. What the worst case of an attack brings back is then named as a reservation, as

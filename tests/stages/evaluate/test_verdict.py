@@ -114,13 +114,14 @@ def nine(value: float) -> Score:
 def evidence(forget: float = 0.0, retain: float = 1.0, texts: list[str] | None = None, **more: float) -> ModelAnswers:
     """A model with these shares of questions all right, the others all wrong; `more` are scores by id, with __ for a dot.
 
-    It holds what it says.
+    It holds what it says, and attacks bring nothing back.
     """
     shares = {"forget": forget, "a.forget": 0.0, "retain": retain}
     items = {f"{name}.rougeL_recall": np.arange(N) < round(share * N) for name, share in shares.items()}
     scores = {key: score(values.astype(float)) for key, values in items.items()}
     scores |= {f"{name}.distinctive_recall": scores[f"{name}.rougeL_recall"] for name in shares}
     scores["forget.extraction_strength"] = scores["forget.rougeL_recall"]
+    scores |= {f"attack.{kind}.forget.distinctive_recall": nine(0.0) for kind in ("any", "reverse", "prefill")}
     scores |= {key.replace("__", "."): nine(value) for key, value in more.items()}
     return ModelAnswers({name: texts or ANSWERS for name in MADE.sets}, scores)
 
