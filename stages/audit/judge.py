@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from duet.cache.errors import UserError
+from duet.stages.attacks.parts import MIN_ANSWERS, says_something
 from duet.stages.audit.record import VerdictRecord
 from duet.stages.exam.exam import HEADLINE, Exam, references_of
 from duet.stages.metrics import text as metrics
@@ -40,7 +41,8 @@ DEFINITIONS = {
     "score": "Lower end of the interval of forgotten on the set where it is lowest, plus that of kept on the set where it is "
     "lowest, each within 0 to 100. 200 is a perfect prefix; no prefix has 100, and one that refuses everything about as much.",
     "verdict": "fails: on some set the share that is forgotten or kept is below what the settings ask for; unclear: it is not, "
-    "but its interval reaches below; passes: no interval does.",
+    "but its interval reaches below, or the set has fewer than five different answers to be forgotten or five questions to be "
+    "kept; passes: neither.",
     "ratio": "Intervals of the two shares take a ratio of means as a mean of its linearised values (Taylor), so the base "
     "model's own spread is in them.",
 }
@@ -157,12 +159,18 @@ def _verdict(shares: Mapping[str, tuple[Score, float]], exam: Exam, settings: Au
         lowest, least_sure = min(of_kind, key=lambda name: of_kind[name].value), _worst(shares, exam, expect)[0]
         if of_kind[lowest].value < least:
             reasons[FAILS].append(f"{PROBLEMS[expect]} {_told(lowest, expect, shares)}")
-        elif of_kind[least_sure].ci95[0] < least:
-            reasons[UNCLEAR].append(f"too few questions to be sure of {_told(least_sure, expect, shares)}")
+        elif few := [name for name in (least_sure, *of_kind) if _is_unsure(of_kind[name], expect, least)]:
+            reasons[UNCLEAR].append(f"too few questions to be sure of {_told(few[0], expect, shares)}")
         else:
             reasons[PASSES].append(_told(least_sure, expect, shares))
     verdict = next(verdict for verdict, found in reasons.items() if found)
     return verdict, "; ".join(reasons[verdict])
+
+
+def _is_unsure(share: Score, expect: str, least: float) -> bool:
+    """Whether a share's interval reaches below what is asked for, or so few questions agree that it has no width to tell."""
+    enough = says_something(share) if expect == "forgotten" else share.n >= MIN_ANSWERS
+    return share.ci95[0] < least or not enough
 
 
 def stops_a_run(found: VerdictRecord, prefix_on: str) -> bool:

@@ -139,6 +139,21 @@ def test_the_verdict_names_the_worst_set_and_its_numbers(right, verdict, reason)
     assert reason in found.reason
 
 
+@pytest.mark.parametrize("few", ["forget", "retain"])
+def test_four_questions_that_agree_let_no_prefix_pass(few):
+    def verdict_with(count: int) -> tuple[str, str]:
+        answers = {"forget": FORTY, "retain": FORTY} | {few: [f"fact{i % count}" for i in range(count)]}
+        exam = exam_of(forget=("forgotten", answers["forget"]), retain=("kept", answers["retain"]))
+        base = said(exam, forget=ALL, retain=ALL)
+        found = judge(said(exam, forget=[], retain=ALL), base, exam, AuditSettings(), everything(exam))
+        return found.verdict, found.reason
+
+    assert verdict_with(5)[0] == PASSES
+    verdict, reason = verdict_with(4)
+    assert verdict == UNCLEAR
+    assert reason.startswith(f"too few questions to be sure of {few}")
+
+
 @pytest.mark.parametrize(
     ("right", "stops"),
     [
