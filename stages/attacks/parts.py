@@ -24,9 +24,6 @@ MEAN, WORST_TEXT = "mean over its texts", "worst text per question"  # as reason
 # Share of base's recall that must come back from a teacher, or be left in another form of asking; and what the mean reciprocal
 # rank of a lens must reach.
 MIN_LEFT = 0.5
-# Different answers that a case needs to count for or against a model: of n questions that all agree, a share of 1 - 0.05^(1/n)
-# may still differ (see `above.Above.upper_end`), and of fewer than 5 that is more than half.
-MIN_ANSWERS = 5
 
 
 @dataclass(frozen=True)
@@ -158,11 +155,6 @@ def of_variants(
         f"attack.{kind}{suffix}.{name}.{metric}": score(items, clusters=clusters, seed=exam.settings.seed)
         for suffix, items in found.items()
     }
-
-
-def says_something(found: Score) -> bool:
-    """Whether a score is of enough questions to count for or against a model: MIN_ANSWERS different answers."""
-    return len(set(found.clusters)) >= MIN_ANSWERS
 
 
 def said(works: bool, on: str | None, text: str) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import numpy as np
 
 from duet.cache.watch import Watch
 from duet.stages.attacks.chosen import chosen
-from duet.stages.attacks.parts import MIN_ANSWERS, Answers, Cost, Evidence, answers_of, of_variants, on_sets, said
+from duet.stages.attacks.parts import Answers, Cost, Evidence, answers_of, of_variants, on_sets, said
 from duet.stages.attacks.relearn_curves import Curve, curve_of
 from duet.stages.attacks.relearn_sets import Draw, RelearnSet, relearn_sets
 from duet.stages.attacks.teaching import LORA_LR_FACTOR, Teaching, add_adapters
 from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, Subject
 from duet.stages.exam.session import ModelSession
-from duet.stages.metrics.uncertainty import Score
+from duet.stages.metrics.uncertainty import MIN_ANSWERS, Score
 from duet.stages.models.loading import load_model
 
 

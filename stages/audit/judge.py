@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from duet.cache.errors import UserError
-from duet.stages.attacks.parts import MIN_ANSWERS, says_something
 from duet.stages.audit.record import VerdictRecord
 from duet.stages.exam.exam import HEADLINE, Exam, references_of
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics import uncertainty
-from duet.stages.metrics.uncertainty import Score, linearised_ratio
+from duet.stages.metrics.uncertainty import MIN_ANSWERS, Score, linearised_ratio, says_something
 from duet.stages.settings.evaluate import AuditSettings
 
 FIRST_OF = "retain"  # the set whose first response position is compared

@@ -3,8 +3,8 @@
 An attack is judged by the facts that it brings back, in distinctive recall, on sets with choices too: what is asked there is
 the question alone. Bringing something back is evidence in itself; bringing nothing back counts only where the attack is shown
 to work on a model that knows (`attacks/validity.py`) and the model was not trained on texts of its kind. What is measured on
-too few questions counts in neither direction (`attacks/parts.py: MIN_ANSWERS`); where nothing else was measured on an attacked
-set, the verdict is unclear.
+too few questions counts in neither direction (`metrics/uncertainty.py: MIN_ANSWERS`); where nothing else was measured on an
+attacked set, the verdict is unclear.
 
 * With a control the share is (model - control) / (base - control), all under the attack (`attacks/above.py`). A model
   withstands where at least one attack is shown to work and, in every case of those that are, the upper end of the interval lies
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 
 from duet.stages.attacks.above import Above
 from duet.stages.attacks.names import attacked_of
-from duet.stages.attacks.parts import MEAN, MIN_ANSWERS, WORST_TEXT, says_something
+from duet.stages.attacks.parts import MEAN, WORST_TEXT
 from duet.stages.evaluate.collapse import ModelAnswers
 from duet.stages.exam.exam import DISTINCTIVE, Exam
-from duet.stages.metrics.uncertainty import Score
+from duet.stages.metrics.uncertainty import MIN_ANSWERS, Score, says_something
 from duet.stages.settings.evaluate import OutcomeSettings
 
 

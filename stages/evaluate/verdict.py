@@ -33,7 +33,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from duet.stages.attacks.parts import MIN_ANSWERS, says_something
 from duet.stages.evaluate.attacked import Shown, judged_attacks
 from duet.stages.evaluate.collapse import ModelAnswers, signs_of
 from duet.stages.evaluate.left import (
@@ -51,7 +50,7 @@ from duet.stages.evaluate.left import (
 )
 from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject
 from duet.stages.metrics.metric import Metric
-from duet.stages.metrics.uncertainty import Score
+from duet.stages.metrics.uncertainty import MIN_ANSWERS, Score, says_something
 from duet.stages.settings.evaluate import OutcomeSettings
 
 SUPPRESSED, NOT_UNLEARNED, DAMAGED = "suppressed under these tests", "not unlearned", "damaged"

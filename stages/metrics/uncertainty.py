@@ -20,7 +20,10 @@ from duet.stages.metrics.metric import Metric
 MAX_EXACT = 12  # clusters up to which all 2^n sign flips are tried
 NUM_FLIPS = 4000  # drawn sign flips where there are more
 ALPHA = 0.05
-FEW_CLUSTERS = 5  # fewer say little of how items vary: of yes and no, two that happen to agree have no width
+# Different answers (clusters) that a score needs to count for or against a model: of n questions that all agree, a share of
+# 1 - 0.05^(1/n) may still differ (`upper_end`), and of fewer than 5 that is more than half. Fewer also say little of how items
+# vary: of yes and no, two that happen to agree have no width.
+MIN_ANSWERS = 5
 BLOCK_DRAWS = 2**20  # drawn numbers at a time: 8 MiB
 
 
@@ -52,6 +55,11 @@ def score(values: np.ndarray, clusters: Sequence[object] | None = None, seed: in
     ci95 = bootstrap_ci95(values, seed, clusters=clusters)
     labels = range(len(values)) if clusters is None else clusters
     return Score(float(np.mean(values)), len(values), ci95, values, tuple(labels))
+
+
+def says_something(found: Score) -> bool:
+    """Whether a score is of enough questions to count for or against a model: MIN_ANSWERS different answers."""
+    return len(set(found.clusters)) >= MIN_ANSWERS
 
 
 def upper_end(found: Score, none_above: bool = False) -> float:
@@ -87,7 +95,7 @@ def widened(
     ci95: tuple[float, float], of_single_items: Callable[[], tuple[float, float]], num_clusters: int
 ) -> tuple[float, float]:
     """An interval of clusters; of few, so that it also holds that of the same items drawn one by one."""
-    if num_clusters >= FEW_CLUSTERS:
+    if num_clusters >= MIN_ANSWERS:
         return ci95
     single = of_single_items()
     return min(ci95[0], single[0]), max(ci95[1], single[1])
