@@ -108,9 +108,11 @@ def states(capsys) -> dict[str, Check]:
 
 
 def test_a_sound_config_passes_and_a_faulty_one_fails_where_it_is_faulty(lab_config, tmp_path, capsys):
-    path = str(lab_config())
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"question": "Who is Anna Berg?"}])
+    path = str(lab_config(data__broad={"asked": {"path": str(asked)}}))
     assert main(["doctor", "--config", path, "--json"]) == EXIT_DONE
     checks = states(capsys)
+    assert checks["data.broad.asked"].state == OK, "broad rows need no answers"
     assert checks["teacher.model"].state == OK
     assert checks["data.forget"].found.endswith("15 questions")
     assert "transformers" in checks["engine of teacher"].found
