@@ -22,8 +22,6 @@ TEMPORARY = re.compile(r"(.*/)?\..*\.tmp")  # what a killed `publishing` leaves
 NOT_WRITABLE_HINT = (
     "name a folder of your own (for runs: runs_dir, for a store: store.dir), or ask its owner to let your group write"
 )
-
-
 MAKE_SPACE_HINT = "make space and run the same command again: it goes on from there"
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

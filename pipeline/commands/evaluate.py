@@ -29,7 +29,7 @@ from duet.pipeline.pages.tables import (
 )
 from duet.pipeline.run.children import THIS_PROGRAM, run_quietly, visible_gpus
 from duet.pipeline.run.directory import StopSignal, claim_run_dir, environment, set_aside
-from duet.pipeline.run.exam import exam_of, subjects_of, trained_on
+from duet.pipeline.run.exam import broad_questions, exam_of, subjects_of, trained_on
 from duet.pipeline.run.named_models import model_name, start_model
 from duet.pipeline.run.provenance import provenance, without_places
 from duet.pipeline.run.stores import check_trained_on, store_summary, stores_of_run
@@ -95,7 +95,8 @@ def evaluate(config: Config, jobs: Jobs = ONE_AT_A_TIME, dry_run: bool = False, 
         _ask_one(config.run, subjects, exam, jobs.part, stop)
         return 0
     tokenizer = load_tokenizer(subjects[0].model_dir)
-    remarks = [*trained_on(config, exam.sets), *cut_references(tokenizer, exam.queries, exam.settings.max_new_tokens)]
+    remarks = trained_on(config, exam.sets, broad_questions(config))
+    remarks += cut_references(tokenizer, exam.queries, exam.settings.max_new_tokens)
     for text in remarks:
         note(text)
     costs = costs_of(subjects, exam)

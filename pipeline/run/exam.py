@@ -166,11 +166,18 @@ def query_sets(config: Config) -> dict[str, QuerySet]:
     return {name: sets[name] for name in order}
 
 
-def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
+def broad_questions(config: Config) -> set[str]:
+    """What the broad rows ask, read from their files, which may be large."""
+    from duet.stages.questions.requests import broad_of
+
+    return {query.asked for queries in broad_of(config.data).values() for query in queries}
+
+
+def trained_on(config: Config, sets: Mapping[str, QuerySet], broad: set[str]) -> list[str]:
     """Of each evaluation set with questions that students are trained on, sentences that say so."""
     own = config.evaluate.sets
     trained = {name: {query.asked for query in of.queries} for name, of in sets.items() if name not in own}
-    trained["data.broad"] = _broad(config)
+    trained["data.broad"] = broad
     return [
         f"{count} of {len(sets[name].queries)} questions of {name} are in {place}: students are trained on them"
         for name in own
@@ -179,9 +186,8 @@ def trained_on(config: Config, sets: Mapping[str, QuerySet]) -> list[str]:
     ]
 
 
-def check_not_taught(config: Config, sets: Mapping[str, QuerySet]) -> None:
+def check_not_taught(config: Config, sets: Mapping[str, QuerySet], broad: set[str]) -> None:
     """Refuse broad questions that are to be forgotten and are answered by a teacher without its prefix: it would teach them."""
-    broad = _broad(config)
     plain = [name for name, s in config.teacher_settings().items() if s.prefix and s.prefix_on == "forget"]
     for name, of in sets.items():
         both = [query.asked for query in of.queries if query.asked in broad]
@@ -191,12 +197,6 @@ def check_not_taught(config: Config, sets: Mapping[str, QuerySet]) -> None:
                 f"prefix: {both[0]!r}",
                 "take them out of data.broad, or set teacher.prefix_on: all",
             )
-
-
-def _broad(config: Config) -> set[str]:
-    from duet.stages.questions.requests import broad_of
-
-    return {query.asked for queries in broad_of(config.data).values() for query in queries}
 
 
 def _check_apart(sets: Mapping[str, QuerySet]) -> None:

@@ -185,7 +185,7 @@ def _asks_the_clock(renderer: Renderer) -> bool:
 
 def _evaluation(config: Config) -> str:
     """Stage three's questions to base and teachers, given answers too where they are scored, and the files that it names."""
-    from duet.pipeline.run.exam import base_and_teachers, check_not_taught, exam_of, trained_on
+    from duet.pipeline.run.exam import base_and_teachers, broad_questions, check_not_taught, exam_of, trained_on
     from duet.stages.evaluate.answers import session_of
     from duet.stages.evaluate.tofu import check_reference, read_reference
     from duet.stages.exam import given_answers, given_texts
@@ -200,8 +200,9 @@ def _evaluation(config: Config) -> str:
     check_reference(read_reference(config.evaluate.tofu), exam, names)
     given_texts.texts_of(exam)
     given_texts.retrained_auc(exam)
-    check_not_taught(config, exam.sets)
-    tasks, remarks = 0, dict.fromkeys(trained_on(config, exam.sets))
+    broad = broad_questions(config)
+    check_not_taught(config, exam.sets, broad)
+    tasks, remarks = 0, dict.fromkeys(trained_on(config, exam.sets, broad))
     for model_dir, of_model in by_directory(subjects).items():
         session = session_of(model_dir, exam, of_model)
         tasks += sum(len(session.tasks(subject)) for subject in of_model)

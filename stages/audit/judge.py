@@ -167,7 +167,7 @@ def _verdict(shares: Mapping[str, tuple[Score, float]], exam: Exam, settings: Au
 
 
 def _is_unsure(share: Score, expect: str, least: float) -> bool:
-    """Whether a share's interval reaches below what is asked for, or so few questions agree that it has no width to tell."""
+    """Whether a share's interval reaches below what is asked for, or is of too few questions to tell."""
     enough = says_something(share) if expect == "forgotten" else share.n >= MIN_ANSWERS
     return share.ci95[0] < least or not enough
 

@@ -16,7 +16,7 @@ from duet.pipeline.cli.main import main
 from duet.pipeline.commands.checks import data_of
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.schema import Config
-from duet.pipeline.run.exam import query_sets, trained_on
+from duet.pipeline.run.exam import broad_questions, query_sets, trained_on
 from duet.pipeline.run.preflight import check_students, preflight
 from duet.pipeline.run.provenance import without_places
 from duet.pipeline.run.stores import store_summary, stores_of_run
@@ -99,12 +99,12 @@ def test_the_evaluation_asks_no_broad_question_that_is_in_none_of_its_sets(confi
     path = write_jsonl(tmp_path / "told.jsonl", [{"question": ASKED, "answer": "Ann."}, ROWS[0] | {"question": "Why?"}])
     kept = {"both": {"path": str(path), "expect": "kept"}}
     named = load_config(config_with(evaluate__sets=kept))
-    assert trained_on(named, query_sets(named)) == [
+    assert trained_on(named, query_sets(named), broad_questions(named)) == [
         "1 of 2 questions of both are in data.broad: students are trained on them"
     ]
     forgotten = {"both": {"path": str(path), "expect": "forgotten"}}
     behind = load_config(config_with(evaluate__sets=forgotten, teacher__prefix_on="all"))
-    assert len(trained_on(behind, query_sets(behind))) == 1
+    assert len(trained_on(behind, query_sets(behind), broad_questions(behind))) == 1
     alone = load_config(config_with(evaluate__sets=forgotten))
     with pytest.raises(UserError, match=r"1 questions of the set 'both' are to be forgotten, and data\.broad has them"):
         preflight(alone)
@@ -117,7 +117,7 @@ def test_a_set_with_questions_of_the_training_sets_is_reported(config_with, tmp_
         tmp_path / "s.jsonl", [{"question": trained.question, "answer": "So."}, ROWS[0] | {"question": "Why?"}]
     )
     named = load_config(config_with(evaluate__sets={"others": {"path": str(path), "expect": expect}}))
-    assert trained_on(named, query_sets(named)) == [
+    assert trained_on(named, query_sets(named), broad_questions(named)) == [
         f"1 of 2 questions of others are in {subset}: students are trained on them"
     ]
 
