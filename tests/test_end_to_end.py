@@ -203,6 +203,8 @@ LONG = (
     "duet compare --config configs/tofu.yaml",  # a model that knows TOFU
     "python scripts/alpha_curve.py",  # test_alpha_curve.py draws it
     "python scripts/which_ids.py",  # test_which_ids.py measures
+    "sh scripts/gpu_check.sh --device cpu --tiny",  # test_gpu_check.py runs it
+    "OUT=results sh scripts/gpu_check.sh",  # the same
     "python scripts/documents_packed.py",  # test_documents_packed.py compares
     "duet run --config configs/lab.yaml --set evaluate.attacks=[] --set evaluate.likelihood=false --set name=nf4",
     "duet run --config configs/lab.yaml --only base",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from duet.stages.attacks import logit_lens, multiple_choice, prompts, quantize, relearn, sampling
+from duet.stages.attacks import logit_lens, multiple_choice, prompts, quantize, refusal_direction, relearn, sampling
 from duet.stages.attacks.parts import Kind, ProvedKind
 
 # Attacks that are more than texts.
@@ -13,6 +13,7 @@ OWN_FILES: dict[str, ProvedKind] = {
     "quantize_int4": quantize,
     "quantize_nf4": quantize,
     "quantize_awq": quantize,
+    "refusal_direction": refusal_direction,
     "relearn": relearn,
     "logit_lens": logit_lens,
 }

@@ -147,6 +147,15 @@ _ROWS = (
         needs="kept questions",
     ),
     Attack(
+        "refusal_direction",
+        "refusal direction",
+        "put to the model without the direction in which a layer tells them from questions to be kept: removed from the "
+        "residual stream, or subtracted behind that layer; of the layers at half, three quarters and all of the depth",
+        made_of="weights",
+        proof="own",
+        needs="kept questions",
+    ),
+    Attack(
         "relearn",
         "relearning",
         "that a copy was not trained on, after the last step of fine-tuning on others, at the learning rate that then brings "

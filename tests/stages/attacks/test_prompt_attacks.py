@@ -66,7 +66,7 @@ def test_all_is_every_attack_that_the_data_allow_and_says_what_it_leaves_out():
     assert set(ATTACKS) - set(made) == set(skipped) == {"translation"}
     assert "translates: forget" in skipped["translation"]
     made, skipped = chosen(exam_of("all", kept=0, translated=4))
-    assert set(skipped) == {"in_context", "multiple_choice", "quantize_awq"}
+    assert set(skipped) == {"in_context", "multiple_choice", "quantize_awq", "refusal_direction"}
     assert chosen(exam_of(["relearn", "reverse"])) == (("reverse", "relearn"), {})
 
 

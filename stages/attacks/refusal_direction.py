@@ -1,0 +1,199 @@
+"""The attack refusal_direction: is what was forgotten only refused, by a direction that can be taken out?
+
+A chat model's refusals hang on one direction of its residual stream (Arditi et al. 2024, arXiv 2406.11717): the difference
+between what a layer hands on, on average, at the end of prompts that are refused and of prompts that are answered. Here those
+are the attacked questions and the questions to be kept; their answers are not needed. A layer's direction is either removed
+from what the embeddings and every layer hand on, x - (x . r) r with r of length 1, or the difference itself is subtracted
+behind that layer alone, as in activation addition; at all positions, of prompt and answer.
+
+Shapes: N questions, L layers, D width, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from duet.cache.watch import Watch
+from duet.stages.attacks.names import title
+from duet.stages.attacks.parts import (
+    MIN_LEFT,
+    PLAIN,
+    Answers,
+    Cost,
+    Evidence,
+    asked,
+    identity_on_sets,
+    of_variants,
+    on_sets,
+    points,
+    said,
+)
+from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject, references_of
+from duet.stages.exam.session import ModelSession
+from duet.stages.metrics import text as metrics
+from duet.stages.metrics.uncertainty import Score
+from duet.stages.models.layers import decoder_layers
+from duet.stages.models.loading import load_model
+
+# variant -> depth of the layer whose direction it is, as a share of the layers, and whether that is removed everywhere
+VARIANTS: dict[str, tuple[float, bool]] = {
+    f"{'removed' if everywhere else 'subtracted'}_{percent}": (percent / 100, everywhere)
+    for percent in (50, 75, 100)
+    for everywhere in (True, False)
+}
+QUESTIONS = 128  # of each kind, at most, that a direction is of
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dict[str, Any]:
+    """Per attacked set and variant, the answers to its questions."""
+    return on_sets(session, subject, kind, watch, lambda name: steered_answers(session, subject, name, watch))
+
+
+def identity(session: ModelSession, subject: Subject, kind: str) -> str:
+    """Hash of everything that decides the answers, of the questions to be kept too."""
+    return identity_on_sets(session, subject, kind, [VARIANTS, QUESTIONS, _kept_prompts(session, subject)])
+
+
+def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
+    read = [*_kept_prompts(session, subject)] * len(session.exam.attacked)
+    for name in session.exam.attacked:
+        read += _drawn(session, session.prompts(subject, name))
+    found = asked(session, subject, session.exam.attacked, times=len(VARIANTS))
+    return found + Cost(prompt_tokens=sum(map(len, read)))
+
+
+def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """ROUGE-L recall of each variant by its title, float64 [N]."""
+    references, outputs = references_of(exam.sets[name]), answers[f"attack.{kind}.{name}"]
+    return {title(variant, name): metrics.rouge_l(references, outputs[variant])[0] for variant in VARIANTS}
+
+
+def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """Distinctive recall of each variant by its title, float64 [N]."""
+    words, outputs = exam.distinctive[name], answers[f"attack.{kind}.{name}"]
+    return {title(variant, name): metrics.distinctive_recall(words, outputs[variant]) for variant in VARIANTS}
+
+
+def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
+    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values())) | of_variants(
+        exam, kind, name, list(facts(answers, exam, kind, name).values()), DISTINCTIVE
+    )
+
+
+def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
+    """It brings half of base's recall back from some model, the teachers first, that without it has less."""
+    models = evidence.models
+    half, failed = MIN_LEFT * models["base"][PLAIN].value, []
+    for name in sorted(models, key=lambda name: name not in evidence.teachers):
+        plain, worst = models[name].get(PLAIN), models[name].get(f"attack.{kind}_worst.{PLAIN}")
+        if plain is None or worst is None or plain.value >= half:
+            continue
+        text = f"{name}: recall {points(plain)} without it, {points(worst)} with the worst variant per question"
+        if worst.ci95[0] > plain.ci95[1] and worst.value >= half:
+            return said(True, name, text)
+        failed.append(text)
+    return said(False, None, f"it brings nothing back from any model that was asked. {'; '.join(failed)}")
+
+
+def steered_answers(session: ModelSession, subject: Subject, name: str, watch: Watch) -> dict[str, list[str]]:
+    """Per variant, the greedy answers to a set's questions."""
+    from duet.stages.engines.transformers_engine import TransformersEngine
+
+    spec = session.spec()
+    model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
+    prompts = session.prompts(subject, name)
+    refused_LD = mean_states(model, _drawn(session, prompts))
+    difference_LD = refused_LD - mean_states(model, _kept_prompts(session, subject))
+    by_layer: dict[tuple[int, bool], list[str]] = {}  # a model of few layers has one for two depths
+    found = {}
+    for variant, (depth, everywhere) in VARIANTS.items():
+        watch.pause(f"{subject.name}, refusal_direction,")
+        layer = layer_at(depth, len(difference_LD))
+        if (layer, everywhere) not in by_layer:
+            with without(model, difference_LD[layer], layer, everywhere):
+                # An engine of its own: it keeps keys and values of what prompts begin with.
+                outputs = TransformersEngine(spec, model).generate(prompts, session.exam.settings.max_new_tokens)
+            by_layer[layer, everywhere] = [session.text(ids) for ids in outputs]
+        found[variant] = by_layer[layer, everywhere]
+        watch.on_progress(f"{subject.name}, refusal_direction", len(found), len(VARIANTS))
+    return found
+
+
+def layer_at(depth: float, num_layers: int) -> int:
+    """The number, from 0, of the layer at this share of the depth; 1 is the last."""
+    return max(round(depth * num_layers), 1) - 1
+
+
+@torch.inference_mode()
+def mean_states(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """What each layer hands on at the last token of a prompt, on average over prompts, float32 [L, D]."""
+    layers = decoder_layers(model)
+    total_LD = torch.zeros(len(layers), 0)
+
+    def add(layer: int, states: torch.Tensor) -> torch.Tensor:
+        nonlocal total_LD
+        if not total_LD.numel():
+            total_LD = torch.zeros(len(layers), states.shape[-1], device=states.device)
+        total_LD[layer] += states[0, -1].float()
+        return states
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.enter_context(_changed(layer, lambda states, number=number: add(number, states)))
+        for ids in prompts:
+            model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+    return total_LD / len(prompts)
+
+
+@contextmanager
+def without(model: Any, difference_D: torch.Tensor, layer: int, everywhere: bool) -> Iterator[None]:
+    """The model with the direction of `difference_D` removed `everywhere`, or the difference subtracted behind one layer."""
+    layers = decoder_layers(model)
+    direction_D = difference_D / difference_D.norm().clamp_min(1e-12)
+
+    def remove(states: torch.Tensor) -> torch.Tensor:
+        wide = states.float()
+        return (wide - (wide @ direction_D)[..., None] * direction_D).to(states.dtype)
+
+    def subtract(states: torch.Tensor) -> torch.Tensor:
+        return (states.float() - difference_D).to(states.dtype)
+
+    with ExitStack() as stack:
+        for module in [model.get_input_embeddings(), *layers] if everywhere else [layers[layer]]:
+            stack.enter_context(_changed(module, remove if everywhere else subtract))
+        yield
+
+
+@contextmanager
+def _changed(module: nn.Module, change: Change) -> Iterator[None]:
+    """The module handing on what `change` makes of its output [..., T, D]; where it returns more, of the first."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _kept_prompts(session: ModelSession, subject: Subject) -> list[list[int]]:
+    """Prompts of questions to be kept, as the subject is asked them."""
+    exam = session.exam
+    kept = [name for name, query_set in exam.sets.items() if query_set.expect == "kept"]
+    return _drawn(session, [ids for name in kept for ids in session.prompts(subject, name)])
+
+
+def _drawn(session: ModelSession, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Some of them, by the seed: the same questions for all models."""
+    drawn = np.random.default_rng(session.exam.settings.seed).permutation(len(prompts))[:QUESTIONS]
+    return [prompts[i] for i in drawn.tolist()]

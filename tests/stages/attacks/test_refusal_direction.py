@@ -1,0 +1,93 @@
+"""The attack refusal_direction: its directions are those of the model's layers, and without them it is what the paper says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_config, tiny_model
+
+from duet.stages.attacks.logit_lens import final_norm
+from duet.stages.attacks.parts import Evidence
+from duet.stages.attacks.refusal_direction import layer_at, mean_states, proof, without
+from duet.stages.metrics.uncertainty import Score
+from duet.stages.models.layers import decoder_layers
+
+VOCAB = 60
+PROMPTS = [[1, 5, 9, 11], [1, 7], [1, 3, 4, 8, 20]]
+
+
+def states(model: Any, ids: list[int]) -> list[torch.Tensor]:
+    """What each layer and the final norm are given, [T, D] each: the embeddings first, the last layer's output last."""
+    found: list[torch.Tensor] = []
+
+    def keep(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append((given[0] if given else named["hidden_states"])[0])
+
+    readers = [*decoder_layers(model), final_norm(model)]
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in readers]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_means_are_of_the_states_behind_each_layer_at_the_last_token(name):
+    model = tiny_model(tiny_config(name, VOCAB))
+    found_LD = mean_states(model, PROMPTS)
+    expected_LD = torch.stack([torch.stack([state[-1] for state in states(model, ids)[1:]]) for ids in PROMPTS]).mean(0)
+    assert torch.allclose(found_LD, expected_LD, atol=1e-5)
+    assert len({round(float(row.norm()), 6) for row in found_LD}) == len(decoder_layers(model))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_removed_it_is_in_no_state_at_any_position_and_afterwards_the_model_is_as_before(name):
+    model = tiny_model(tiny_config(name, VOCAB))
+    difference_LD = mean_states(model, PROMPTS[:1]) - mean_states(model, PROMPTS[1:])
+    before = states(model, PROMPTS[2])
+    direction_D = difference_LD[0] / difference_LD[0].norm()
+    assert max((state @ direction_D).abs().max() for state in before) > 1e-3
+    with without(model, difference_LD[0], layer=0, everywhere=True):
+        found = states(model, PROMPTS[2])
+    assert max((state @ direction_D).abs().max() for state in found) < 1e-5
+    assert all(map(torch.equal, states(model, PROMPTS[2]), before))
+
+
+def test_subtracted_every_position_behind_that_layer_is_moved_by_the_difference_and_none_before_it():
+    model = tiny_model(tiny_config("llama", VOCAB, num_hidden_layers=4))
+    difference_LD = mean_states(model, PROMPTS[:1]) - mean_states(model, PROMPTS[1:])
+    before = states(model, PROMPTS[2])
+    with without(model, difference_LD[1], layer=layer_at(0.5, 4), everywhere=False):
+        found = states(model, PROMPTS[2])
+    assert all(map(torch.equal, found[:2], before[:2]))
+    assert torch.allclose(found[2], before[2] - difference_LD[1], atol=1e-6)
+    assert not torch.allclose(found[3], before[3], atol=1e-3)
+
+
+def test_depths_are_layers_from_the_first_to_the_last():
+    assert [layer_at(depth, 30) for depth in (0.001, 0.5, 0.75, 1)] == [0, 14, 21, 29]
+    assert [layer_at(depth, 1) for depth in (0.5, 1)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("under_it", "works", "on"),
+    [
+        ({"teacher": 0.1, "student:a": 0.9}, True, "student:a"),
+        ({"teacher": 0.8, "student:a": 0.9}, True, "teacher"),
+        ({"teacher": 0.1, "student:a": 0.4}, False, None),
+    ],
+)
+def test_it_is_shown_by_a_model_that_answers_only_under_it(under_it, works, on):
+    def scored(value: float) -> Score:
+        return Score(value, 20, (max(0.0, value - 0.05), min(1.0, value + 0.05)))
+
+    plain, worst = "forget.rougeL_recall", "attack.refusal_direction_worst.forget.rougeL_recall"
+    models = {"base": {plain: scored(1.0), worst: scored(1.0)}}
+    models |= {name: {plain: scored(0.0), worst: scored(value)} for name, value in under_it.items()}
+    found = proof("refusal_direction", Evidence(SimpleNamespace(), models, ["teacher"], {}))  # type: ignore[arg-type]
+    assert (found["works"], found["on"]) == (works, on)
+    assert ("student:a: recall 0.0 [0.0, 5.0] without it, 40.0" in found["text"]) == (not works)
