@@ -3,8 +3,8 @@
 A chat model's refusals hang on one direction of its residual stream (Arditi et al. 2024, arXiv 2406.11717): the difference
 between what a layer hands on, on average, at the end of prompts that are refused and of prompts that are answered. Here those
 are the attacked questions and the questions to be kept; their answers are not needed. A layer's direction is either removed
-from what the embeddings and every layer hand on, x - (x . r) r with r of length 1, or the difference itself is subtracted
-behind that layer alone, as in activation addition; at all positions, of prompt and answer.
+from what the first layer reads and every layer hands on, x - (x . r) r with r of length 1, or the difference itself is
+subtracted behind that layer alone, as in activation addition; at all positions, of prompt and answer.
 
 Shapes: N questions, L layers, D width, T positions.
 """
@@ -167,7 +167,9 @@ def without(model: Any, difference_D: torch.Tensor, layer: int, everywhere: bool
         return (states.float() - difference_D).to(states.dtype)
 
     with ExitStack() as stack:
-        for module in [model.get_input_embeddings(), *layers] if everywhere else [layers[layer]]:
+        if everywhere:
+            stack.enter_context(_changed_input(layers[0], remove))
+        for module in layers if everywhere else [layers[layer]]:
             stack.enter_context(_changed(module, remove if everywhere else subtract))
         yield
 
@@ -180,6 +182,22 @@ def _changed(module: nn.Module, change: Change) -> Iterator[None]:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
     handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _changed_input(layer: nn.Module, change: Change) -> Iterator[None]:
+    """The layer reading what `change` makes of the states [..., T, D] that it is given."""
+
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if given:
+            return (change(given[0]), *given[1:]), named
+        return given, named | {"hidden_states": change(named["hidden_states"])}
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_config, tiny_model
+from transformers import GPT2Config
 
 from duet.stages.attacks.logit_lens import final_norm
 from duet.stages.attacks.parts import Evidence
@@ -21,7 +22,7 @@ PROMPTS = [[1, 5, 9, 11], [1, 7], [1, 3, 4, 8, 20]]
 
 def states(model: Any, ids: list[int]) -> list[torch.Tensor]:
     """What each layer and the final norm are given, [T, D] each: the embeddings first, the last layer's output last."""
-    found: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []  # read behind the hooks of the attack, which were registered before
 
     def keep(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         found.append((given[0] if given else named["hidden_states"])[0])
@@ -44,9 +45,14 @@ def test_means_are_of_the_states_behind_each_layer_at_the_last_token(name):
     assert len({round(float(row.norm()), 6) for row in found_LD}) == len(decoder_layers(model))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_removed_it_is_in_no_state_at_any_position_and_afterwards_the_model_is_as_before(name):
-    model = tiny_model(tiny_config(name, VOCAB))
+GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB)  # it adds positions to its embeddings
+
+
+@pytest.mark.parametrize(
+    "config", [GPT2, *(tiny_config(name, VOCAB) for name in ARCHITECTURES)], ids=lambda config: config.model_type
+)
+def test_removed_it_is_in_no_state_at_any_position_and_afterwards_the_model_is_as_before(config):
+    model = tiny_model(config)
     difference_LD = mean_states(model, PROMPTS[:1]) - mean_states(model, PROMPTS[1:])
     before = states(model, PROMPTS[2])
     direction_D = difference_LD[0] / difference_LD[0].norm()
