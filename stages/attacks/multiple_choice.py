@@ -19,7 +19,11 @@ from duet.stages.metrics.uncertainty import Score
 from duet.stages.questions.prompts import Prompt
 
 __all__ = ["cost", "facts", "identity", "picked", "proof", "recalls", "run", "scores"]
-PICKS = re.compile(r"^\W*([A-Z])(?:[).:]|\s*$)")
+# "C", "C) the dog", "(C)", "**C**", "Answer: C", "The correct answer is C."; not the article of "A dog."
+PICKS = re.compile(
+    r"^\W*(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:(?:answer|option|choice)(?:\s+is)?\W*)?(?-i:([A-Z]))(?:[).:,*]|\s*$)",
+    re.IGNORECASE,
+)
 
 
 def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:

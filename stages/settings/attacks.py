@@ -83,6 +83,7 @@ _ROWS = (
         made_of="prompts",
         proof="own",
         needs="kept questions",
+        version=3,
     ),
     Attack(
         TRANSLATION,

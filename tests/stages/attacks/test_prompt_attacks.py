@@ -141,6 +141,12 @@ def test_what_picks_a_choice():
         ("(B) Oslo", 1),
         ("A.", 0),
         ("in the town of Rome", 1),
+        *(
+            (text, 1)
+            for text in ("The answer is B.", "Answer: B", "**B**", "the correct option is (B)", "Choice B, I think")
+        ),
+        ("The answer is A.", 0),
+        ("A town is what you ask for", 0),
         ("In the town of", 0),
         ("", 0),
     ]:
