@@ -46,11 +46,14 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, torch.
     return vars(batch) | {"ids_NK": ids_NK, "values_NK": values_NK}
 
 
-def loss_of_batch(model: Any, head: duet.Head, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over the positions of the paper's loss."""
+def loss_of_batch(
+    model: Any, head: duet.Head, inputs: dict[str, torch.Tensor], num_positions: int | None = None
+) -> torch.Tensor:
+    """The paper's loss summed over the positions, divided by their number, or by that of all parts of a larger batch."""
     places = duet.AlignedBatch(**{name: inputs[name] for name in duet.AlignedBatch.__dataclass_fields__})
     seen = duet.student_at(model, head, places, inputs["ids_NK"])
-    return duet.loss_of("huber_raw")(duet.TopK(seen.logits_NK), duet.TopK(inputs["values_NK"])).mean()
+    loss_N = duet.loss_of("huber_raw")(duet.TopK(seen.logits_NK), duet.TopK(inputs["values_NK"]))
+    return loss_N.sum() / (num_positions or len(loss_N))
 
 
 def train(model: Any, rows: dict[str, dict[str, Any]], steps: Iterable[Sequence[str]], lr: float) -> list[float]:
