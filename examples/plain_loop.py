@@ -40,6 +40,10 @@ def shuffled(rows: dict[str, Any], batch_size: int, epochs: int, seed: int = 0) 
 
 def collate(rows: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, torch.Tensor]:
     """Padded sequences, the places of their supervised positions, and the teacher's ids and logits there."""
+    if "draws" in rows[0]:
+        raise duet.UserError(
+            "the ids of this store were drawn (teacher.ids: sampled)", "export a store of the likeliest ids"
+        )
     batch = duet.align([row["prompt"] for row in rows], [row["response"] for row in rows], pad_id)
     ids_NK = torch.from_numpy(np.concatenate([np.array(row["ids"]) for row in rows])).long()
     values_NK = torch.from_numpy(np.concatenate([np.array(row["logits"], np.float32) for row in rows]))

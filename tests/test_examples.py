@@ -13,6 +13,7 @@ import yaml
 from command_line import duet
 from support import LAB_BASE, ROOT
 
+from duet.cache.errors import UserError
 from duet.cache.exchange import export_store
 from duet.cache.location import Folder
 from duet.cache.reader import Store
@@ -62,6 +63,13 @@ def test_the_plain_loop_has_the_losses_of_duet_distill(trained):
     assert found[0] == pytest.approx(losses[0], rel=1e-6)
     # Duet sums its passes in another order: rounding, which AdamW's steps pass on (2e-5 after 18 steps on two threads).
     assert found == pytest.approx(losses, rel=1e-4)
+
+
+def test_rows_of_drawn_ids_are_refused_as_duet_distill_refuses_them_for_this_loss(trained):
+    row = next(iter(plain_loop.read_rows(trained[0] / "parquet").values()))
+    plain_loop.collate([row])
+    with pytest.raises(UserError, match="were drawn"):
+        plain_loop.collate([row | {"draws": row["ids"]}])
 
 
 def test_every_epoch_of_the_plain_loop_has_every_row(trained):
