@@ -7,6 +7,7 @@ the fingerprint of the one that was exported, or, where the format rounds logits
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ EXCHANGE_FORMATS = ("parquet", "hf", "distillkit")
 EXPORT_VERSION = 1
 OURS, EXPORT_NAME = "duet", "export.json"
 AGAIN = "export the store again: what an export holds is vouched for as a whole"
+MOST_NUMBERS = 2**31  # Arrow's lists have offsets of 32 bits, and other programs read no others everywhere
 CARD = """---
 configs:
 - config_name: default
@@ -59,8 +61,7 @@ def export_store(source: Location, target: Path, exchange_format: str) -> Export
     """
     store = Store(source)
     manifest = store.manifest
-    if target.exists():
-        raise UserError(f"{target} is there already", "name a new folder")
+    _check_new(target)
     if exchange_format == "distillkit" and not manifest.logsumexp:
         raise UserError(
             f"{source} has no log-sum-exp, and DistillKit reads log-probabilities",
@@ -71,11 +72,12 @@ def export_store(source: Location, target: Path, exchange_format: str) -> Export
             f"the ids of {source} were drawn, and DistillKit has no column for the number of their draws",
             "export it as parquet, or write a store with teacher.ids: top_k",
         )
+    _check_lists(manifest, exchange_format)
     beside = read_attachments(source, manifest.attachments)
     beside[MANIFEST_NAME] = source.read(MANIFEST_NAME) or b""
     if plan := read_plan(source):
         beside[PLAN_NAME] = json_bytes(plan.as_json())
-    with publishing_dir(target) as folder:
+    with publishing_dir(target, new=True) as folder:
         write = _write_distillkit if exchange_format == "distillkit" else _write_rows
         errors = [write(folder, store, index, exchange_format) for index in range(len(manifest.shards))]
         _describe(folder, manifest, exchange_format)
@@ -88,6 +90,27 @@ def export_store(source: Location, target: Path, exchange_format: str) -> Export
         export = Export(EXPORT_VERSION, exchange_format, max(errors), files)
         (folder / OURS / EXPORT_NAME).write_bytes(json_bytes(signed(vars(export), "sha256")))
     return export
+
+
+def _check_new(target: Path) -> None:
+    """Refuse, before any work, a place where something is, or where no folder can be made."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} is there already", "name a new folder")
+    above = next(path for path in target.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{target} cannot be made: {above} is a file", "name a folder elsewhere")
+
+
+def _check_lists(manifest: Manifest, exchange_format: str) -> None:
+    """Refuse rows of which some that are written at once have more numbers than the lists of these formats can count."""
+    of_block, of_kit = manifest.block_rows * manifest.max_positions, 4 * _grid(manifest, 0).cells_at_once
+    count = (of_kit if exchange_format == "distillkit" else of_block) * manifest.top_k
+    if count >= MOST_NUMBERS:
+        raise UserError(
+            f"{manifest.top_k} ids at each position of rows of up to {manifest.longest} tokens are {count} numbers at once, "
+            f"and lists in {exchange_format} have less than {MOST_NUMBERS}",
+            "write a store with a smaller teacher.top_k or with shorter rows",
+        )
 
 
 def _data_name(manifest: Manifest, index: int, exchange_format: str) -> str:

@@ -50,6 +50,11 @@ class Grid:
         """Rows that have some 4,096 tokens together."""
         return max(1, 4096 // self.longest)
 
+    @property
+    def cells_at_once(self) -> int:
+        """Tokens of these rows, all filled up."""
+        return self.rows_at_once * self.longest
+
 
 def config_text(grid: Grid) -> str:
     """`compression_config.yaml`, which is also DistillKit's `teacher.logprob_compressor`."""

@@ -51,16 +51,17 @@ def publishing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def publishing_dir(path: Path) -> Iterator[Path]:
+def publishing_dir(path: Path, new: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; when the block ends well, flush its files and put it in `path`'s place.
 
-    Whoever the umask lets read the folder may read its files: safetensors writes files for their owner alone.
+    Whoever the umask lets read the folder may read its files: safetensors writes files for their owner alone. `new`: what
+    came to be in `path`'s place meanwhile stays, and is a UserError.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    readable = temporary.stat().st_mode & 0o666
     with telling_of_full_disks(path):
+        temporary.mkdir(parents=True)
+        readable = temporary.stat().st_mode & 0o666
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -68,6 +69,11 @@ def publishing_dir(path: Path) -> Iterator[Path]:
                     with suppress(PermissionError):  # a file system that has no modes
                         file.chmod(mode | readable)
                 sync_file(file)
+        if new and os.path.lexists(path):
+            raise UserError(
+                f"{path} was not there before, and is now",
+                f"all is written in {temporary}: move it to a folder of your choice",
+            )
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
         sync_dir(path.parent)

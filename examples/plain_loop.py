@@ -40,17 +40,24 @@ def shuffled(rows: dict[str, Any], batch_size: int, epochs: int, seed: int = 0) 
 
 def collate(rows: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, torch.Tensor]:
     """Padded sequences, the places of their supervised positions, and the teacher's ids and logits there."""
+    if "draws" in rows[0]:
+        raise duet.UserError(
+            "the ids of this store were drawn (teacher.ids: sampled)", "export a store of the likeliest ids"
+        )
     batch = duet.align([row["prompt"] for row in rows], [row["response"] for row in rows], pad_id)
     ids_NK = torch.from_numpy(np.concatenate([np.array(row["ids"]) for row in rows])).long()
     values_NK = torch.from_numpy(np.concatenate([np.array(row["logits"], np.float32) for row in rows]))
     return vars(batch) | {"ids_NK": ids_NK, "values_NK": values_NK}
 
 
-def loss_of_batch(model: Any, head: duet.Head, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over the positions of the paper's loss."""
+def loss_of_batch(
+    model: Any, head: duet.Head, inputs: dict[str, torch.Tensor], num_positions: int | None = None
+) -> torch.Tensor:
+    """The paper's loss summed over the positions, divided by their number, or by that of all parts of a larger batch."""
     places = duet.AlignedBatch(**{name: inputs[name] for name in duet.AlignedBatch.__dataclass_fields__})
     seen = duet.student_at(model, head, places, inputs["ids_NK"])
-    return duet.loss_of("huber_raw")(duet.TopK(seen.logits_NK), duet.TopK(inputs["values_NK"])).mean()
+    loss_N = duet.loss_of("huber_raw")(duet.TopK(seen.logits_NK), duet.TopK(inputs["values_NK"]))
+    return loss_N.sum() / (num_positions or len(loss_N))
 
 
 def train(model: Any, rows: dict[str, dict[str, Any]], steps: Iterable[Sequence[str]], lr: float) -> list[float]:

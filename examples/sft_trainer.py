@@ -21,11 +21,23 @@ import duet
 
 
 class StoreTrainer(SFTTrainer):
-    """Its rows are those of an export, its loss is the paper's, at the teacher's ids only."""
+    """Its rows are those of an export, its loss is the paper's, at the teacher's ids only. For one device.
 
-    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+    It is the mean over the positions of a whole step, also where that comes in parts (`gradient_accumulation_steps`), whose
+    numbers of positions differ.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        parts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return parts, sum(len(part["position_N"]) for part in parts)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         self.head = getattr(self, "head", None) or duet.Head.of(model)
-        return loss_of_batch(model, self.head, inputs)
+        return loss_of_batch(model, self.head, inputs, num_items_in_batch)
 
 
 def settings(target: str | Path, **more: Any) -> SFTConfig:

@@ -13,6 +13,7 @@ import yaml
 from command_line import duet
 from support import LAB_BASE, ROOT
 
+from duet.cache.errors import UserError
 from duet.cache.exchange import export_store
 from duet.cache.location import Folder
 from duet.cache.reader import Store
@@ -64,6 +65,13 @@ def test_the_plain_loop_has_the_losses_of_duet_distill(trained):
     assert found == pytest.approx(losses, rel=1e-4)
 
 
+def test_rows_of_drawn_ids_are_refused_as_duet_distill_refuses_them_for_this_loss(trained):
+    row = next(iter(plain_loop.read_rows(trained[0] / "parquet").values()))
+    plain_loop.collate([row])
+    with pytest.raises(UserError, match="were drawn"):
+        plain_loop.collate([row | {"draws": row["ids"]}])
+
+
 def test_every_epoch_of_the_plain_loop_has_every_row(trained):
     rows = plain_loop.read_rows(trained[0] / "parquet")
     steps = list(plain_loop.shuffled(rows, batch_size=5, epochs=2))
@@ -71,33 +79,63 @@ def test_every_epoch_of_the_plain_loop_has_every_row(trained):
     assert steps[: len(steps) // 2] != steps[len(steps) // 2 :]
 
 
-def test_trls_trainer_has_the_losses_of_duet_distill(trained, tmp_path):
-    pytest.importorskip("trl")
-    import datasets
+def trls_steps(rows: Any, folder: Path, logs: Path, **settings: Any) -> list[dict[str, float]]:
+    """What TRL's trainer logs of every step of one epoch on these rows, in their order."""
     import sft_trainer
     from transformers import AutoTokenizer, TrainerCallback
 
-    folder, steps, losses = trained
-    rows = datasets.load_from_disk(str(folder / "hf"))
-    number = {row_id: at for at, row_id in enumerate(rows["row_id"])}
-    rows = rows.select([number[row_id] for names in steps for row_id in names])  # in the order of Duet's steps
     config = sft_trainer.settings(
-        tmp_path, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=LR, lr_scheduler_type="constant",
-        train_sampling_strategy="sequential", use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True,
-        dataloader_pin_memory=False, bf16=False,
+        logs, num_train_epochs=1, learning_rate=LR, lr_scheduler_type="constant", train_sampling_strategy="sequential",
+        use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
+        **settings,
     )  # fmt: skip
-    found: list[float] = []
+    found: list[dict[str, float]] = []
 
     class Noting(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
-            found.extend([logs["loss"]] if "loss" in logs else [])
+            found.extend([logs] if logs and "loss" in logs else [])
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf" / "duet" / "tokenizer")
     trainer = sft_trainer.trainer_of(load_model(LAB_BASE, "float32"), tokenizer, rows, config)
     trainer.add_callback(Noting())
     trainer.train()
+    return found
+
+
+def test_trls_trainer_has_the_losses_of_duet_distill(trained, tmp_path):
+    pytest.importorskip("trl")
+    import datasets
+
+    folder, steps, losses = trained
+    rows = datasets.load_from_disk(str(folder / "hf"))
+    number = {row_id: at for at, row_id in enumerate(rows["row_id"])}
+    rows = rows.select([number[row_id] for names in steps for row_id in names])  # in the order of Duet's steps
+    logged = trls_steps(rows, folder, tmp_path, per_device_train_batch_size=BATCH)
+    found = [step["loss"] for step in logged]
     assert len(found) == len(losses)
     assert found == pytest.approx(losses, rel=1e-3, abs=1e-4)  # its log has four digits
+
+
+def test_a_step_of_trls_trainer_is_the_same_in_parts(trained, tmp_path):
+    """Parts of a step have different numbers of positions: the mean of their means is not that of the step."""
+    pytest.importorskip("trl")
+    import datasets
+
+    def shortened(row: dict[str, Any], number: int) -> dict[str, Any]:
+        names = ("response", "position", "ids", "logits", "logsumexp") if number % 5 < 2 else ()
+        return {name: row[name][:1] for name in names}
+
+    folder, *_ = trained
+    rows = datasets.load_from_disk(str(folder / "hf")).map(shortened, with_indices=True)
+    assert len(set(map(len, rows["response"]))) > 1
+    for parts, whole in ((2, 6), (6, 6), (4, 8)):  # the last step of eight rows has four
+        at_once = trls_steps(rows, folder, tmp_path, per_device_train_batch_size=whole)
+        in_parts = trls_steps(
+            rows, folder, tmp_path, per_device_train_batch_size=whole // parts, gradient_accumulation_steps=parts
+        )
+        for key in ("loss", "grad_norm"):
+            found, wanted = ([step[key] for step in logged] for logged in (in_parts, at_once))
+            assert found == pytest.approx(wanted, rel=1e-3), (parts, key)
 
 
 def test_the_student_of_trls_trainer_forgets_and_keeps_what_that_of_duet_distill_does(tmp_path):

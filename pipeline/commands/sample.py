@@ -31,11 +31,11 @@ LONGEST = {"question": 64, "text": 256}  # tokens, where --max-tokens is not giv
 def sample(
     config: Config, out: Path, questions: int | None, documents: int | None, max_tokens: int | None, **how: Any
 ) -> None:
-    """Write `out`. `how` has the seed and the temperature."""
+    """Write `out`; until then what is drawn lies beside it, in a file `.part`. `how` has the seed and the temperature."""
     from duet.stages.models.directory import resolve_model
     from duet.stages.questions.openings import document_opening, question_opening
     from duet.stages.questions.prompts import open_renderer
-    from duet.stages.teacher.writing import Wanted, Writer, check_room, open_writer
+    from duet.stages.teacher.writing import Wanted, Writer, check_room, kept_tries, open_writer
 
     _check(out, questions, documents)
     teacher = config.teacher.model_copy(update={"model": config.base_model})
@@ -45,6 +45,9 @@ def sample(
     wanted = Wanted(questions or documents or 0, max_tokens or LONGEST[opening.field], **how)
     check_room(opening, wanted.max_tokens, model_dir, teacher.trust_remote_code)
     words = known(config)
+    tries = kept_tries(out.with_name(f"{out.name}.part"), model_dir, teacher, renderer, opening, wanted)
+    if tries:
+        say(f"the sample goes on; texts drawn before: {len(tries)}")
     stop = StopSignal()
     longest = len(opening.ids) + wanted.max_tokens
     engine, why = open_writer(model_dir, teacher, renderer, longest, config.device)
@@ -52,13 +55,14 @@ def sample(
     try:
         with progress_bar("rows") as bar:
             watch = Watch(bar.update, should_stop=stop)
-            found = Writer(engine, renderer, opening, partial(forgotten, words)).write(wanted, watch)
+            found = Writer(engine, renderer, opening, partial(forgotten, words), tries).write(wanted, watch)
     finally:
         engine.close()
     if found.texts:  # also fewer than wanted, which took as long to write
         with publishing(out) as temporary:
             rows = (json.dumps({opening.field: text}, ensure_ascii=False) for text in found.texts)
             temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    tries.remove()
     _tell(found, wanted.rows, out)
     key = "path" if opening.must_end else "documents"
     say(f"{len(found.texts)} rows: {out}; in the config: data: {{broad: {{sampled: {{{key}: {out}}}}}}}")

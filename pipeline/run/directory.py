@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import platform
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -187,14 +188,28 @@ class StopSignal:
         return self._seen
 
 
-def set_aside(what: str, *paths: Path) -> None:
-    """Give earlier files of one folder the first free number: `results.json` becomes `results-1.json`."""
+def set_aside(what: str, first: Path, *others: Path) -> None:
+    """Give earlier files of one folder the first free number: `results.json` becomes `results-1.json`.
+
+    Callers look whether `first` is there, so it goes last; its copy goes before all, and says after a kill in between which
+    number was begun.
+    """
 
     def aside(path: Path, number: int) -> Path:
         return path.with_name(path.name.replace(".", f"-{number}."))
 
-    number = next(n for n in itertools.count(1) if not any(aside(path, n).exists() for path in paths))
-    for path in filter(Path.is_file, paths):
-        kept = aside(path, number)
-        path.rename(kept)
+    def is_begun(number: int) -> bool:
+        kept, moved = aside(first, number), [path for path in others if aside(path, number).exists()]
+        return kept.is_file() and kept.read_bytes() == first.read_bytes() and not any(path.exists() for path in moved)
+
+    def is_free(number: int) -> bool:
+        return not any(aside(path, number).exists() for path in (first, *others))
+
+    number = next(n for n in itertools.count(1) if is_free(n) or is_begun(n))
+    with publishing(aside(first, number)) as copy:
+        shutil.copy2(first, copy)
+    for path in filter(Path.is_file, others):
+        path.rename(aside(path, number))
+    first.unlink()
+    for kept in filter(Path.is_file, (aside(path, number) for path in (first, *others))):
         say(f"kept the earlier {what}: {kept}")

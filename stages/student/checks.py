@@ -162,7 +162,7 @@ def _check_ids(loss: str, kind: str, settings: TrainSettings, combine: str | Non
 def _check_one_id(loss: str, settings: TrainSettings, top_k: int, key: str) -> None:
     """Refuse a loss that compares the k ids with each other only where there is but one: it is 0, and nothing is learned."""
     fact = LOSSES.get(loss)
-    if fact and fact.offset_free and not fact.needs_logsumexp and (settings.top_k or top_k) == 1:
+    if fact and (settings.top_k or top_k) < fact.least_ids:
         raise UserError(
             f"{key}.loss: {loss} compares the ids of a position with each other, and with one id it is always 0",
             f"{'raise train.top_k' if settings.top_k else 'make a store with a larger teacher.top_k'}, or set train.loss: "

@@ -161,6 +161,11 @@ class Loss:
     needs_draws: bool = False  # for stores whose ids were drawn, and only for those
     offset_free: bool = True  # unchanged when a constant is added to all of a position's student logits
 
+    @property
+    def least_ids(self) -> int:
+        """Ids that a position must have: a loss that compares the ids with each other alone is 0 where there is but one."""
+        return 2 if self.offset_free and not self.needs_logsumexp else 1
+
 
 LOSSES: dict[str, Loss] = {
     "huber_raw": Loss(huber_raw, option="huber_delta", offset_free=False),

@@ -54,6 +54,7 @@ class Teachers:
     stores: dict[str, Store]
     weights: dict[str, float]  # sum 1
     combine: str | None  # "mix" or "average"; None of one teacher
+    least_ids: int = 1  # that all must have at a position of an average: `Loss.least_ids` of the student's loss
 
     @staticmethod
     def of(stores: Mapping[str, Store], settings: TrainSettings) -> Teachers:
@@ -89,8 +90,8 @@ class Teachers:
 
     def targets(self, blocks: Sequence[Block]) -> Targets:
         """The student's targets from the same rows of each store."""
-        together = averaged if self.combine == "average" else mixed
-        return together(blocks, list(self.weights.values()))
+        weights = list(self.weights.values())
+        return averaged(blocks, weights, self.least_ids) if self.combine == "average" else mixed(blocks, weights)
 
     def shares(self) -> dict[str, TeacherShare]:
         """Each teacher's store and weight, for training.json."""
@@ -101,7 +102,7 @@ class Teachers:
     def comparable(self) -> dict[str, float]:
         """Of an average: the share of the first teacher's positions that all teachers have, and how many ids they share.
 
-        Reads the stores once; a row without a common id is a UserError before any training.
+        Reads the stores once; a row without enough common ids is a UserError before any training.
         """
         if self.combine != "average":
             return {}
@@ -141,11 +142,11 @@ def mixed(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
     )
 
 
-def averaged(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
+def averaged(blocks: Sequence[Block], weights: Sequence[float], least_ids: int = 1) -> Targets:
     """One target per position: the weighted mean of the teachers' logits at the ids that all of them kept there.
 
-    Position j is there as long as all teachers have it after the same r_0..r_{j-1} and have kept a common id at each position
-    up to it. UserError for a row without a common id at its first position.
+    Position j is there as long as all teachers have it after the same r_0..r_{j-1} and have kept `least_ids` common ids at
+    each position up to it. UserError for a row with fewer at its first position.
     """
     first = blocks[0]
     counts_R = np.min([_agreeing(first, block) for block in blocks], axis=0)
@@ -156,11 +157,12 @@ def averaged(blocks: Sequence[Block], weights: Sequence[float]) -> Targets:
         weights,
         first.layout.vocab_size,
     )
-    kept_R, kept_N = _before_the_first_without(mask_NK.sum(axis=1) > 0, counts_R)
+    kept_R, kept_N = _before_the_first_without(mask_NK.sum(axis=1) >= least_ids, counts_R)
     if not kept_R.all():
         row_id = first.row_ids[int((kept_R == 0).argmax())].as_py()
         raise UserError(
-            f"row {row_id!r}: the teachers have none of their {first.layout.top_k} ids in common, nothing can be averaged",
+            f"row {row_id!r}: the teachers have fewer than {least_ids} of their {first.layout.top_k} ids in common at the "
+            f"first position, {'nothing can be averaged' if least_ids == 1 else 'and this loss compares ids with each other'}",
             "set train.combine: mix, or make stores with a larger teacher.top_k",
         )
     prompts_R = counts_of(first.token_offsets) - counts_of(first.position_offsets)

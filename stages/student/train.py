@@ -94,6 +94,7 @@ def _train(
     start_sha256 = weights_sha256(job.model_dir)
     teachers = Teachers.of(stores, job.settings)
     loss, reason = chosen_loss(job.settings, start_sha256, teachers.manifests, job.start_noise, teachers.combine)
+    teachers = replace(teachers, least_ids=LOSSES[loss].least_ids)
     start = None if is_trained(job.student_dir) else _checked_start(job, teachers, tokenizer, loss, processes)
     comparable = {} if start is None else teachers.comparable()
     contexts = _contexts(job, teachers, tokenizer, start)
@@ -287,11 +288,10 @@ def _say_rounding(name: str, trained: Mapping[str, Any], exported: Mapping[str, 
     """Warn of a student that, once it is rounded, no longer answers what is to be forgotten as it did in training."""
     before, after = (found[f"agreement.{SUBSETS[FORGET]}"] for found in (trained, exported))
     if before is not None and before - after > ROUNDED_OFF:
-        written = str(dtype).removeprefix("torch.")
         note(
             f"student {name}: {100 * before:.1f} % of the forget rows began as the teacher's in training, {100 * after:.1f} % "
-            f"do in {written}, as the model is written: what it learned is smaller than the rounding; "
-            "train.export_dtype: float32 keeps it, or a larger rate"
+            f"do in {str(dtype).removeprefix('torch.')}, as the model is written: what it learned is smaller than the "
+            "rounding; train.export_dtype: float32 keeps it, or a larger rate"
         )
 
 

@@ -1,13 +1,14 @@
 """Texts that a model writes by itself, for broad rows: drawn one by one, and of those what is useless dropped and counted.
 
 The text of a try depends on the seed and the number of the try alone, and tries are taken in their order: how many are drawn
-at a time makes no difference.
+at a time makes no difference, and neither does a stop between two of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -18,14 +19,16 @@ from duet.cache.watch import Watch
 from duet.stages.engines.choose import open_engine
 from duet.stages.engines.interface import Ask, Engine, Request
 from duet.stages.models.directory import load_config
+from duet.stages.models.identity import weights_sha256
 from duet.stages.models.limits import context_length
-from duet.stages.models.tokenizers import special_tokens
+from duet.stages.models.tokenizers import special_tokens, tokenizer_sha256
 from duet.stages.questions.openings import Opening
 from duet.stages.questions.prompts import Prompt, Renderer
 from duet.stages.questions.proof import prove
 from duet.stages.questions.queries import Query
 from duet.stages.questions.text_files import fault_of
 from duet.stages.settings.teacher import TeacherSettings
+from duet.stages.teacher.kept_tries import KeptTries, Text
 from duet.stages.teacher.plan import row_seed
 from duet.stages.teacher.prepare import engine_spec
 
@@ -61,6 +64,16 @@ def open_writer(
     return open_engine(replace(spec, eos_ids=tuple(sorted(_ending_ids(renderer)))), teacher.engine)
 
 
+def kept_tries(
+    path: Path, model_dir: Path, teacher: TeacherSettings, renderer: Renderer, opening: Opening, wanted: Wanted
+) -> KeptTries:
+    """What an earlier sample of the same model, opening and draws has left in `path`; UserError where it was another one."""
+    draws = {key: value for key, value in vars(wanted).items() if key != "rows"}
+    model = {"weights": weights_sha256(model_dir), "dtype": teacher.dtype, "quantization": teacher.quantization}
+    tokens = {"tokenizer": tokenizer_sha256(renderer.tokenizer), "ending": sorted(_ending_ids(renderer))}
+    return KeptTries(path, {**vars(opening), **draws, **model, **tokens})
+
+
 def check_room(opening: Opening, max_tokens: int, model_dir: Path, trust_remote_code: bool) -> None:
     """Refuse texts that do not fit in the model's context."""
     room = context_length(load_config(model_dir, trust_remote_code)) - len(opening.ids)
@@ -73,12 +86,16 @@ def check_room(opening: Opening, max_tokens: int, model_dir: Path, trust_remote_
 
 @dataclass(frozen=True)
 class Writer:
-    """An engine that continues one opening. `forgotten_of` makes, of the first texts, the judge of what is about the topic."""
+    """An engine that continues one opening. `forgotten_of` makes, of the first texts, the judge of what is about the topic.
+
+    Of `tries` it takes what is there, and puts there what it draws.
+    """
 
     engine: Engine
     renderer: Renderer
     opening: Opening
     forgotten_of: Callable[[Sequence[str]], Callable[[str], bool]]
+    tries: MutableMapping[int, Text] = field(default_factory=dict)
 
     def write(self, wanted: Wanted, watch: Watch) -> Written:
         """The first `wanted.rows` texts that are of use, or as many as there are in `TRIES` times as many tries.
@@ -99,18 +116,21 @@ class Writer:
                 break
         return found
 
-    def _drawn(self, wanted: Wanted, watch: Watch) -> Iterator[tuple[str, bool]]:
+    def _drawn(self, wanted: Wanted, watch: Watch) -> Iterator[Text]:
         """The text of each try, in order, and whether it came to an end."""
         ask = Ask(top_k=1, max_positions=wanted.max_tokens, temperature=wanted.temperature)
         most = max(CALL, TRIES * wanted.rows)
         for start in range(0, most, CALL):
-            watch.pause("the sample")
             numbers = range(start, min(start + CALL, most))
-            requests = [Request(i, self.opening.ids, seed=row_seed(wanted.seed, f"sample/{i}")) for i in numbers]
-            for scored in self.engine.score_all(requests, ask):
-                yield self.text(scored.response_ids.tolist())
+            seeds = {i: row_seed(wanted.seed, f"sample/{i}") for i in numbers if i not in self.tries}
+            requests = [Request(i, self.opening.ids, seed=seed) for i, seed in seeds.items()]
+            with closing(self.engine.stream(requests, ask)) as drawn:
+                for number, scored in drawn:
+                    self.tries[number] = self.text(scored.response_ids.tolist())
+                    watch.pause("what was being drawn")
+            yield from (self.tries[i] for i in numbers)
 
-    def text(self, ids: Sequence[int]) -> tuple[str, bool]:
+    def text(self, ids: Sequence[int]) -> Text:
         """The text that the model wrote, up to the first of its ends, and whether it came to one."""
         ended = bool(ids) and ids[-1] in self._special
         text = self.renderer.tokenizer.decode([i for i in ids if i not in self._special])

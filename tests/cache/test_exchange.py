@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import flip_byte, make_plan, make_rows, read_all, same_rows, with_broad, write_store
 
-from duet.cache import exchange_distillkit
+from duet.cache import exchange, exchange_distillkit
 from duet.cache.errors import DamagedStore, UserError
 from duet.cache.exchange import export_store, import_store
 from duet.cache.exchange_distillkit import Grid
@@ -158,9 +158,39 @@ def test_packed_ids_come_back(vocab_size, top_k, count, random):
 def test_what_is_there_is_left_alone(tmp_path):
     a_store(tmp_path / "store")
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="there already"):
-        export_store(Folder(tmp_path / "store"), tmp_path / "out", "parquet")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").write_text("a file")
+    for place, message in (("out", "there already"), ("link", "there already"), ("file/out", "file is a file")):
+        with pytest.raises(UserError, match=message):
+            export_store(Folder(tmp_path / "store"), tmp_path / place, "parquet")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_came_to_be_there_during_an_export_is_left_alone(tmp_path, monkeypatch):
+    a_store(tmp_path / "store")
+    describe = exchange._describe
+
+    def meanwhile(*of):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("of three years")
+        describe(*of)
+
+    monkeypatch.setattr(exchange, "_describe", meanwhile)
+    with pytest.raises(UserError, match="was not there before, and is now") as refused:
+        export_store(Folder(tmp_path / "store"), tmp_path / "out", "parquet")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "of three years"
+    assert str(tmp_path / ".out.tmp") in refused.value.hint
+    (tmp_path / ".out.tmp").rename(tmp_path / "moved")
+    assert import_store(tmp_path / "moved", Folder(tmp_path / "back"), "arrow", "none")[1].rows == 10
+
+
+@pytest.mark.parametrize("exchange_format", ["parquet", "hf", "distillkit"])
+def test_more_numbers_than_lists_can_count_are_refused(tmp_path, monkeypatch, exchange_format):
+    a_store(tmp_path / "store")
+    monkeypatch.setattr(exchange, "MOST_NUMBERS", 4095 * 4)  # of 1,365 rows; in distillkit of 4,096 tokens' bytes
+    with pytest.raises(UserError, match="numbers at once"):
+        export_store(Folder(tmp_path / "store"), tmp_path / "out", exchange_format)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("values", ["lossless", "float16", "float32"])

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from command_line import duet
 
-from duet.cache.errors import EXIT_DONE, EXIT_USER
+from duet.cache.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from duet.pipeline.commands.sample import Known, forgotten, known
 from duet.pipeline.config.load import load_config
+from duet.pipeline.run.directory import StopSignal
 from duet.stages.questions.requests import broad_of
 from duet.stages.teacher.writing import Writer, Written
 
@@ -33,6 +34,23 @@ def test_questions_are_written_that_data_broad_reads(lab_config, tmp_path):
     batch = ("--set", "teacher.batch_size=7")
     assert duet("sample", "--config", config, *batch, str(again), "--questions", "40", "--max-tokens", "32").code == 0
     assert rows(again) == found
+
+
+def test_a_sample_that_was_stopped_goes_on(lab_config, tmp_path, monkeypatch):
+    out, whole = tmp_path / "q.jsonl", tmp_path / "whole.jsonl"
+    asked = ("sample", "--config", str(lab_config()), "--questions", "20", "--max-tokens", "32")
+    assert duet(*asked, str(whole)).code == EXIT_DONE
+    with monkeypatch.context() as stopped:
+        stopped.setattr(StopSignal, "__call__", lambda self: True)
+        done = duet(*asked, str(out))
+    assert done.code == EXIT_INTERRUPTED
+    assert not out.exists()
+    assert "with another model, prompt or other options" in duet(*asked, "--seed", "1", str(out)).err
+    done = duet(*asked, str(out))
+    assert done.code == EXIT_DONE
+    assert "texts drawn before: 1" in done.out + done.err
+    assert rows(out) == rows(whole)
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_model_that_writes_nothing_leaves_no_file(lab_config, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 from duet.cache.errors import UserError
+from duet.cache.files import TEMPORARY
 from duet.pipeline.commands.status import config_of, status_of
 from duet.pipeline.config.load import load_config
 from duet.pipeline.config.run_dir import RunDir
@@ -127,6 +130,36 @@ def test_what_is_set_aside_takes_no_place_of_what_was_kept_before(tmp_path):
         "report-1.html": "the first's page",
         "results-3.json": "the third",
     }
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_what_was_being_set_aside_when_it_was_killed_stays_together(tmp_path, monkeypatch, moment):
+    paths = [tmp_path / name for name in ("results.json", "items.json", "report.html")]
+    for name in ("results", "items"):
+        (tmp_path / f"{name}-1.json").write_text("kept before")
+    for path in paths:
+        path.write_text(path.name)
+    calls = itertools.count(1)
+
+    def killed_at(change):
+        def changing(*of, **how):
+            if next(calls) == moment:
+                raise SystemExit
+            return change(*of, **how)
+
+        return changing
+
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", killed_at(os.replace))
+        killed.setattr(Path, "rename", killed_at(Path.rename))
+        killed.setattr(Path, "unlink", killed_at(Path.unlink))
+        with pytest.raises(SystemExit):
+            set_aside("evaluation", *paths)
+    if paths[0].is_file():  # what callers ask
+        set_aside("evaluation", *paths)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir() if not TEMPORARY.fullmatch(path.name)}
+    kept = {"results-2.json": "results.json", "items-2.json": "items.json", "report-2.html": "report.html"}
+    assert found == {"results-1.json": "kept before", "items-1.json": "kept before"} | kept
 
 
 def test_the_status_of_a_run_is_read_where_it_lies(claim, tmp_path, monkeypatch):

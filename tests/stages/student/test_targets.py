@@ -16,6 +16,7 @@ from support import LAB_SMALL, LAB_VOCAB_SIZE, make_plan, make_rows, write_store
 from duet.cache.codec import Block, Layout, encode
 from duet.cache.errors import Interrupted, UserError
 from duet.cache.location import Folder
+from duet.cache.plan import read_plan
 from duet.cache.reader import Store
 from duet.cache.record import Rows, counts_of, prompt_and_response
 from duet.stages.models.loading import load_model
@@ -197,7 +198,7 @@ def test_a_row_whose_teachers_share_no_id_cannot_be_averaged():
     blocks = two(1)
     ids = rows_of(0, 1).topk_ids_NK.copy()
     ids[4] = np.setdiff1d(np.arange(LAB_VOCAB_SIZE), ids[4])[:K]
-    with pytest.raises(UserError, match=r"row 'retain/4': the teachers have none of their 5 ids in common"):
+    with pytest.raises(UserError, match=r"row 'retain/4': the teachers have fewer than 1 of their 5 ids in common"):
         averaged([blocks[0], block_of(replace(rows_of(1, 1), topk_ids_NK=ids))], WEIGHTS)
     later = rows_of(0, 3).topk_ids_NK.copy()
     later[3 * 2 + 1] = np.setdiff1d(np.arange(LAB_VOCAB_SIZE), later[3 * 2 + 1])[:K]
@@ -205,6 +206,32 @@ def test_a_row_whose_teachers_share_no_id_cannot_be_averaged():
     assert counts_of(targets.position_offsets).tolist() == [3, 3, 1, *[3] * 6], (
         "it ends before the position without one"
     )
+
+
+@pytest.mark.parametrize("loss", ["huber_centred", "forward_kl_topk", "jsd_topk"])
+def test_a_position_with_one_common_id_is_no_target_of_a_loss_that_compares_ids(tmp_path, stores, loss):
+    """Such a loss is 0 there, whatever the student says."""
+    others = rows_of(1, 3, count=20)
+    firsts = rows_of(0, 3, count=20).topk_ids_NK
+
+    def one_in_common(position: int) -> dict[str, Store]:
+        ids = others.topk_ids_NK.copy()
+        for at in range(position, len(ids), 3):
+            unknown = np.setdiff1d(np.arange(LAB_VOCAB_SIZE), firsts[at])
+            ids[at] = [firsts[at, 0], *unknown[: K - 1]]
+        folder, store = tmp_path / str(position), stores[0]["strict"]
+        attachments = {name: store.location.read(name) for name in store.manifest.attachments}
+        plan = replace(read_plan(store.location), attachments={})
+        write_store(folder, plan, replace(others, topk_ids_NK=ids), attachments)
+        return {"mild": stores[0]["mild"], "strict": Store(Folder(folder))}
+
+    settings = {"combine": "average", "probe": {"steps": 18}, "epochs": 1}
+    with pytest.raises(UserError, match="fewer than 2 of their 5 ids in common at the first position"):
+        train(tmp_path / "first", (one_in_common(0), stores[1]), loss=loss, **settings)
+    train(tmp_path / "later", (one_in_common(2), stores[1]), loss=loss, **settings)
+    train(tmp_path / "raw", (one_in_common(2), stores[1]), loss="huber_raw", **settings)
+    shares = [summary_of(tmp_path / name)["position_share"] for name in ("later", "raw")]
+    assert shares == pytest.approx([(7 * 1 + 13 * 2) / 60, (7 * 1 + 7 * 2 + 6 * 3) / 60])
 
 
 @pytest.fixture(scope="module")
