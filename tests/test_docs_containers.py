@@ -153,9 +153,9 @@ def test_the_apptainer_image_builds_and_runs_the_lab(tmp_path):
         pytest.skip("apptainer is not installed")
     image = tmp_path / "duet.sif"
     output_of("apptainer", "build", "--build-arg", f"BASE={BASE}", image, "duet.def")
-    run = ("apptainer", "run", "--bind", tmp_path, "--pwd", "/opt/duet", image)
-    assert "everything that is needed works" in output_of(*run, "doctor")
-    output_of(*run, *LAB, "--set", f"runs_dir={tmp_path}/runs")
+    run = ("apptainer", "run", "--bind", tmp_path)
+    assert "everything that is needed works" in output_of(*run, "--pwd", tmp_path, image, "doctor")
+    output_of(*run, "--pwd", "/opt/duet", image, *LAB, "--set", f"runs_dir={tmp_path}/runs")  # read-only but for its runs
     the_lab_has_forgotten(tmp_path / "runs")
 
 
