@@ -155,7 +155,9 @@ def test_the_apptainer_image_builds_and_runs_the_lab(tmp_path):
     output_of("apptainer", "build", "--build-arg", f"BASE={BASE}", image, "duet.def")
     run = ("apptainer", "run", "--bind", tmp_path)
     assert "everything that is needed works" in output_of(*run, "--pwd", tmp_path, image, "doctor")
-    output_of(*run, "--pwd", "/opt/duet", image, *LAB, "--set", f"runs_dir={tmp_path}/runs")  # read-only but for its runs
+    output_of(
+        *run, "--pwd", "/opt/duet", image, *LAB, "--set", f"runs_dir={tmp_path}/runs"
+    )  # read-only but for its runs
     the_lab_has_forgotten(tmp_path / "runs")
 
 

@@ -155,6 +155,7 @@ _ROWS = (
         made_of="weights",
         proof="own",
         needs="kept questions",
+        apart=True,
     ),
     Attack(
         "relearn",

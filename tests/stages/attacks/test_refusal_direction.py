@@ -10,9 +10,10 @@ import torch
 from tiny_models import ARCHITECTURES, tiny_config, tiny_model
 from transformers import GPT2Config
 
+from duet.stages.attacks.above import cases_of
 from duet.stages.attacks.logit_lens import final_norm
 from duet.stages.attacks.parts import Evidence
-from duet.stages.attacks.refusal_direction import layer_at, mean_states, proof, without
+from duet.stages.attacks.refusal_direction import VARIANTS, layer_at, mean_states, proof, without
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.models.layers import decoder_layers
 
@@ -77,6 +78,15 @@ def test_subtracted_every_position_behind_that_layer_is_moved_by_the_difference_
 def test_depths_are_layers_from_the_first_to_the_last():
     assert [layer_at(depth, 30) for depth in (0.001, 0.5, 0.75, 1)] == [0, 14, 21, 29]
     assert [layer_at(depth, 1) for depth in (0.5, 1)] == [0, 0]
+
+
+def test_each_layer_and_way_is_judged_by_itself_for_an_attacker_takes_the_best():
+    said = {variant: ["I know nothing."] * 5 for variant in VARIANTS} | {"removed_100": ["In Oslo."] * 5}
+    exam = SimpleNamespace(distinctive={"forget": [frozenset({"oslo"})] * 5})
+    cases = cases_of({"attack.refusal_direction.forget": said}, exam, "refusal_direction", "forget")  # type: ignore[arg-type]
+    assert {case: facts_N.tolist() for case, facts_N in cases.items()} == {
+        variant: [float(variant == "removed_100")] * 5 for variant in VARIANTS
+    }
 
 
 @pytest.mark.parametrize(
