@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from duet.cache.watch import Watch
-from duet.stages.attacks.names import WORST
-from duet.stages.exam.exam import HEADLINE, Exam, Subject, references_of
+from duet.stages.attacks.names import WORST, title
+from duet.stages.exam.exam import DISTINCTIVE, HEADLINE, Exam, Subject, references_of
 from duet.stages.exam.session import ModelSession
+from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score, score
 
 Answers = Mapping[str, Any]  # what one model said: by task, or of attacks on whole sets by `attack.<kind>.<set>`
@@ -155,6 +156,25 @@ def of_variants(
         f"attack.{kind}{suffix}.{name}.{metric}": score(items, clusters=clusters, seed=exam.settings.seed)
         for suffix, items in found.items()
     }
+
+
+def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """ROUGE-L recall by variant of an attack that keeps a set's answers by variant, float64 [N]."""
+    references, outputs = references_of(exam.sets[name]), answers[f"attack.{kind}.{name}"]
+    return {title(variant, name): metrics.rouge_l(references, texts)[0] for variant, texts in outputs.items()}
+
+
+def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
+    """The same in distinctive recall."""
+    words, outputs = exam.distinctive[name], answers[f"attack.{kind}.{name}"]
+    return {title(variant, name): metrics.distinctive_recall(words, texts) for variant, texts in outputs.items()}
+
+
+def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
+    """Scores of both: see `of_variants`."""
+    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values())) | of_variants(
+        exam, kind, name, list(facts(answers, exam, kind, name).values()), DISTINCTIVE
+    )
 
 
 def said(works: bool, on: str | None, text: str) -> dict[str, Any]:

@@ -19,28 +19,40 @@ import torch
 from torch import nn
 
 from duet.cache.watch import Watch
-from duet.stages.attacks.names import title
 from duet.stages.attacks.parts import (
     PLAIN,
     Answers,
     Cost,
     Evidence,
     asked,
+    facts,
     identity_on_sets,
-    of_variants,
     on_sets,
     points,
+    recalls,
     said,
+    scores,
 )
 from duet.stages.attacks.rounding import rounded, rounded_nf4, scaled
-from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject, references_of
+from duet.stages.exam.exam import Subject
 from duet.stages.exam.session import ModelSession
-from duet.stages.metrics import text as metrics
-from duet.stages.metrics.uncertainty import Score
 from duet.stages.models.directory import text_config
 from duet.stages.models.loading import load_model
 from duet.stages.models.sizes import meta_model
 
+__all__ = [
+    "cost",
+    "facts",
+    "identity",
+    "is_quantised",
+    "is_reached",
+    "proof",
+    "quantize",
+    "recalls",
+    "run",
+    "scores",
+    "untouched",
+]
 # variant -> bits, or NF4; and weights per scale (None: a whole row)
 VARIANTS: dict[str, dict[str, tuple[int | str, int | None]]] = {
     "quantize_int8": {"per_channel": (8, None)},
@@ -93,24 +105,6 @@ def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
     read = _calibration(session, subject, kind) * len(session.exam.attacked) if kind in CALIBRATED else []
     found = asked(session, subject, session.exam.attacked, times=len(VARIANTS[kind]))
     return found + Cost(prompt_tokens=sum(map(len, read)))
-
-
-def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
-    """ROUGE-L recall of each variant by its title, float64 [N]."""
-    references, outputs = references_of(exam.sets[name]), answers[f"attack.{kind}.{name}"]
-    return {title(variant, name): metrics.rouge_l(references, outputs[variant])[0] for variant in VARIANTS[kind]}
-
-
-def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
-    """Distinctive recall of each variant by its title, float64 [N]."""
-    words, outputs = exam.distinctive[name], answers[f"attack.{kind}.{name}"]
-    return {title(variant, name): metrics.distinctive_recall(words, outputs[variant]) for variant in VARIANTS[kind]}
-
-
-def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
-    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values())) | of_variants(
-        exam, kind, name, list(facts(answers, exam, kind, name).values()), DISTINCTIVE
-    )
 
 
 def proof(kind: str, evidence: Evidence) -> dict[str, Any]:

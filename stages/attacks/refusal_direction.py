@@ -20,27 +20,26 @@ import torch
 from torch import nn
 
 from duet.cache.watch import Watch
-from duet.stages.attacks.names import title
 from duet.stages.attacks.parts import (
     MIN_LEFT,
     PLAIN,
-    Answers,
     Cost,
     Evidence,
     asked,
+    facts,
     identity_on_sets,
-    of_variants,
     on_sets,
     points,
+    recalls,
     said,
+    scores,
 )
-from duet.stages.exam.exam import DISTINCTIVE, Exam, Subject, references_of
+from duet.stages.exam.exam import Subject
 from duet.stages.exam.session import ModelSession
-from duet.stages.metrics import text as metrics
-from duet.stages.metrics.uncertainty import Score
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
 
+__all__ = ["cost", "facts", "identity", "proof", "recalls", "run", "scores"]
 # variant -> depth of the layer whose direction it is, as a share of the layers, and whether that is removed everywhere
 VARIANTS: dict[str, tuple[float, bool]] = {
     f"{'removed' if everywhere else 'subtracted'}_{percent}": (percent / 100, everywhere)
@@ -68,24 +67,6 @@ def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
         read += _drawn(session, session.prompts(subject, name))
     found = asked(session, subject, session.exam.attacked, times=len(VARIANTS))
     return found + Cost(prompt_tokens=sum(map(len, read)))
-
-
-def recalls(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
-    """ROUGE-L recall of each variant by its title, float64 [N]."""
-    references, outputs = references_of(exam.sets[name]), answers[f"attack.{kind}.{name}"]
-    return {title(variant, name): metrics.rouge_l(references, outputs[variant])[0] for variant in VARIANTS}
-
-
-def facts(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, np.ndarray]:
-    """Distinctive recall of each variant by its title, float64 [N]."""
-    words, outputs = exam.distinctive[name], answers[f"attack.{kind}.{name}"]
-    return {title(variant, name): metrics.distinctive_recall(words, outputs[variant]) for variant in VARIANTS}
-
-
-def scores(answers: Answers, exam: Exam, kind: str, name: str) -> dict[str, Score]:
-    return of_variants(exam, kind, name, list(recalls(answers, exam, kind, name).values())) | of_variants(
-        exam, kind, name, list(facts(answers, exam, kind, name).values()), DISTINCTIVE
-    )
 
 
 def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
