@@ -46,9 +46,15 @@ else
 fi
 
 # What pip is told of a site's own packages, by its files or its variables, uv is told too, which does not read them.
-told() { pip config list 2>/dev/null | sed -n "s/^[^=]*\\.$1='\\(.*\\)'\$/\\1/p" | sed 's/ \|\\\\n/,/g' | head -n 1; }
+# A command's own section goes before the common one; pip takes lists apart at spaces and line ends, uv at commas.
+pip_config=$(pip config list 2>/dev/null || true)
+told() {
+    for section in :env: install global; do
+        printf '%s\n' "$pip_config" | sed -n "s/^$section\\.$1='\\(.*\\)'\$/\\1/p"
+    done | sed -e 's/\\n/ /g' -e 's/^ *//' -e 's/ *$//' -e 's/  */,/g' | head -n 1
+}
 if [ -n "$uv" ]; then
-    export UV_FIND_LINKS="${UV_FIND_LINKS-$(told find-links)}" UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX-$(told index-url)}"
+    export UV_FIND_LINKS="${UV_FIND_LINKS-$(told find-links)}" UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX-${UV_INDEX_URL-$(told index-url)}}"
     [ -n "$UV_DEFAULT_INDEX" ] || unset UV_DEFAULT_INDEX
 fi
 

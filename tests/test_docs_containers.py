@@ -87,8 +87,32 @@ def test_setup_refuses_a_device_that_it_does_not_know(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("reached", [True, False])
-def test_a_cpu_gets_a_torch_of_its_own_and_uv_is_told_what_pip_is_told(reached, tmp_path):
+PIP_CONFIG = """[global]
+find-links =
+    /wheels
+    /more
+index-url = https://elsewhere.example.org/simple
+[install]
+index-url = https://packages.example.org/simple
+[download]
+find-links = /other
+"""
+
+
+VARIABLES = {"PIP_FIND_LINKS": "/wheels /more", "PIP_INDEX_URL": "https://packages.example.org/simple"}
+
+
+@pytest.mark.parametrize(
+    ("told", "reached"),
+    [
+        (VARIABLES, True),
+        (VARIABLES, False),
+        ({"PIP_CONFIG_FILE": "pip.conf"}, True),
+        (VARIABLES | {"PIP_INDEX_URL": "/of/pip", "UV_INDEX_URL": VARIABLES["PIP_INDEX_URL"]}, True),
+    ],
+    ids=["variables", "torch not reached", "a file", "uv has its own"],
+)
+def test_a_cpu_gets_a_torch_of_its_own_and_uv_is_told_what_pip_is_told(told, reached, tmp_path):
     """uv is another program here that writes down what it is asked; `make setup` runs the real one."""
     (tmp_path / "bin").mkdir()
     log, uv = tmp_path / "called", tmp_path / "bin/uv"
@@ -97,7 +121,8 @@ def test_a_cpu_gets_a_torch_of_its_own_and_uv_is_told_what_pip_is_told(reached, 
     uv.chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
     environment |= {"PATH": f"{uv.parent}:{os.environ['PATH']}", "DEVICE": "cpu", "VENV": str(tmp_path / "venv")}
-    environment |= {"PIP_FIND_LINKS": "/wheels /more", "PIP_INDEX_URL": "https://packages.example.org/simple"}
+    (tmp_path / "pip.conf").write_text(PIP_CONFIG)
+    environment |= {key: str(tmp_path / value) if key == "PIP_CONFIG_FILE" else value for key, value in told.items()}
     output_of("sh", "scripts/setup.sh", env=environment)
     calls = [line.split("|") for line in log.read_text().splitlines()]
     assert {tuple(call[:2]) for call in calls} == {("/wheels,/more", "https://packages.example.org/simple")}
