@@ -111,7 +111,7 @@ METRICS = (
         "Attack multiple_choice. Share of questions where the answer names the letter of the right choice, or recalls the "
         "right choice more than any other does. One in as many as there are choices is chance.",
         better="low, but not below chance",
-        version=2,
+        version=3,
     ),
     Metric(
         "leak@k",

@@ -83,7 +83,6 @@ _ROWS = (
         made_of="prompts",
         proof="own",
         needs="kept questions",
-        version=3,
     ),
     Attack(
         TRANSLATION,
