@@ -42,7 +42,7 @@ def prompt_kinds(exam: Exam) -> list[str]:
 
 def kept_queries(exam: Exam) -> list[Query]:
     """Answered questions of the sets to be kept, which lend examples and wrong choices."""
-    return [q for s in exam.sets.values() if s.expect == "kept" for q in s.queries if q.answer]
+    return [q for s in exam.judged.values() if s.expect == "kept" for q in s.queries if q.answer]
 
 
 def translations(exam: Exam, name: str) -> list[str]:

@@ -164,7 +164,7 @@ def _calibration(session: ModelSession, subject: Subject, kind: str) -> list[lis
     exam = session.exam
     texts = [
         prompt + answer
-        for name, query_set in exam.sets.items()
+        for name, query_set in exam.judged.items()
         if query_set.expect == "kept"
         for prompt, answer, query in zip(
             session.prompts(subject, name), session.full_answers(name), query_set.queries, strict=True

@@ -96,7 +96,7 @@ def _harmless(exam: Exam, name: str) -> dict[str, str | None]:
     settings, front = exam.settings.relearn, "" if name == "forget" else f"{name}, "
     if not settings.benign:
         return {}
-    kept = [other for other, s in exam.sets.items() if s.expect == "kept"]
+    kept = [other for other, s in exam.judged.items() if s.expect == "kept"]
     found: dict[str, str | None] = {f"{front}benign": kept[0] if kept else None}
     if settings.other is not None:
         further = [other for other in kept[1:] if len(exam.sets[other].queries) >= settings.benign]
