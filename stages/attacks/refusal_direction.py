@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from duet.stages.exam.exam import Subject
 from duet.stages.exam.session import ModelSession
 from duet.stages.models.layers import decoder_layers
 from duet.stages.models.loading import load_model
+from duet.stages.questions.prompts import Prompt
 
 __all__ = ["cost", "facts", "identity", "proof", "recalls", "run", "scores"]
 # variant -> depth of the layer whose direction it is, as a share of the layers, and whether that is removed everywhere
@@ -48,6 +49,7 @@ VARIANTS: dict[str, tuple[float, bool]] = {
 }
 QUESTIONS = 128  # of each kind, at most, that a direction is of
 
+T = TypeVar("T")
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -58,13 +60,14 @@ def run(session: ModelSession, subject: Subject, kind: str, watch: Watch) -> dic
 
 def identity(session: ModelSession, subject: Subject, kind: str) -> str:
     """Hash of everything that decides the answers, of the questions to be kept too."""
-    return identity_on_sets(session, subject, kind, [VARIANTS, QUESTIONS, _kept_prompts(session, subject)])
+    kept = {name: _kept_prompts(session, subject, name) for name in session.exam.attacked}
+    return identity_on_sets(session, subject, kind, [VARIANTS, QUESTIONS, kept])
 
 
 def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
-    read = [*_kept_prompts(session, subject)] * len(session.exam.attacked)
+    read = []
     for name in session.exam.attacked:
-        read += _drawn(session, session.prompts(subject, name))
+        read += _kept_prompts(session, subject, name) + _drawn(session, session.prompts(subject, name))
     found = asked(session, subject, session.exam.attacked, times=len(VARIANTS))
     return found + Cost(prompt_tokens=sum(map(len, read)))
 
@@ -81,6 +84,8 @@ def proof(kind: str, evidence: Evidence) -> dict[str, Any]:
         if worst.ci95[0] > plain.ci95[1] and worst.value >= half:
             return said(True, name, text)
         failed.append(text)
+    if not failed:
+        return said(False, None, "no model that was asked has less than half of base's recall: nothing to bring back")
     return said(False, None, f"it brings nothing back from any model that was asked. {'; '.join(failed)}")
 
 
@@ -92,7 +97,7 @@ def steered_answers(session: ModelSession, subject: Subject, name: str, watch: W
     model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
     prompts = session.prompts(subject, name)
     refused_LD = mean_states(model, _drawn(session, prompts))
-    difference_LD = refused_LD - mean_states(model, _kept_prompts(session, subject))
+    difference_LD = refused_LD - mean_states(model, _kept_prompts(session, subject, name))
     by_layer: dict[tuple[int, bool], list[str]] = {}  # a model of few layers has one for two depths
     found = {}
     for variant, (depth, everywhere) in VARIANTS.items():
@@ -123,7 +128,7 @@ def mean_states(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         nonlocal total_LD
         if not total_LD.numel():
             total_LD = torch.zeros(len(layers), states.shape[-1], device=states.device)
-        total_LD[layer] += states[0, -1].float()
+        total_LD[layer] += states.flatten(0, -3)[0, -1].float()  # of several streams, as Gemma 3n has, the first
         return states
 
     with ExitStack() as stack:
@@ -160,7 +165,7 @@ def _changed(module: nn.Module, change: Change) -> Iterator[None]:
     """The module handing on what `change` makes of its output [..., T, D]; where it returns more, of the first."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple | list) else change(output)
 
     handle = module.register_forward_hook(hook)
     try:
@@ -185,14 +190,14 @@ def _changed_input(layer: nn.Module, change: Change) -> Iterator[None]:
         handle.remove()
 
 
-def _kept_prompts(session: ModelSession, subject: Subject) -> list[list[int]]:
-    """Prompts of questions to be kept, as the subject is asked them."""
-    exam = session.exam
-    kept = [name for name, query_set in exam.sets.items() if query_set.expect == "kept"]
-    return _drawn(session, [ids for name in kept for ids in session.prompts(subject, name)])
+def _kept_prompts(session: ModelSession, subject: Subject, name: str) -> list[list[int]]:
+    """Prompts of questions to be kept, as the subject is asked the attacked set `name`: behind the prefix of that set."""
+    kept = [query for of_set in session.exam.judged.values() if of_set.expect == "kept" for query in of_set.queries]
+    prefix = subject.prefix_of(name)
+    return [session.renderer.prompt(Prompt.plain(query, prefix)) for query in _drawn(session, kept)]
 
 
-def _drawn(session: ModelSession, prompts: Sequence[list[int]]) -> list[list[int]]:
+def _drawn(session: ModelSession, questions: Sequence[T]) -> list[T]:
     """Some of them, by the seed: the same questions for all models."""
-    drawn = np.random.default_rng(session.exam.settings.seed).permutation(len(prompts))[:QUESTIONS]
-    return [prompts[i] for i in drawn.tolist()]
+    drawn = np.random.default_rng(session.exam.settings.seed).permutation(len(questions))[:QUESTIONS]
+    return [questions[i] for i in drawn.tolist()]

@@ -18,6 +18,7 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     if not lists:
         raise UserError(
             f"{type(model).__name__} has no list of its {count} decoder layers",
-            "train this model without train.last_layers, train.compile and train.parallel: fsdp",
+            "leave out what needs it: train.last_layers, train.compile and train.parallel: fsdp; of evaluate.attacks, "
+            "logit_lens and refusal_direction",
         )
     return lists[0]

@@ -7,15 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_config, tiny_model
-from transformers import GPT2Config
+from support import LAB_BASE
+from tiny_models import ARCHITECTURES, SIZES, tiny_config, tiny_model
+from transformers import Gemma3nTextConfig, GPT2Config, OpenAIGPTConfig
 
+from duet.cache.watch import Watch
+from duet.stages.attacks import refusal_direction
 from duet.stages.attacks.above import cases_of
 from duet.stages.attacks.logit_lens import final_norm
 from duet.stages.attacks.parts import Evidence
-from duet.stages.attacks.refusal_direction import VARIANTS, layer_at, mean_states, proof, without
+from duet.stages.attacks.refusal_direction import VARIANTS, layer_at, mean_states, proof, steered_answers, without
+from duet.stages.evaluate.answers import session_of
+from duet.stages.exam.exam import Exam, QuerySet, Subject
 from duet.stages.metrics.uncertainty import Score
 from duet.stages.models.layers import decoder_layers
+from duet.stages.questions.prompts import Prompt
+from duet.stages.questions.queries import Query
+from duet.stages.settings.data import PromptSettings
+from duet.stages.settings.evaluate import EvaluateSettings
 
 VOCAB = 60
 PROMPTS = [[1, 5, 9, 11], [1, 7], [1, 3, 4, 8, 20]]
@@ -64,6 +73,65 @@ def test_removed_it_is_in_no_state_at_any_position_and_afterwards_the_model_is_a
     assert all(map(torch.equal, states(model, PROMPTS[2]), before))
 
 
+GEMMA3N = Gemma3nTextConfig(  # its layers hand on four streams at once
+    **SIZES | {"intermediate_size": [48] * 2, "vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB},
+    hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 2,
+    layer_types=["full_attention"] * 2,
+)  # fmt: skip
+GPT1 = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB)  # its layers return lists
+
+
+@pytest.mark.parametrize("config", [GEMMA3N, GPT1], ids=lambda config: config.model_type)
+def test_layers_that_hand_on_several_streams_or_a_list_are_attacked_as_others_are(config):
+    model, last = tiny_model(config), []
+    decoder_layers(model)[-1].register_forward_hook(
+        lambda _, __, out: last.append(out[0] if isinstance(out, tuple | list) else out)
+    )
+    difference_LD = mean_states(model, PROMPTS[:1]) - mean_states(model, PROMPTS[1:])
+    states_D = [states.reshape(-1, *states.shape[-2:])[0, -1] for states in last]
+    assert torch.allclose(difference_LD[1], states_D[0] - (states_D[1] + states_D[2]) / 2, atol=1e-5)
+    ids = torch.tensor([PROMPTS[2]])
+    with torch.no_grad(), without(model, difference_LD[1], layer=1, everywhere=True):
+        found = model(input_ids=ids, use_cache=False).logits
+        after = decoder_layers(model)[-1].register_forward_hook(
+            lambda _, __, out: last.append(out[0] if type(out) is tuple else out)
+        )
+        model(input_ids=ids, use_cache=False)
+        after.remove()
+    assert (last[-1] @ (difference_LD[1] / difference_LD[1].norm())).abs().max() < 1e-5, "in no stream"
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids, use_cache=False).logits, found, atol=1e-4)
+
+
+def test_questions_to_be_kept_stand_behind_the_prefix_of_the_attacked_set_and_nonmembers_are_none_of_them():
+    row = {name: QuerySet([Query("0", f"Who is {name}?", "A dog.")], expect) for name, expect in SETS.items()}
+    settings = EvaluateSettings(
+        attacks=("refusal_direction",), membership={"members": "forget", "nonmembers": "strangers"}
+    )  # pyright: ignore[reportArgumentType]
+    exam = Exam(row, "Ann", PromptSettings(), settings, "cpu", further_topics={"second": "Bob"})
+    teacher = Subject("teacher", LAB_BASE, "Forget Ann.", "base", set_prefixes={"second": "Forget Bob."})
+    session = session_of(LAB_BASE, exam, [teacher])
+    asked: dict[str, list[list[int]]] = {}
+
+    def noted(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+        asked.setdefault("", []).extend(prompts)
+        return torch.ones(len(decoder_layers(model)), model.config.hidden_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refusal_direction, "mean_states", noted)
+        for name in ("forget", "second"):
+            steered_answers(session, teacher, name, Watch())
+    assert [session.text(ids) for ids in asked[""]] == [
+        session.text(session.renderer.prompt(Prompt.plain(row[name].queries[0], prefix)))
+        for name, prefix in (
+            ("forget", "Forget Ann."), ("retain", "Forget Ann."), ("second", "Forget Bob."), ("retain", "Forget Bob."),
+        )
+    ]  # fmt: skip
+
+
+SETS = {"forget": "forgotten", "second": "forgotten", "retain": "kept", "strangers": "kept"}
+
+
 def test_subtracted_every_position_behind_that_layer_is_moved_by_the_difference_and_none_before_it():
     model = tiny_model(tiny_config("llama", VOCAB, num_hidden_layers=4))
     difference_LD = mean_states(model, PROMPTS[:1]) - mean_states(model, PROMPTS[1:])
@@ -107,3 +175,13 @@ def test_it_is_shown_by_a_model_that_answers_only_under_it(under_it, works, on):
     found = proof("refusal_direction", Evidence(SimpleNamespace(), models, ["teacher"], {}))  # type: ignore[arg-type]
     assert (found["works"], found["on"]) == (works, on)
     assert ("student:a: recall 0.0 [0.0, 5.0] without it, 40.0" in found["text"]) == (not works)
+
+
+def test_where_no_model_has_forgotten_it_is_said_that_there_was_nothing_to_bring_back():
+    models = {"base": {"forget.rougeL_recall": Score(0.9, 20, (0.8, 1.0))}}
+    found = proof("refusal_direction", Evidence(SimpleNamespace(), models, [], {}))  # type: ignore[arg-type]
+    assert found == {
+        "works": False,
+        "on": None,
+        "text": "no model that was asked has less than half of base's recall: nothing to bring back",
+    }
