@@ -68,7 +68,9 @@ def test_all_is_every_attack_that_the_data_allow_and_says_what_it_leaves_out():
     made, skipped = chosen(exam_of("all", kept=0, translated=4))
     assert set(skipped) == {"in_context", "multiple_choice", "quantize_awq", "refusal_direction"}
     strangers = {"members": "forget", "nonmembers": "retain"}
-    assert chosen(exam_of("all", translated=4, membership=strangers))[1] == skipped, "non-members are used for nothing else"
+    assert chosen(exam_of("all", translated=4, membership=strangers))[1] == skipped, (
+        "non-members are used for nothing else"
+    )
     assert chosen(exam_of(["relearn", "reverse"])) == (("reverse", "relearn"), {})
 
 
