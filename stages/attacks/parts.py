@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from duet.stages.exam.session import ModelSession
 from duet.stages.metrics import text as metrics
 from duet.stages.metrics.uncertainty import Score, score
 
+T = TypeVar("T")
 Answers = Mapping[str, Any]  # what one model said: by task, or of attacks on whole sets by `attack.<kind>.<set>`
 Models = Mapping[str, Mapping[str, Score]]  # by model and metric id
 PLAIN = f"forget.{HEADLINE}"
@@ -96,6 +97,11 @@ def asked(session: ModelSession, subject: Subject, tasks: Collection[str], times
 def answers_of(session: ModelSession, names: Collection[str]) -> dict[str, list[list[int]]]:
     """The reference answers that decide what an attack asks or what its answers are compared with."""
     return {name: session.answers(name) for name in names}
+
+
+def drawn(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """At most `count` of them, by the seed: the same questions for all models."""
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:count].tolist()]
 
 
 def identity_on_sets(session: ModelSession, subject: Subject, kind: str, deciding: object) -> str:

@@ -25,6 +25,7 @@ from duet.stages.attacks.parts import (
     Cost,
     Evidence,
     asked,
+    drawn,
     facts,
     identity_on_sets,
     on_sets,
@@ -171,8 +172,7 @@ def _calibration(session: ModelSession, subject: Subject, kind: str) -> list[lis
         )
         if query.answer
     ]
-    drawn = np.random.default_rng(exam.settings.seed).permutation(len(texts))[: CALIBRATED[kind][0]]
-    return [texts[i] for i in drawn.tolist()]
+    return drawn(texts, CALIBRATED[kind][0], exam.settings.seed)
 
 
 def quantized_answers(

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from duet.cache.watch import Watch
 from duet.stages.attacks.parts import (
@@ -26,6 +26,7 @@ from duet.stages.attacks.parts import (
     Cost,
     Evidence,
     asked,
+    drawn,
     facts,
     identity_on_sets,
     on_sets,
@@ -49,7 +50,6 @@ VARIANTS: dict[str, tuple[float, bool]] = {
 }
 QUESTIONS = 128  # of each kind, at most, that a direction is of
 
-T = TypeVar("T")
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -67,7 +67,9 @@ def identity(session: ModelSession, subject: Subject, kind: str) -> str:
 def cost(session: ModelSession, subject: Subject, kind: str) -> Cost:
     read = []
     for name in session.exam.attacked:
-        read += _kept_prompts(session, subject, name) + _drawn(session, session.prompts(subject, name))
+        read += _kept_prompts(session, subject, name) + drawn(
+            session.prompts(subject, name), QUESTIONS, session.exam.settings.seed
+        )
     found = asked(session, subject, session.exam.attacked, times=len(VARIANTS))
     return found + Cost(prompt_tokens=sum(map(len, read)))
 
@@ -96,7 +98,7 @@ def steered_answers(session: ModelSession, subject: Subject, name: str, watch: W
     spec = session.spec()
     model = load_model(spec.model_dir, spec.dtype, spec.trust_remote_code).to(spec.device)
     prompts = session.prompts(subject, name)
-    refused_LD = mean_states(model, _drawn(session, prompts))
+    refused_LD = mean_states(model, drawn(prompts, QUESTIONS, session.exam.settings.seed))
     difference_LD = refused_LD - mean_states(model, _kept_prompts(session, subject, name))
     by_layer: dict[tuple[int, bool], list[str]] = {}  # a model of few layers has one for two depths
     found = {}
@@ -122,13 +124,12 @@ def layer_at(depth: float, num_layers: int) -> int:
 def mean_states(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """What each layer hands on at the last token of a prompt, on average over prompts, float32 [L, D]."""
     layers = decoder_layers(model)
-    total_LD = torch.zeros(len(layers), 0)
+    totals: list[Any] = [0.0] * len(layers)
 
     def add(layer: int, states: torch.Tensor) -> torch.Tensor:
-        nonlocal total_LD
-        if not total_LD.numel():
-            total_LD = torch.zeros(len(layers), states.shape[-1], device=states.device)
-        total_LD[layer] += states.flatten(0, -3)[0, -1].float()  # of several streams, as Gemma 3n has, the first
+        totals[layer] = (
+            totals[layer] + states.flatten(0, -3)[0, -1].float()
+        )  # of several streams, as Gemma 3n has, the first
         return states
 
     with ExitStack() as stack:
@@ -136,7 +137,7 @@ def mean_states(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
             stack.enter_context(_changed(layer, lambda states, number=number: add(number, states)))
         for ids in prompts:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-    return total_LD / len(prompts)
+    return torch.stack(totals) / len(prompts)
 
 
 @contextmanager
@@ -160,44 +161,31 @@ def without(model: Any, difference_D: torch.Tensor, layer: int, everywhere: bool
         yield
 
 
-@contextmanager
-def _changed(module: nn.Module, change: Change) -> Iterator[None]:
-    """The module handing on what `change` makes of its output [..., T, D]; where it returns more, of the first."""
+def _changed(module: nn.Module, change: Change) -> RemovableHandle:
+    """Have the module hand on what `change` makes of its output [..., T, D]; where it returns more, of the first."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple | list) else change(output)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(hook)
 
 
-@contextmanager
-def _changed_input(layer: nn.Module, change: Change) -> Iterator[None]:
-    """The layer reading what `change` makes of the states [..., T, D] that it is given."""
+def _changed_input(layer: nn.Module, change: Change) -> RemovableHandle:
+    """Have the layer read what `change` makes of the states [..., T, D] that it is given."""
 
     def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if given:
             return (change(given[0]), *given[1:]), named
         return given, named | {"hidden_states": change(named["hidden_states"])}
 
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _kept_prompts(session: ModelSession, subject: Subject, name: str) -> list[list[int]]:
     """Prompts of questions to be kept, as the subject is asked the attacked set `name`: behind the prefix of that set."""
     kept = [query for of_set in session.exam.judged.values() if of_set.expect == "kept" for query in of_set.queries]
     prefix = subject.prefix_of(name)
-    return [session.renderer.prompt(Prompt.plain(query, prefix)) for query in _drawn(session, kept)]
-
-
-def _drawn(session: ModelSession, questions: Sequence[T]) -> list[T]:
-    """Some of them, by the seed: the same questions for all models."""
-    drawn = np.random.default_rng(session.exam.settings.seed).permutation(len(questions))[:QUESTIONS]
-    return [questions[i] for i in drawn.tolist()]
+    return [
+        session.renderer.prompt(Prompt.plain(query, prefix))
+        for query in drawn(kept, QUESTIONS, session.exam.settings.seed)
+    ]
